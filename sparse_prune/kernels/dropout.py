@@ -1,0 +1,33 @@
+"""Dropout that every backend can recompute for any subset of attention weights."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_LOW = 0xFFFFFFFF
+
+
+def dropout_uniform(seed: int, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    """Uniform numbers in [0, 1) that depend only on the seed and on the weight's coordinates.
+
+    Philox4x32-10 (Salmon et al., SC 2011), keyed by the seed, with counter (key, query, head, 0); the first of
+    the four outputs is used. Integers are kept in int64, whose products wrap modulo 2**64.
+
+    Args:
+        seed: Non-negative, below 2**63.
+        head: Index batch * num_heads + head; int64, broadcastable with `query` and `key`.
+        query: Query position, int64.
+        key: Key position, int64.
+
+    Returns:
+        float32, of the broadcast shape.
+    """
+    head, query, key = torch.broadcast_tensors(head, query, key)
+    c0, c1, c2, c3 = key & _LOW, query & _LOW, head & _LOW, torch.zeros_like(key)
+    k0, k1 = seed & _LOW, (seed >> 32) & _LOW
+    for _ in range(10):
+        even, odd = c0 * 0xD2511F53, c2 * 0xCD9E8D57
+        c0, c1, c2, c3 = ((odd >> 32) & _LOW) ^ c1 ^ k0, odd & _LOW, ((even >> 32) & _LOW) ^ c3 ^ k1, even & _LOW
+        k0, k1 = (k0 + 0x9E3779B9) & _LOW, (k1 + 0xBB67AE85) & _LOW
+    return (c0 >> 8).float() * 2.0**-24

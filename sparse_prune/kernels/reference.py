@@ -1,0 +1,52 @@
+"""Pattern-masked attention in plain torch operations: what every other backend is held against."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sparse_prune.kernels.dropout import dropout_uniform
+from sparse_prune.kernels.options import AttentionOptions
+from sparse_prune.pattern import BlockPattern
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, pattern: BlockPattern, options: AttentionOptions) -> Tensor:
+    """Masked softmax attention with all weights materialised; any float dtype, differentiable.
+
+    Rows that may attend to nothing give zeros and zero gradients.
+
+    Args:
+        query: (batch, num_heads, q_len, head_dim).
+        key: (batch, num_kv_heads, kv_len, head_dim); num_kv_heads divides num_heads.
+        value: (batch, num_kv_heads, kv_len, value_dim).
+        pattern: The connections to keep, for these lengths.
+        options: Masks, scale, dropout, soft cap.
+
+    Returns:
+        (batch, num_heads, q_len, value_dim).
+    """
+    batch, heads, q_len, head_dim = query.shape
+    kv_len, group = key.shape[2], heads // key.shape[1]
+    key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
+    logits = query @ key.transpose(-1, -2) * (head_dim**-0.5 if options.scale is None else options.scale)
+    if options.softcap is not None:
+        logits = options.softcap * torch.tanh(logits / options.softcap)
+    mask = pattern.token_mask(q_len, kv_len, query.device)[None]
+    if options.key_mask is not None:
+        mask = mask & options.key_mask[:, None, None, :]
+    if options.attn_mask is not None:
+        mask = mask & options.attn_mask
+    logits = logits.masked_fill(~mask, float("-inf"))
+    # A row without a key would be softmax(-inf, ...) = NaN, in the backward pass too.
+    logits = logits.masked_fill(~mask.any(-1, keepdim=True), 0.0)
+    weights = torch.softmax(logits, -1) * mask
+    if options.dropout_p:
+        assert options.seed is not None
+        uniform = dropout_uniform(
+            options.seed,
+            torch.arange(batch * heads, device=query.device).view(batch, heads, 1, 1),
+            torch.arange(q_len, device=query.device).view(1, 1, q_len, 1),
+            torch.arange(kv_len, device=query.device),
+        )
+        weights = weights * (uniform >= options.dropout_p) / (1.0 - options.dropout_p)
+    return weights @ value

@@ -1,0 +1,201 @@
+"""Block patterns: which query block may attend to which key block, per head."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+
+def num_blocks(length: int, block: int) -> int:
+    """Blocks that cover `length` tokens; the last one may be ragged."""
+    return -(-length // block)
+
+
+def check_block_size(block_size: int | tuple[int, int]) -> tuple[int, int]:
+    """Normalise a block size to (query tokens, key tokens).
+
+    Raises:
+        ValueError: If a side is not positive, or if neither side divides the other.
+    """
+    sides = (block_size, block_size) if isinstance(block_size, int) else tuple(block_size)
+    if len(sides) != 2 or min(sides) < 1:
+        raise ValueError(f"`block_size` must be a positive int or two of them, got {block_size}.")
+    if max(sides) % min(sides):
+        raise ValueError(
+            f"One side of `block_size` must divide the other, got {sides}. "
+            f"Use ({min(sides)}, {min(sides)}) or a multiple such as ({2 * min(sides)}, {min(sides)})."
+        )
+    return sides[0], sides[1]
+
+
+def possible_blocks(q_len: int, kv_len: int, block_size: tuple[int, int], causal: bool) -> Tensor:
+    """Blocks in which at least one query may see at least one key.
+
+    Causal masks are aligned at the bottom right: query i sees keys up to i + kv_len - q_len.
+
+    Returns:
+        Boolean, (q_blocks, kv_blocks).
+    """
+    block_q, block_kv = block_size
+    rows, cols = num_blocks(q_len, block_q), num_blocks(kv_len, block_kv)
+    if not causal:
+        return torch.ones(rows, cols, dtype=torch.bool)
+    last_query = torch.clamp((torch.arange(rows) + 1) * block_q, max=q_len) - 1 + kv_len - q_len
+    return last_query[:, None] >= torch.arange(cols)[None, :] * block_kv
+
+
+@dataclass(frozen=True, eq=False)
+class BlockPattern:
+    """The connections that one attention layer keeps.
+
+    Patterns are values: pruning makes a new one. They live on the CPU; kernels build their index tables
+    from them once and cache those per device.
+
+    Raises:
+        TypeError: If `keep` is not a boolean tensor.
+        ValueError: If the shape of `keep` does not follow from the lengths and the block size.
+    """
+
+    keep: Tensor
+    """Boolean, (num_heads, q_blocks, kv_blocks), True = kept. Blocks hidden by causality are cleared."""
+    block_size: tuple[int, int]
+    """Tokens per block side, (query, key)."""
+    causal: bool
+    """Whether query i sees only keys up to i + kv_len - q_len."""
+    q_len: int
+    """Query tokens that the pattern covers."""
+    kv_len: int
+    """Key tokens that the pattern covers."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "block_size", check_block_size(self.block_size))
+        if not isinstance(self.keep, Tensor) or self.keep.dtype != torch.bool:
+            kind = self.keep.dtype if isinstance(self.keep, Tensor) else type(self.keep).__name__
+            raise TypeError(f"`keep` must be a boolean tensor, got {kind}. Compare scores with a threshold first.")
+        possible = possible_blocks(self.q_len, self.kv_len, self.block_size, self.causal)
+        if self.keep.dim() != 3 or self.keep.shape[1:] != possible.shape:
+            raise ValueError(
+                f"`keep` must have shape (num_heads, {possible.shape[0]}, {possible.shape[1]}) for lengths "
+                f"({self.q_len}, {self.kv_len}) and blocks {self.block_size}, got {tuple(self.keep.shape)}."
+            )
+        object.__setattr__(self, "keep", self.keep.detach().cpu() & possible)
+
+    @classmethod
+    def dense(
+        cls, num_heads: int, q_len: int, kv_len: int, block_size: int | tuple[int, int], causal: bool
+    ) -> BlockPattern:
+        """The pattern that keeps everything."""
+        sides = check_block_size(block_size)
+        possible = possible_blocks(q_len, kv_len, sides, causal)
+        return cls(possible.expand(num_heads, -1, -1).clone(), sides, causal, q_len, kv_len)
+
+    @property
+    def num_heads(self) -> int:
+        """Query heads."""
+        return self.keep.shape[0]
+
+    @cached_property
+    def possible(self) -> Tensor:
+        """Blocks that are not hidden by causality, boolean, (q_blocks, kv_blocks)."""
+        return possible_blocks(self.q_len, self.kv_len, self.block_size, self.causal)
+
+    @cached_property
+    def head_sparsity(self) -> Tensor:
+        """Share of the possible blocks that is pruned, (num_heads,), in [0, 1]."""
+        return 1.0 - self.keep.sum((1, 2)) / self.possible.sum()
+
+    @property
+    def sparsity(self) -> float:
+        """Share of the possible blocks that is pruned, over all heads, in [0, 1]."""
+        return 1.0 - self.kept_blocks / self.possible_count
+
+    @property
+    def kept_blocks(self) -> int:
+        """Kept blocks over all heads."""
+        return int(self.keep.sum())
+
+    @property
+    def possible_count(self) -> int:
+        """Possible blocks over all heads."""
+        return int(self.possible.sum()) * self.num_heads
+
+    def difference(self, other: BlockPattern) -> float:
+        """Share of blocks kept by either pattern that only one keeps, in [0, 1] (Jaccard distance).
+
+        Patterns of different lengths are compared where both are defined: in the top-left corner.
+        """
+        rows = min(self.keep.shape[1], other.keep.shape[1])
+        cols = min(self.keep.shape[2], other.keep.shape[2])
+        mine, theirs = self.keep[:, :rows, :cols], other.keep[:, :rows, :cols]
+        union = int((mine | theirs).sum())
+        return int((mine ^ theirs).sum()) / union if union else 0.0
+
+    def at(self, q_len: int, kv_len: int) -> BlockPattern:
+        """The pattern for other lengths.
+
+        - Shorter inputs take the top-left corner.
+        - Longer inputs keep what was learned, and every new row follows the last learned row of its head:
+          its sinks (the leading run of kept columns) stay where they are, its other kept blocks stay at
+          their distance from the diagonal. A head whose last row is dense stays dense. Bidirectional
+          patterns take the distances from their middle row, which looks both ways.
+        - With fewer queries than keys (a chunk of a longer sequence) the queries are the last ones.
+
+        Raises:
+            ValueError: If there are more queries than keys in a causal pattern, or if the queries do not
+                start at a block border.
+        """
+        if (q_len, kv_len) == (self.q_len, self.kv_len):
+            return self
+        block_q = self.block_size[0]
+        offset = kv_len - q_len if self.causal else 0
+        if offset < 0 or offset % block_q:
+            raise ValueError(
+                f"In a causal pattern `kv_len - q_len` must be a multiple of the query block ({block_q}) and not "
+                f"negative, got {kv_len} - {q_len}. Use `token_mask` for single queries."
+            )
+        keep = self._keep_at(q_len + offset, kv_len)[:, offset // block_q :]
+        return BlockPattern(keep, self.block_size, self.causal, q_len, kv_len)
+
+    def _keep_at(self, q_len: int, kv_len: int) -> Tensor:
+        """Keep mask for a whole sequence of another length, (num_heads, q_blocks, kv_blocks)."""
+        block_q, block_kv = self.block_size
+        rows, cols = num_blocks(q_len, block_q), num_blocks(kv_len, block_kv)
+        old_rows, old_cols = self.keep.shape[1:]
+        if rows <= old_rows and cols <= old_cols:
+            return self.keep[:, :rows, :cols]
+        source = old_rows - 1 if self.causal else old_rows // 2
+        last, template = self.keep[:, -1], self.keep[:, source]  # (num_heads, kv_blocks)
+        dense = (last | ~self.possible[-1]).all(-1)
+        sinks = last.long().cumprod(-1).sum(-1)
+        band = template & (torch.arange(old_cols) >= sinks[:, None])
+
+        def diagonal(row: Tensor, length: int) -> Tensor:
+            return (torch.clamp((row + 1) * block_q, max=length) - 1) // block_kv
+
+        row, col = torch.arange(rows), torch.arange(cols)
+        origin = diagonal(torch.tensor(source), self.q_len)
+        from_col = origin + col[None, :] - diagonal(row, q_len)[:, None]  # (q_blocks, kv_blocks)
+        inside = (from_col >= 0) & (from_col < old_cols)
+        keep = band[:, from_col.clamp(0, old_cols - 1)] & inside
+        keep |= (col < sinks[:, None])[:, None, :]
+        keep |= dense[:, None, None]
+        corner = (slice(None), slice(min(rows, old_rows)), slice(min(cols, old_cols)))
+        keep[corner] = self.keep[corner]
+        return keep
+
+    def token_mask(self, q_len: int, kv_len: int, device: torch.device | str = "cpu") -> Tensor:
+        """Element mask for queries that are the last `q_len` of `kv_len` positions (or all of them).
+
+        Returns:
+            Boolean, (num_heads, q_len, kv_len), True = may attend.
+        """
+        block_q, block_kv = self.block_size
+        offset = kv_len - q_len if self.causal else 0
+        keep = self._keep_at(q_len + offset, kv_len).to(device)
+        query = torch.arange(offset, q_len + offset, device=device)
+        key = torch.arange(kv_len, device=device)
+        mask = keep[:, query // block_q][:, :, key // block_kv]
+        return mask & (key <= query[:, None]) if self.causal else mask

@@ -1,0 +1,169 @@
+"""Block scores: how much attention falls into each block, and its running average."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from sparse_prune.pattern import num_blocks
+
+Statistic = Literal["mean", "mean_square", "max"]
+STATISTICS: tuple[Statistic, ...] = ("mean", "mean_square", "max")
+
+
+@dataclass
+class BlockStatistics:
+    """Sums of row-mass statistics over rows and samples; additive over batches and ranks.
+
+    Row mass is the attention probability that one query gives to one key block; a query's masses sum to 1.
+    """
+
+    sums: Tensor
+    """float64, (3, num_heads, q_blocks, kv_blocks): mass, squared mass, largest mass of each sample."""
+    counts: Tensor
+    """float64, (2, q_blocks): query rows seen, samples seen."""
+
+    def __add__(self, other: BlockStatistics) -> BlockStatistics:
+        """Pool two probes; the shorter one fills the top-left corner."""
+        rows = max(self.sums.shape[2], other.sums.shape[2])
+        cols = max(self.sums.shape[3], other.sums.shape[3])
+        mine, theirs = self._grown(rows, cols), other._grown(rows, cols)
+        return BlockStatistics(mine.sums + theirs.sums, mine.counts + theirs.counts)
+
+    def _grown(self, rows: int, cols: int) -> BlockStatistics:
+        pad_rows, pad_cols = rows - self.sums.shape[2], cols - self.sums.shape[3]
+        return BlockStatistics(F.pad(self.sums, (0, pad_cols, 0, pad_rows)), F.pad(self.counts, (0, pad_rows)))
+
+    def of(self, statistic: Statistic) -> tuple[Tensor, Tensor]:
+        """Sum (num_heads, q_blocks, kv_blocks) and weight (q_blocks, 1) of one statistic."""
+        index = STATISTICS.index(statistic)
+        return self.sums[index], self.counts[1 if statistic == "max" else 0][:, None]
+
+
+@torch.no_grad()
+def probe_blocks(
+    query: Tensor,
+    key: Tensor,
+    block_size: tuple[int, int],
+    *,
+    causal: bool,
+    scale: float | None = None,
+    key_mask: Tensor | None = None,
+    attn_mask: Tensor | None = None,
+    softcap: float | None = None,
+) -> BlockStatistics:
+    """Row-mass statistics of dense attention, one block of queries at a time.
+
+    Args:
+        query: (batch, num_heads, q_len, head_dim), after position encoding.
+        key: (batch, num_kv_heads, kv_len, head_dim).
+        block_size: Tokens per block side, (query, key).
+        causal: Whether query i sees only keys up to i + kv_len - q_len.
+        scale: Factor on products; None means head_dim ** -0.5.
+        key_mask: Boolean, (batch, kv_len), True = real. Padded positions count neither as keys nor as queries.
+        attn_mask: Boolean, broadcastable to (batch, num_heads, q_len, kv_len).
+        softcap: Logits become softcap * tanh(logits / softcap).
+
+    Raises:
+        ValueError: If a query or key is NaN or infinite.
+    """
+    batch, heads, q_len, head_dim = query.shape
+    kv_heads, kv_len = key.shape[1], key.shape[2]
+    block_q, block_kv = block_size
+    rows, cols = num_blocks(q_len, block_q), num_blocks(kv_len, block_kv)
+    scale = head_dim**-0.5 if scale is None else scale
+    offset = kv_len - q_len
+    key_t = key.float().transpose(-1, -2)[:, :, None]  # (batch, kv_heads, 1, head_dim, kv_len)
+    position = torch.arange(kv_len, device=query.device)
+    sums = torch.zeros(3, heads, rows, cols, dtype=torch.float64, device=query.device)
+    counts = torch.zeros(2, rows, dtype=torch.float64, device=query.device)
+    for row in range(rows):
+        start, stop = row * block_q, min((row + 1) * block_q, q_len)
+        tile = query[:, :, start:stop].float() * scale
+        # Keys behind the last query of a causal row hold no mass: leave them out of the product.
+        seen = max(0, min(stop + offset, kv_len)) if causal else kv_len
+        if not seen:
+            continue
+        grouped = tile.unflatten(1, (kv_heads, heads // kv_heads))
+        logits = (grouped @ key_t[..., :seen]).flatten(1, 2)  # (batch, num_heads, rows, seen)
+        if not torch.isfinite(logits).all():
+            raise ValueError("Attention logits must be finite, got NaN or infinity. Lower the learning rate.")
+        if softcap is not None:
+            logits = softcap * torch.tanh(logits / softcap)
+        mask = torch.ones(1, 1, stop - start, seen, dtype=torch.bool, device=query.device)
+        if causal:
+            mask = mask & (position[:seen] <= position[:, None][start + offset : stop + offset])
+        if key_mask is not None:
+            mask = mask & key_mask[:, None, None, :seen]
+            if q_len == kv_len:
+                mask = mask & key_mask[:, None, start:stop, None]
+        if attn_mask is not None:
+            mask = mask & attn_mask.expand(-1, -1, q_len, kv_len)[:, :, start:stop, :seen]
+        weights = torch.softmax(logits.masked_fill(~mask, torch.finfo(torch.float32).min), -1) * mask
+        padded = F.pad(weights, (0, num_blocks(seen, block_kv) * block_kv - seen))
+        mass = padded.unflatten(-1, (-1, block_kv)).sum(-1).double()  # (batch, num_heads, rows, kv_blocks)
+        valid = mask.any(-1).any(1).expand(batch, -1)  # (batch, rows)
+        width = mass.shape[-1]
+        sums[0, :, row, :width] = mass.sum((0, 2))
+        sums[1, :, row, :width] = mass.square().sum((0, 2))
+        sums[2, :, row, :width] = mass.amax(2).sum(0)
+        counts[0, row], counts[1, row] = valid.sum(), valid.any(-1).sum()
+    return BlockStatistics(sums.cpu(), counts.cpu())
+
+
+class ScoreAverage:
+    """Exponential moving average of a statistic: decayed sums over decayed weights.
+
+    The ratio needs no bias correction. Blocks that a shorter batch does not reach keep what they had; blocks
+    never seen score infinity, so that nothing unknown is pruned.
+
+    Raises:
+        ValueError: If `decay` is outside [0, 1).
+    """
+
+    def __init__(self, statistic: Statistic, decay: float) -> None:
+        if statistic not in STATISTICS:
+            raise ValueError(f"`statistic` must be one of {STATISTICS}, got {statistic!r}.")
+        if not 0.0 <= decay < 1.0:
+            raise ValueError(f"`decay` must lie in [0, 1), got {decay}.")
+        self.statistic, self.decay = statistic, decay
+        self._sum: Tensor | None = None
+        self._weight: Tensor | None = None
+
+    def update(self, statistics: BlockStatistics) -> None:
+        """Take the probe of one optimizer step."""
+        total, weight = statistics.of(self.statistic)
+        weight = weight.expand(total.shape[1:])
+        if self._sum is None or self._weight is None:
+            self._sum, self._weight = total.clone(), weight.clone()
+            return
+        rows, cols = (max(self._sum.shape[i], total.shape[i]) for i in (1, 2))
+        grow = (0, cols - self._sum.shape[2], 0, rows - self._sum.shape[1])
+        self._sum, self._weight = F.pad(self._sum, grow), F.pad(self._weight, grow)
+        corner = (slice(total.shape[1]), slice(total.shape[2]))
+        seen = weight > 0
+        self._weight[corner] = torch.where(seen, self.decay * self._weight[corner] + weight, self._weight[corner])
+        old = self._sum[(slice(None), *corner)]
+        self._sum[(slice(None), *corner)] = torch.where(seen, self.decay * old + total, old)
+
+    def value(self) -> Tensor:
+        """Scores, float32, (num_heads, q_blocks, kv_blocks).
+
+        Raises:
+            RuntimeError: If nothing was probed yet.
+        """
+        if self._sum is None or self._weight is None:
+            raise RuntimeError("No scores yet: probe at least one training step first.")
+        return torch.where(self._weight > 0, self._sum / self._weight, torch.inf).float()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors to save."""
+        return {"sum": self._sum, "weight": self._weight}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where `state_dict` was taken."""
+        self._sum, self._weight = state["sum"], state["weight"]

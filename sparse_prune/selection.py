@@ -1,0 +1,171 @@
+"""Selection: scores, constraints and a threshold make patterns.
+
+Everything but the cut itself is a transform of scores: what must stay scores infinity, what must go scores
+minus infinity. One threshold over all layers and heads then decides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sparse_prune.pattern import BlockPattern
+
+
+@dataclass(frozen=True, kw_only=True)
+class Constraints:
+    """What pruning must respect.
+
+    Raises:
+        ValueError: If a count is negative or a share is outside its range.
+    """
+
+    sink_blocks: int = 1
+    """First key blocks that every query keeps."""
+    recent_blocks: int = 1
+    """Key blocks up to and including the diagonal that every query keeps. At least 1."""
+    min_density: float = 0.0
+    """Smallest share of possible blocks that every head keeps, in [0, 1]."""
+    share_kv_groups: bool = False
+    """Give the query heads of one KV head one pattern, by their largest score: needed to free KV cache."""
+    regrow: bool = True
+    """Let pruned blocks come back when their score has risen."""
+    hysteresis: float = 0.1
+    """Kept blocks score (1 + hysteresis) times as much, so that blocks at the threshold do not flicker."""
+    protected_layers: tuple[str, ...] = ()
+    """Names of layers that stay dense."""
+    protected_heads: Mapping[str, tuple[int, ...]] | None = None
+    """Layer name -> query heads that stay dense."""
+
+    def __post_init__(self) -> None:
+        if self.sink_blocks < 0:
+            raise ValueError(f"`sink_blocks` must be at least 0, got {self.sink_blocks}.")
+        if self.recent_blocks < 1:
+            raise ValueError(f"`recent_blocks` must be at least 1 (the diagonal), got {self.recent_blocks}.")
+        if not 0.0 <= self.min_density <= 1.0:
+            raise ValueError(f"`min_density` must lie in [0, 1], got {self.min_density}.")
+        if self.hysteresis < 0.0:
+            raise ValueError(f"`hysteresis` must be at least 0, got {self.hysteresis}.")
+
+
+@dataclass(frozen=True, eq=False)
+class LayerScores:
+    """One layer's part in the selection."""
+
+    name: str
+    scores: Tensor
+    """(num_heads, q_blocks, kv_blocks)."""
+    pattern: BlockPattern
+    """The pattern in force, of the same shape."""
+    num_kv_heads: int
+    frozen: bool = False
+    """Whether the pattern is settled and must not move."""
+
+
+def row_mass(scores: Tensor) -> Tensor:
+    """Share of its row's score that a block and all weaker blocks hold, in [0, 1].
+
+    Keeping blocks whose row mass is at least t keeps the fewest blocks that hold more than 1 - t of each row:
+    the per-row cumulative-mass criterion, as a transform of scores.
+
+    Args:
+        scores: (num_heads, q_blocks, kv_blocks), non-negative.
+    """
+    finite = torch.where(scores.isinf(), 0.0, scores)
+    ordered, order = finite.sort(dim=-1)
+    total = ordered.sum(-1, keepdim=True).clamp_min(torch.finfo(scores.dtype).tiny)
+    tail = torch.empty_like(scores).scatter_(-1, order, ordered.cumsum(-1) / total)
+    return torch.where(scores.isinf(), scores, tail)
+
+
+def select(
+    layers: Sequence[LayerScores],
+    constraints: Constraints,
+    *,
+    threshold: float | None = None,
+    sparsity: float | None = None,
+) -> tuple[list[BlockPattern], float]:
+    """New patterns under a threshold, or under the threshold that reaches a sparsity.
+
+    Sparsity counts the possible blocks of all given layers, protected and frozen ones included. Where the
+    constraints keep more than it allows, every free block goes and the achieved sparsity stays below.
+
+    Returns:
+        The patterns, and the threshold in force.
+
+    Raises:
+        ValueError: Unless exactly one of `threshold` and `sparsity` is given, or if scores are NaN.
+    """
+    if (threshold is None) == (sparsity is None):
+        raise ValueError(f"Give `threshold` or `sparsity`, not both or none; got {threshold} and {sparsity}.")
+    effective = [_effective(layer, constraints) for layer in layers]
+    if threshold is None:
+        assert sparsity is not None
+        values = torch.cat([s[:, layer.pattern.possible].flatten() for s, layer in zip(effective, layers, strict=True)])
+        threshold = _solve(values, sparsity)
+    patterns = []
+    for layer, scores in zip(layers, effective, strict=True):
+        old = layer.pattern
+        keep = scores >= threshold if threshold > 0 else scores > -torch.inf
+        patterns.append(BlockPattern(keep, old.block_size, old.causal, old.q_len, old.kv_len))
+    return patterns, threshold
+
+
+def _solve(values: Tensor, sparsity: float) -> float:
+    """The threshold that prunes `sparsity` of the values: 0 if none need go, just past the largest if all free ones."""
+    count = int(sparsity * values.numel() + 0.5)
+    if count == 0:
+        return 0.0
+    ordered = values.sort().values
+    free = int((ordered < torch.inf).sum())
+    if count >= free:
+        finite = ordered[ordered.isfinite()]
+        return float(torch.nextafter(finite[-1], torch.tensor(torch.inf))) if finite.numel() else 0.0
+    return max(float(ordered[count]), 0.0)
+
+
+def _effective(layer: LayerScores, constraints: Constraints) -> Tensor:
+    """Scores with every constraint folded in."""
+    pattern, scores = layer.pattern, layer.scores
+    if scores.isnan().any():
+        raise ValueError(f"Scores of layer {layer.name!r} must not be NaN. Lower the learning rate.")
+    if layer.frozen:
+        return torch.where(pattern.keep, torch.inf, -torch.inf)
+    scores = scores.masked_fill(~pattern.possible, 0.0)
+    if constraints.share_kv_groups:
+        group = pattern.num_heads // layer.num_kv_heads
+        scores = scores.unflatten(0, (-1, group)).amax(1).repeat_interleave(group, 0)
+    scores = torch.where(pattern.keep, scores * (1.0 + constraints.hysteresis), scores)
+    if not constraints.regrow:
+        scores = scores.masked_fill(~pattern.keep, -torch.inf)
+    forced = _forced(layer, constraints)
+    floor = int(-(-constraints.min_density * int(pattern.possible.sum()) // 1))
+    if floor:
+        possible = scores.masked_fill(~pattern.possible, -torch.inf).flatten(1)
+        forced |= torch.zeros_like(possible, dtype=torch.bool).scatter_(1, possible.topk(floor).indices, True).view_as(forced)
+    return scores.masked_fill(forced, torch.inf).masked_fill(~pattern.possible, -torch.inf)
+
+
+def _forced(layer: LayerScores, constraints: Constraints) -> Tensor:
+    """Blocks that stay whatever they score, boolean, (num_heads, q_blocks, kv_blocks).
+
+    The diagonal is among them, so every row keeps a block.
+    """
+    pattern = layer.pattern
+    block_q, block_kv = pattern.block_size
+    rows, cols = pattern.possible.shape
+    offset = pattern.kv_len - pattern.q_len if pattern.causal else 0
+    row, col = torch.arange(rows)[:, None], torch.arange(cols)[None, :]
+    first = (row * block_q + offset) // block_kv
+    last = (torch.clamp((row + 1) * block_q, max=pattern.q_len) - 1 + offset) // block_kv
+    near = constraints.recent_blocks - 1
+    forced = (col <= (last if pattern.causal else last + near)) & (col >= first - near)
+    forced = (forced | (col < constraints.sink_blocks)).expand_as(pattern.keep).clone()
+    if layer.name in constraints.protected_layers:
+        forced[:] = True
+    heads = (constraints.protected_heads or {}).get(layer.name, ())
+    forced[list(heads)] = True
+    return forced & pattern.possible
