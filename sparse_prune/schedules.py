@@ -34,8 +34,7 @@ class Schedule(ABC):
                 raise ValueError(f"`{name}` must be a finite number of at least 0, got {value}.")
         if self.final < self.initial:
             raise ValueError(
-                f"`final` must be at least `initial` ({self.initial}), got {self.final}. "
-                "Swap them to prune gradually."
+                f"`final` must be at least `initial` ({self.initial}), got {self.final}. Swap them to prune gradually."
             )
         if self.begin_step < 0:
             raise ValueError(f"`begin_step` must be at least 0, got {self.begin_step}.")

@@ -88,7 +88,7 @@ def probe_blocks(
         seen = max(0, min(stop + offset, kv_len)) if causal else kv_len
         if not seen:
             continue
-        grouped = tile.unflatten(1, (kv_heads, heads // kv_heads))
+        grouped = tile.reshape(batch, kv_heads, heads // kv_heads, stop - start, head_dim)
         logits = (grouped @ key_t[..., :seen]).flatten(1, 2)  # (batch, num_heads, rows, seen)
         if not torch.isfinite(logits).all():
             raise ValueError("Attention logits must be finite, got NaN or infinity. Lower the learning rate.")
@@ -105,7 +105,9 @@ def probe_blocks(
             mask = mask & attn_mask.expand(-1, -1, q_len, kv_len)[:, :, start:stop, :seen]
         weights = torch.softmax(logits.masked_fill(~mask, torch.finfo(torch.float32).min), -1) * mask
         padded = F.pad(weights, (0, num_blocks(seen, block_kv) * block_kv - seen))
-        mass = padded.unflatten(-1, (-1, block_kv)).sum(-1).double()  # (batch, num_heads, rows, kv_blocks)
+        mass = (
+            padded.view(batch, heads, stop - start, -1, block_kv).sum(-1).double()
+        )  # (batch, num_heads, rows, kv_blocks)
         valid = mask.any(-1).any(1).expand(batch, -1)  # (batch, rows)
         width = mass.shape[-1]
         sums[0, :, row, :width] = mass.sum((0, 2))

@@ -137,7 +137,7 @@ def _effective(layer: LayerScores, constraints: Constraints) -> Tensor:
     scores = scores.masked_fill(~pattern.possible, 0.0)
     if constraints.share_kv_groups:
         group = pattern.num_heads // layer.num_kv_heads
-        scores = scores.unflatten(0, (-1, group)).amax(1).repeat_interleave(group, 0)
+        scores = scores.view(-1, group, *scores.shape[1:]).amax(1).repeat_interleave(group, 0)
     scores = torch.where(pattern.keep, scores * (1.0 + constraints.hysteresis), scores)
     if not constraints.regrow:
         scores = scores.masked_fill(~pattern.keep, -torch.inf)
@@ -145,7 +145,9 @@ def _effective(layer: LayerScores, constraints: Constraints) -> Tensor:
     floor = int(-(-constraints.min_density * int(pattern.possible.sum()) // 1))
     if floor:
         possible = scores.masked_fill(~pattern.possible, -torch.inf).flatten(1)
-        forced |= torch.zeros_like(possible, dtype=torch.bool).scatter_(1, possible.topk(floor).indices, True).view_as(forced)
+        forced |= (
+            torch.zeros_like(possible, dtype=torch.bool).scatter_(1, possible.topk(floor).indices, True).view_as(forced)
+        )
     return scores.masked_fill(forced, torch.inf).masked_fill(~pattern.possible, -torch.inf)
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from sparse_prune.kernels import gather, reference, sdpa
+from sparse_prune.kernels import reference, sdpa
 from sparse_prune.kernels.options import AttentionOptions
 from sparse_prune.pattern import BlockPattern
 
-BACKENDS = {"reference": reference.attend, "sdpa": sdpa.attend, "gather": gather.attend}
-"""Name -> implementation. 'gather' skips pruned blocks, the others mask them."""
+BACKENDS = {"reference": reference.attend, "sdpa": sdpa.attend}
+"""Name -> implementation; both mask pruned blocks, neither skips them yet."""
 
 
 def block_sparse_attention(
@@ -19,7 +19,7 @@ def block_sparse_attention(
     pattern: BlockPattern,
     options: AttentionOptions | None = None,
     *,
-    backend: str = "gather",
+    backend: str = "sdpa",
 ) -> Tensor:
     """Attention over the kept blocks of a pattern.
 
@@ -64,6 +64,4 @@ def _check(query: Tensor, key: Tensor, value: Tensor, pattern: BlockPattern, opt
             "Use `pattern.at(q_len, kv_len)`."
         )
     if options.key_mask is not None and options.key_mask.shape != (batch, key.shape[2]):
-        raise ValueError(
-            f"`key_mask` must have shape ({batch}, {key.shape[2]}), got {tuple(options.key_mask.shape)}."
-        )
+        raise ValueError(f"`key_mask` must have shape ({batch}, {key.shape[2]}), got {tuple(options.key_mask.shape)}.")

@@ -23,7 +23,8 @@ def dropout_uniform(seed: int, head: Tensor, query: Tensor, key: Tensor) -> Tens
     Returns:
         float32, of the broadcast shape.
     """
-    head, query, key = torch.broadcast_tensors(head, query, key)
+    shape = (head + query + key).shape
+    head, query, key = head.expand(shape), query.expand(shape), key.expand(shape)
     c0, c1, c2, c3 = key & _LOW, query & _LOW, head & _LOW, torch.zeros_like(key)
     k0, k1 = seed & _LOW, (seed >> 32) & _LOW
     for _ in range(10):

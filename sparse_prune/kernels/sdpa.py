@@ -16,7 +16,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, pattern: BlockPattern, opt
         ValueError: If a soft cap is asked for, which SDPA has not.
     """
     if options.softcap is not None:
-        raise ValueError("Backend 'sdpa' has no `softcap`. Use 'gather' or 'reference', which have.")
+        raise ValueError("Backend 'sdpa' has no `softcap`. Use 'reference', which has.")
     group = query.shape[1] // key.shape[1]
     mask = pattern.token_mask(query.shape[2], key.shape[2], query.device)[None]
     if options.key_mask is not None:

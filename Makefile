@@ -1,0 +1,25 @@
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: quickstart test lint
+
+# The pinned torch first, alone: pip must not pick another build for a later requirement.
+.venv/done: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	touch $@
+
+quickstart: .venv/done
+	$(BIN)/python -m sparse_prune.recipes.causal_lm fit --config quickstart
+
+test: .venv/done
+	$(BIN)/python -m pytest
+
+# mypy cannot follow an editable install of mapped packages: it reads an installed copy.
+lint: .venv/done
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	rm -rf .typed build
+	$(BIN)/pip install -q --disable-pip-version-check --no-deps --target .typed .
+	cd .typed && ../$(BIN)/mypy --config-file ../pyproject.toml -p sparse_prune

@@ -1,0 +1,1 @@
+"""Causal language models: fine-tune while pruning attention, then report."""

@@ -1,0 +1,31 @@
+"""Gradual pruning of attention connections during fine-tuning."""
+
+from sparse_prune.pattern import BlockPattern
+from sparse_prune.schedules import (
+    ConstantSchedule,
+    CosineSchedule,
+    CubicSchedule,
+    ExponentialSchedule,
+    LinearSchedule,
+    Schedule,
+)
+from sparse_prune.scores import BlockStatistics, ScoreAverage, probe_blocks
+from sparse_prune.selection import Constraints, LayerScores, select
+from sparse_prune.stability import StabilityTracker
+
+__all__ = [
+    "BlockPattern",
+    "BlockStatistics",
+    "ConstantSchedule",
+    "Constraints",
+    "CosineSchedule",
+    "CubicSchedule",
+    "ExponentialSchedule",
+    "LayerScores",
+    "LinearSchedule",
+    "Schedule",
+    "ScoreAverage",
+    "StabilityTracker",
+    "probe_blocks",
+    "select",
+]

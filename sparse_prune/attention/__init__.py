@@ -1,0 +1,1 @@
+"""Attention access: how the layers of a model are reached."""

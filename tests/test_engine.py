@@ -1,0 +1,209 @@
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sparse_prune import (
+    BlockPattern,
+    ConstantSchedule,
+    Constraints,
+    CosineSchedule,
+    CubicSchedule,
+    ExponentialSchedule,
+    LayerScores,
+    LinearSchedule,
+    ScoreAverage,
+    StabilityTracker,
+    probe_blocks,
+    select,
+)
+from sparse_prune.pattern import possible_blocks
+from sparse_prune.selection import row_mass
+
+BLOCKS = st.sampled_from([(4, 4), (8, 4), (4, 8)])
+RAMPS = [LinearSchedule, CosineSchedule, CubicSchedule, ExponentialSchedule]
+
+
+@pytest.mark.parametrize("ramp", RAMPS)
+def test_ramp_is_monotone_between_its_ends(ramp):
+    schedule = ramp(initial=0.1, final=0.8, begin_step=3, end_step=20)
+    values = [schedule(step) for step in range(30)]
+    assert values == sorted(values)
+    assert values[3] == pytest.approx(0.1)
+    assert values[20] == values[29] == pytest.approx(0.8)
+
+
+def test_constant_schedule_jumps_at_begin_step():
+    schedule = ConstantSchedule(final=0.5, begin_step=2)
+    assert [schedule(step) for step in (0, 1, 2, 3)] == [0.0, 0.0, 0.5, 0.5]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name"),
+    [
+        ({"final": 0.5, "begin_step": 5, "end_step": 4}, "end_step"),
+        ({"final": float("nan"), "end_step": 4}, "final"),
+        ({"final": 0.1, "initial": 0.2, "end_step": 4}, "final"),
+        ({"final": 0.1, "begin_step": -1, "end_step": 4}, "begin_step"),
+    ],
+)
+def test_bad_schedule_names_the_argument(arguments, name):
+    with pytest.raises(ValueError, match=f"`{name}`"):
+        LinearSchedule(**arguments)
+
+
+@given(st.integers(1, 30), st.integers(0, 20), BLOCKS, st.booleans())
+def test_possible_blocks_hold_exactly_the_visible_tokens(q_len, extra, block, causal):
+    kv_len = q_len + extra
+    possible = possible_blocks(q_len, kv_len, block, causal)
+    brute = torch.zeros_like(possible)
+    for i, j in itertools.product(range(q_len), range(kv_len)):
+        if not causal or j <= i + extra:
+            brute[i // block[0], j // block[1]] = True
+    assert torch.equal(possible, brute)
+
+
+@given(st.integers(1, 40), BLOCKS, st.integers(0, 2**31))
+def test_token_mask_of_last_queries_is_the_end_of_the_whole_mask(length, block, seed):
+    dense = BlockPattern.dense(2, length, length, block, True)
+    keep = torch.rand(dense.keep.shape, generator=torch.Generator().manual_seed(seed)) < 0.5
+    pattern = BlockPattern(keep, block, True, length, length)
+    whole = pattern.token_mask(length, length)
+    for i, j in itertools.product(range(length), range(length)):
+        expected = keep[:, i // block[0], j // block[1]] & (j <= i)
+        assert torch.equal(whole[:, i, j], expected)
+    assert torch.equal(pattern.token_mask(1, length), whole[:, -1:])
+
+
+def test_longer_pattern_keeps_sinks_band_and_dense_heads():
+    rows, cols = torch.arange(6)[:, None], torch.arange(6)
+    band = (cols <= rows) & ((cols < 1) | (rows - cols < 2))
+    pattern = BlockPattern(torch.stack([band, cols <= rows]), (4, 4), True, 24, 24)
+    rows, cols = torch.arange(9)[:, None], torch.arange(9)
+    longer = pattern.at(36, 36)
+    assert torch.equal(longer.keep[0], (cols <= rows) & ((cols < 1) | (rows - cols < 2)))
+    assert torch.equal(longer.keep[1], cols <= rows)
+    assert torch.equal(longer.at(24, 24).keep, pattern.keep)
+    assert torch.equal(pattern.at(8, 24).keep, pattern.keep[:, 4:])
+
+
+def test_bad_patterns_are_refused():
+    with pytest.raises(TypeError, match="`keep`"):
+        BlockPattern(torch.ones(1, 2, 2), (4, 4), True, 8, 8)
+    with pytest.raises(ValueError, match="`keep`"):
+        BlockPattern(torch.ones(1, 2, 3, dtype=torch.bool), (4, 4), True, 8, 8)
+    with pytest.raises(ValueError, match="block_size"):
+        BlockPattern.dense(1, 8, 8, (4, 6), True)
+
+
+@given(st.integers(1, 25), BLOCKS, st.booleans())
+@settings(deadline=None)
+def test_probe_equals_pooled_softmax(length, block, causal):
+    generator = torch.Generator().manual_seed(length)
+    query = torch.randn(2, 4, length, 8, generator=generator)
+    key = torch.randn(2, 2, length, 8, generator=generator)
+    statistics = probe_blocks(query, key, block, causal=causal)
+    logits = query @ key.repeat_interleave(2, 1).transpose(-1, -2) * 8**-0.5
+    if causal:
+        logits = logits.masked_fill(~torch.ones(length, length).tril().bool(), -torch.inf)
+    weights = logits.softmax(-1)
+    for i, j in itertools.product(*(range(n) for n in statistics.sums.shape[2:])):
+        tile = weights[:, :, i * block[0] : (i + 1) * block[0], j * block[1] : (j + 1) * block[1]].sum(-1)
+        expected = torch.stack([tile.sum((0, 2)), tile.square().sum((0, 2)), tile.amax(2).sum(0)])
+        torch.testing.assert_close(statistics.sums[:, :, i, j], expected.double(), atol=1e-5, rtol=1e-5)
+
+
+def test_probe_ignores_padding():
+    query, key = torch.randn(1, 2, 16, 8), torch.randn(1, 2, 16, 8)
+    real = torch.arange(16)[None] < 10
+    padded = probe_blocks(query, key, (4, 4), causal=False, key_mask=real)
+    plain = probe_blocks(query[:, :, :10], key[:, :, :10], (4, 4), causal=False)
+    torch.testing.assert_close(padded.sums[:, :, :3, :3], plain.sums, atol=1e-6, rtol=1e-5)
+    assert torch.equal(padded.counts[:, :3], plain.counts)
+    assert padded.sums[:, :, :, 3].abs().max() == 0
+
+
+def test_probe_refuses_nan():
+    with pytest.raises(ValueError, match="finite"):
+        probe_blocks(torch.full((1, 1, 4, 8), torch.nan), torch.ones(1, 1, 4, 8), (4, 4), causal=True)
+
+
+def test_average_keeps_unseen_blocks_and_survives_a_round_trip():
+    short = probe_blocks(torch.randn(1, 1, 8, 4), torch.randn(1, 1, 8, 4), (4, 4), causal=True)
+    long = probe_blocks(torch.randn(1, 1, 12, 4), torch.randn(1, 1, 12, 4), (4, 4), causal=True)
+    average = ScoreAverage("mean", 0.5)
+    average.update(long)
+    before = average.value()
+    average.update(short)
+    assert torch.equal(average.value()[:, 2], before[:, 2])
+    assert not torch.equal(average.value()[:, 1], before[:, 1])
+    other = ScoreAverage("mean", 0.5)
+    other.load_state_dict(average.state_dict())
+    assert torch.equal(other.value(), average.value())
+
+
+def _layer(name="a", seed=0, **changes):
+    pattern = changes.pop("pattern", BlockPattern.dense(4, 64, 64, 4, True))
+    scores = torch.rand(pattern.keep.shape, generator=torch.Generator().manual_seed(seed))
+    return LayerScores(name, scores, pattern, num_kv_heads=2, **changes)
+
+
+@given(st.floats(0.0, 0.75), st.integers(0, 100))
+@settings(deadline=None)
+def test_selection_reaches_the_requested_sparsity(sparsity, seed):
+    patterns, _ = select([_layer("a", seed), _layer("b", seed + 1)], Constraints(), sparsity=sparsity)
+    achieved = 1 - sum(p.kept_blocks for p in patterns) / sum(p.possible_count for p in patterns)
+    assert achieved == pytest.approx(sparsity, abs=2e-3)
+    for pattern in patterns:
+        assert pattern.keep.diagonal(dim1=1, dim2=2).all()
+        assert pattern.keep[:, :, 0].all()
+
+
+def test_selection_past_the_constraints_keeps_only_what_must_stay():
+    patterns, threshold = select([_layer()], Constraints(), sparsity=0.99)
+    again, _ = select([_layer()], Constraints(), threshold=threshold)
+    assert torch.equal(patterns[0].keep, again[0].keep)
+    assert patterns[0].kept_blocks == 4 * (16 + 15)
+
+
+def test_protected_frozen_shared_and_floor():
+    constraints = Constraints(protected_layers=("a",), protected_heads={"b": (3,)}, min_density=0.5)
+    a, b = select([_layer("a"), _layer("b")], constraints, sparsity=0.9)[0]
+    assert a.sparsity == 0
+    assert b.head_sparsity[3] == 0
+    assert (b.head_sparsity <= 0.5).all()
+    frozen = _layer("c", pattern=b, frozen=True)
+    assert torch.equal(select([frozen], Constraints(), sparsity=0.99)[0][0].keep, b.keep)
+    shared = select([_layer()], Constraints(share_kv_groups=True), sparsity=0.5)[0][0]
+    assert torch.equal(shared.keep[0], shared.keep[1])
+    assert not torch.equal(shared.keep[1], shared.keep[2])
+
+
+def test_regrowth_and_hysteresis():
+    old = select([_layer(seed=1)], Constraints(), sparsity=0.5)[0][0]
+    fresh = _layer(seed=2, pattern=old)
+    regrown = select([fresh], Constraints(hysteresis=0.0), sparsity=0.5)[0][0]
+    sticky = select([fresh], Constraints(hysteresis=0.5), sparsity=0.5)[0][0]
+    assert (regrown.keep & ~old.keep).any()
+    assert old.difference(sticky) < old.difference(regrown)
+    shrunk = select([fresh], Constraints(regrow=False), sparsity=0.6)[0][0]
+    assert not (shrunk.keep & ~old.keep).any()
+
+
+def test_row_mass_keeps_the_fewest_blocks_that_hold_the_mass():
+    scores = torch.tensor([[[0.5, 0.3, 0.15, 0.05]]])
+    torch.testing.assert_close(row_mass(scores), torch.tensor([[[1.0, 0.5, 0.2, 0.05]]]))
+
+
+def test_nan_scores_name_the_layer():
+    layer = _layer("decoder.3")
+    layer.scores[0, 5, 2] = torch.nan
+    with pytest.raises(ValueError, match=r"decoder\.3"):
+        select([layer], Constraints(), sparsity=0.5)
+
+
+def test_tracker_settles_after_patience_and_starts_again_on_change():
+    tracker = StabilityTracker(min_delta=0.1, patience=2)
+    assert [tracker.update(c) for c in (0.05, 0.2, 0.1, 0.0)] == [False, False, False, True]
