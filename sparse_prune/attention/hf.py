@@ -1,0 +1,209 @@
+"""Attention layers of Hugging Face models, reached through transformers' AttentionInterface."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparse_prune.attention.layer import PrunableAttention
+from sparse_prune.kernels import AttentionOptions, block_sparse_attention
+from sparse_prune.pattern import BlockPattern
+
+IMPLEMENTATION = "sparse_prune"
+_HANDLE = "_prunable_attention"
+_CROSS = ("encoder_attn", "crossattention", "cross_attn", "EncDecAttention")
+_REFUSED = {
+    "position_bias": "an additive position bias",
+    "s_aux": "learned attention sinks",
+    "cache": "a paged cache",
+}
+
+
+def find_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Self-attention modules whose forward pass goes through the AttentionInterface, by qualified name."""
+    found = {}
+    for name, module in model.named_modules():
+        if _is_attention(type(module)) and not _is_cross(name, module):
+            found[name.replace("_orig_mod.", "")] = module
+    return found
+
+
+def attach(model: nn.Module) -> list[PrunableAttention]:
+    """Route every self-attention layer of the Hugging Face models inside `model` through a handle.
+
+    Calling it again returns the handles that are already there.
+
+    Args:
+        model: Any module that contains one or more `transformers` models.
+
+    Raises:
+        ValueError: If there is no attention layer that can be reached; the message lists what was found.
+    """
+    from transformers import AttentionInterface, PreTrainedModel
+    from transformers.masking_utils import AttentionMaskInterface
+
+    layers = find_layers(model)
+    if not layers:
+        lookalikes = [name for name, module in model.named_modules() if "attention" in type(module).__name__.lower()]
+        raise ValueError(
+            "`model` must contain a transformers model with self-attention, got "
+            f"{type(model).__name__} with {lookalikes[:8] or 'no attention layers'}. "
+            "Use a model whose attention goes through transformers' AttentionInterface."
+        )
+    AttentionInterface.register(IMPLEMENTATION, _attention_forward)
+    AttentionMaskInterface.register(IMPLEMENTATION, _attention_mask)
+    for name, module in model.named_modules():
+        if isinstance(module, PreTrainedModel) and any(n.startswith(name.replace("_orig_mod.", "")) for n in layers):
+            module.set_attn_implementation(IMPLEMENTATION)
+    return [_handle(name, module) for name, module in layers.items()]
+
+
+def detach(model: nn.Module) -> None:
+    """Give the model its own SDPA attention back."""
+    from transformers import PreTrainedModel
+
+    for module in model.modules():
+        vars(module).pop(_HANDLE, None)
+        if isinstance(module, PreTrainedModel) and module.config._attn_implementation == IMPLEMENTATION:
+            module.set_attn_implementation("sdpa")
+
+
+def _is_attention(kind: type[nn.Module]) -> bool:
+    if kind.__module__.startswith("torch."):
+        return False
+    try:
+        return "ALL_ATTENTION_FUNCTIONS" in inspect.getsource(kind.forward)
+    except (OSError, TypeError):
+        return False
+
+
+def _is_cross(name: str, module: nn.Module) -> bool:
+    named = any(part in _CROSS for part in name.split("."))
+    return named or "Cross" in type(module).__name__ or bool(getattr(module, "is_cross_attention", False))
+
+
+def _handle(name: str, module: nn.Module) -> PrunableAttention:
+    if _HANDLE not in vars(module):
+        config: Any = module.config
+        heads = config.num_attention_heads
+        kv_heads = getattr(config, "num_key_value_heads", None) or heads
+        handle = PrunableAttention(name, heads, kv_heads, causal=bool(getattr(module, "is_causal", False)))
+        setattr(module, _HANDLE, handle)
+    found: PrunableAttention = vars(module)[_HANDLE]
+    return found
+
+
+def _attention_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int = 0,
+    kv_offset: int = 0,
+    mask_function: Any = None,
+    attention_mask: Tensor | None = None,
+    **kwargs: Any,
+) -> Tensor | None:
+    """Key padding alone stays (batch, kv_len); everything else becomes a (batch, 1, q_len, kv_len) mask."""
+    from transformers import masking_utils as masks
+
+    mask_function = mask_function or masks.causal_mask_function
+    plain = mask_function in (masks.causal_mask_function, masks.bidirectional_mask_function)
+    if plain and q_length == kv_length and not kv_offset:
+        if attention_mask is None or bool(attention_mask.all()):
+            return None
+        padding = attention_mask[:, -kv_length:].bool()
+        if padding.shape[1] == kv_length:
+            return padding
+    mask: Tensor | None = masks.sdpa_mask(
+        batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, **kwargs
+    )
+    return mask
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator, unused-ignore]
+def _attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """An attention function as the AttentionInterface wants it; returns (batch, q_len, num_heads, head_dim)."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    handle: PrunableAttention | None = vars(module).get(_HANDLE)
+    causal = bool(getattr(module, "is_causal", False)) if is_causal is None else is_causal
+    softcap = kwargs.pop("softcap", None)
+
+    def dense() -> Tensor:
+        if softcap is not None:
+            return _softcapped(query, key, value, causal, _options(attention_mask, dropout, scaling, softcap))
+        mask = attention_mask
+        if mask is not None and mask.dim() == 2:
+            mask = _expand(mask, causal)
+        output, _ = sdpa_attention_forward(
+            module, query, key, value, mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
+        )
+        return torch.as_tensor(output).transpose(1, 2)
+
+    if handle is None:
+        return dense().transpose(1, 2).contiguous(), None
+    if causal != handle.causal:
+        raise ValueError(
+            f"Layer {handle.name!r} must be called with is_causal={handle.causal}, got {causal}. "
+            "Set the module's `is_causal` before pruning starts."
+        )
+    if handle.mode != "dense" or handle.probe_block_size is not None:
+        _refuse(handle, attention_mask, kwargs)
+    options = _options(attention_mask, dropout, scaling, softcap)
+    output = handle.attend(query, key, value, options, training=module.training, dense=dense)
+    return output.transpose(1, 2).contiguous(), None
+
+
+def _options(mask: Tensor | None, dropout: float, scaling: float | None, softcap: float | None) -> AttentionOptions:
+    return AttentionOptions(
+        scale=scaling,
+        key_mask=mask if mask is not None and mask.dim() == 2 else None,
+        attn_mask=mask if mask is not None and mask.dim() == 4 and mask.dtype == torch.bool else None,
+        dropout_p=dropout,
+        seed=int(torch.randint(2**62, ())) if dropout else None,
+        softcap=softcap,
+    )
+
+
+def _refuse(handle: PrunableAttention, mask: Tensor | None, kwargs: dict[str, Any]) -> None:
+    """What a pattern cannot respect must not be dropped in silence."""
+    for name, meaning in _REFUSED.items():
+        if kwargs.get(name) is not None:
+            raise ValueError(
+                f"Layer {handle.name!r} uses {meaning} (`{name}`), which pruning does not support. "
+                "Prune another model, or leave this one dense."
+            )
+    if mask is not None and mask.dtype != torch.bool:
+        raise ValueError(
+            f"Layer {handle.name!r} must get a boolean attention mask, got {mask.dtype}. "
+            "Pass the (batch, length) padding mask, or a boolean 4D mask."
+        )
+
+
+def _expand(key_mask: Tensor, causal: bool) -> Tensor:
+    """(batch, 1, length, length) mask for SDPA. Padded queries see themselves, so that no row is empty."""
+    length = key_mask.shape[1]
+    mask = key_mask[:, None, None, :].expand(-1, 1, length, -1)
+    if causal:
+        mask = mask & torch.ones(length, length, dtype=torch.bool, device=mask.device).tril()
+    return mask | torch.eye(length, dtype=torch.bool, device=mask.device)
+
+
+def _softcapped(query: Tensor, key: Tensor, value: Tensor, causal: bool, options: AttentionOptions) -> Tensor:
+    """Dense attention with a soft cap, which SDPA lacks. A 4D mask already holds causality."""
+    q_len, kv_len = query.shape[2], key.shape[2]
+    pattern = BlockPattern.dense(query.shape[1], q_len, kv_len, max(q_len, kv_len), causal)
+    return block_sparse_attention(query, key, value, pattern, options, backend="reference")
