@@ -1,6 +1,7 @@
 """Gradual pruning of attention connections during fine-tuning."""
 
 from sparse_prune.pattern import BlockPattern
+from sparse_prune.pruner import AttentionPruner, PruneReport
 from sparse_prune.schedules import (
     ConstantSchedule,
     CosineSchedule,
@@ -14,6 +15,8 @@ from sparse_prune.selection import Constraints, LayerScores, select
 from sparse_prune.stability import StabilityTracker
 
 __all__ = [
+    "AttentionPruner",
+    "PruneReport",
     "BlockPattern",
     "BlockStatistics",
     "ConstantSchedule",

@@ -1,0 +1,352 @@
+"""The pruning loop without a Trainer: probe, score, select, settle, freeze."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from sparse_prune.attention import PrunableAttention, attach
+from sparse_prune.pattern import BlockPattern, check_block_size, num_blocks
+from sparse_prune.schedules import Schedule
+from sparse_prune.scores import BlockStatistics, ScoreAverage, Statistic
+from sparse_prune.selection import Constraints, LayerScores, row_mass, select
+from sparse_prune.stability import StabilityTracker
+
+Criterion = Literal["score", "row_mass"]
+Reduce = Callable[[dict[str, BlockStatistics]], dict[str, BlockStatistics]]
+_STATE_VERSION = 1
+
+
+@dataclass(eq=False)
+class LayerState:
+    """What the pruner remembers about a layer."""
+
+    layer: PrunableAttention
+    scores: ScoreAverage
+    mass: ScoreAverage
+    """Average of plain row mass, to tell how much attention the kept blocks hold."""
+    tracker: StabilityTracker
+    settled_at: int | None = None
+    """Optimizer step at which the pattern was frozen."""
+    restored: bool = False
+    """Whether the swap gained nothing and the layer was given all its connections back."""
+
+    @property
+    def mass_kept(self) -> float:
+        """Share of dense attention probability that falls into kept blocks, in [0, 1]."""
+        pattern = self.layer.pattern
+        if pattern is None:
+            return 1.0
+        mass = self.mass.value()
+        keep = pattern.at(*_lengths(mass, pattern)).keep if mass.shape != pattern.keep.shape else pattern.keep
+        finite = mass.isfinite()
+        total = mass[finite].sum()
+        return float(mass[finite & keep].sum() / total) if total > 0 else 1.0
+
+
+@dataclass(frozen=True)
+class PruneReport:
+    """What one decision did. Shares are in [0, 1]."""
+
+    step: int
+    threshold: float
+    """Cut-off on scores in force."""
+    requested: float
+    """Value of the schedule."""
+    sparsity: float
+    """Share of possible blocks pruned, over all layers and heads."""
+    layer_sparsity: dict[str, float]
+    change: dict[str, float]
+    """Layer -> change of the pattern at this decision (Jaccard distance)."""
+    mass_kept: dict[str, float]
+    settled: tuple[str, ...] = ()
+    """Layers that settled at this decision."""
+
+
+@dataclass(eq=False)
+class AttentionPruner:
+    """Prunes the attention connections of a model step by step.
+
+    Per training step that is to be watched: `probe(True)`, run the model, `probe(False)`; after the optimizer
+    step `update(step)`.
+
+    Raises:
+        ValueError: If not exactly one of `sparsity` and `threshold` is given, or a value is out of range.
+    """
+
+    sparsity: Schedule | None = None
+    """Share of possible blocks to prune, over all layers; the threshold is solved for."""
+    threshold: Schedule | None = None
+    """Cut-off on scores: blocks below it go."""
+    block_size: int | tuple[int, int] = 64
+    """Tokens per block side, or (query, key)."""
+    statistic: Statistic = "mean"
+    """Which statistic of row mass is the score."""
+    criterion: Criterion = "score"
+    """Compare the threshold with scores, or with the share of its row that a block and all weaker ones hold."""
+    decay: float = 0.9
+    """Decay of the score average per probe, in [0, 1)."""
+    constraints: Constraints = field(default_factory=Constraints)
+    min_delta: float = 0.05
+    """Largest change of a pattern that counts as standing still."""
+    patience: int = 3
+    """Decisions in a row that must stand still after the ramp."""
+
+    def __post_init__(self) -> None:
+        if (self.sparsity is None) == (self.threshold is None):
+            raise ValueError("Give `sparsity` or `threshold`, a schedule each; got both or none.")
+        if self.sparsity is not None and self.sparsity.final >= 1.0:
+            raise ValueError(
+                f"`sparsity` must end below 1, got {self.sparsity.final}. It is a share, not a percentage."
+            )
+        if self.criterion not in ("score", "row_mass"):
+            raise ValueError(f"`criterion` must be 'score' or 'row_mass', got {self.criterion!r}.")
+        self.block_size = check_block_size(self.block_size)
+        self._new_state()  # checks statistic, decay, min_delta and patience now, not after hours of training
+        self.layers: dict[str, LayerState] = {}
+
+    def _new_state(self) -> tuple[ScoreAverage, ScoreAverage, StabilityTracker]:
+        average = ScoreAverage(self.statistic, self.decay)
+        return average, ScoreAverage("mean", self.decay), StabilityTracker(self.min_delta, self.patience)
+
+    @property
+    def schedule(self) -> Schedule:
+        """The schedule in force."""
+        schedule = self.sparsity or self.threshold
+        assert schedule is not None
+        return schedule
+
+    def attach(self, model: nn.Module) -> None:
+        """Find the attention layers of a model and take them over.
+
+        Raises:
+            ValueError: If there are none, or if a protected layer or head does not exist.
+        """
+        handles = attach(model)
+        self.layers = {handle.name: LayerState(handle, *self._new_state()) for handle in handles}
+        heads = self.constraints.protected_heads or {}
+        for name in (*self.constraints.protected_layers, *heads):
+            if name not in self.layers:
+                raise ValueError(
+                    f"`protected_layers` and `protected_heads` must name attention layers, got {name!r}. "
+                    f"The layers are {list(self.layers)}."
+                )
+            wrong = [head for head in heads.get(name, ()) if not 0 <= head < self.layers[name].layer.num_heads]
+            if wrong:
+                raise ValueError(
+                    f"`protected_heads` of {name!r} must lie in 0..{self.layers[name].layer.num_heads - 1}, got {wrong}."
+                )
+
+    @property
+    def open_layers(self) -> list[LayerState]:
+        """Layers whose pattern may still move."""
+        return [state for state in self.layers.values() if state.settled_at is None]
+
+    def probe(self, enabled: bool) -> None:
+        """Watch the next training steps, or stop watching. Frozen layers are never probed."""
+        assert isinstance(self.block_size, tuple)
+        for state in self.layers.values():
+            state.layer.probe_block_size = self.block_size if enabled and state.settled_at is None else None
+
+    def update(self, step: int, reduce: Reduce | None = None) -> PruneReport | None:
+        """Decide on new patterns after an optimizer step.
+
+        Args:
+            step: Optimizer steps taken so far.
+            reduce: Adds up the ranks' statistics in a fixed order, so that all ranks decide the same.
+
+        Returns:
+            What was decided; None if nothing was probed.
+        """
+        found = {name: state.layer.take_statistics() for name, state in self.layers.items()}
+        statistics = {name: seen for name, seen in found.items() if seen is not None}
+        if reduce is not None:
+            statistics = reduce(statistics)
+        if not statistics:
+            return None
+        for name, seen in statistics.items():
+            self.layers[name].scores.update(seen)
+            self.layers[name].mass.update(seen)
+        known = [state for name, state in self.layers.items() if name in statistics or state.layer.pattern is not None]
+        requested = self.schedule(step)
+        patterns, threshold = self._select(known, requested)
+        change, settled = {}, []
+        for state, pattern in zip(known, patterns, strict=True):
+            if state.settled_at is not None:
+                continue
+            layer = state.layer
+            change[layer.name] = pattern.difference(self._current(state))
+            layer.pattern = pattern
+            layer.mode = "masked" if pattern.kept_blocks < pattern.possible_count else "dense"
+            if step >= self.schedule.end_step and state.tracker.update(change[layer.name]):
+                state.settled_at = step
+                layer.probe_block_size = None
+                settled.append(layer.name)
+        return self._report(step, threshold, requested, change, tuple(settled))
+
+    def _select(self, states: list[LayerState], requested: float) -> tuple[list[BlockPattern], float]:
+        layers = []
+        for state in states:
+            pattern, scores = self._current(state), state.scores.value()
+            if state.settled_at is not None:
+                scores = pattern.keep.float()  # not looked at: the layer is frozen
+            elif self.criterion == "row_mass":
+                scores = row_mass(scores)
+            layer = state.layer
+            layers.append(LayerScores(layer.name, scores, pattern, layer.num_kv_heads, state.settled_at is not None))
+        if self.sparsity is not None:
+            return select(layers, self.constraints, sparsity=requested)
+        return select(layers, self.constraints, threshold=requested)
+
+    def _current(self, state: LayerState) -> BlockPattern:
+        """The pattern in force, at the lengths that the scores cover."""
+        layer, scores = state.layer, state.scores.value()
+        if layer.pattern is not None:
+            if state.settled_at is not None or scores.shape == layer.pattern.keep.shape:
+                return layer.pattern
+            return layer.pattern.at(*_lengths(scores, layer.pattern))
+        assert isinstance(self.block_size, tuple)
+        rows, cols = scores.shape[1:]
+        # The patterns cover whole blocks; a ragged end is a matter of `BlockPattern.at`.
+        length = min(rows * self.block_size[0], cols * self.block_size[1])
+        return BlockPattern.dense(layer.num_heads, length, length, self.block_size, layer.causal)
+
+    def _report(
+        self, step: int, threshold: float, requested: float, change: dict[str, float], settled: tuple[str, ...]
+    ) -> PruneReport:
+        patterns = {name: state.layer.pattern for name, state in self.layers.items()}
+        sparsity = {name: pattern.sparsity for name, pattern in patterns.items() if pattern is not None}
+        mass = {name: self.layers[name].mass_kept for name in sparsity}
+        return PruneReport(step, threshold, requested, self.total_sparsity, sparsity, change, mass, settled)
+
+    @property
+    def total_sparsity(self) -> float:
+        """Share of possible blocks pruned, over all layers and heads, in [0, 1]."""
+        patterns = [state.layer.pattern for state in self.layers.values()]
+        known = [pattern for pattern in patterns if pattern is not None]
+        possible = sum(pattern.possible_count for pattern in known)
+        return 1.0 - sum(pattern.kept_blocks for pattern in known) / possible if possible else 0.0
+
+    def swap(self, name: str, backend: str) -> None:
+        """Let a settled layer skip its pruned blocks from now on."""
+        self._settled(name).layer.backend = backend
+        self._settled(name).layer.mode = "sparse"
+
+    def restore(self, name: str) -> None:
+        """Give a settled layer all its connections back: it gains nothing from losing them."""
+        state = self._settled(name)
+        pattern = state.layer.pattern
+        assert pattern is not None
+        state.layer.pattern = replace(pattern, keep=pattern.possible.expand_as(pattern.keep).clone())
+        state.layer.mode = "dense"
+        state.restored = True
+
+    def _settled(self, name: str) -> LayerState:
+        state = self.layers[name]
+        if state.settled_at is None:
+            raise ValueError(f"Layer {name!r} must have settled before it is swapped; it is still moving.")
+        return state
+
+    @property
+    def patterns(self) -> dict[str, BlockPattern]:
+        """Layer -> pattern in force, for the layers that have one."""
+        return {n: state.layer.pattern for n, state in self.layers.items() if state.layer.pattern is not None}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that the next decision depends on."""
+        return {
+            "version": _STATE_VERSION,
+            "block_size": self.block_size,
+            "layers": {name: _layer_state(state) for name, state in self.layers.items()},
+        }
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        """Continue where `state_dict` was taken. Nothing changes if the state does not fit.
+
+        Raises:
+            ValueError: If the state is of another version, block size or model; the message names what differs.
+        """
+        if saved.get("version") != _STATE_VERSION:
+            raise ValueError(f"Pruning state must have version {_STATE_VERSION}, got {saved.get('version')!r}.")
+        if tuple(saved["block_size"]) != self.block_size:
+            raise ValueError(
+                f"`block_size` must be {tuple(saved['block_size'])} as in the checkpoint, got {self.block_size}."
+            )
+        layers = saved["layers"]
+        if set(layers) != set(self.layers):
+            missing, extra = sorted(set(self.layers) - set(layers)), sorted(set(layers) - set(self.layers))
+            raise ValueError(
+                f"The checkpoint is of another model: it lacks the layers {missing[:4]} and has {extra[:4]} instead. "
+                "Resume with the model that was saved."
+            )
+        for name, part in layers.items():
+            layer = self.layers[name].layer
+            if (part["num_heads"], part["causal"]) != (layer.num_heads, layer.causal):
+                raise ValueError(
+                    f"The checkpoint is of another model: layer {name!r} has {part['num_heads']} heads "
+                    f"(causal={part['causal']}) there, {layer.num_heads} (causal={layer.causal}) here."
+                )
+        for name, part in layers.items():
+            _load_layer_state(self.layers[name], part)
+
+
+def _lengths(scores: Tensor, pattern: BlockPattern) -> tuple[int, int]:
+    """Lengths that `scores` cover, for self-attention in whole blocks."""
+    length = min(scores.shape[1] * pattern.block_size[0], scores.shape[2] * pattern.block_size[1])
+    return length, length
+
+
+def kv_blocks_droppable(pattern: BlockPattern, num_kv_heads: int) -> float:
+    """Share of the KV cache that no query after the pattern's last one may attend to, in [0, 1].
+
+    A KV head's block is needed if any of its query heads still reaches it from the next row of blocks.
+    """
+    grown = pattern.at(pattern.q_len + pattern.block_size[0], pattern.kv_len + pattern.block_size[0])
+    needed = grown.keep[:, -1, : num_blocks(pattern.kv_len, pattern.block_size[1])]
+    per_head = needed.view(num_kv_heads, -1, needed.shape[-1]).any(1)
+    return 1.0 - float(per_head.float().mean())
+
+
+def attention_flops(pattern: BlockPattern, head_dim: int, batch: int = 1) -> tuple[int, int]:
+    """Multiply-adds times two of one forward pass through the kept and through all possible blocks."""
+    per_block = 4 * math.prod(pattern.block_size) * head_dim * batch
+    return pattern.kept_blocks * per_block, pattern.possible_count * per_block
+
+
+def _layer_state(state: LayerState) -> dict[str, Any]:
+    layer, pattern = state.layer, state.layer.pattern
+    return {
+        "num_heads": layer.num_heads,
+        "causal": layer.causal,
+        "keep": None if pattern is None else pattern.keep,
+        "lengths": None if pattern is None else (pattern.q_len, pattern.kv_len),
+        "mode": layer.mode,
+        "backend": layer.backend,
+        "scores": state.scores.state_dict(),
+        "mass": state.mass.state_dict(),
+        "calm_checks": state.tracker.calm_checks,
+        "change": state.tracker.change,
+        "settled_at": state.settled_at,
+        "restored": state.restored,
+        "statistics": None
+        if layer.statistics is None
+        else {"sums": layer.statistics.sums, "counts": layer.statistics.counts},
+        "block_size": None if pattern is None else pattern.block_size,
+    }
+
+
+def _load_layer_state(state: LayerState, part: Mapping[str, Any]) -> None:
+    layer = state.layer
+    layer.pattern = (
+        None if part["keep"] is None else BlockPattern(part["keep"], part["block_size"], layer.causal, *part["lengths"])
+    )
+    layer.mode, layer.backend = part["mode"], part["backend"]
+    state.scores.load_state_dict(part["scores"])
+    state.mass.load_state_dict(part["mass"])
+    state.tracker.calm_checks, state.tracker.change = part["calm_checks"], part["change"]
+    state.settled_at, state.restored = part["settled_at"], part["restored"]
+    layer.statistics = None if part["statistics"] is None else BlockStatistics(**part["statistics"])
