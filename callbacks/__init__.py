@@ -2,3 +2,9 @@
 
 if __name__ != "sparse_prune.callbacks":
     raise ImportError("Import this package as `sparse_prune.callbacks`, after `pip install -e .`.")
+
+from sparse_prune.callbacks.attention_pruning import AttentionPruning
+from sparse_prune.callbacks.kernel_swap import KernelSwap, SwapEvent
+from sparse_prune.callbacks.sparsity_logger import SparsityLogger
+
+__all__ = ["AttentionPruning", "KernelSwap", "SparsityLogger", "SwapEvent"]

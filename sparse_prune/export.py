@@ -6,9 +6,11 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
 from sparse_prune.pattern import BlockPattern
 
@@ -58,13 +60,10 @@ def load_patterns(path: str | os.PathLike[str]) -> dict[str, BlockPattern]:
                     f"version {header.get('version')!r}. Write it with `save_patterns`."
                 )
             layers = json.loads(header["layers"])
-            return {
-                name: BlockPattern(file.get_tensor(name), tuple(part["block_size"]), **_without_block(part))
-                for name, part in layers.items()
-            }
+            return {name: _pattern(file.get_tensor(name), part) for name, part in layers.items()}
     except (SafetensorError, KeyError, TypeError) as error:
         raise ValueError(f"`path` must be a whole pattern file, got {os.fspath(path)!r}: {error}.") from error
 
 
-def _without_block(part: Mapping[str, int]) -> dict[str, int]:
-    return {key: part[key] for key in ("causal", "q_len", "kv_len")}
+def _pattern(keep: Tensor, part: Mapping[str, Any]) -> BlockPattern:
+    return BlockPattern(keep, tuple(part["block_size"]), part["causal"], part["q_len"], part["kv_len"])

@@ -135,11 +135,10 @@ class AttentionPruner:
                     f"`protected_layers` and `protected_heads` must name attention layers, got {name!r}. "
                     f"The layers are {list(self.layers)}."
                 )
-            wrong = [head for head in heads.get(name, ()) if not 0 <= head < self.layers[name].layer.num_heads]
+            count = self.layers[name].layer.num_heads
+            wrong = [head for head in heads.get(name, ()) if not 0 <= head < count]
             if wrong:
-                raise ValueError(
-                    f"`protected_heads` of {name!r} must lie in 0..{self.layers[name].layer.num_heads - 1}, got {wrong}."
-                )
+                raise ValueError(f"`protected_heads` of {name!r} must lie in 0..{count - 1}, got {wrong}.")
 
     @property
     def open_layers(self) -> list[LayerState]:

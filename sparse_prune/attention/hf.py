@@ -163,7 +163,7 @@ def _attention_forward(
     if handle.mode != "dense" or handle.probe_block_size is not None:
         _refuse(handle, attention_mask, kwargs)
     options = _options(attention_mask, dropout, scaling, softcap)
-    output = handle.attend(query, key, value, options, training=module.training, dense=dense)
+    output = handle.attend(query, key, value, options, dense=dense)
     return output.transpose(1, 2).contiguous(), None
 
 

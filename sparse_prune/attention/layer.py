@@ -82,7 +82,6 @@ class PrunableAttention:
         value: Tensor,
         options: AttentionOptions,
         *,
-        training: bool,
         dense: Callable[[], Tensor],
     ) -> Tensor:
         """Attention in the layer's mode.
@@ -92,7 +91,6 @@ class PrunableAttention:
             key: (batch, num_kv_heads, kv_len, head_dim).
             value: (batch, num_kv_heads, kv_len, head_dim).
             options: What the model asks for.
-            training: Whether this is a training step; only those are probed.
             dense: The model's own attention.
 
         Returns:
@@ -109,7 +107,7 @@ class PrunableAttention:
         q_len, kv_len = query.shape[2], key.shape[2]
         # A checkpointed layer runs again inside the backward pass: it was probed and counted the first time.
         first_run = torch._C._current_graph_task_id() == -1  # type: ignore[attr-defined, unused-ignore]
-        if training and first_run:
+        if first_run and (torch.is_grad_enabled() or self.probe_block_size is not None):
             self.last_shape = CallShape(query.shape[0], q_len, kv_len, query.shape[3], value.dtype, query.device)
             if self.probe_block_size is not None:
                 self._probe(query, key, options, self.probe_block_size)

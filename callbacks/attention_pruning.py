@@ -1,0 +1,150 @@
+"""The pruning callback: when to probe, when to decide."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import pytorch_lightning as pl
+import torch.distributed as dist
+from sparse_prune.callbacks.kernel_swap import KernelSwap
+from sparse_prune.callbacks.sparsity_logger import SparsityLogger
+from typing_extensions import override
+
+from sparse_prune.pruner import AttentionPruner, Criterion, PruneReport
+from sparse_prune.schedules import Schedule
+from sparse_prune.scores import BlockStatistics, Statistic
+from sparse_prune.selection import Constraints
+
+log = logging.getLogger(__name__)
+
+
+class AttentionPruning(pl.Callback):
+    """Prunes the attention connections of the model under a schedule while it trains.
+
+    One of these in `Trainer(callbacks=[...])` is enough: unless they are given as well, it adds a `KernelSwap`
+    and a `SparsityLogger` with their defaults.
+
+    Args:
+        sparsity: Schedule of the share of possible blocks to prune, over all layers.
+        threshold: Schedule of the cut-off on scores, instead of `sparsity`.
+        block_size: Tokens per block side, or (query, key).
+        every_n_steps: Optimizer steps between decisions.
+        statistic: Score of a block: "mean", "mean_square" or "max" of the mass that rows give it.
+        criterion: "score", or "row_mass" to keep the fewest blocks that hold a share of every row.
+        decay: Decay of the score average per decision, in [0, 1).
+        constraints: What pruning must respect.
+        min_delta: Largest change of a pattern that counts as standing still (Jaccard distance).
+        patience: Decisions in a row, after the schedule's end, that must stand still before a layer is frozen.
+
+    Raises:
+        ValueError: If an argument is out of range, before training starts.
+    """
+
+    def __init__(
+        self,
+        sparsity: Schedule | None = None,
+        *,
+        threshold: Schedule | None = None,
+        block_size: int | tuple[int, int] = 64,
+        every_n_steps: int = 10,
+        statistic: Statistic = "mean",
+        criterion: Criterion = "score",
+        decay: float = 0.9,
+        constraints: Constraints | None = None,
+        min_delta: float = 0.05,
+        patience: int = 3,
+    ) -> None:
+        if every_n_steps < 1:
+            raise ValueError(f"`every_n_steps` must be at least 1, got {every_n_steps}.")
+        self.every_n_steps = every_n_steps
+        self.pruner = AttentionPruner(
+            sparsity=sparsity,
+            threshold=threshold,
+            block_size=block_size,
+            statistic=statistic,
+            criterion=criterion,
+            decay=decay,
+            constraints=constraints or Constraints(),
+            min_delta=min_delta,
+            patience=patience,
+        )
+        self.report: PruneReport | None = None
+        """The latest decision."""
+        self._last_step = 0  # the optimizer step after which was last decided; 0 before the first
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if not self.pruner.layers:
+            self.pruner.attach(pl_module)
+        # Lightning walks this list while it calls `setup`: what stands right behind is set up next.
+        position = trainer.callbacks.index(self) + 1  # type: ignore[attr-defined]
+        for kind in (SparsityLogger, KernelSwap):
+            if not any(isinstance(callback, kind) for callback in trainer.callbacks):  # type: ignore[attr-defined]
+                trainer.callbacks.insert(position, kind())  # type: ignore[attr-defined]
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        end, total = self.pruner.schedule.end_step, trainer.estimated_stepping_batches
+        if end >= total:
+            log.warning(
+                "The schedule ends at step %d, training at step %s: no layer will settle. End the schedule earlier.",
+                end,
+                total,
+            )
+
+    @override
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self.pruner.probe(trainer.global_step % self.every_n_steps == 0)
+
+    @override
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self.pruner.probe(False)
+        if trainer.global_step > self._last_step:
+            due = (trainer.global_step - 1) % self.every_n_steps == 0 and bool(self.pruner.open_layers)
+            self._last_step = trainer.global_step
+            if due:
+                self._decide(trainer)
+        if self.report is not None:
+            # The bar shows these at every step, so they are logged at every step; they never reach a logger here.
+            values = {"sparsity": self.pruner.total_sparsity, "threshold": self.report.threshold}
+            pl_module.log_dict(values, prog_bar=True, logger=False, batch_size=1)
+
+    @override
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self.pruner.probe(False)
+
+    def _decide(self, trainer: pl.Trainer) -> None:
+        report = self.pruner.update(trainer.global_step, _sum_over_ranks if trainer.world_size > 1 else None)
+        if report is None:
+            raise RuntimeError(
+                "No attention layer ran in this training step, so there is nothing to prune by. "
+                "Call the attached model in `training_step`; its layers are " + ", ".join(self.pruner.layers) + "."
+            )
+        self.report = report
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        report = None if self.report is None else vars(self.report).copy()
+        return {"pruner": self.pruner.state_dict(), "last_step": self._last_step, "report": report}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.pruner.load_state_dict(state_dict["pruner"])
+        self._last_step = state_dict["last_step"]
+        self.report = None if state_dict["report"] is None else PruneReport(**state_dict["report"])
+
+
+def _sum_over_ranks(statistics: dict[str, BlockStatistics]) -> dict[str, BlockStatistics]:
+    """Every rank's statistics, added in rank order on every rank: bit-equal everywhere."""
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, statistics)
+    total: dict[str, BlockStatistics] = {}
+    for part in gathered:
+        for name, seen in part.items():
+            total[name] = total[name] + seen if name in total else seen
+    return total

@@ -1,0 +1,116 @@
+"""The swap: settled layers skip their pruned blocks, if that is faster."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import pytorch_lightning as pl
+from typing_extensions import override
+
+from sparse_prune.attention.layer import CallShape, PrunableAttention
+from sparse_prune.attention.measure import time_dense, time_sparse
+from sparse_prune.kernels import BACKENDS
+
+if TYPE_CHECKING:
+    from sparse_prune.callbacks.attention_pruning import AttentionPruning
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class SwapEvent:
+    """What became of a settled layer."""
+
+    step: int
+    layer: str
+    backend: str
+    """The backend taken; "dense" if it was no faster and the layer got all its connections back."""
+    sparsity: float
+    """Share of the layer's possible blocks that was pruned when it settled."""
+    dense_ms: float | None = None
+    """Forward and backward pass of dense SDPA. None if not measured."""
+    sparse_ms: float | None = None
+    """The same with the sparse backend."""
+
+
+class KernelSwap(pl.Callback):
+    """Swaps settled layers to a block-sparse backend.
+
+    Args:
+        backend: "auto" measures dense against sparse attention on the layer's own shapes, forward and backward,
+            and gives a layer that gains nothing its connections back. A backend's name takes it unmeasured.
+
+    Raises:
+        ValueError: If there is no such backend.
+    """
+
+    def __init__(self, backend: str = "auto") -> None:
+        if backend != "auto" and backend not in BACKENDS:
+            raise ValueError(f"`backend` must be 'auto' or one of {sorted(BACKENDS)}, got {backend!r}.")
+        self.backend = backend
+        self.events: list[SwapEvent] = []
+        """All swaps so far, in order."""
+
+    @override
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        pruner = find_pruning(trainer).pruner
+        waiting = [
+            name
+            for name, state in pruner.layers.items()
+            if state.settled_at is not None and state.layer.mode != "sparse" and not state.restored
+        ]
+        if not waiting:
+            return
+        # Clocks differ between ranks, decisions must not.
+        decide = self._decide([pruner.layers[name].layer for name in waiting], trainer.global_step)
+        for event in trainer.strategy.broadcast(decide if trainer.is_global_zero else [], src=0):
+            if event.backend == "dense":
+                pruner.restore(event.layer)
+            else:
+                pruner.swap(event.layer, event.backend)
+            self.events.append(event)
+            log.info("Step %d: %s -> %s", event.step, event.layer, event.backend)
+
+    def _decide(self, layers: list[PrunableAttention], step: int) -> list[SwapEvent]:
+        dense_times: dict[tuple[CallShape | None, int, int], float] = {}
+        events = []
+        for layer in layers:
+            assert layer.pattern is not None
+            sparsity = layer.pattern.sparsity
+            if self.backend != "auto" or layer.last_shape is None:
+                backend = "gather" if self.backend == "auto" else self.backend
+                events.append(SwapEvent(step, layer.name, backend, sparsity))
+                continue
+            key = (layer.last_shape, layer.num_heads, layer.num_kv_heads)
+            if key not in dense_times:
+                dense_times[key] = time_dense(layer)
+            dense, sparse = dense_times[key], time_sparse(layer, "gather")
+            winner = "gather" if sparse < dense else "dense"
+            events.append(SwapEvent(step, layer.name, winner, sparsity, dense, sparse))
+        return events
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"events": [asdict(event) for event in self.events]}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.events = [SwapEvent(**event) for event in state_dict["events"]]
+
+
+def find_pruning(trainer: pl.Trainer) -> AttentionPruning:
+    """The trainer's `AttentionPruning`.
+
+    Raises:
+        ValueError: If it has none.
+    """
+    from sparse_prune.callbacks.attention_pruning import AttentionPruning
+
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, AttentionPruning):
+            return callback
+    raise ValueError("`Trainer(callbacks=...)` must hold an AttentionPruning beside KernelSwap and SparsityLogger.")
