@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +84,7 @@ class SparsityLogger(pl.Callback):
         if self.images and trainer.is_global_zero:
             for name, pattern in patterns.items():
                 key, picture = f"patterns/layer_{index[name]:02d}", draw(pattern)
-                self._each(trainer, lambda logger, k=key, p=picture: _log_image(logger, k, p, _step(trainer)))
+                self._each(trainer, partial(_log_image, key=key, picture=picture, step=_step(trainer)))
 
     @rank_zero_only
     def _each(self, trainer: pl.Trainer, action: Callable[[Logger], None]) -> None:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from sparse_prune.kernels import reference, sdpa
+from sparse_prune.kernels import gather, reference, sdpa
 from sparse_prune.kernels.options import AttentionOptions
 from sparse_prune.pattern import BlockPattern
 
-BACKENDS = {"reference": reference.attend, "sdpa": sdpa.attend}
-"""Name -> implementation; both mask pruned blocks, neither skips them yet."""
+BACKENDS = {"gather": gather.attend, "reference": reference.attend, "sdpa": sdpa.attend}
+"""Name -> implementation. 'gather' skips pruned blocks; 'reference' and 'sdpa' mask them."""
 
 
 def block_sparse_attention(
@@ -19,7 +19,7 @@ def block_sparse_attention(
     pattern: BlockPattern,
     options: AttentionOptions | None = None,
     *,
-    backend: str = "sdpa",
+    backend: str = "gather",
 ) -> Tensor:
     """Attention over the kept blocks of a pattern.
 

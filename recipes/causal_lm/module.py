@@ -1,0 +1,101 @@
+"""The Lightning module: a causal language model and its loss."""
+
+from __future__ import annotations
+
+import re
+
+import pytorch_lightning as pl
+import torch
+from sparse_prune.recipes.causal_lm.pretrained import load_model, load_tokenizer
+from torch import Tensor
+from typing_extensions import override
+
+from sparse_prune.passkey import passkey_accuracy
+
+
+class CausalLMModule(pl.LightningModule):
+    """Fine-tunes a causal language model by next-token prediction.
+
+    Logs train/loss, val/loss and test/loss (nats per token), and val/passkey_accuracy if asked for.
+
+    Args:
+        model: As `load_model` takes it.
+        learning_rate: Peak of AdamW's rate; warmed up linearly, then constant.
+        warmup_steps: Optimizer steps of warm-up.
+        weight_decay: AdamW's decay.
+        train_only: Regular expression; parameters whose name it does not match are frozen. None trains all.
+        gradient_checkpointing: Recompute activations in the backward pass.
+        passkey_prompts: Passkey prompts per validation, each as long as a validation sequence. 0: none.
+
+    Raises:
+        ValueError: If a value is out of range or `train_only` matches nothing.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        learning_rate: float = 1e-4,
+        warmup_steps: int = 0,
+        weight_decay: float = 0.0,
+        train_only: str | None = None,
+        gradient_checkpointing: bool = False,
+        passkey_prompts: int = 0,
+    ) -> None:
+        super().__init__()
+        if learning_rate <= 0:
+            raise ValueError(f"`learning_rate` must be positive, got {learning_rate}.")
+        if warmup_steps < 0 or passkey_prompts < 0:
+            raise ValueError(
+                f"`warmup_steps` and `passkey_prompts` must be at least 0, got {warmup_steps}, {passkey_prompts}."
+            )
+        self.save_hyperparameters()
+        self.model = load_model(model).train()
+        self.tokenizer = load_tokenizer(model) if passkey_prompts else None
+        if gradient_checkpointing:
+            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        if train_only is not None:
+            self._freeze_all_but(train_only)
+
+    def _freeze_all_but(self, train_only: str) -> None:
+        names = [name for name, _ in self.model.named_parameters()]
+        if not any(re.search(train_only, name) for name in names):
+            raise ValueError(f"`train_only` must match parameter names such as {names[:4]}, got {train_only!r}.")
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(re.search(train_only, name) is not None)
+
+    def _loss(self, input_ids: Tensor) -> Tensor:
+        longest = getattr(self.model.config, "max_position_embeddings", None)
+        if longest is not None and input_ids.shape[1] > longest:
+            raise ValueError(
+                f"`context_length` must be at most {longest}, the model's own, got {input_ids.shape[1]}. Lower it."
+            )
+        loss: Tensor = self.model(input_ids=input_ids, labels=input_ids, use_cache=False).loss
+        return loss
+
+    @override
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        loss = self._loss(batch)
+        self.log("train/loss", loss, prog_bar=True)
+        return loss
+
+    @override
+    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+        self.log("val/loss", self._loss(batch), prog_bar=True, sync_dist=True)
+        prompts: int = self.hparams["passkey_prompts"]
+        if batch_idx == 0 and prompts:
+            accuracy = passkey_accuracy(self.model, self.tokenizer, batch.shape[1], prompts)
+            self.log("val/passkey_accuracy", accuracy, sync_dist=True)
+
+    @override
+    def test_step(self, batch: Tensor, batch_idx: int) -> None:
+        self.log("test/loss", self._loss(batch), sync_dist=True)
+
+    @override
+    def configure_optimizers(self) -> dict[str, object]:
+        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.AdamW(
+            trained, lr=self.hparams["learning_rate"], weight_decay=self.hparams["weight_decay"]
+        )
+        warmup = max(1, self.hparams["warmup_steps"])
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / warmup))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

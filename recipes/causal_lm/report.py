@@ -1,0 +1,199 @@
+"""The report at the end of a run: what was gained and lost, as text, data and a picture."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from sparse_prune.callbacks import SwapEvent
+from sparse_prune.recipes.causal_lm.history import StepRecord
+
+from sparse_prune.pattern import BlockPattern
+
+
+@dataclass(frozen=True)
+class DenseRun:
+    """The same fine-tune without pruning."""
+
+    loss_before: float
+    """Test loss before any training, nats per token."""
+    loss_after: float
+    records: list[StepRecord]
+    passkey: float | None
+
+
+@dataclass(frozen=True)
+class RunReport:
+    """Everything the report shows."""
+
+    setup: Mapping[str, Any]
+    """Model, lengths, versions, machine: what is needed to run it again."""
+    loss: float
+    """Test loss of the pruned model, nats per token."""
+    sparsity: float
+    passkey: float | None
+    layers: list[str]
+    records: list[StepRecord]
+    events: list[SwapEvent]
+    patterns: Mapping[str, BlockPattern]
+    savings: Mapping[str, float]
+    dense: DenseRun | None = None
+
+    def write(self, folder: str | os.PathLike[str]) -> Path:
+        """Write report.md, report.json and report.png, each whole or not at all; return the path of the text."""
+        target = Path(folder)
+        target.mkdir(parents=True, exist_ok=True)
+        _write(target / "report.json", lambda path: path.write_text(json.dumps(self.as_dict(), indent=1)))
+        _write(target / "report.png", self._draw)
+        _write(target / "report.md", lambda path: path.write_text(self.text()))
+        return target / "report.md"
+
+    def as_dict(self) -> dict[str, Any]:
+        """As JSON types, without the patterns themselves."""
+        return {
+            "setup": dict(self.setup),
+            "loss": self.loss,
+            "sparsity": self.sparsity,
+            "passkey": self.passkey,
+            "step_seconds": self.step_seconds(),
+            "verdicts": self.verdicts(),
+            "savings": dict(self.savings),
+            "layer_sparsity": {name: pattern.sparsity for name, pattern in self.patterns.items()},
+            "events": [asdict(event) for event in self.events],
+            "records": [asdict(record) for record in self.records],
+            "dense": None if self.dense is None else asdict(self.dense),
+        }
+
+    def step_seconds(self) -> dict[str, float]:
+        """Median seconds of a step per phase; probing steps apart, the first step (warm-up) left out.
+
+        "dense" is the dense fine-tune where there is one.
+        """
+        groups: dict[str, list[float]] = {}
+        for record in self.records[1:]:
+            if record.phase != "dense" or self.dense is None:
+                groups.setdefault(record.phase + (" + probe" if record.probed else ""), []).append(record.seconds)
+        if self.dense is not None:
+            groups["dense"] = [record.seconds for record in self.dense.records[1:]]
+        return {name: statistics.median(times) for name, times in sorted(groups.items()) if times}
+
+    def verdicts(self) -> list[str]:
+        """Plain sentences: what held and what did not."""
+        swapped = [event for event in self.events if event.backend != "dense"]
+        lines = [
+            f"{self.sparsity:.1%} of the possible attention blocks are pruned.",
+            f"{len(self.events)} of {len(self.layers)} layers settled; {len(swapped)} run sparse, "
+            f"{len(self.events) - len(swapped)} gained nothing and got their connections back.",
+        ]
+        if self.dense is not None:
+            change = self.loss / self.dense.loss_after - 1.0
+            lines.append(
+                f"Held-out loss {self.loss:.4f}, dense fine-tune {self.dense.loss_after:.4f} ({change:+.2%}), "
+                f"before training {self.dense.loss_before:.4f}."
+            )
+        times = self.step_seconds()
+        if "sparse" not in times:
+            lines.append("No step ran with every settled layer swapped, so there is no sparse step time.")
+        elif "dense" in times:
+            gain = times["dense"] / times["sparse"]
+            faster = "faster" if gain > 1 else "NOT faster"
+            lines.append(
+                f"A step with swapped layers takes {times['sparse']:.2f} s and is {faster} than the dense step "
+                f"({times['dense']:.2f} s): {gain:.2f}x."
+            )
+            if gain <= 1:
+                lines.append("Attention is too small a share of the step at this length: use longer contexts.")
+        return lines
+
+    def text(self) -> str:
+        """The report as Markdown."""
+        setup = "\n".join(f"| {key} | {value} |" for key, value in self.setup.items())
+        times = "\n".join(f"| {name} | {seconds:.2f} |" for name, seconds in self.step_seconds().items())
+        by_layer = {event.layer: event for event in self.events}
+        rows = "\n".join(_layer_row(name, self.patterns.get(name), by_layer.get(name)) for name in self.layers)
+        savings = "\n".join(f"| {key} | {value:.4g} |" for key, value in self.savings.items())
+        passkey = ""
+        if self.passkey is not None:
+            dense = (
+                f", dense fine-tune {self.dense.passkey:.0%}" if self.dense and self.dense.passkey is not None else ""
+            )
+            passkey = f"- Passkey accuracy {self.passkey:.0%}{dense}.\n"
+        verdicts = "".join(f"- {line}\n" for line in self.verdicts())
+        return (
+            f"# Attention pruning report\n\n{verdicts}{passkey}\n![Run](report.png)\n\n"
+            f"## Step time\n\n| phase | median s |\n| --- | ---: |\n{times}\n\n"
+            f"## Estimated savings\n\n| what | value |\n| --- | ---: |\n{savings}\n\n"
+            "## Layers\n\n| layer | sparsity | settled at | now | dense ms | sparse ms |\n"
+            f"| --- | ---: | ---: | --- | ---: | ---: |\n{rows}\n\n"
+            f"## Setup\n\n| what | value |\n| --- | --- |\n{setup}\n"
+        )
+
+    def _draw(self, path: Path) -> None:
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(15, 13), layout="constrained")
+        grid = figure.add_gridspec(3, 2, height_ratios=(1, 1, 2.6))
+        loss = figure.add_subplot(grid[0, 0], title="Training loss", xlabel="step", ylabel="nats per token")
+        if self.dense is not None:
+            loss.plot(*_curve(self.dense.records, "loss"), label="dense", color="#9aa3b2")
+        loss.plot(*_curve(self.records, "loss"), label="pruned", color="#1d4e89")
+        for step in sorted({event.step for event in self.events}):
+            loss.axvline(step, color="#d1495b", linestyle=":", label="swap" if step == self.events[0].step else None)
+        loss.legend()
+        share = figure.add_subplot(grid[0, 1], title="Sparsity", xlabel="step", ylabel="share pruned", ylim=(0, 1))
+        share.plot(*_curve(self.records, "sparsity"), color="#1d4e89")
+        layer = figure.add_subplot(grid[1, 0], title="Sparsity per layer", xlabel="layer", ylim=(0, 1))
+        found = [self.patterns[name].sparsity if name in self.patterns else 0.0 for name in self.layers]
+        layer.bar(range(len(found)), found, color="#1d4e89")
+        times = self.step_seconds()
+        step = figure.add_subplot(grid[1, 1], title="Step time (median)", xlabel="seconds")
+        step.barh(list(times), list(times.values()), color="#1d4e89")
+        step.bar_label(step.containers[0], fmt="%.2f")
+        atlas = figure.add_subplot(grid[2, :], title="Kept blocks (dark) per layer (columns) and head (rows)")
+        atlas.imshow(draw_atlas([self.patterns[name] for name in self.layers if name in self.patterns]))
+        atlas.set_axis_off()
+        figure.savefig(path, dpi=110, format="png")
+
+
+def draw_atlas(patterns: list[BlockPattern]) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """Patterns as one picture, a column per layer and a row per head, (height, width, 3)."""
+    if not patterns:
+        return np.full((1, 1, 3), 255, dtype=np.uint8)
+    heads = max(p.num_heads for p in patterns)
+    rows, cols = max(p.keep.shape[1] for p in patterns), max(p.keep.shape[2] for p in patterns)
+    picture = np.full((heads * (rows + 2), len(patterns) * (cols + 2), 3), 255, dtype=np.uint8)
+    for x, pattern in enumerate(patterns):
+        for y, head in enumerate(pattern.keep.numpy()):
+            height, width = head.shape
+            tile = picture[y * (rows + 2) :, x * (cols + 2) :][:height, :width]
+            tile[pattern.possible.numpy()] = (222, 226, 235)
+            tile[head] = (29, 78, 137)
+    return picture
+
+
+def _curve(records: list[StepRecord], what: str) -> tuple[list[int], list[float]]:
+    return [record.step for record in records], [getattr(record, what) for record in records]
+
+
+def _layer_row(name: str, pattern: BlockPattern | None, event: SwapEvent | None) -> str:
+    sparsity = "" if pattern is None else f"{pattern.sparsity:.1%}"
+    if event is None:
+        return f"| {name} | {sparsity} | not settled | masked | | |"
+    dense = "" if event.dense_ms is None else f"{event.dense_ms:.1f}"
+    sparse = "" if event.sparse_ms is None else f"{event.sparse_ms:.1f}"
+    return f"| {name} | {sparsity} | {event.step} | {event.backend} | {dense} | {sparse} |"
+
+
+def _write(target: Path, write: Callable[[Path], object]) -> None:
+    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    try:
+        write(partial)
+        os.replace(partial, target)
+    finally:
+        partial.unlink(missing_ok=True)

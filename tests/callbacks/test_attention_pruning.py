@@ -1,0 +1,248 @@
+import logging
+
+import pytest
+import torch
+from pytorch_lightning.callbacks import Callback, ModelCheckpoint
+from sparse_prune.callbacks import AttentionPruning, KernelSwap, SparsityLogger
+from tiny import LENGTH, TinyModule, batches, pruning, tiny_llama, trainer
+from torch.utils.data import DataLoader
+
+from sparse_prune import Constraints, LinearSchedule
+
+
+def patterns(callback):
+    return {name: pattern.keep for name, pattern in callback.pruner.patterns.items()}
+
+
+def assert_same_patterns(one, other):
+    assert one.keys() == other.keys()
+    assert one
+    for name in one:
+        assert torch.equal(one[name], other[name]), name
+
+
+def test_one_callback_brings_the_others_and_swaps_every_layer(tmp_path):
+    callback, module = pruning(), TinyModule()
+    fit = trainer(tmp_path, [callback])
+    before = {name: id(parameter) for name, parameter in module.named_parameters()}
+    fit.fit(module, batches())
+    kinds = [type(c) for c in fit.callbacks if isinstance(c, AttentionPruning | KernelSwap | SparsityLogger)]
+    assert kinds == [AttentionPruning, KernelSwap, SparsityLogger]
+    assert callback.report.requested == 0.4
+    assert not callback.pruner.open_layers
+    events = fit.callbacks[1].events
+    assert {event.layer for event in events} == set(callback.pruner.layers)
+    for event in events:
+        assert (event.backend == "dense") == (event.sparse_ms >= event.dense_ms)
+        assert callback.pruner.layers[event.layer].restored == (event.backend == "dense")
+    assert {name: id(parameter) for name, parameter in module.named_parameters()} == before
+
+
+def test_named_backend_swaps_and_reaches_the_requested_sparsity(tmp_path):
+    callback = pruning()
+    trainer(tmp_path, [callback, KernelSwap("gather")]).fit(TinyModule(), batches())
+    assert callback.pruner.total_sparsity == pytest.approx(0.4, abs=0.01)
+    assert {state.layer.mode for state in callback.pruner.layers.values()} == {"sparse"}
+
+
+def test_pruning_changes_what_the_model_computes(tmp_path):
+    callback, module = pruning(final=0.6), TinyModule()
+    trainer(tmp_path, [callback, KernelSwap("gather")]).fit(module, batches())
+    tokens = next(iter(batches()))
+    with torch.no_grad():
+        sparse = module.model(tokens).logits
+        for state in callback.pruner.layers.values():
+            state.layer.mode = "masked"
+        masked = module.model(tokens).logits
+        for state in callback.pruner.layers.values():
+            state.layer.mode = "dense"
+        dense = module.model(tokens).logits
+    torch.testing.assert_close(sparse, masked, atol=1e-5, rtol=1e-4)
+    assert (sparse - dense).abs().max() > 1e-3
+
+
+class StopAfter(Callback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_train_batch_end(self, trainer, *args):
+        trainer.should_stop = trainer.global_step >= self.step
+
+
+@pytest.mark.parametrize("stop", [3, 7, 10])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_resume_on_either_side_of_a_swap_repeats_the_unbroken_run(tmp_path, stop, accumulate):
+    def run(path, module, extra=(), ckpt=None):
+        callback, swap = pruning(every_n_steps=2, patience=1), KernelSwap("gather")
+        fit = trainer(
+            path, [callback, swap, *extra], enable_checkpointing=bool(extra), accumulate_grad_batches=accumulate
+        )
+        fit.fit(module, batches(), ckpt_path=ckpt, weights_only=False)
+        return callback, swap
+
+    whole = TinyModule()
+    expected, expected_swap = run(tmp_path / "whole", whole)
+    assert expected_swap.events[0].step == 7
+    first = TinyModule()
+    saver = ModelCheckpoint(tmp_path, filename="cut", every_n_train_steps=stop)
+    run(tmp_path / "first", first, [saver, StopAfter(stop)])
+    second = TinyModule()
+    resumed, swap = run(tmp_path / "second", second, [ModelCheckpoint(tmp_path / "x")], tmp_path / "cut.ckpt")
+    assert len(first.losses) == stop * accumulate
+    assert first.losses + second.losses == whole.losses
+    assert_same_patterns(patterns(resumed), patterns(expected))
+    assert swap.events == expected_swap.events
+    assert resumed.report == expected.report
+
+
+def test_accumulation_decides_once_per_optimizer_step(tmp_path):
+    callback, steps = pruning(), []
+    update = callback.pruner.update
+    callback.pruner.update = lambda step, reduce=None: steps.append(step) or update(step, reduce)
+    trainer(tmp_path, [callback], steps=3, accumulate_grad_batches=4).fit(TinyModule(), batches())
+    assert steps == [1, 2, 3]
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_changes_nothing(tmp_path, reentrant):
+    results = []
+    for checkpointing in (False, True):
+        callback, model = pruning(), tiny_llama()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        module = TinyModule(model.train())
+        trainer(tmp_path, [callback, KernelSwap("gather")]).fit(module, batches())
+        results.append((patterns(callback), module.losses))
+    assert_same_patterns(results[0][0], results[1][0])
+    assert results[0][1] == pytest.approx(results[1][1], rel=1e-5)
+
+
+def test_bf16_mixed_trains_and_swaps(tmp_path):
+    callback, module = pruning(), TinyModule()
+    trainer(tmp_path, [callback, KernelSwap("gather")], precision="bf16-mixed").fit(module, batches())
+    assert all(state.layer.mode == "sparse" for state in callback.pruner.layers.values())
+    assert torch.isfinite(torch.tensor(module.losses)).all()
+
+
+@pytest.mark.slow
+def test_compiled_model_gives_the_same_patterns(tmp_path):
+    results = []
+    for compiled in (False, True):
+        callback, model = pruning(), tiny_llama()
+        module = TinyModule(torch.compile(model, backend="aot_eager") if compiled else model)
+        trainer(tmp_path, [callback, KernelSwap("gather")]).fit(module, batches())
+        results.append(({n.replace("_orig_mod.", ""): p for n, p in patterns(callback).items()}, module.losses))
+    assert_same_patterns(results[0][0], results[1][0])
+    assert results[0][1] == pytest.approx(results[1][1], rel=1e-4)
+
+
+def test_sanity_check_validation_and_test_never_probe_or_prune(tmp_path):
+    callback = pruning(every_n_steps=1)
+    probed = []
+
+    class Watch(Callback):
+        def _look(self, *args):
+            probed.extend(s.layer.probe_block_size for s in callback.pruner.layers.values())
+
+        on_validation_batch_start = on_test_batch_start = _look
+
+    module = TinyModule()
+    fit = trainer(tmp_path, [callback, Watch()], steps=3, num_sanity_val_steps=2, val_check_interval=1)
+    fit.validate(module, batches(4))
+    assert callback.report is None
+    fit.fit(module, batches(), batches(4))
+    before = patterns(callback)
+    fit.test(module, batches(4))
+    assert_same_patterns(before, patterns(callback))
+    assert set(probed) == {None}
+    assert len(probed) > 8
+
+
+def test_two_ranks_agree(tmp_path):
+    """Two gloo processes see different data and end with bit-equal patterns on both."""
+    import subprocess
+    import sys
+    from pathlib import Path
+
+    script = Path(__file__).with_name("ddp_run.py")
+    done = subprocess.run([sys.executable, script, tmp_path], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    ranks = [torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1)]
+    assert_same_patterns(ranks[0]["patterns"], ranks[1]["patterns"])
+    assert ranks[0]["losses"] != ranks[1]["losses"]
+    assert ranks[0]["modes"] == ranks[1]["modes"]
+    assert set(ranks[0]["modes"]) <= {"sparse", "dense"}
+
+
+def test_protected_layer_and_head_stay_dense(tmp_path):
+    layer = "model.model.layers.0.self_attn"
+    other = "model.model.layers.1.self_attn"
+    constraints = Constraints(protected_layers=(layer,), protected_heads={other: (2,)})
+    callback = pruning(constraints=constraints)
+    trainer(tmp_path, [callback, KernelSwap("gather")]).fit(TinyModule(), batches())
+    found = callback.pruner.patterns
+    assert found[layer].sparsity == 0
+    assert found[other].head_sparsity[2] == 0
+    assert found[other].sparsity > 0.3
+
+
+def test_lengths_that_change_every_step(tmp_path):
+    lengths = [64, 40, 13, 64, 1, 33, 50, 64, 17, 64, 64, 64]
+    data = DataLoader([torch.randint(0, 32, (n,)) for n in lengths], batch_size=1)
+    callback, module = pruning(), TinyModule()
+    trainer(tmp_path, [callback, KernelSwap("gather")]).fit(module, data)
+    finite = [loss for loss, length in zip(module.losses, lengths, strict=True) if length > 1]
+    assert torch.isfinite(torch.tensor(finite)).all()
+    assert all(p.q_len == LENGTH for p in callback.pruner.patterns.values())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"every_n_steps": 0}, "every_n_steps"),
+        ({"final": 1.0}, "sparsity"),
+        ({"block_size": (48, 32)}, "block_size"),
+        ({"statistic": "median"}, "statistic"),
+        ({"criterion": "sum"}, "criterion"),
+        ({"decay": 1.0}, "decay"),
+        ({"patience": 0}, "patience"),
+        ({"threshold": LinearSchedule(final=0.1, end_step=3)}, "threshold"),
+    ],
+)
+def test_bad_arguments_are_refused_at_once(changes, message):
+    with pytest.raises(ValueError, match=message):
+        pruning(**changes)
+
+
+def test_unknown_layer_and_model_without_attention_are_refused_before_training(tmp_path):
+    module = TinyModule()
+    with pytest.raises(ValueError, match="layers.9.*model.model.layers.0.self_attn"):
+        trainer(tmp_path, [pruning(constraints=Constraints(protected_layers=("layers.9",)))]).fit(module, batches())
+    assert module.losses == []
+    with pytest.raises(ValueError, match="no attention layers"):
+        trainer(tmp_path, [pruning()]).fit(TinyModule(torch.nn.Linear(2, 2)), batches())
+
+
+def test_nan_scores_stop_training_and_name_the_layer(tmp_path):
+    module = TinyModule()
+    with torch.no_grad():
+        module.model.model.layers[1].self_attn.q_proj.weight[:] = torch.nan
+    with pytest.raises(ValueError, match=r"layers\.1\.self_attn.*NaN"):
+        trainer(tmp_path, [pruning()]).fit(module, batches())
+
+
+def test_checkpoint_of_another_model_is_refused(tmp_path):
+    saver = ModelCheckpoint(tmp_path, filename="cut", every_n_train_steps=3)
+    trainer(tmp_path, [pruning(), saver], steps=3, enable_checkpointing=True).fit(TinyModule(), batches())
+    state = torch.load(tmp_path / "cut.ckpt", weights_only=False)["callbacks"]["AttentionPruning"]
+    other = pruning()
+    other.pruner.attach(TinyModule(tiny_llama(num_hidden_layers=3)))
+    with pytest.raises(ValueError, match=r"another model.*layers\.2"):
+        other.load_state_dict(state)
+    assert other.pruner.patterns == {}
+
+
+def test_schedule_that_outlasts_training_warns(tmp_path, caplog):
+    with caplog.at_level(logging.WARNING):
+        trainer(tmp_path, [pruning(end_step=50)], steps=2).fit(TinyModule(), batches())
+    assert "no layer will settle" in caplog.text
