@@ -89,7 +89,7 @@ def probe_blocks(
         if not seen:
             continue
         grouped = tile.reshape(batch, kv_heads, heads // kv_heads, stop - start, head_dim)
-        logits = (grouped @ key_t[..., :seen]).flatten(1, 2)  # (batch, num_heads, rows, seen)
+        logits = (grouped @ key_t[..., :seen]).float().flatten(1, 2)  # (batch, num_heads, rows, seen)
         if not torch.isfinite(logits).all():
             raise ValueError("Attention logits must be finite, got NaN or infinity. Lower the learning rate.")
         if softcap is not None:

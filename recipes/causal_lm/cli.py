@@ -36,7 +36,7 @@ class CausalLMCLI(LightningCLI):
 
     def after_fit(self) -> None:
         """Test, repeat the run without pruning if asked, and write the report."""
-        if not self.trainer.is_global_zero or self.trainer.fast_dev_run or self.trainer.interrupted:
+        if not self.trainer.is_global_zero or self.trainer.interrupted:
             return
         if self.trainer.world_size > 1:
             log.warning("The report is written by runs of one process; this one has %d.", self.trainer.world_size)

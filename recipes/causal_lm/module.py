@@ -6,6 +6,7 @@ import re
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.utilities.types import OptimizerLRSchedulerConfig
 from sparse_prune.recipes.causal_lm.pretrained import load_model, load_tokenizer
 from torch import Tensor
 from typing_extensions import override
@@ -91,7 +92,7 @@ class CausalLMModule(pl.LightningModule):
         self.log("test/loss", self._loss(batch), sync_dist=True)
 
     @override
-    def configure_optimizers(self) -> dict[str, object]:
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(
             trained, lr=self.hparams["learning_rate"], weight_decay=self.hparams["weight_decay"]

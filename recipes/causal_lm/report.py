@@ -152,9 +152,8 @@ class RunReport:
         found = [self.patterns[name].sparsity if name in self.patterns else 0.0 for name in self.layers]
         layer.bar(range(len(found)), found, color="#1d4e89")
         times = self.step_seconds()
-        step = figure.add_subplot(grid[1, 1], title="Step time (median)", xlabel="seconds")
-        step.barh(list(times), list(times.values()), color="#1d4e89")
-        step.bar_label(step.containers[0], fmt="%.2f")
+        bars = figure.add_subplot(grid[1, 1], title="Step time (median)", xlabel="seconds")
+        bars.bar_label(bars.barh(list(times), list(times.values()), color="#1d4e89"), fmt="%.2f")
         atlas = figure.add_subplot(grid[2, :], title="Kept blocks (dark) per layer (columns) and head (rows)")
         atlas.imshow(draw_atlas([self.patterns[name] for name in self.layers if name in self.patterns]))
         atlas.set_axis_off()

@@ -28,7 +28,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, pattern: BlockPattern, opt
     if torch.is_autocast_enabled(kind) and query.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(kind)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-    output: Tensor = _GatheredAttention.apply(query, key, value, pattern, options)
+    function: Any = _GatheredAttention  # torch leaves `apply` untyped
+    output: Tensor = function.apply(query, key, value, pattern, options)
     return output
 
 
@@ -126,8 +127,9 @@ class _Call:
         in_q, in_kv = torch.arange(block_q, device=self.device), torch.arange(block_kv, device=self.device)
         for bucket in _buckets(self.pattern, self.device):
             tiles, blocks = bucket.cols.shape
-            every = torch.arange(self.batch * tiles, device=self.device)
-            for part in every.split(max(1, _CHUNK // (block_q * block_kv * blocks))):
+            count, size = self.batch * tiles, max(1, _CHUNK // (block_q * block_kv * blocks))
+            for start in range(0, count, size):
+                part = torch.arange(start, min(start + size, count), device=self.device)
                 sample, tile = part // tiles, part % tiles
                 head, row, col = bucket.head[tile], bucket.row[tile], bucket.cols[tile]
                 kv_head = sample * self.kv_heads + head // (heads // self.kv_heads)
@@ -237,7 +239,7 @@ class _GatheredAttention(torch.autograd.Function):
         return output
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         call: _Call = ctx.call
         query, key, value, output, lse = ctx.saved_tensors
         block_q, block_kv = call.pattern.block_size
