@@ -75,8 +75,9 @@ class SparsityLogger(pl.Callback):
         open_layers = {state.layer.name for state in pruning.pruner.open_layers}
         self._draw(trainer, {n: p for n, p in patterns.items() if n in open_layers}, index)
         summary = summarize(pruning.pruner, _events(trainer))
+        folder = Path(trainer.log_dir or trainer.default_root_dir)  # a broadcast: every rank must ask
         if trainer.is_global_zero:
-            path = save_patterns(patterns, Path(trainer.log_dir or trainer.default_root_dir) / PATTERN_FILE)
+            path = save_patterns(patterns, folder / PATTERN_FILE)
             log.info("Attention patterns: %s. %s", path, summary)
             self._each(trainer, lambda logger: _finish(logger, path, summary))
 

@@ -194,8 +194,9 @@ class BlockPattern:
         """
         block_q, block_kv = self.block_size
         offset = kv_len - q_len if self.causal else 0
-        keep = self._keep_at(q_len + offset, kv_len).to(device)
-        query = torch.arange(offset, q_len + offset, device=device)
-        key = torch.arange(kv_len, device=device)
-        mask = keep[:, query // block_q][:, :, key // block_kv]
-        return mask & (key <= query[:, None]) if self.causal else mask
+        own = (q_len, kv_len) == (self.q_len, self.kv_len)
+        first = 0 if own else offset  # position of the first query among the rows of the pattern
+        keep = (self.keep if own else self._keep_at(q_len + offset, kv_len)).to(device)
+        query, key = torch.arange(q_len, device=device), torch.arange(kv_len, device=device)
+        mask = keep[:, (query + first) // block_q][:, :, key // block_kv]
+        return mask & (key <= query[:, None] + offset) if self.causal else mask

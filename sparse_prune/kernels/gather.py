@@ -164,7 +164,7 @@ class _Call:
             logits.masked_fill_(~mask, -torch.inf)
         return logits, slope
 
-    def dropout(self, chunk: _Chunk) -> Tensor | None:
+    def dropout(self, chunk: _Chunk, dtype: torch.dtype) -> Tensor | None:
         """Factors on the weights, (tiles, block_q, keys): 0 for dropped ones."""
         if not self.options.dropout_p:
             return None
@@ -172,7 +172,7 @@ class _Call:
         uniform = dropout_uniform(
             self.options.seed, chunk.head[:, None, None], chunk.query[:, :, None], chunk.key[:, None]
         )
-        return (uniform >= self.options.dropout_p) / (1.0 - self.options.dropout_p)
+        return (uniform >= self.options.dropout_p).to(dtype) / (1.0 - self.options.dropout_p)
 
 
 def _to_blocks(x: Tensor, block: int) -> Tensor:
@@ -228,7 +228,7 @@ class _GatheredAttention(torch.autograd.Function):
                 # At least 1, the weight of the maximum, wherever there is a key.
                 total = weights.sum(-1, keepdim=True).clamp_(min=1.0)
                 lse[chunk.q_index] = top + total.log()
-                factor = call.dropout(chunk)
+                factor = call.dropout(chunk, exact)
                 if factor is not None:
                     weights.mul_(factor)
                 part = torch.bmm(weights.to(fast), _pick(v, chunk.kv_index, tiles))
@@ -259,7 +259,7 @@ class _GatheredAttention(torch.autograd.Function):
                 q_part, k_part, g_part = _pick(q, at_q, tiles), _pick(k, at_kv, tiles), _pick(g, at_q, tiles)
                 logits, slope = call.logits(chunk, q_part, k_part)
                 weights = logits.sub_(_pick(lse, at_q, tiles)).exp_()
-                factor = call.dropout(chunk)
+                factor = call.dropout(chunk, exact)
                 dropped = weights if factor is None else weights * factor
                 part = torch.bmm(dropped.to(fast).transpose(1, 2), g_part)
                 grad_v.index_add_(0, at_kv, part.to(exact).view(-1, *v.shape[1:]))

@@ -28,7 +28,7 @@ def tiny_llama(**changes):
 class TinyModule(pl.LightningModule):
     def __init__(self, model=None, log_losses=None):
         super().__init__()
-        self.model = model or tiny_llama()
+        self.model = tiny_llama() if model is None else model
         self.losses = [] if log_losses is None else log_losses
 
     def training_step(self, batch, batch_idx):

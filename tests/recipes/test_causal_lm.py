@@ -17,8 +17,8 @@ from sparse_prune.passkey import passkey_accuracy, passkey_prompt
 def text(tmp_path):
     folder = tmp_path / "text"
     folder.mkdir()
-    for index in range(60):
-        (folder / f"{index}.txt").write_text(f"{index:02d}" * 60)
+    for index in range(90):
+        (folder / f"{index}.txt").write_text(f"{index:02d}" * 40)
     return str(folder)
 
 
