@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test lint
+.PHONY: quickstart test lint types
 
 # The pinned torch first, alone: pip must not pick another build for a later requirement.
 .venv/done: pyproject.toml constraints.txt
@@ -16,10 +16,12 @@ quickstart: .venv/done
 test: .venv/done
 	$(BIN)/python -m pytest
 
-# mypy cannot follow an editable install of mapped packages: it reads an installed copy.
-lint: .venv/done
+lint: .venv/done types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# mypy cannot follow an editable install of mapped packages: it reads an installed copy.
+types: .venv/done
 	rm -rf .typed build
 	$(BIN)/pip install -q --disable-pip-version-check --no-deps --target .typed .
 	cd .typed && ../$(BIN)/mypy --config-file ../pyproject.toml -p sparse_prune
