@@ -32,8 +32,8 @@ class CallShape(NamedTuple):
 class PrunableAttention:
     """A handle on an attention layer; the layer's module stays in place and keeps its parameters.
 
-    dense: the model's own attention. masked: all products, pruned blocks masked. sparse: pruned blocks skipped
-    by `backend`. In every mode a probe may watch training steps.
+    dense: the model's own attention. masked: a pattern that may still move, applied by `masked_backend`. sparse: a
+    frozen pattern, applied by `backend`. In every mode a probe may watch training steps.
     """
 
     name: str
@@ -44,6 +44,8 @@ class PrunableAttention:
     mode: Mode = "dense"
     backend: str = "sdpa"
     """Backend of the sparse mode."""
+    masked_backend: str = "gather"
+    """Backend of the masked mode."""
     probe_block_size: tuple[int, int] | None = None
     """Collect statistics with these blocks; None = do not probe."""
     statistics: BlockStatistics | None = None
@@ -115,9 +117,7 @@ class PrunableAttention:
             return dense()
         if q_len != kv_len:
             return self._attend_cached(query, key, value, options)
-        backend = self.backend if self.mode == "sparse" else "sdpa"
-        if options.softcap is not None and backend == "sdpa":
-            backend = "gather"
+        backend = self.backend if self.mode == "sparse" else self.masked_backend
         return block_sparse_attention(query, key, value, self.pattern_at(q_len, kv_len), options, backend=backend)
 
     def _probe(self, query: Tensor, key: Tensor, options: AttentionOptions, block_size: tuple[int, int]) -> None:
