@@ -137,8 +137,8 @@ class RunReport:
     def _draw(self, path: Path) -> None:
         from matplotlib.figure import Figure
 
-        figure = Figure(figsize=(15, 13), layout="constrained")
-        grid = figure.add_gridspec(3, 2, height_ratios=(1, 1, 2.6))
+        figure = Figure(figsize=(15, 12), layout="constrained")
+        grid = figure.add_gridspec(3, 2, height_ratios=(1, 1, 1.9))
         loss = figure.add_subplot(grid[0, 0], title="Training loss", xlabel="step", ylabel="nats per token")
         if self.dense is not None:
             loss.plot(*_curve(self.dense.records, "loss"), label="dense", color="#9aa3b2")

@@ -246,3 +246,35 @@ def test_schedule_that_outlasts_training_warns(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         trainer(tmp_path, [pruning(end_step=50)], steps=2).fit(TinyModule(), batches())
     assert "no layer will settle" in caplog.text
+
+
+def test_threshold_schedule_prunes_what_scores_below_it(tmp_path):
+    schedule = LinearSchedule(final=0.1, end_step=6)
+    callback = AttentionPruning(
+        threshold=schedule, block_size=8, every_n_steps=1, constraints=Constraints(hysteresis=0.0, sink_blocks=0)
+    )
+    trainer(tmp_path, [callback], steps=8).fit(TinyModule(), batches())
+    assert callback.report.threshold == 0.1
+    for state in callback.pruner.layers.values():
+        scores, keep = state.scores.value(), state.layer.pattern.keep
+        forced = torch.eye(8, dtype=torch.bool)
+        possible = state.layer.pattern.possible
+        assert torch.equal(keep, ((scores >= 0.1) | forced) & possible)
+        assert 0 < state.layer.pattern.sparsity < 1
+
+
+def test_row_mass_keeps_the_share_it_promises(tmp_path):
+    constraints = Constraints(hysteresis=0.0, sink_blocks=0)
+    callback = AttentionPruning(
+        threshold=LinearSchedule(final=0.3, end_step=4),
+        criterion="row_mass",
+        block_size=8,
+        every_n_steps=1,
+        constraints=constraints,
+    )
+    trainer(tmp_path, [callback], steps=6).fit(TinyModule(), batches())
+    for state in callback.pruner.layers.values():
+        scores, keep = state.scores.value(), state.layer.pattern.keep
+        assert ((scores * keep).sum(-1) / scores.sum(-1)).min() >= 0.7
+        assert state.layer.pattern.sparsity > 0.1
+    assert callback.report.mass_kept[state.layer.name] > 0.7
