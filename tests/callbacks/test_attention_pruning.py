@@ -249,17 +249,17 @@ def test_schedule_that_outlasts_training_warns(tmp_path, caplog):
 
 
 def test_threshold_schedule_prunes_what_scores_below_it(tmp_path):
-    schedule = LinearSchedule(final=0.1, end_step=6)
+    schedule = LinearSchedule(final=0.2, end_step=6)
     callback = AttentionPruning(
         threshold=schedule, block_size=8, every_n_steps=1, constraints=Constraints(hysteresis=0.0, sink_blocks=0)
     )
-    trainer(tmp_path, [callback], steps=8).fit(TinyModule(), batches())
-    assert callback.report.threshold == 0.1
+    trainer(tmp_path, [callback, KernelSwap("gather")], steps=8).fit(TinyModule(), batches())
+    assert callback.report.threshold == 0.2
     for state in callback.pruner.layers.values():
         scores, keep = state.scores.value(), state.layer.pattern.keep
         forced = torch.eye(8, dtype=torch.bool)
         possible = state.layer.pattern.possible
-        assert torch.equal(keep, ((scores >= 0.1) | forced) & possible)
+        assert torch.equal(keep, ((scores >= 0.2) | forced) & possible)
         assert 0 < state.layer.pattern.sparsity < 1
 
 
@@ -272,9 +272,9 @@ def test_row_mass_keeps_the_share_it_promises(tmp_path):
         every_n_steps=1,
         constraints=constraints,
     )
-    trainer(tmp_path, [callback], steps=6).fit(TinyModule(), batches())
+    trainer(tmp_path, [callback, KernelSwap("gather")], steps=6).fit(TinyModule(), batches())
     for state in callback.pruner.layers.values():
         scores, keep = state.scores.value(), state.layer.pattern.keep
         assert ((scores * keep).sum(-1) / scores.sum(-1)).min() >= 0.7
-        assert state.layer.pattern.sparsity > 0.1
+        assert state.layer.pattern.sparsity > 0.05
     assert callback.report.mass_kept[state.layer.name] > 0.7
