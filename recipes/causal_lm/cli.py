@@ -42,12 +42,12 @@ class CausalLMCLI(LightningCLI):
             log.warning("The report is written by runs of one process; this one has %d.", self.trainer.world_size)
             return
         folder = Path(self.trainer.log_dir or self.trainer.default_root_dir)
-        loss = _test(self.trainer, self.model, self.datamodule)
+        passkey = _passkey(self.trainer)  # testing empties the metrics
         report = RunReport(
             setup=self._setup(),
-            loss=loss,
+            loss=_test(self.trainer, self.model, self.datamodule),
             records=_callback(self.trainer, RunHistory).records,
-            passkey=_passkey(self.trainer),
+            passkey=passkey,
             dense=self._dense_run(folder) if self.config["fit"]["compare_dense"] else None,
             **self._pruned(),
         )
@@ -94,7 +94,6 @@ class CausalLMCLI(LightningCLI):
 
     def _setup(self) -> dict[str, Any]:
         config = self.config["fit"]
-        names = ("torch", "triton", "pytorch-lightning", "transformers", "sparse_prune")
         return {
             "model": config["model"]["model"],
             "text": config["data"]["text"],
@@ -103,10 +102,18 @@ class CausalLMCLI(LightningCLI):
             "trained parameters": config["model"]["train_only"] or "all",
             "precision": self.trainer.precision,
             "block size": _callback(self.trainer, AttentionPruning).pruner.block_size,
-            "machine": f"{_processor()}, {torch.get_num_threads()} threads"
-            + (f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""),
-            "versions": ", ".join(f"{name} {_version(name)}" for name in names),
+            **describe_machine(),
         }
+
+
+def describe_machine() -> dict[str, str]:
+    """Processor, threads, GPU and versions: what a measurement must name."""
+    names = ("torch", "triton", "pytorch-lightning", "transformers", "sparse_prune")
+    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    return {
+        "machine": f"{_processor()}, {torch.get_num_threads()} threads{gpu}",
+        "versions": ", ".join(f"{name} {_version(name)}" for name in names),
+    }
 
 
 def main(args: list[str] | None = None) -> None:
