@@ -30,8 +30,9 @@ class AttentionPruning(pl.Callback):
         threshold: Schedule of the cut-off on scores, instead of `sparsity`.
         block_size: Tokens per block side, or (query, key).
         every_n_steps: Optimizer steps between decisions.
-        statistic: Score of a block: "mean", "mean_square" or "max" of the mass that rows give it.
-        criterion: "score", or "row_mass" to keep the fewest blocks that hold a share of every row.
+        statistic: Score of a block: "mean", "mean_square" or "max" of the mass that rows give it. "max" spares
+            heads that look up single tokens (docs/score_statistics.md).
+        criterion: "score", or "row_mass" to keep the fewest blocks that hold a share of every row's mean mass.
         decay: Decay of the score average per decision, in [0, 1).
         constraints: What pruning must respect.
         min_delta: Largest change of a pattern that counts as standing still (Jaccard distance).
@@ -48,7 +49,7 @@ class AttentionPruning(pl.Callback):
         threshold: Schedule | None = None,
         block_size: int | tuple[int, int] = 64,
         every_n_steps: int = 10,
-        statistic: Statistic = "mean",
+        statistic: Statistic = "max",
         criterion: Criterion = "score",
         decay: float = 0.9,
         constraints: Constraints | None = None,

@@ -84,7 +84,7 @@ class AttentionPruner:
     """Cut-off on scores: blocks below it go."""
     block_size: int | tuple[int, int] = 64
     """Tokens per block side, or (query, key)."""
-    statistic: Statistic = "mean"
+    statistic: Statistic = "max"
     """Which statistic of row mass is the score."""
     criterion: Criterion = "score"
     """Compare the threshold with scores, or with the share of its row that a block and all weaker ones hold."""
@@ -194,7 +194,7 @@ class AttentionPruner:
             if state.settled_at is not None:
                 scores = pattern.keep.float()  # not looked at: the layer is frozen
             elif self.criterion == "row_mass":
-                scores = row_mass(scores)
+                scores = row_mass(state.mass.value())
             layer = state.layer
             layers.append(LayerScores(layer.name, scores, pattern, layer.num_kv_heads, state.settled_at is not None))
         if self.sparsity is not None:

@@ -251,7 +251,7 @@ def test_schedule_that_outlasts_training_warns(tmp_path, caplog):
 def test_threshold_schedule_prunes_what_scores_below_it(tmp_path):
     schedule = LinearSchedule(final=0.2, end_step=6)
     callback = AttentionPruning(
-        threshold=schedule, block_size=8, every_n_steps=1, constraints=Constraints(hysteresis=0.0, sink_blocks=0)
+        threshold=schedule, statistic="mean", block_size=8, every_n_steps=1, constraints=Constraints(hysteresis=0.0, sink_blocks=0)
     )
     trainer(tmp_path, [callback, KernelSwap("gather")], steps=8).fit(TinyModule(), batches())
     assert callback.report.threshold == 0.2
@@ -274,7 +274,7 @@ def test_row_mass_keeps_the_share_it_promises(tmp_path):
     )
     trainer(tmp_path, [callback, KernelSwap("gather")], steps=6).fit(TinyModule(), batches())
     for state in callback.pruner.layers.values():
-        scores, keep = state.scores.value(), state.layer.pattern.keep
+        scores, keep = state.mass.value(), state.layer.pattern.keep
         assert ((scores * keep).sum(-1) / scores.sum(-1)).min() >= 0.7
         assert state.layer.pattern.sparsity > 0.05
     assert callback.report.mass_kept[state.layer.name] > 0.7

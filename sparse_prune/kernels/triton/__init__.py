@@ -1,0 +1,1 @@
+"""Triton kernels: block-sparse attention forward and backward, and the probe."""

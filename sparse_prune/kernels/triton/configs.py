@@ -1,0 +1,92 @@
+"""Launch configurations: tile sizes, warps and pipeline stages by device, head size and dtype.
+
+The entries are those that compile without register spills (tests/kernels/test_triton_aot.py); they have not been
+tuned on a GPU.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+
+Kernel = Literal["forward", "dq", "dkdv"]
+MIN_TILE = 16
+"""Smallest side of a tensor-core product."""
+
+
+@dataclass(frozen=True)
+class LaunchConfig:
+    """How one kernel is launched."""
+
+    tile: tuple[int, int]
+    """Tokens per tile, (query, key)."""
+    num_warps: int
+    num_stages: int
+
+
+_HALF: dict[tuple[Kernel, int, int], LaunchConfig] = {
+    # (kernel, compute capability, padded head_dim)
+    ("forward", 80, 64): LaunchConfig((128, 64), 4, 3),
+    ("forward", 80, 128): LaunchConfig((128, 64), 8, 3),
+    ("forward", 80, 256): LaunchConfig((64, 32), 8, 2),
+    ("forward", 90, 64): LaunchConfig((128, 64), 4, 3),
+    ("forward", 90, 128): LaunchConfig((128, 64), 8, 3),
+    ("forward", 90, 256): LaunchConfig((64, 64), 8, 2),
+    ("dq", 80, 64): LaunchConfig((128, 64), 8, 2),
+    ("dq", 80, 128): LaunchConfig((128, 32), 8, 2),
+    ("dq", 80, 256): LaunchConfig((32, 32), 8, 2),
+    ("dq", 90, 64): LaunchConfig((128, 64), 8, 3),
+    ("dq", 90, 128): LaunchConfig((128, 64), 8, 2),
+    ("dq", 90, 256): LaunchConfig((64, 32), 8, 2),
+    ("dkdv", 80, 64): LaunchConfig((64, 128), 8, 2),
+    ("dkdv", 80, 128): LaunchConfig((32, 128), 8, 2),
+    ("dkdv", 80, 256): LaunchConfig((32, 32), 8, 1),
+    ("dkdv", 90, 64): LaunchConfig((64, 128), 8, 3),
+    ("dkdv", 90, 128): LaunchConfig((64, 64), 8, 2),
+    ("dkdv", 90, 256): LaunchConfig((32, 64), 8, 2),
+}
+
+
+def padded_head_dim(head_dim: int) -> int:
+    """The power of two, at least 16, that holds a head."""
+    return max(MIN_TILE, 1 << (head_dim - 1).bit_length())
+
+
+def launch_config(
+    kernel: Kernel, capability: int, head_dim: int, dtype: torch.dtype, block_size: tuple[int, int]
+) -> LaunchConfig:
+    """The configuration for one launch.
+
+    Args:
+        kernel: Which kernel.
+        capability: Compute capability, 80 for 8.0; newer ones take the entries of 90, older ones those of 80.
+        head_dim: At most 256.
+        dtype: float16, bfloat16 or float32; float32 needs twice the memory and takes smaller tiles.
+        block_size: The pattern's block; tiles divide it.
+
+    Raises:
+        ValueError: If the head is too large or the block has no power of two of at least 16 as a factor.
+    """
+    if not 1 <= head_dim <= 256:
+        raise ValueError(f"`head_dim` must lie in 1..256 for the Triton backend, got {head_dim}. Use backend='gather'.")
+    width = max(64, padded_head_dim(head_dim))
+    config = _HALF[kernel, 90 if capability >= 90 else 80, width]
+    sides = [_fit(side, block) for side, block in zip(config.tile, block_size, strict=True)]
+    if dtype == torch.float32:
+        sides = [min(side, 32) for side in sides]
+        config = replace(config, num_stages=1)
+    # A tile needs enough rows for its warps.
+    warps = 4 if sides[0] * sides[1] <= 64 * 64 and width < 256 else config.num_warps
+    return LaunchConfig((sides[0], sides[1]), warps, config.num_stages)
+
+
+def _fit(side: int, block: int) -> int:
+    largest = min(side, block & -block)
+    if largest < MIN_TILE:
+        raise ValueError(
+            f"`block_size` must hold the factor {MIN_TILE} for the Triton backend, got {block}. "
+            "Use 64 or 128, or backend='gather'."
+        )
+    return largest

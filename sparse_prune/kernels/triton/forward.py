@@ -1,0 +1,102 @@
+"""The forward kernel: one program per (head, query tile), over the key tiles it keeps."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from sparse_prune.kernels.triton.tiles import LOG2E, cap, dropout_factor, load_tile, visible
+
+
+@triton.jit
+def _visit(
+    acc, top, total, q, begin, end, index, k_base, v_base, query, dims, head, key_mask, attn_mask,
+    stride_kt, stride_kd, stride_vt, stride_vd, stride_mask_q, stride_mask_k,
+    q_len, kv_len, head_dim, scale, softcap, dropout_p, seed,
+    TILE_K: tl.constexpr, CAUSAL: tl.constexpr, HAS_KEY_MASK: tl.constexpr, HAS_ATTN_MASK: tl.constexpr,
+    SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, PADDED: tl.constexpr, ON_EDGE: tl.constexpr,
+):  # fmt: skip
+    """Online softmax over visits begin..end."""
+    in_tile = tl.arange(0, TILE_K)
+    block = tl.load(index + begin)
+    for visit in tl.range(begin, end):
+        # The next index is loaded a turn ahead: loaded in this turn it would cost the pipeline a stage.
+        following = tl.load(index + visit + 1)
+        key = block * TILE_K + in_tile
+        k = load_tile(k_base, key, kv_len, dims, head_dim, stride_kt, stride_kd, PADDED)
+        logits = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+        if SOFTCAP:
+            logits, _ = cap(logits, softcap)
+        logits = logits * LOG2E
+        if ON_EDGE or HAS_KEY_MASK or HAS_ATTN_MASK:
+            seen = visible(
+                query[:, None], key[None, :], q_len, kv_len, key_mask, attn_mask, stride_mask_q, stride_mask_k,
+                CAUSAL, HAS_KEY_MASK, HAS_ATTN_MASK, ON_EDGE,
+            )  # fmt: skip
+            logits = tl.where(seen, logits, float("-inf"))
+        higher = tl.maximum(top, tl.max(logits, 1))
+        # A row that has seen no key yet has the maximum -inf; with a finite one its weights become 0, not NaN.
+        finite = tl.where(higher == float("-inf"), 0.0, higher)
+        weights = tl.exp2(logits - finite[:, None])
+        fade = tl.exp2(top - finite)
+        total = total * fade + tl.sum(weights, 1)
+        if DROPOUT:
+            weights = weights * dropout_factor(seed, head, query[:, None], key[None, :], dropout_p)
+        v = load_tile(v_base, key, kv_len, dims, head_dim, stride_vt, stride_vd, PADDED)
+        acc = acc * fade[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
+        top = higher
+        block = following
+    return acc, top, total
+
+
+@triton.jit(do_not_specialize=["q_len", "kv_len", "seed"])
+def forward_kernel(
+    q, k, v, out, lse, start, full, index, order, key_mask, attn_mask,
+    stride_qb, stride_qh, stride_qt, stride_qd, stride_kb, stride_kh, stride_kt, stride_kd,
+    stride_vb, stride_vh, stride_vt, stride_vd, stride_ob, stride_oh, stride_ot, stride_od,
+    stride_pb, stride_mask_b, stride_mask_h, stride_mask_q, stride_mask_k,
+    heads, group, tiles, q_len, kv_len, head_dim, scale, softcap, dropout_p, seed,
+    TILE_Q: tl.constexpr, TILE_K: tl.constexpr, HEAD: tl.constexpr, CAUSAL: tl.constexpr,
+    HAS_KEY_MASK: tl.constexpr, HAS_ATTN_MASK: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr,
+    PADDED: tl.constexpr,
+):  # fmt: skip
+    """Writes out (batch, heads, q_len, head_dim) and lse, base 2, (batch, heads, q_len); +inf for empty rows."""
+    program = tl.load(order + tl.program_id(0))
+    sample = tl.program_id(1).to(tl.int64)
+    head, tile = program // tiles, program % tiles
+    kv_head = (head // group).to(tl.int64)
+    query = tile * TILE_Q + tl.arange(0, TILE_Q)
+    dims = tl.arange(0, HEAD)
+    q_tile = load_tile(q + sample * stride_qb + head.to(tl.int64) * stride_qh, query, q_len, dims, head_dim,
+                       stride_qt, stride_qd, PADDED)  # fmt: skip
+    k_base, v_base = k + sample * stride_kb + kv_head * stride_kh, v + sample * stride_vb + kv_head * stride_vh
+    mask_base = attn_mask + sample * stride_mask_b + head.to(tl.int64) * stride_mask_h
+    key_mask += sample * stride_pb
+    flat_head = (sample * heads + head).to(tl.int32)
+    begin, end = tl.load(start + program), tl.load(start + program + 1)
+    middle = begin + tl.load(full + program)
+    acc = tl.zeros([TILE_Q, HEAD], tl.float32)
+    top = tl.full([TILE_Q], float("-inf"), tl.float32)
+    total = tl.zeros([TILE_Q], tl.float32)
+    acc, top, total = _visit(
+        acc, top, total, q_tile, begin, middle, index, k_base, v_base, query, dims, flat_head, key_mask, mask_base,
+        stride_kt, stride_kd, stride_vt, stride_vd, stride_mask_q, stride_mask_k,
+        q_len, kv_len, head_dim, scale, softcap, dropout_p, seed,
+        TILE_K, CAUSAL, HAS_KEY_MASK, HAS_ATTN_MASK, SOFTCAP, DROPOUT, PADDED, False,
+    )  # fmt: skip
+    acc, top, total = _visit(
+        acc, top, total, q_tile, middle, end, index, k_base, v_base, query, dims, flat_head, key_mask, mask_base,
+        stride_kt, stride_kd, stride_vt, stride_vd, stride_mask_q, stride_mask_k,
+        q_len, kv_len, head_dim, scale, softcap, dropout_p, seed,
+        TILE_K, CAUSAL, HAS_KEY_MASK, HAS_ATTN_MASK, SOFTCAP, DROPOUT, PADDED, True,
+    )  # fmt: skip
+    empty = total == 0.0
+    acc = acc / tl.where(empty, 1.0, total)[:, None]
+    inside = (query < q_len)[:, None]
+    if PADDED:
+        inside = inside & (dims < head_dim)[None, :]
+    out_base = out + sample * stride_ob + head.to(tl.int64) * stride_oh
+    place = query.to(tl.int64)[:, None] * stride_ot + dims[None, :] * stride_od
+    tl.store(out_base + place, acc.to(out.dtype.element_ty), mask=inside)
+    row_lse = tl.where(empty, float("inf"), top + tl.log2(tl.where(empty, 1.0, total)))
+    tl.store(lse + (sample * heads + head) * q_len + query, row_lse, mask=query < q_len)

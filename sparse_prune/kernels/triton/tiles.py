@@ -1,0 +1,65 @@
+"""What the kernels share: logits of one tile with every mask, and dropout."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+# Logits are kept in units of log2: exp2 is what the hardware has.
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def load_tile(base, tokens, length, dims, head_dim, stride_token, stride_dim, PADDED: tl.constexpr):
+    """(tokens, dims) of a (length, head_dim) matrix; what lies outside is 0."""
+    pointers = base + tokens.to(tl.int64)[:, None] * stride_token + dims[None, :] * stride_dim
+    inside = (tokens < length)[:, None]
+    if PADDED:
+        inside = inside & (dims < head_dim)[None, :]
+    return tl.load(pointers, mask=inside, other=0.0)
+
+
+@triton.jit
+def cap(logits, softcap):
+    """softcap * tanh(logits / softcap), and its slope."""
+    bounded = 2.0 * tl.sigmoid(2.0 * logits / softcap) - 1.0
+    return bounded * softcap, 1.0 - bounded * bounded
+
+
+@triton.jit
+def visible(
+    query,
+    key,
+    q_len,
+    kv_len,
+    key_mask,
+    attn_mask,
+    stride_mask_q,
+    stride_mask_k,
+    CAUSAL: tl.constexpr,
+    HAS_KEY_MASK: tl.constexpr,
+    HAS_ATTN_MASK: tl.constexpr,
+    ON_EDGE: tl.constexpr,
+):
+    """Whether queries may see keys, elementwise. `query` and `key` are positions, broadcast against each other."""
+    inside = (query >= 0) & (key >= 0)
+    if ON_EDGE:
+        inside = inside & (key < kv_len)
+        if CAUSAL:
+            inside = inside & (key <= query + (kv_len - q_len))
+    if HAS_KEY_MASK:
+        inside = inside & (tl.load(key_mask + key, mask=key < kv_len, other=0) != 0)
+    if HAS_ATTN_MASK:
+        place = query.to(tl.int64) * stride_mask_q + key.to(tl.int64) * stride_mask_k
+        inside = inside & (tl.load(attn_mask + place, mask=(query < q_len) & (key < kv_len), other=0) != 0)
+    return inside
+
+
+@triton.jit
+def dropout_factor(seed, head, query, key, dropout_p):
+    """0 for dropped weights, 1 / (1 - p) for the others; the same numbers as `kernels.dropout`."""
+    key, query = tl.broadcast(key, query)
+    head = tl.zeros_like(key) + head
+    bits, _, _, _ = tl.philox(seed, key, query, head, tl.zeros_like(key))
+    uniform = (bits >> 8).to(tl.float32) * (1.0 / 16777216.0)
+    return tl.where(uniform >= dropout_p, 1.0 / (1.0 - dropout_p), 0.0)
