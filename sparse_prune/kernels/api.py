@@ -8,8 +8,17 @@ from sparse_prune.kernels import gather, reference, sdpa
 from sparse_prune.kernels.options import AttentionOptions
 from sparse_prune.pattern import BlockPattern
 
-BACKENDS = {"gather": gather.attend, "reference": reference.attend, "sdpa": sdpa.attend}
-"""Name -> implementation. 'gather' skips pruned blocks; 'reference' and 'sdpa' mask them."""
+
+def _triton(query: Tensor, key: Tensor, value: Tensor, pattern: BlockPattern, options: AttentionOptions) -> Tensor:
+    try:
+        from sparse_prune.kernels.triton.launch import attend
+    except ImportError as error:
+        raise ValueError("`backend='triton'` needs the triton package. Install it, or use 'gather'.") from error
+    return attend(query, key, value, pattern, options)
+
+
+BACKENDS = {"gather": gather.attend, "reference": reference.attend, "sdpa": sdpa.attend, "triton": _triton}
+"""Name -> implementation. 'gather' and 'triton' skip pruned blocks; 'reference' and 'sdpa' mask them."""
 
 
 def block_sparse_attention(

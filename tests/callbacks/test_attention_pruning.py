@@ -251,7 +251,11 @@ def test_schedule_that_outlasts_training_warns(tmp_path, caplog):
 def test_threshold_schedule_prunes_what_scores_below_it(tmp_path):
     schedule = LinearSchedule(final=0.2, end_step=6)
     callback = AttentionPruning(
-        threshold=schedule, statistic="mean", block_size=8, every_n_steps=1, constraints=Constraints(hysteresis=0.0, sink_blocks=0)
+        threshold=schedule,
+        statistic="mean",
+        block_size=8,
+        every_n_steps=1,
+        constraints=Constraints(hysteresis=0.0, sink_blocks=0),
     )
     trainer(tmp_path, [callback, KernelSwap("gather")], steps=8).fit(TinyModule(), batches())
     assert callback.report.threshold == 0.2

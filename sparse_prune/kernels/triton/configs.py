@@ -41,11 +41,11 @@ _HALF: dict[tuple[Kernel, int, int], LaunchConfig] = {
     ("dq", 90, 128): LaunchConfig((128, 64), 8, 2),
     ("dq", 90, 256): LaunchConfig((64, 32), 8, 2),
     ("dkdv", 80, 64): LaunchConfig((64, 128), 8, 2),
-    ("dkdv", 80, 128): LaunchConfig((32, 128), 8, 2),
+    ("dkdv", 80, 128): LaunchConfig((32, 64), 4, 2),
     ("dkdv", 80, 256): LaunchConfig((32, 32), 8, 1),
     ("dkdv", 90, 64): LaunchConfig((64, 128), 8, 3),
     ("dkdv", 90, 128): LaunchConfig((64, 64), 8, 2),
-    ("dkdv", 90, 256): LaunchConfig((32, 64), 8, 2),
+    ("dkdv", 90, 256): LaunchConfig((16, 64), 8, 2),
 }
 
 
@@ -78,7 +78,7 @@ def launch_config(
         sides = [min(side, 32) for side in sides]
         config = replace(config, num_stages=1)
     # A tile needs enough rows for its warps.
-    warps = 4 if sides[0] * sides[1] <= 64 * 64 and width < 256 else config.num_warps
+    warps = 4 if max(sides) <= 64 and width < 256 else config.num_warps
     return LaunchConfig((sides[0], sides[1]), warps, config.num_stages)
 
 

@@ -1,0 +1,194 @@
+"""The backward kernels: query gradients over rows of the pattern, key and value gradients over its columns.
+
+Both recompute the weights from the log-sum-exp; neither needs atomics, so the same input gives the same bits.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from sparse_prune.kernels.triton.tiles import LOG2E, cap, dropout_factor, load_tile, visible
+
+
+@triton.jit
+def _gradients(
+    logits, weight_grad, lse, delta, query, key, head, key_mask, attn_mask, stride_mask_q, stride_mask_k,
+    q_len, kv_len, softcap, dropout_p, seed, CAUSAL: tl.constexpr, HAS_KEY_MASK: tl.constexpr,
+    HAS_ATTN_MASK: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, ON_EDGE: tl.constexpr,
+):  # fmt: skip
+    """Weights as the forward pass used them, and the gradient of the scaled products, of the shape of `logits`."""
+    slope = 1.0
+    if SOFTCAP:
+        logits, slope = cap(logits, softcap)
+    weights = tl.exp2(logits * LOG2E - lse)
+    if ON_EDGE or HAS_KEY_MASK or HAS_ATTN_MASK:
+        seen = visible(
+            query, key, q_len, kv_len, key_mask, attn_mask, stride_mask_q, stride_mask_k,
+            CAUSAL, HAS_KEY_MASK, HAS_ATTN_MASK, ON_EDGE,
+        )  # fmt: skip
+        weights = tl.where(seen, weights, 0.0)
+    used = weights
+    if DROPOUT:
+        factor = dropout_factor(seed, head, query, key, dropout_p)
+        used = weights * factor
+        weight_grad = weight_grad * factor
+    return used, weights * (weight_grad - delta) * slope
+
+
+@triton.jit
+def _visit_keys(
+    grad, q, g, lse, delta, begin, end, index, k_base, v_base, query, dims, head, key_mask, attn_mask,
+    stride_kt, stride_kd, stride_vt, stride_vd, stride_mask_q, stride_mask_k,
+    q_len, kv_len, head_dim, scale, softcap, dropout_p, seed,
+    TILE_K: tl.constexpr, CAUSAL: tl.constexpr, HAS_KEY_MASK: tl.constexpr, HAS_ATTN_MASK: tl.constexpr,
+    SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, PADDED: tl.constexpr, ON_EDGE: tl.constexpr,
+):  # fmt: skip
+    in_tile = tl.arange(0, TILE_K)
+    block = tl.load(index + begin)
+    for visit in tl.range(begin, end):
+        following = tl.load(index + visit + 1)
+        key = block * TILE_K + in_tile
+        k = load_tile(k_base, key, kv_len, dims, head_dim, stride_kt, stride_kd, PADDED)
+        v = load_tile(v_base, key, kv_len, dims, head_dim, stride_vt, stride_vd, PADDED)
+        logits = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+        weight_grad = tl.dot(g, tl.trans(v), input_precision="ieee")
+        _, logit_grad = _gradients(
+            logits, weight_grad, lse[:, None], delta[:, None], query[:, None], key[None, :], head, key_mask, attn_mask,
+            stride_mask_q, stride_mask_k, q_len, kv_len, softcap, dropout_p, seed,
+            CAUSAL, HAS_KEY_MASK, HAS_ATTN_MASK, SOFTCAP, DROPOUT, ON_EDGE,
+        )  # fmt: skip
+        grad += tl.dot(logit_grad.to(k.dtype), k, input_precision="ieee")
+        block = following
+    return grad
+
+
+@triton.jit(do_not_specialize=["q_len", "kv_len", "seed"])
+def dq_kernel(
+    q, k, v, grad_out, lse, delta, grad_q, start, full, index, order, key_mask, attn_mask,
+    stride_qb, stride_qh, stride_qt, stride_qd, stride_kb, stride_kh, stride_kt, stride_kd,
+    stride_vb, stride_vh, stride_vt, stride_vd, stride_gb, stride_gh, stride_gt, stride_gd,
+    stride_pb, stride_mask_b, stride_mask_h, stride_mask_q, stride_mask_k,
+    heads, group, tiles, q_len, kv_len, head_dim, scale, softcap, dropout_p, seed,
+    TILE_Q: tl.constexpr, TILE_K: tl.constexpr, HEAD: tl.constexpr, CAUSAL: tl.constexpr,
+    HAS_KEY_MASK: tl.constexpr, HAS_ATTN_MASK: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr,
+    PADDED: tl.constexpr,
+):  # fmt: skip
+    """Writes grad_q, contiguous (batch, heads, q_len, head_dim)."""
+    program = tl.load(order + tl.program_id(0))
+    sample = tl.program_id(1).to(tl.int64)
+    head, tile = program // tiles, program % tiles
+    kv_head = (head // group).to(tl.int64)
+    flat_head = sample * heads + head
+    query = tile * TILE_Q + tl.arange(0, TILE_Q)
+    dims = tl.arange(0, HEAD)
+    q_tile = load_tile(q + sample * stride_qb + head.to(tl.int64) * stride_qh, query, q_len, dims, head_dim,
+                       stride_qt, stride_qd, PADDED)  # fmt: skip
+    g_tile = load_tile(grad_out + sample * stride_gb + head.to(tl.int64) * stride_gh, query, q_len, dims, head_dim,
+                       stride_gt, stride_gd, PADDED)  # fmt: skip
+    # Queries past the end have no weights: exp2(x - inf) = 0.
+    row_lse = tl.load(lse + flat_head * q_len + query, mask=query < q_len, other=float("inf"))
+    row_delta = tl.load(delta + flat_head * q_len + query, mask=query < q_len, other=0.0)
+    k_base, v_base = k + sample * stride_kb + kv_head * stride_kh, v + sample * stride_vb + kv_head * stride_vh
+    mask_base = attn_mask + sample * stride_mask_b + head.to(tl.int64) * stride_mask_h
+    key_mask += sample * stride_pb
+    begin, end = tl.load(start + program), tl.load(start + program + 1)
+    middle = begin + tl.load(full + program)
+    grad = tl.zeros([TILE_Q, HEAD], tl.float32)
+    grad = _visit_keys(
+        grad, q_tile, g_tile, row_lse, row_delta, begin, middle, index, k_base, v_base, query, dims,
+        flat_head.to(tl.int32), key_mask, mask_base, stride_kt, stride_kd, stride_vt, stride_vd,
+        stride_mask_q, stride_mask_k, q_len, kv_len, head_dim, scale, softcap, dropout_p, seed,
+        TILE_K, CAUSAL, HAS_KEY_MASK, HAS_ATTN_MASK, SOFTCAP, DROPOUT, PADDED, False,
+    )  # fmt: skip
+    grad = _visit_keys(
+        grad, q_tile, g_tile, row_lse, row_delta, middle, end, index, k_base, v_base, query, dims,
+        flat_head.to(tl.int32), key_mask, mask_base, stride_kt, stride_kd, stride_vt, stride_vd,
+        stride_mask_q, stride_mask_k, q_len, kv_len, head_dim, scale, softcap, dropout_p, seed,
+        TILE_K, CAUSAL, HAS_KEY_MASK, HAS_ATTN_MASK, SOFTCAP, DROPOUT, PADDED, True,
+    )  # fmt: skip
+    place = (flat_head * q_len + query)[:, None] * head_dim + dims[None, :]
+    inside = (query < q_len)[:, None] & (dims < head_dim)[None, :]
+    tl.store(grad_q + place, (grad * scale).to(grad_q.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _visit_queries(
+    grad_k, grad_v, k, v, begin, end, index, q_base, g_base, lse, delta, key, dims, head, key_mask, attn_mask,
+    stride_qt, stride_qd, stride_gt, stride_gd, stride_mask_q, stride_mask_k,
+    q_len, kv_len, head_dim, scale, softcap, dropout_p, seed,
+    TILE_Q: tl.constexpr, CAUSAL: tl.constexpr, HAS_KEY_MASK: tl.constexpr, HAS_ATTN_MASK: tl.constexpr,
+    SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, PADDED: tl.constexpr, ON_EDGE: tl.constexpr,
+):  # fmt: skip
+    in_tile = tl.arange(0, TILE_Q)
+    block = tl.load(index + begin)
+    for visit in tl.range(begin, end):
+        following = tl.load(index + visit + 1)
+        query = block * TILE_Q + in_tile
+        q = load_tile(q_base, query, q_len, dims, head_dim, stride_qt, stride_qd, PADDED)
+        g = load_tile(g_base, query, q_len, dims, head_dim, stride_gt, stride_gd, PADDED)
+        row_lse = tl.load(lse + query, mask=query < q_len, other=float("inf"))
+        row_delta = tl.load(delta + query, mask=query < q_len, other=0.0)
+        # Keys by queries: both products below then need no transposed weights.
+        logits = tl.dot(k, tl.trans(q), input_precision="ieee") * scale
+        weight_grad = tl.dot(v, tl.trans(g), input_precision="ieee")
+        used, logit_grad = _gradients(
+            logits, weight_grad, row_lse[None, :], row_delta[None, :], query[None, :], key[:, None], head, key_mask,
+            attn_mask, stride_mask_q, stride_mask_k, q_len, kv_len, softcap, dropout_p, seed,
+            CAUSAL, HAS_KEY_MASK, HAS_ATTN_MASK, SOFTCAP, DROPOUT, ON_EDGE,
+        )  # fmt: skip
+        grad_v += tl.dot(used.to(g.dtype), g, input_precision="ieee")
+        grad_k += tl.dot(logit_grad.to(q.dtype), q, input_precision="ieee")
+        block = following
+    return grad_k, grad_v
+
+
+@triton.jit(do_not_specialize=["q_len", "kv_len", "seed"])
+def dkdv_kernel(
+    q, k, v, grad_out, lse, delta, grad_k, grad_v, start, full, index, order, key_mask, attn_mask,
+    stride_qb, stride_qh, stride_qt, stride_qd, stride_kb, stride_kh, stride_kt, stride_kd,
+    stride_vb, stride_vh, stride_vt, stride_vd, stride_gb, stride_gh, stride_gt, stride_gd,
+    stride_pb, stride_mask_b, stride_mask_h, stride_mask_q, stride_mask_k,
+    heads, group, tiles, q_len, kv_len, head_dim, scale, softcap, dropout_p, seed,
+    TILE_Q: tl.constexpr, TILE_K: tl.constexpr, HEAD: tl.constexpr, CAUSAL: tl.constexpr,
+    HAS_KEY_MASK: tl.constexpr, HAS_ATTN_MASK: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr,
+    PADDED: tl.constexpr,
+):  # fmt: skip
+    """Writes grad_k and grad_v per query head, contiguous (batch, heads, kv_len, head_dim)."""
+    program = tl.load(order + tl.program_id(0))
+    sample = tl.program_id(1).to(tl.int64)
+    head, tile = program // tiles, program % tiles
+    kv_head = (head // group).to(tl.int64)
+    flat_head = sample * heads + head
+    key = tile * TILE_K + tl.arange(0, TILE_K)
+    dims = tl.arange(0, HEAD)
+    k_tile = load_tile(k + sample * stride_kb + kv_head * stride_kh, key, kv_len, dims, head_dim,
+                       stride_kt, stride_kd, PADDED)  # fmt: skip
+    v_tile = load_tile(v + sample * stride_vb + kv_head * stride_vh, key, kv_len, dims, head_dim,
+                       stride_vt, stride_vd, PADDED)  # fmt: skip
+    q_base = q + sample * stride_qb + head.to(tl.int64) * stride_qh
+    g_base = grad_out + sample * stride_gb + head.to(tl.int64) * stride_gh
+    lse += flat_head * q_len
+    delta += flat_head * q_len
+    mask_base = attn_mask + sample * stride_mask_b + head.to(tl.int64) * stride_mask_h
+    key_mask += sample * stride_pb
+    begin, end = tl.load(start + program), tl.load(start + program + 1)
+    middle = begin + tl.load(full + program)
+    dk = tl.zeros([TILE_K, HEAD], tl.float32)
+    dv = tl.zeros([TILE_K, HEAD], tl.float32)
+    dk, dv = _visit_queries(
+        dk, dv, k_tile, v_tile, begin, middle, index, q_base, g_base, lse, delta, key, dims, flat_head.to(tl.int32),
+        key_mask, mask_base, stride_qt, stride_qd, stride_gt, stride_gd, stride_mask_q, stride_mask_k,
+        q_len, kv_len, head_dim, scale, softcap, dropout_p, seed,
+        TILE_Q, CAUSAL, HAS_KEY_MASK, HAS_ATTN_MASK, SOFTCAP, DROPOUT, PADDED, False,
+    )  # fmt: skip
+    dk, dv = _visit_queries(
+        dk, dv, k_tile, v_tile, middle, end, index, q_base, g_base, lse, delta, key, dims, flat_head.to(tl.int32),
+        key_mask, mask_base, stride_qt, stride_qd, stride_gt, stride_gd, stride_mask_q, stride_mask_k,
+        q_len, kv_len, head_dim, scale, softcap, dropout_p, seed,
+        TILE_Q, CAUSAL, HAS_KEY_MASK, HAS_ATTN_MASK, SOFTCAP, DROPOUT, PADDED, True,
+    )  # fmt: skip
+    place = (flat_head * kv_len + key)[:, None] * head_dim + dims[None, :]
+    inside = (key < kv_len)[:, None] & (dims < head_dim)[None, :]
+    tl.store(grad_k + place, (dk * scale).to(grad_k.dtype.element_ty), mask=inside)
+    tl.store(grad_v + place, dv.to(grad_v.dtype.element_ty), mask=inside)

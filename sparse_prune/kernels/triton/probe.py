@@ -1,0 +1,82 @@
+"""The probe kernel: row-mass statistics of dense attention per block, nothing of it materialised."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from sparse_prune.kernels.triton.tiles import LOG2E, cap, load_tile, visible
+
+
+@triton.jit(do_not_specialize=["q_len", "kv_len"])
+def probe_kernel(
+    q, k, sums, key_mask, attn_mask,
+    stride_qb, stride_qh, stride_qt, stride_qd, stride_kb, stride_kh, stride_kt, stride_kd,
+    stride_pb, stride_mask_b, stride_mask_h, stride_mask_q, stride_mask_k,
+    heads, group, blocks_q, blocks_k, q_len, kv_len, head_dim, scale, softcap,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, HEAD: tl.constexpr, CAUSAL: tl.constexpr,
+    HAS_KEY_MASK: tl.constexpr, HAS_ATTN_MASK: tl.constexpr, SOFTCAP: tl.constexpr, PADDED: tl.constexpr,
+):  # fmt: skip
+    """Writes sums (3, batch, heads, blocks_q, blocks_k): mass, squared mass, largest mass over the block's rows.
+
+    One program per (block of queries, head, sample): a first pass finds the log-sum-exp of its rows, a second the
+    mass of each block.
+    """
+    # The last rows of a causal pattern see the most: they start first.
+    row = blocks_q - 1 - tl.program_id(0)
+    head, sample = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    query = row * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    dims, in_block = tl.arange(0, HEAD), tl.arange(0, BLOCK_K)
+    q_tile = load_tile(q + sample * stride_qb + head.to(tl.int64) * stride_qh, query, q_len, dims, head_dim,
+                       stride_qt, stride_qd, PADDED)  # fmt: skip
+    k_base = k + sample * stride_kb + (head // group).to(tl.int64) * stride_kh
+    attn_mask += sample * stride_mask_b + head.to(tl.int64) * stride_mask_h
+    key_mask += sample * stride_pb
+    count = blocks_k
+    if CAUSAL:
+        last = tl.minimum((row + 1) * BLOCK_Q, q_len) + kv_len - q_len
+        count = tl.minimum(tl.maximum(tl.cdiv(last, BLOCK_K), 0), blocks_k)
+    top = tl.full([BLOCK_Q], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_Q], tl.float32)
+    for block in tl.range(0, count):
+        key = block * BLOCK_K + in_block
+        logits = _logits(
+            q_tile, k_base, query, key, dims, key_mask, attn_mask, stride_kt, stride_kd, stride_mask_q, stride_mask_k,
+            q_len, kv_len, head_dim, scale, softcap, CAUSAL, HAS_KEY_MASK, HAS_ATTN_MASK, SOFTCAP, PADDED,
+        )  # fmt: skip
+        higher = tl.maximum(top, tl.max(logits, 1))
+        finite = tl.where(higher == float("-inf"), 0.0, higher)
+        total = total * tl.exp2(top - finite) + tl.sum(tl.exp2(logits - finite[:, None]), 1)
+        top = higher
+    empty = (total == 0.0) | (query >= q_len)
+    lse = tl.where(empty, float("inf"), top + tl.log2(tl.where(empty, 1.0, total)))
+    plane = tl.num_programs(2).to(tl.int64) * heads * blocks_q * blocks_k
+    place = ((sample * heads + head) * blocks_q + row) * blocks_k
+    for block in tl.range(0, count):
+        key = block * BLOCK_K + in_block
+        logits = _logits(
+            q_tile, k_base, query, key, dims, key_mask, attn_mask, stride_kt, stride_kd, stride_mask_q, stride_mask_k,
+            q_len, kv_len, head_dim, scale, softcap, CAUSAL, HAS_KEY_MASK, HAS_ATTN_MASK, SOFTCAP, PADDED,
+        )  # fmt: skip
+        mass = tl.sum(tl.exp2(logits - lse[:, None]), 1)
+        tl.store(sums + place + block, tl.sum(mass, 0))
+        tl.store(sums + plane + place + block, tl.sum(mass * mass, 0))
+        tl.store(sums + 2 * plane + place + block, tl.max(mass, 0))
+
+
+@triton.jit
+def _logits(
+    q, k_base, query, key, dims, key_mask, attn_mask, stride_kt, stride_kd, stride_mask_q, stride_mask_k,
+    q_len, kv_len, head_dim, scale, softcap, CAUSAL: tl.constexpr, HAS_KEY_MASK: tl.constexpr,
+    HAS_ATTN_MASK: tl.constexpr, SOFTCAP: tl.constexpr, PADDED: tl.constexpr,
+):  # fmt: skip
+    """Masked logits of one block in units of log2."""
+    k = load_tile(k_base, key, kv_len, dims, head_dim, stride_kt, stride_kd, PADDED)
+    logits = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+    if SOFTCAP:
+        logits, _ = cap(logits, softcap)
+    seen = visible(
+        query[:, None], key[None, :], q_len, kv_len, key_mask, attn_mask, stride_mask_q, stride_mask_k,
+        CAUSAL, HAS_KEY_MASK, HAS_ATTN_MASK, True,
+    )  # fmt: skip
+    return tl.where(seen, logits * LOG2E, float("-inf"))

@@ -1,0 +1,228 @@
+"""The Triton kernels against the reference: in the interpreter here, compiled where there is a GPU."""
+
+import pytest
+import torch
+from cases import inputs, random_pattern, run
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sparse_prune import BlockPattern
+from sparse_prune.kernels import AttentionOptions, block_sparse_attention
+from sparse_prune.scores import probe_blocks
+
+pytest.importorskip("triton")
+from sparse_prune.kernels.triton.launch import probe  # noqa: E402
+from sparse_prune.kernels.triton.tables import index_tables  # noqa: E402
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def on_device(tensors, dtype):
+    return tuple(t.detach().to(DEVICE, dtype).requires_grad_() for t in tensors)
+
+
+def assert_close_to_reference(tensors, pattern, options=None, dtype=torch.float32):
+    """Judged by the float64 reference on the same rounded inputs, with eager's own error as the measure."""
+    low = on_device(tensors, dtype)
+    exact = tuple(t.detach().double().requires_grad_() for t in low)
+    truth = run(exact, pattern, options, "reference")
+    eager, found = run(low, pattern, options, "reference"), run(low, pattern, options, "triton")
+    for t, e, f in zip(truth, eager, found, strict=True):
+        assert f.dtype == dtype
+        assert f.shape == t.shape
+        allowed = 3.0 * (e.double() - t).abs().max() + 4 * torch.finfo(dtype).eps * t.abs().max().clamp(min=1.0)
+        assert (f.double() - t).abs().max() <= allowed
+
+
+@pytest.fixture(autouse=True)
+def poisoned(monkeypatch):
+    """What a kernel does not write is NaN."""
+    empty, empty_like = torch.empty, torch.empty_like
+
+    def fill(tensor):
+        return tensor.fill_(torch.nan) if tensor.is_floating_point() else tensor
+
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: fill(empty(*a, **k)))
+    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: fill(empty_like(*a, **k)))
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("block", [16, (32, 16), (16, 32)])
+@pytest.mark.parametrize("length", [1, 48, 53])
+def test_output_and_gradients(causal, block, length):
+    pattern = random_pattern(4, length, length, block, causal, 0.6)
+    assert_close_to_reference(inputs(batch=1, q_len=length, kv_len=length, dim=16), pattern)
+
+
+@pytest.mark.parametrize("dim", [16, 24, 64, 80, 128, 256])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_head_sizes(dim, dtype):
+    tensors = inputs(batch=1, heads=2, kv_heads=1, q_len=70, kv_len=70, dim=dim)
+    assert_close_to_reference(tensors, random_pattern(2, 70, 70, 32, True, 0.6), dtype=dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="the interpreter multiplies bfloat16 as integers")
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("block", [64, 128])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_on_a_gpu(dim, block, dtype):
+    tensors = inputs(batch=2, heads=8, kv_heads=2, q_len=1000, kv_len=1000, dim=dim)
+    assert_close_to_reference(tensors, random_pattern(8, 1000, 1000, block, True, 0.3), dtype=dtype)
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_every_group_size(kv_heads):
+    assert_close_to_reference(inputs(kv_heads=kv_heads, dim=16), random_pattern(4, 37, 37, 16, True))
+
+
+def test_fewer_queries_than_keys():
+    assert_close_to_reference(inputs(q_len=21, kv_len=53, dim=16), random_pattern(4, 21, 53, 16, True))
+
+
+def _mask():
+    return (torch.rand(2, 1, 37, 37, generator=torch.Generator().manual_seed(3)) < 0.6).to(DEVICE)
+
+
+def _documents():
+    """Packed sequences: two documents in each sample, which do not see each other."""
+    which = torch.arange(37) >= torch.tensor([[20], [5]])
+    return (which[:, None, :, None] == which[:, None, None, :]).to(DEVICE)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        AttentionOptions(key_mask=(torch.arange(37) < torch.tensor([[20], [37]])).to(DEVICE)),
+        AttentionOptions(key_mask=(torch.arange(37) >= torch.tensor([[19], [0]])).to(DEVICE)),
+        AttentionOptions(attn_mask=_mask()),
+        AttentionOptions(attn_mask=_documents()),
+        AttentionOptions(softcap=1.5),
+        AttentionOptions(scale=0.7),
+        AttentionOptions(dropout_p=0.3, seed=5),
+        AttentionOptions(dropout_p=0.3, seed=2**40, softcap=2.0, attn_mask=_mask(), scale=0.5),
+    ],
+    ids=["right padding", "left padding", "mask", "documents", "softcap", "scale", "dropout", "all"],
+)
+@pytest.mark.parametrize("causal", [True, False])
+def test_options(options, causal):
+    assert_close_to_reference(inputs(dim=16), random_pattern(4, 37, 37, 16, causal, 0.7), options)
+
+
+def test_empty_rows_give_zeros_and_zero_gradients():
+    pattern = BlockPattern(torch.zeros(4, 3, 3, dtype=torch.bool), (16, 16), True, 37, 37)
+    for tensor in run(on_device(inputs(dim=16), torch.float32), pattern, None, "triton"):
+        assert tensor.abs().max() == 0
+
+
+def test_pruned_blocks_are_never_read():
+    pattern = random_pattern(4, 48, 48, 16, True)
+    keep = pattern.keep.clone()
+    keep[:, :, 1] = False
+    query, key, value = on_device(inputs(q_len=48, kv_len=48, dim=16), torch.float32)
+    with torch.no_grad():
+        key[:, :, 16:32] = torch.nan
+        value[:, :, 16:32] = torch.nan
+    for tensor in run((query, key, value), BlockPattern(keep, (16, 16), True, 48, 48), None, "triton"):
+        assert torch.isfinite(tensor).all()
+
+
+def test_same_input_same_bits_and_strides_do_not_matter():
+    tensors = on_device(inputs(dim=16), torch.float32)
+    pattern = random_pattern(4, 37, 37, 16, True)
+    one, two = (run(tensors, pattern, None, "triton") for _ in range(2))
+    turned = tuple(t.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for t in tensors)
+    three = run(turned, pattern, None, "triton")
+    for a, b, c in zip(one, two, three, strict=True):
+        assert torch.equal(a, b)
+        assert torch.equal(a, c)
+
+
+@given(
+    st.integers(1, 50),
+    st.integers(0, 20),
+    st.sampled_from([16, (16, 32), (32, 16)]),
+    st.booleans(),
+    st.floats(0, 1),
+    st.integers(0, 99),
+)
+@settings(deadline=None, max_examples=25)
+def test_any_pattern(q_len, extra, block, causal, density, seed):
+    pattern = random_pattern(2, q_len, q_len + extra, block, causal, density, seed)
+    tensors = inputs(batch=1, heads=2, kv_heads=1, q_len=q_len, kv_len=q_len + extra, dim=16, seed=seed)
+    assert_close_to_reference(tensors, pattern)
+
+
+@given(st.integers(1, 90), st.sampled_from([(16, 16), (32, 16), (16, 32)]), st.booleans(), st.integers(0, 99))
+@settings(deadline=None, max_examples=20)
+def test_tables_hold_the_pattern_both_ways(length, tile, causal, seed):
+    pattern = random_pattern(3, length, length, 32, causal, 0.5, seed)
+    tables = index_tables(pattern, tile, torch.device("cpu"))
+    mask = pattern.token_mask(length, length)
+    for visits, turned in ((tables.rows, False), (tables.cols, True)):
+        rebuilt = torch.zeros_like(mask)
+        programs = visits.order.numel()
+        assert sorted(visits.order.tolist()) == list(range(programs))
+        counts = visits.start.diff()
+        assert (counts[visits.order.long()].diff() <= 0).all()
+        for program in range(programs):
+            head, outer = divmod(program, programs // 3)
+            start, stop = visits.start[program : program + 2].tolist()
+            for place, inner in enumerate(visits.index[start:stop].tolist()):
+                row, col = (inner, outer) if turned else (outer, inner)
+                part = (head, slice(row * tile[0], (row + 1) * tile[0]), slice(col * tile[1], (col + 1) * tile[1]))
+                rebuilt[part] = True
+                if place < visits.full[program]:
+                    assert mask[part].all()
+                    assert (col + 1) * tile[1] <= length
+        assert torch.equal(rebuilt & mask, mask)
+        visited = mask & rebuilt
+        assert visited.sum() == mask.sum()
+    assert tables.rows.index.numel() == tables.cols.index.numel()
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"softcap": 1.5},
+        {"key_mask": (torch.arange(37) < torch.tensor([[20], [37]])).to(DEVICE)},
+        {"attn_mask": _mask()},
+    ],
+    ids=["plain", "softcap", "padding", "mask"],
+)
+def test_probe_equals_the_probe_in_torch(causal, options):
+    query, key, _ = on_device(inputs(dim=24), torch.float32)
+    found = probe(query, key, (16, 16), causal=causal, **options)
+    wanted = probe_blocks(query, key, (16, 16), causal=causal, **options)
+    torch.testing.assert_close(found.sums, wanted.sums, atol=1e-4, rtol=1e-4)
+    assert torch.equal(found.counts, wanted.counts)
+
+
+def test_probe_refuses_nan():
+    query, key, _ = on_device(inputs(dim=16), torch.float32)
+    with pytest.raises(ValueError, match="finite"):
+        probe(query * torch.nan, key, (16, 16), causal=True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"block": 8}, "factor 16"),
+        ({"dim": 300}, "head_dim"),
+        ({"dtype": torch.float64}, "float64"),
+    ],
+)
+def test_unsupported_input_names_limit_and_remedy(changes, message):
+    tensors = on_device(inputs(dim=changes.get("dim", 16)), changes.get("dtype", torch.float32))
+    pattern = random_pattern(4, 37, 37, changes.get("block", 16), True)
+    with pytest.raises(ValueError, match=f"{message}.*gather|gather.*{message}"):
+        block_sparse_attention(*tensors, pattern, backend="triton")
+
+
+def test_cpu_tensors_need_the_interpreter(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    tensors = tuple(t.detach().float() for t in inputs(dim=16))
+    with pytest.raises(ValueError, match="CUDA.*gather"):
+        block_sparse_attention(*tensors, random_pattern(4, 37, 37, 16, True), backend="triton")
