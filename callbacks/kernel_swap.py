@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import pytorch_lightning as pl
+import torch
 from typing_extensions import override
 
 from sparse_prune.attention.layer import CallShape, PrunableAttention
 from sparse_prune.attention.measure import time_dense, time_sparse
-from sparse_prune.kernels import BACKENDS
+from sparse_prune.kernels import BACKENDS, skipping_backends
 
 if TYPE_CHECKING:
     from sparse_prune.callbacks.attention_pruning import AttentionPruning
@@ -39,8 +41,9 @@ class KernelSwap(pl.Callback):
     """Swaps settled layers to a block-sparse backend.
 
     Args:
-        backend: "auto" measures dense against sparse attention on the layer's own shapes, forward and backward,
-            and gives a layer that gains nothing its connections back. A backend's name takes it unmeasured.
+        backend: "auto" measures dense attention against every backend that skips blocks on the layer's own shapes,
+            forward and backward, and gives a layer that gains nothing its connections back. A backend's name
+            takes that one unmeasured.
 
     Raises:
         ValueError: If there is no such backend.
@@ -88,8 +91,8 @@ class KernelSwap(pl.Callback):
             key = (layer.last_shape, layer.num_heads, layer.num_kv_heads)
             if key not in dense_times:
                 dense_times[key] = time_dense(layer)
-            dense, sparse = dense_times[key], time_sparse(layer, "gather")
-            winner = "gather" if sparse < dense else "dense"
+            dense, (backend, sparse) = dense_times[key], _fastest(layer, layer.last_shape.device)
+            winner = backend if sparse < dense else "dense"
             events.append(SwapEvent(step, layer.name, winner, sparsity, dense, sparse))
         return events
 
@@ -100,6 +103,17 @@ class KernelSwap(pl.Callback):
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.events = [SwapEvent(**event) for event in state_dict["events"]]
+
+
+def _fastest(layer: PrunableAttention, device: torch.device) -> tuple[str, float]:
+    """The fastest backend that takes the layer's shapes and blocks, and its milliseconds; infinity if none does."""
+    times = {"gather": math.inf}
+    for backend in skipping_backends(device):
+        try:
+            times[backend] = time_sparse(layer, backend)
+        except ValueError as error:  # what a backend refuses it refuses before it runs
+            log.info("%s: not measured with %s: %s", layer.name, backend, error)
+    return min(times.items(), key=lambda item: item[1])
 
 
 def find_pruning(trainer: pl.Trainer) -> AttentionPruning:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from sparse_prune.kernels import gather, reference, sdpa
@@ -19,6 +20,11 @@ def _triton(query: Tensor, key: Tensor, value: Tensor, pattern: BlockPattern, op
 
 BACKENDS = {"gather": gather.attend, "reference": reference.attend, "sdpa": sdpa.attend, "triton": _triton}
 """Name -> implementation. 'gather' and 'triton' skip pruned blocks; 'reference' and 'sdpa' mask them."""
+
+
+def skipping_backends(device: torch.device) -> tuple[str, ...]:
+    """Backends that skip pruned blocks on a device, for a measurement to choose from."""
+    return ("triton", "gather") if device.type == "cuda" else ("gather",)
 
 
 def block_sparse_attention(

@@ -1,9 +1,10 @@
 import logging
+import math
 
 import pytest
 import torch
 from pytorch_lightning.callbacks import Callback, ModelCheckpoint
-from sparse_prune.callbacks import AttentionPruning, KernelSwap, SparsityLogger
+from sparse_prune.callbacks import AttentionPruning, KernelSwap, SparsityLogger, kernel_swap
 from tiny import LENGTH, TinyModule, batches, pruning, tiny_llama, trainer
 from torch.utils.data import DataLoader
 
@@ -282,3 +283,30 @@ def test_row_mass_keeps_the_share_it_promises(tmp_path):
         assert ((scores * keep).sum(-1) / scores.sum(-1)).min() >= 0.7
         assert state.layer.pattern.sparsity > 0.05
     assert callback.report.mass_kept[state.layer.name] > 0.7
+
+
+def _settled_layer(tmp_path):
+    callback = pruning()
+    trainer(tmp_path, [callback, KernelSwap("gather")]).fit(TinyModule(), batches())
+    return next(iter(callback.pruner.layers.values())).layer
+
+
+def test_swap_takes_the_fastest_backend(tmp_path, monkeypatch):
+    layer, times = _settled_layer(tmp_path), {"triton": 1.0, "gather": 2.0}
+    monkeypatch.setattr(kernel_swap, "skipping_backends", lambda device: tuple(times))
+    monkeypatch.setattr(kernel_swap, "time_sparse", lambda layer, backend: times[backend])
+    monkeypatch.setattr(kernel_swap, "time_dense", lambda layer: 1.5)
+    (event,) = KernelSwap()._decide([layer], 7)
+    assert (event.backend, event.sparse_ms, event.dense_ms) == ("triton", 1.0, 1.5)
+    monkeypatch.setattr(kernel_swap, "time_dense", lambda layer: 0.5)
+    assert KernelSwap()._decide([layer], 7)[0].backend == "dense"
+
+
+def test_swap_passes_over_a_backend_that_refuses(tmp_path, monkeypatch, caplog):
+    layer = _settled_layer(tmp_path)
+    monkeypatch.setattr(kernel_swap, "skipping_backends", lambda device: ("triton", "gather"))
+    monkeypatch.setattr(kernel_swap, "time_dense", lambda layer: math.inf)
+    with caplog.at_level(logging.INFO):
+        (event,) = KernelSwap()._decide([layer], 7)
+    assert event.backend == "gather"
+    assert "not measured with triton: `block_size` must hold the factor 16" in caplog.text

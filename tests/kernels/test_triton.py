@@ -1,5 +1,10 @@
 """The Triton kernels against the reference: in the interpreter here, compiled where there is a GPU."""
 
+import json
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from cases import inputs, random_pattern, run
@@ -226,3 +231,16 @@ def test_cpu_tensors_need_the_interpreter(monkeypatch):
     tensors = tuple(t.detach().float() for t in inputs(dim=16))
     with pytest.raises(ValueError, match="CUDA.*gather"):
         block_sparse_attention(*tensors, random_pattern(4, 37, 37, 16, True), backend="triton")
+
+
+@pytest.mark.slow
+def test_the_gpu_benchmark_checks_and_measures(tmp_path):
+    """Here in the interpreter at a toy length: the script works, its times mean nothing."""
+    script = Path(__file__).parents[2] / "benchmarks" / "attention.py"
+    sizes = {"lengths": 64, "sparsities": 0.3, "head-dims": 16, "groups": 2, "heads": 2, "block": 16}
+    options = [part for name, size in sizes.items() for part in (f"--{name}", str(size))]
+    subprocess.run([sys.executable, script, *options, "--output", tmp_path / "out.json"], check=True)
+    rows = json.loads((tmp_path / "out.json").read_text())["rows"]
+    assert {row["pass"] for row in rows} == {"forward", "both"}
+    assert all(row["sparsity"] == pytest.approx(0.3, abs=0.1) for row in rows)
+    assert (tmp_path / "out.png").stat().st_size > 1000

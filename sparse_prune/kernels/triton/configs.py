@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 
 Kernel = Literal["forward", "dq", "dkdv"]
+KERNELS: tuple[Kernel, ...] = ("forward", "dq", "dkdv")
 MIN_TILE = 16
 """Smallest side of a tensor-core product."""
 

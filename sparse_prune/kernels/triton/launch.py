@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sparse_prune.kernels.options import AttentionOptions
 from sparse_prune.kernels.triton.backward import dkdv_kernel, dq_kernel
-from sparse_prune.kernels.triton.configs import Kernel, LaunchConfig, launch_config, padded_head_dim
+from sparse_prune.kernels.triton.configs import KERNELS, Kernel, LaunchConfig, launch_config, padded_head_dim
 from sparse_prune.kernels.triton.forward import forward_kernel
 from sparse_prune.kernels.triton.probe import probe_kernel
 from sparse_prune.kernels.triton.tables import Visits, index_tables
@@ -32,8 +32,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, pattern: BlockPattern, opt
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     check_supported(query)
     # Asked for now, so that an unsuitable block is refused before anything runs.
-    for kernel in ("forward", "dq", "dkdv"):
-        _config(kernel, query, pattern.block_size)  # type: ignore[arg-type]
+    for kernel in KERNELS:
+        _config(kernel, query, pattern.block_size)
     function: Any = _TritonAttention  # torch leaves `apply` untyped
     with torch.autocast(kind, enabled=False):
         output: Tensor = function.apply(query, key, value, pattern, options)
@@ -184,10 +184,10 @@ def _masks(
     if options.key_mask is not None:
         key_mask = options.key_mask.to(like.device).contiguous().view(torch.uint8)
         key_stride = key_mask.stride(0)
-    attn_mask, strides = nothing, (0, 0, 0, 0)
+    attn_mask, strides = nothing, [0, 0, 0, 0]
     if options.attn_mask is not None:
         expanded = options.attn_mask.to(like.device).expand(shape)  # strides of 0: nothing is copied
-        attn_mask, strides = expanded.view(torch.uint8), expanded.stride()
+        attn_mask, strides = expanded.view(torch.uint8), list(expanded.stride())
     return (key_mask, attn_mask), (key_stride, *strides)
 
 
