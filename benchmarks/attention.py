@@ -30,7 +30,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sparse_prune import BlockPattern
 from sparse_prune.kernels import block_sparse_attention
-from sparse_prune.kernels.triton.launch import probe
+from sparse_prune.kernels.triton.attend import probe
 
 DENSE = (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)
 CHECKED_UP_TO = 4096

@@ -31,7 +31,9 @@ def check_block_size(block_size: int | tuple[int, int]) -> tuple[int, int]:
     return sides[0], sides[1]
 
 
-def possible_blocks(q_len: int, kv_len: int, block_size: tuple[int, int], causal: bool) -> Tensor:
+def possible_blocks(
+    q_len: int, kv_len: int, block_size: tuple[int, int], causal: bool, device: torch.device | str = "cpu"
+) -> Tensor:
     """Blocks in which at least one query may see at least one key.
 
     Causal masks are aligned at the bottom right: query i sees keys up to i + kv_len - q_len.
@@ -42,9 +44,10 @@ def possible_blocks(q_len: int, kv_len: int, block_size: tuple[int, int], causal
     block_q, block_kv = block_size
     rows, cols = num_blocks(q_len, block_q), num_blocks(kv_len, block_kv)
     if not causal:
-        return torch.ones(rows, cols, dtype=torch.bool)
-    last_query = torch.clamp((torch.arange(rows) + 1) * block_q, max=q_len) - 1 + kv_len - q_len
-    return last_query[:, None] >= torch.arange(cols)[None, :] * block_kv
+        return torch.ones(rows, cols, dtype=torch.bool, device=device)
+    row, col = torch.arange(rows, device=device), torch.arange(cols, device=device)
+    last_query = torch.clamp((row + 1) * block_q, max=q_len) - 1 + kv_len - q_len
+    return last_query[:, None] >= col * block_kv
 
 
 @dataclass(frozen=True, eq=False)
@@ -158,6 +161,14 @@ class BlockPattern:
             )
         keep = self._keep_at(q_len + offset, kv_len)[:, offset // block_q :]
         return BlockPattern(keep, self.block_size, self.causal, q_len, kv_len)
+
+    def last_rows(self, first: int, kv_len: int) -> Tensor:
+        """Keep mask of the query blocks from `first` on, for a whole sequence of `kv_len` tokens.
+
+        Returns:
+            Boolean, (num_heads, q_blocks - first, kv_blocks). Blocks hidden by causality are not cleared.
+        """
+        return self._keep_at(kv_len, kv_len)[:, first:]
 
     def _keep_at(self, q_len: int, kv_len: int) -> Tensor:
         """Keep mask for a whole sequence of another length, (num_heads, q_blocks, kv_blocks)."""

@@ -333,7 +333,7 @@ def _layer_state(state: LayerState) -> dict[str, Any]:
         "restored": state.restored,
         "statistics": None
         if layer.statistics is None
-        else {"sums": layer.statistics.sums, "counts": layer.statistics.counts},
+        else {"sums": layer.statistics.sums.cpu(), "counts": layer.statistics.counts.cpu()},
         "block_size": None if pattern is None else pattern.block_size,
     }
 

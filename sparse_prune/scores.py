@@ -31,8 +31,8 @@ class BlockStatistics:
         """Pool two probes; the shorter one fills the top-left corner."""
         rows = max(self.sums.shape[2], other.sums.shape[2])
         cols = max(self.sums.shape[3], other.sums.shape[3])
-        mine, theirs = self._grown(rows, cols), other._grown(rows, cols)
-        return BlockStatistics(mine.sums + theirs.sums, mine.counts + theirs.counts)
+        mine, theirs, device = self._grown(rows, cols), other._grown(rows, cols), self.sums.device
+        return BlockStatistics(mine.sums + theirs.sums.to(device), mine.counts + theirs.counts.to(device))
 
     def _grown(self, rows: int, cols: int) -> BlockStatistics:
         pad_rows, pad_cols = rows - self.sums.shape[2], cols - self.sums.shape[3]
@@ -114,7 +114,7 @@ def probe_blocks(
         sums[1, :, row, :width] = mass.square().sum((0, 2))
         sums[2, :, row, :width] = mass.amax(2).sum(0)
         counts[0, row], counts[1, row] = valid.sum(), valid.any(-1).sum()
-    return BlockStatistics(sums.cpu(), counts.cpu())
+    return BlockStatistics(sums, counts)
 
 
 class ScoreAverage:

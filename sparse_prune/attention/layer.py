@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sparse_prune.kernels import AttentionOptions, block_sparse_attention
+from sparse_prune.kernels import AttentionOptions, block_sparse_attention, moving_backend, probe_attention
 from sparse_prune.pattern import BlockPattern
-from sparse_prune.scores import BlockStatistics, probe_blocks
+from sparse_prune.scores import BlockStatistics
 
 Mode = Literal["dense", "masked", "sparse"]
 
@@ -44,8 +44,8 @@ class PrunableAttention:
     mode: Mode = "dense"
     backend: str = "sdpa"
     """Backend of the sparse mode."""
-    masked_backend: str = "gather"
-    """Backend of the masked mode."""
+    masked_backend: str | None = None
+    """Backend of the masked mode; None takes `moving_backend`."""
     probe_block_size: tuple[int, int] | None = None
     """Collect statistics with these blocks; None = do not probe."""
     statistics: BlockStatistics | None = None
@@ -73,9 +73,19 @@ class PrunableAttention:
         return self._at[q_len, kv_len]
 
     def take_statistics(self) -> BlockStatistics | None:
-        """What was collected; the handle forgets it."""
+        """What was collected, on the CPU; the handle forgets it.
+
+        Raises:
+            ValueError: If logits were NaN or infinite; the message names the layer.
+        """
         statistics, self.statistics = self.statistics, None
-        return statistics
+        if statistics is None:
+            return None
+        if not torch.isfinite(statistics.sums).all():
+            raise ValueError(
+                f"Layer {self.name!r}: attention logits must be finite, got NaN or infinity. Lower the learning rate."
+            )
+        return BlockStatistics(statistics.sums.cpu(), statistics.counts.cpu())
 
     def attend(
         self,
@@ -117,21 +127,15 @@ class PrunableAttention:
             return dense()
         if q_len != kv_len:
             return self._attend_cached(query, key, value, options)
-        backend = self.backend if self.mode == "sparse" else self.masked_backend
-        return block_sparse_attention(query, key, value, self.pattern_at(q_len, kv_len), options, backend=backend)
+        pattern = self.pattern_at(q_len, kv_len)
+        backend = self.backend
+        if self.mode == "masked":
+            backend = self.masked_backend or moving_backend(query, pattern.block_size)
+        return block_sparse_attention(query, key, value, pattern, options, backend=backend)
 
     def _probe(self, query: Tensor, key: Tensor, options: AttentionOptions, block_size: tuple[int, int]) -> None:
         try:
-            seen = probe_blocks(
-                query.detach(),
-                key.detach(),
-                block_size,
-                causal=self.causal,
-                scale=options.scale,
-                key_mask=options.key_mask,
-                attn_mask=options.attn_mask,
-                softcap=options.softcap,
-            )
+            seen = probe_attention(query.detach(), key.detach(), block_size, causal=self.causal, options=options)
         except ValueError as error:
             raise ValueError(f"Layer {self.name!r}: {error}") from error
         self.statistics = seen if self.statistics is None else self.statistics + seen

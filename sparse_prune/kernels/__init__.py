@@ -1,6 +1,20 @@
 """Block-sparse attention and its backends."""
 
-from sparse_prune.kernels.api import BACKENDS, block_sparse_attention, skipping_backends
-from sparse_prune.kernels.options import AttentionOptions
+from sparse_prune.kernels.api import (
+    BACKENDS,
+    block_sparse_attention,
+    moving_backend,
+    probe_attention,
+    skipping_backends,
+)
+from sparse_prune.kernels.options import AttentionOptions, documents_from_cu_seqlens
 
-__all__ = ["BACKENDS", "AttentionOptions", "block_sparse_attention", "skipping_backends"]
+__all__ = [
+    "BACKENDS",
+    "AttentionOptions",
+    "block_sparse_attention",
+    "documents_from_cu_seqlens",
+    "moving_backend",
+    "probe_attention",
+    "skipping_backends",
+]

@@ -2,29 +2,95 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from sparse_prune.kernels import gather, reference, sdpa
 from sparse_prune.kernels.options import AttentionOptions
 from sparse_prune.pattern import BlockPattern
+from sparse_prune.scores import BlockStatistics, probe_blocks
 
 
 def _triton(query: Tensor, key: Tensor, value: Tensor, pattern: BlockPattern, options: AttentionOptions) -> Tensor:
     try:
-        from sparse_prune.kernels.triton.launch import attend
+        from sparse_prune.kernels.triton.attend import attend
     except ImportError as error:
         raise ValueError("`backend='triton'` needs the triton package. Install it, or use 'gather'.") from error
     return attend(query, key, value, pattern, options)
 
 
-BACKENDS = {"gather": gather.attend, "reference": reference.attend, "sdpa": sdpa.attend, "triton": _triton}
-"""Name -> implementation. 'gather' and 'triton' skip pruned blocks; 'reference' and 'sdpa' mask them."""
+def _flex(query: Tensor, key: Tensor, value: Tensor, pattern: BlockPattern, options: AttentionOptions) -> Tensor:
+    from sparse_prune.kernels.flex import attend  # takes a second to import
+
+    return attend(query, key, value, pattern, options)
+
+
+BACKENDS = {
+    "flex": _flex,
+    "gather": gather.attend,
+    "reference": reference.attend,
+    "sdpa": sdpa.attend,
+    "triton": _triton,
+}
+"""Name -> implementation. 'gather', 'triton' and, on a GPU, 'flex' skip pruned blocks; the others mask them."""
 
 
 def skipping_backends(device: torch.device) -> tuple[str, ...]:
     """Backends that skip pruned blocks on a device, for a measurement to choose from."""
-    return ("triton", "gather") if device.type == "cuda" else ("gather",)
+    return ("triton", "flex", "gather") if device.type == "cuda" else ("gather",)
+
+
+def moving_backend(query: Tensor, block_size: tuple[int, int]) -> str:
+    """The skipping backend for a pattern that still moves: its tables must be cheap to rebuild."""
+    return "triton" if query.device.type == "cuda" and _triton_takes(query, block_size) else "gather"
+
+
+def probe_attention(
+    query: Tensor, key: Tensor, block_size: tuple[int, int], *, causal: bool, options: AttentionOptions
+) -> BlockStatistics:
+    """Row-mass statistics of dense attention per block: by the Triton kernel on a GPU, else in torch.
+
+    On a GPU the sums stay there and nothing waits for them; if logits were not finite, neither are the sums.
+
+    Args:
+        query: (batch, num_heads, q_len, head_dim), after position encoding.
+        key: (batch, num_kv_heads, kv_len, head_dim).
+        block_size: Tokens per block side, (query, key).
+        causal: Whether query i sees only keys up to i + kv_len - q_len.
+        options: Masks, scale and soft cap.
+
+    Raises:
+        ValueError: If a query or key is NaN or infinite (in torch).
+    """
+    sides_fit = all(side >= 16 and not side & (side - 1) for side in block_size)
+    if query.device.type == "cuda" and sides_fit and _triton_takes(query, block_size):
+        from sparse_prune.kernels.triton.attend import probe
+
+        return probe(query, key, block_size, causal=causal, options=options)
+    attn_mask = options.attn_mask
+    if options.documents is not None or options.window is not None:
+        rest = replace(options, key_mask=None)
+        attn_mask = rest.token_mask(query.shape[2], key.shape[2], query.device)
+    return probe_blocks(
+        query,
+        key,
+        block_size,
+        causal=causal,
+        scale=options.scale,
+        key_mask=options.key_mask,
+        attn_mask=attn_mask,
+        softcap=options.softcap,
+    )
+
+
+def _triton_takes(query: Tensor, block_size: tuple[int, int]) -> bool:
+    try:
+        from sparse_prune.kernels.triton.attend import unsupported
+    except ImportError:
+        return False
+    return unsupported(query, block_size) is None
 
 
 def block_sparse_attention(
@@ -80,3 +146,14 @@ def _check(query: Tensor, key: Tensor, value: Tensor, pattern: BlockPattern, opt
         )
     if options.key_mask is not None and options.key_mask.shape != (batch, key.shape[2]):
         raise ValueError(f"`key_mask` must have shape ({batch}, {key.shape[2]}), got {tuple(options.key_mask.shape)}.")
+    if options.documents is not None and options.documents.shape != (batch, key.shape[2]):
+        raise ValueError(
+            f"`documents` must have shape ({batch}, {key.shape[2]}), got {tuple(options.documents.shape)}."
+        )
+    if options.documents is not None and not pattern.causal and q_len != key.shape[2]:
+        raise ValueError(
+            f"`documents` need as many queries as keys in a bidirectional pattern, got {q_len} and {key.shape[2]}. "
+            "Pass `attn_mask`."
+        )
+    if options.window is not None and not pattern.causal:
+        raise ValueError("`window` is for causal patterns, got a bidirectional one. Pass `attn_mask`.")

@@ -162,6 +162,14 @@ class _Call:
             at_query = chunk.query.clamp(max=q_len - 1)[:, :, None]
             mask = mask[sample[:, None, None], (chunk.head % heads)[:, None, None], at_query, at_key[:, None]]
             logits.masked_fill_(~mask, -torch.inf)
+        # The queries are the last ones of all positions.
+        position = chunk.query.clamp(max=self.pattern.q_len - 1) + (self.pattern.kv_len - self.pattern.q_len)
+        if self.options.documents is not None:
+            documents, sample = self.options.documents, sample[:, None]
+            other = documents[sample, position][:, :, None] != documents[sample, at_key][:, None]
+            logits.masked_fill_(other, -torch.inf)
+        if self.options.window is not None:
+            logits.masked_fill_(at_key[:, None] <= position[:, :, None] - self.options.window, -torch.inf)
         return logits, slope
 
     def dropout(self, chunk: _Chunk, dtype: torch.dtype) -> Tensor | None:

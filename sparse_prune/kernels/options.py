@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
@@ -12,8 +13,8 @@ class AttentionOptions:
     """Options of one attention call, the same for every backend.
 
     Raises:
-        ValueError: If `dropout_p` is outside [0, 1), if dropout comes without a seed, or if `softcap` is not
-            positive.
+        ValueError: If `dropout_p` is outside [0, 1), if dropout comes without a seed, or if `softcap` or `window` is
+            not positive.
     """
 
     scale: float | None = None
@@ -22,6 +23,10 @@ class AttentionOptions:
     """Boolean, (batch, kv_len), True = a real token. None: all are."""
     attn_mask: Tensor | None = None
     """Boolean, broadcastable to (batch, num_heads, q_len, kv_len), True = may attend. None: all may."""
+    documents: Tensor | None = None
+    """Integers, (batch, kv_len): tokens of packed sequences see only tokens with their own number. None: all."""
+    window: int | None = None
+    """A query sees only the latest `window` keys up to its own position. Causal patterns only. None: all."""
     dropout_p: float = 0.0
     """Probability of dropping an attention weight, in [0, 1)."""
     seed: int | None = None
@@ -36,3 +41,46 @@ class AttentionOptions:
             raise ValueError("`seed` must be given with `dropout_p` above 0, got None. Draw one per call.")
         if self.softcap is not None and self.softcap <= 0:
             raise ValueError(f"`softcap` must be positive, got {self.softcap}. Leave it out for no cap.")
+        if self.window is not None and self.window < 1:
+            raise ValueError(f"`window` must be at least 1 token, got {self.window}. Leave it out for no window.")
+
+    def token_mask(self, q_len: int, kv_len: int, device: torch.device) -> Tensor | None:
+        """All masks as one, boolean, broadcastable to (batch, num_heads, q_len, kv_len); None if nothing is hidden.
+
+        The queries are the last `q_len` of the `kv_len` positions.
+        """
+        parts = []
+        if self.key_mask is not None:
+            parts.append(self.key_mask[:, None, None, :])
+        if self.attn_mask is not None:
+            parts.append(self.attn_mask)
+        if self.documents is not None:
+            own = self.documents[:, kv_len - q_len :]
+            parts.append((own[:, :, None] == self.documents[:, None, :])[:, None])
+        if self.window is not None:
+            position = torch.arange(kv_len, device=device)
+            parts.append((position > position[kv_len - q_len :, None] - self.window)[None, None])
+        mask = None
+        for part in parts:
+            mask = part if mask is None else mask & part
+        return mask
+
+
+def documents_from_cu_seqlens(cu_seqlens: Tensor, length: int) -> Tensor:
+    """Numbers of packed sequences from their cumulative lengths, as FlashAttention's variable-length calls take them.
+
+    Args:
+        cu_seqlens: Integers, (sequences + 1,), ascending from 0 to `length`.
+        length: Tokens of the packed sample.
+
+    Returns:
+        int32, (1, length), for `AttentionOptions.documents`.
+
+    Raises:
+        ValueError: If the cumulative lengths do not ascend from 0 to `length`.
+    """
+    ends = cu_seqlens.long()
+    if ends.dim() != 1 or ends.numel() < 2 or ends[0] != 0 or ends[-1] != length or (ends.diff() < 0).any():
+        raise ValueError(f"`cu_seqlens` must ascend from 0 to {length}, got {cu_seqlens.tolist()}.")
+    position = torch.arange(length, device=ends.device)
+    return torch.searchsorted(ends[1:], position, right=True).to(torch.int32)[None]

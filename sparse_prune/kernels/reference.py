@@ -32,10 +32,9 @@ def attend(query: Tensor, key: Tensor, value: Tensor, pattern: BlockPattern, opt
     if options.softcap is not None:
         logits = options.softcap * torch.tanh(logits / options.softcap)
     mask = pattern.token_mask(q_len, kv_len, query.device)[None]
-    if options.key_mask is not None:
-        mask = mask & options.key_mask[:, None, None, :]
-    if options.attn_mask is not None:
-        mask = mask & options.attn_mask
+    visible = options.token_mask(q_len, kv_len, query.device)
+    if visible is not None:
+        mask = mask & visible
     logits = logits.masked_fill(~mask, float("-inf"))
     # A row without a key would be softmax(-inf, ...) = NaN, in the backward pass too.
     logits = logits.masked_fill(~mask.any(-1, keepdim=True), 0.0)

@@ -19,10 +19,9 @@ def attend(query: Tensor, key: Tensor, value: Tensor, pattern: BlockPattern, opt
         raise ValueError("Backend 'sdpa' has no `softcap`. Use 'reference', which has.")
     group = query.shape[1] // key.shape[1]
     mask = pattern.token_mask(query.shape[2], key.shape[2], query.device)[None]
-    if options.key_mask is not None:
-        mask = mask & options.key_mask[:, None, None, :]
-    if options.attn_mask is not None:
-        mask = mask & options.attn_mask
+    visible = options.token_mask(query.shape[2], key.shape[2], query.device)
+    if visible is not None:
+        mask = mask & visible
     output: Tensor = F.scaled_dot_product_attention(
         query,
         key.repeat_interleave(group, 1),

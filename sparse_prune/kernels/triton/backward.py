@@ -13,19 +13,20 @@ from sparse_prune.kernels.triton.tiles import LOG2E, cap, dropout_factor, load_t
 
 @triton.jit
 def _gradients(
-    logits, weight_grad, lse, delta, query, key, head, key_mask, attn_mask, stride_mask_q, stride_mask_k,
-    q_len, kv_len, softcap, dropout_p, seed, CAUSAL: tl.constexpr, HAS_KEY_MASK: tl.constexpr,
-    HAS_ATTN_MASK: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, ON_EDGE: tl.constexpr,
+    logits, weight_grad, lse, delta, query, key, head, key_mask, attn_mask, documents, stride_mask_q, stride_mask_k,
+    window,
+    q_len, kv_len, softcap, dropout_p, seed, CAUSAL: tl.constexpr, MASKS: tl.constexpr, SOFTCAP: tl.constexpr,
+    DROPOUT: tl.constexpr, ON_EDGE: tl.constexpr,
 ):  # fmt: skip
     """Weights as the forward pass used them, and the gradient of the scaled products, of the shape of `logits`."""
     slope = 1.0
     if SOFTCAP:
         logits, slope = cap(logits, softcap)
     weights = tl.exp2(logits * LOG2E - lse)
-    if ON_EDGE or HAS_KEY_MASK or HAS_ATTN_MASK:
+    if ON_EDGE or MASKS:
         seen = visible(
-            query, key, q_len, kv_len, key_mask, attn_mask, stride_mask_q, stride_mask_k,
-            CAUSAL, HAS_KEY_MASK, HAS_ATTN_MASK, ON_EDGE,
+            query, key, q_len, kv_len, key_mask, attn_mask, documents, stride_mask_q, stride_mask_k, window,
+            CAUSAL, MASKS, ON_EDGE,
         )  # fmt: skip
         weights = tl.where(seen, weights, 0.0)
     used = weights
@@ -38,10 +39,10 @@ def _gradients(
 
 @triton.jit
 def _visit_keys(
-    grad, q, g, lse, delta, begin, end, index, k_base, v_base, query, dims, head, key_mask, attn_mask,
-    stride_kt, stride_kd, stride_vt, stride_vd, stride_mask_q, stride_mask_k,
+    grad, q, g, lse, delta, begin, end, index, k_base, v_base, query, dims, head, key_mask, attn_mask, documents,
+    stride_kt, stride_kd, stride_vt, stride_vd, stride_mask_q, stride_mask_k, window,
     q_len, kv_len, head_dim, scale, softcap, dropout_p, seed,
-    TILE_K: tl.constexpr, CAUSAL: tl.constexpr, HAS_KEY_MASK: tl.constexpr, HAS_ATTN_MASK: tl.constexpr,
+    TILE_K: tl.constexpr, CAUSAL: tl.constexpr, MASKS: tl.constexpr,
     SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, PADDED: tl.constexpr, ON_EDGE: tl.constexpr,
 ):  # fmt: skip
     in_tile = tl.arange(0, TILE_K)
@@ -54,9 +55,10 @@ def _visit_keys(
         logits = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
         weight_grad = tl.dot(g, tl.trans(v), input_precision="ieee")
         _, logit_grad = _gradients(
-            logits, weight_grad, lse[:, None], delta[:, None], query[:, None], key[None, :], head, key_mask, attn_mask,
-            stride_mask_q, stride_mask_k, q_len, kv_len, softcap, dropout_p, seed,
-            CAUSAL, HAS_KEY_MASK, HAS_ATTN_MASK, SOFTCAP, DROPOUT, ON_EDGE,
+            logits, weight_grad, lse[:, None], delta[:, None], query[:, None], key[None, :], head, key_mask,
+            attn_mask, documents,
+            stride_mask_q, stride_mask_k, window, q_len, kv_len, softcap, dropout_p, seed,
+            CAUSAL, MASKS, SOFTCAP, DROPOUT, ON_EDGE,
         )  # fmt: skip
         grad += tl.dot(logit_grad.to(k.dtype), k, input_precision="ieee")
         block = following
@@ -65,13 +67,13 @@ def _visit_keys(
 
 @triton.jit(do_not_specialize=["q_len", "kv_len", "seed"])
 def dq_kernel(
-    q, k, v, grad_out, lse, delta, grad_q, start, full, index, order, key_mask, attn_mask,
+    q, k, v, grad_out, lse, delta, grad_q, start, full, index, order, key_mask, attn_mask, documents,
     stride_qb, stride_qh, stride_qt, stride_qd, stride_kb, stride_kh, stride_kt, stride_kd,
     stride_vb, stride_vh, stride_vt, stride_vd, stride_gb, stride_gh, stride_gt, stride_gd,
-    stride_pb, stride_mask_b, stride_mask_h, stride_mask_q, stride_mask_k,
+    stride_pb, stride_mask_b, stride_mask_h, stride_mask_q, stride_mask_k, window,
     heads, group, tiles, q_len, kv_len, head_dim, scale, softcap, dropout_p, seed,
     TILE_Q: tl.constexpr, TILE_K: tl.constexpr, HEAD: tl.constexpr, CAUSAL: tl.constexpr,
-    HAS_KEY_MASK: tl.constexpr, HAS_ATTN_MASK: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr,
+    MASKS: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr,
     PADDED: tl.constexpr,
 ):  # fmt: skip
     """Writes grad_q, contiguous (batch, heads, q_len, head_dim)."""
@@ -92,20 +94,21 @@ def dq_kernel(
     k_base, v_base = k + sample * stride_kb + kv_head * stride_kh, v + sample * stride_vb + kv_head * stride_vh
     mask_base = attn_mask + sample * stride_mask_b + head.to(tl.int64) * stride_mask_h
     key_mask += sample * stride_pb
+    documents += sample * kv_len
     begin, end = tl.load(start + program), tl.load(start + program + 1)
     middle = begin + tl.load(full + program)
     grad = tl.zeros([TILE_Q, HEAD], tl.float32)
     grad = _visit_keys(
         grad, q_tile, g_tile, row_lse, row_delta, begin, middle, index, k_base, v_base, query, dims,
-        flat_head.to(tl.int32), key_mask, mask_base, stride_kt, stride_kd, stride_vt, stride_vd,
-        stride_mask_q, stride_mask_k, q_len, kv_len, head_dim, scale, softcap, dropout_p, seed,
-        TILE_K, CAUSAL, HAS_KEY_MASK, HAS_ATTN_MASK, SOFTCAP, DROPOUT, PADDED, False,
+        flat_head.to(tl.int32), key_mask, mask_base, documents, stride_kt, stride_kd, stride_vt, stride_vd,
+        stride_mask_q, stride_mask_k, window, q_len, kv_len, head_dim, scale, softcap, dropout_p, seed,
+        TILE_K, CAUSAL, MASKS, SOFTCAP, DROPOUT, PADDED, False,
     )  # fmt: skip
     grad = _visit_keys(
         grad, q_tile, g_tile, row_lse, row_delta, middle, end, index, k_base, v_base, query, dims,
-        flat_head.to(tl.int32), key_mask, mask_base, stride_kt, stride_kd, stride_vt, stride_vd,
-        stride_mask_q, stride_mask_k, q_len, kv_len, head_dim, scale, softcap, dropout_p, seed,
-        TILE_K, CAUSAL, HAS_KEY_MASK, HAS_ATTN_MASK, SOFTCAP, DROPOUT, PADDED, True,
+        flat_head.to(tl.int32), key_mask, mask_base, documents, stride_kt, stride_kd, stride_vt, stride_vd,
+        stride_mask_q, stride_mask_k, window, q_len, kv_len, head_dim, scale, softcap, dropout_p, seed,
+        TILE_K, CAUSAL, MASKS, SOFTCAP, DROPOUT, PADDED, True,
     )  # fmt: skip
     place = (flat_head * q_len + query)[:, None] * head_dim + dims[None, :]
     inside = (query < q_len)[:, None] & (dims < head_dim)[None, :]
@@ -115,9 +118,10 @@ def dq_kernel(
 @triton.jit
 def _visit_queries(
     grad_k, grad_v, k, v, begin, end, index, q_base, g_base, lse, delta, key, dims, head, key_mask, attn_mask,
-    stride_qt, stride_qd, stride_gt, stride_gd, stride_mask_q, stride_mask_k,
+    documents,
+    stride_qt, stride_qd, stride_gt, stride_gd, stride_mask_q, stride_mask_k, window,
     q_len, kv_len, head_dim, scale, softcap, dropout_p, seed,
-    TILE_Q: tl.constexpr, CAUSAL: tl.constexpr, HAS_KEY_MASK: tl.constexpr, HAS_ATTN_MASK: tl.constexpr,
+    TILE_Q: tl.constexpr, CAUSAL: tl.constexpr, MASKS: tl.constexpr,
     SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, PADDED: tl.constexpr, ON_EDGE: tl.constexpr,
 ):  # fmt: skip
     in_tile = tl.arange(0, TILE_Q)
@@ -134,8 +138,8 @@ def _visit_queries(
         weight_grad = tl.dot(v, tl.trans(g), input_precision="ieee")
         used, logit_grad = _gradients(
             logits, weight_grad, row_lse[None, :], row_delta[None, :], query[None, :], key[:, None], head, key_mask,
-            attn_mask, stride_mask_q, stride_mask_k, q_len, kv_len, softcap, dropout_p, seed,
-            CAUSAL, HAS_KEY_MASK, HAS_ATTN_MASK, SOFTCAP, DROPOUT, ON_EDGE,
+            attn_mask, documents, stride_mask_q, stride_mask_k, window, q_len, kv_len, softcap, dropout_p, seed,
+            CAUSAL, MASKS, SOFTCAP, DROPOUT, ON_EDGE,
         )  # fmt: skip
         grad_v += tl.dot(used.to(g.dtype), g, input_precision="ieee")
         grad_k += tl.dot(logit_grad.to(q.dtype), q, input_precision="ieee")
@@ -145,13 +149,13 @@ def _visit_queries(
 
 @triton.jit(do_not_specialize=["q_len", "kv_len", "seed"])
 def dkdv_kernel(
-    q, k, v, grad_out, lse, delta, grad_k, grad_v, start, full, index, order, key_mask, attn_mask,
+    q, k, v, grad_out, lse, delta, grad_k, grad_v, start, full, index, order, key_mask, attn_mask, documents,
     stride_qb, stride_qh, stride_qt, stride_qd, stride_kb, stride_kh, stride_kt, stride_kd,
     stride_vb, stride_vh, stride_vt, stride_vd, stride_gb, stride_gh, stride_gt, stride_gd,
-    stride_pb, stride_mask_b, stride_mask_h, stride_mask_q, stride_mask_k,
+    stride_pb, stride_mask_b, stride_mask_h, stride_mask_q, stride_mask_k, window,
     heads, group, tiles, q_len, kv_len, head_dim, scale, softcap, dropout_p, seed,
     TILE_Q: tl.constexpr, TILE_K: tl.constexpr, HEAD: tl.constexpr, CAUSAL: tl.constexpr,
-    HAS_KEY_MASK: tl.constexpr, HAS_ATTN_MASK: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr,
+    MASKS: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr,
     PADDED: tl.constexpr,
 ):  # fmt: skip
     """Writes grad_k and grad_v per query head, contiguous (batch, heads, kv_len, head_dim)."""
@@ -172,21 +176,24 @@ def dkdv_kernel(
     delta += flat_head * q_len
     mask_base = attn_mask + sample * stride_mask_b + head.to(tl.int64) * stride_mask_h
     key_mask += sample * stride_pb
+    documents += sample * kv_len
     begin, end = tl.load(start + program), tl.load(start + program + 1)
     middle = begin + tl.load(full + program)
     dk = tl.zeros([TILE_K, HEAD], tl.float32)
     dv = tl.zeros([TILE_K, HEAD], tl.float32)
     dk, dv = _visit_queries(
         dk, dv, k_tile, v_tile, begin, middle, index, q_base, g_base, lse, delta, key, dims, flat_head.to(tl.int32),
-        key_mask, mask_base, stride_qt, stride_qd, stride_gt, stride_gd, stride_mask_q, stride_mask_k,
+        key_mask, mask_base, documents, stride_qt, stride_qd, stride_gt, stride_gd, stride_mask_q, stride_mask_k,
+        window,
         q_len, kv_len, head_dim, scale, softcap, dropout_p, seed,
-        TILE_Q, CAUSAL, HAS_KEY_MASK, HAS_ATTN_MASK, SOFTCAP, DROPOUT, PADDED, False,
+        TILE_Q, CAUSAL, MASKS, SOFTCAP, DROPOUT, PADDED, False,
     )  # fmt: skip
     dk, dv = _visit_queries(
         dk, dv, k_tile, v_tile, middle, end, index, q_base, g_base, lse, delta, key, dims, flat_head.to(tl.int32),
-        key_mask, mask_base, stride_qt, stride_qd, stride_gt, stride_gd, stride_mask_q, stride_mask_k,
+        key_mask, mask_base, documents, stride_qt, stride_qd, stride_gt, stride_gd, stride_mask_q, stride_mask_k,
+        window,
         q_len, kv_len, head_dim, scale, softcap, dropout_p, seed,
-        TILE_Q, CAUSAL, HAS_KEY_MASK, HAS_ATTN_MASK, SOFTCAP, DROPOUT, PADDED, True,
+        TILE_Q, CAUSAL, MASKS, SOFTCAP, DROPOUT, PADDED, True,
     )  # fmt: skip
     place = (flat_head * kv_len + key)[:, None] * head_dim + dims[None, :]
     inside = (key < kv_len)[:, None] & (dims < head_dim)[None, :]

@@ -1,11 +1,12 @@
 """Launch configurations: tile sizes, warps and pipeline stages by device, head size and dtype.
 
 The entries are those that compile without register spills (tests/kernels/test_triton_aot.py); they have not been
-tuned on a GPU.
+measured on a GPU. `tuning.tune` measures the candidates on the device at hand.
 """
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -50,6 +51,10 @@ _HALF: dict[tuple[Kernel, int, int], LaunchConfig] = {
 }
 
 
+MAX_PACK = 128
+"""Largest number of query rows of a KV group that one decoding program takes."""
+
+
 def padded_head_dim(head_dim: int) -> int:
     """The power of two, at least 16, that holds a head."""
     return max(MIN_TILE, 1 << (head_dim - 1).bit_length())
@@ -70,10 +75,46 @@ def launch_config(
     Raises:
         ValueError: If the head is too large or the block has no power of two of at least 16 as a factor.
     """
-    if not 1 <= head_dim <= 256:
-        raise ValueError(f"`head_dim` must lie in 1..256 for the Triton backend, got {head_dim}. Use backend='gather'.")
+    _check_head_dim(head_dim)
     width = max(64, padded_head_dim(head_dim))
-    config = _HALF[kernel, 90 if capability >= 90 else 80, width]
+    return _fitted(_HALF[kernel, 90 if capability >= 90 else 80, width], width, dtype, block_size)
+
+
+def candidates(
+    kernel: Kernel, capability: int, head_dim: int, dtype: torch.dtype, block_size: tuple[int, int]
+) -> list[LaunchConfig]:
+    """Configurations worth measuring on a device, the shipped one first; arguments and errors as `launch_config`."""
+    shipped = launch_config(kernel, capability, head_dim, dtype, block_size)
+    width = max(64, padded_head_dim(head_dim))
+    tile_q, tile_k = shipped.tile
+    tiles = [(tile_q, tile_k), (tile_q // 2, tile_k), (tile_q, tile_k // 2), (tile_q * 2, tile_k), (tile_q, tile_k * 2)]
+    found = [shipped]
+    for tile, warps, stages in itertools.product(tiles, (4, 8), (2, 3)):
+        if min(tile) >= MIN_TILE and max(tile) <= 128:
+            config = replace(_fitted(LaunchConfig(tile, warps, stages), width, dtype, block_size), num_warps=warps)
+            if config not in found:
+                found.append(config)
+    return found
+
+
+def decode_config(rows: int, head_dim: int, dtype: torch.dtype, block_size: tuple[int, int]) -> LaunchConfig:
+    """The configuration of one decoding launch; its query side holds the `rows` of a KV group.
+
+    Raises:
+        ValueError: If there are too many rows, the head is too large, or the block has no factor of 16.
+    """
+    if rows > MAX_PACK:
+        raise ValueError(
+            f"Decoding takes at most {MAX_PACK} rows (queries times heads of a KV group), got {rows}. "
+            "Pass fewer queries at a time."
+        )
+    _check_head_dim(head_dim)
+    tile_k = _fit(32 if dtype == torch.float32 else 64, block_size[1])
+    return LaunchConfig((max(MIN_TILE, 1 << (rows - 1).bit_length()), tile_k), 4, 2)
+
+
+def _fitted(config: LaunchConfig, width: int, dtype: torch.dtype, block_size: tuple[int, int]) -> LaunchConfig:
+    """The configuration with tiles that divide the block and, in float32, fit into shared memory."""
     sides = [_fit(side, block) for side, block in zip(config.tile, block_size, strict=True)]
     if dtype == torch.float32:
         sides = [min(side, 32) for side in sides]
@@ -81,6 +122,11 @@ def launch_config(
     # A tile needs enough rows for its warps.
     warps = 4 if max(sides) <= 64 and width < 256 else config.num_warps
     return LaunchConfig((sides[0], sides[1]), warps, config.num_stages)
+
+
+def _check_head_dim(head_dim: int) -> None:
+    if not 1 <= head_dim <= 256:
+        raise ValueError(f"`head_dim` must lie in 1..256 for the Triton backend, got {head_dim}. Use backend='gather'.")
 
 
 def _fit(side: int, block: int) -> int:

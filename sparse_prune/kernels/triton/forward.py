@@ -10,10 +10,10 @@ from sparse_prune.kernels.triton.tiles import LOG2E, cap, dropout_factor, load_t
 
 @triton.jit
 def _visit(
-    acc, top, total, q, begin, end, index, k_base, v_base, query, dims, head, key_mask, attn_mask,
-    stride_kt, stride_kd, stride_vt, stride_vd, stride_mask_q, stride_mask_k,
+    acc, top, total, q, begin, end, index, k_base, v_base, query, dims, head, key_mask, attn_mask, documents,
+    stride_kt, stride_kd, stride_vt, stride_vd, stride_mask_q, stride_mask_k, window,
     q_len, kv_len, head_dim, scale, softcap, dropout_p, seed,
-    TILE_K: tl.constexpr, CAUSAL: tl.constexpr, HAS_KEY_MASK: tl.constexpr, HAS_ATTN_MASK: tl.constexpr,
+    TILE_K: tl.constexpr, CAUSAL: tl.constexpr, MASKS: tl.constexpr,
     SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, PADDED: tl.constexpr, ON_EDGE: tl.constexpr,
 ):  # fmt: skip
     """Online softmax over visits begin..end."""
@@ -28,10 +28,11 @@ def _visit(
         if SOFTCAP:
             logits, _ = cap(logits, softcap)
         logits = logits * LOG2E
-        if ON_EDGE or HAS_KEY_MASK or HAS_ATTN_MASK:
+        if ON_EDGE or MASKS:
             seen = visible(
-                query[:, None], key[None, :], q_len, kv_len, key_mask, attn_mask, stride_mask_q, stride_mask_k,
-                CAUSAL, HAS_KEY_MASK, HAS_ATTN_MASK, ON_EDGE,
+                query[:, None], key[None, :], q_len, kv_len, key_mask, attn_mask, documents, stride_mask_q,
+                stride_mask_k, window,
+                CAUSAL, MASKS, ON_EDGE,
             )  # fmt: skip
             logits = tl.where(seen, logits, float("-inf"))
         higher = tl.maximum(top, tl.max(logits, 1))
@@ -51,13 +52,13 @@ def _visit(
 
 @triton.jit(do_not_specialize=["q_len", "kv_len", "seed"])
 def forward_kernel(
-    q, k, v, out, lse, start, full, index, order, key_mask, attn_mask,
+    q, k, v, out, lse, start, full, index, order, key_mask, attn_mask, documents,
     stride_qb, stride_qh, stride_qt, stride_qd, stride_kb, stride_kh, stride_kt, stride_kd,
     stride_vb, stride_vh, stride_vt, stride_vd, stride_ob, stride_oh, stride_ot, stride_od,
-    stride_pb, stride_mask_b, stride_mask_h, stride_mask_q, stride_mask_k,
+    stride_pb, stride_mask_b, stride_mask_h, stride_mask_q, stride_mask_k, window,
     heads, group, tiles, q_len, kv_len, head_dim, scale, softcap, dropout_p, seed,
     TILE_Q: tl.constexpr, TILE_K: tl.constexpr, HEAD: tl.constexpr, CAUSAL: tl.constexpr,
-    HAS_KEY_MASK: tl.constexpr, HAS_ATTN_MASK: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr,
+    MASKS: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr,
     PADDED: tl.constexpr,
 ):  # fmt: skip
     """Writes out (batch, heads, q_len, head_dim) and lse, base 2, (batch, heads, q_len); +inf for empty rows."""
@@ -72,6 +73,7 @@ def forward_kernel(
     k_base, v_base = k + sample * stride_kb + kv_head * stride_kh, v + sample * stride_vb + kv_head * stride_vh
     mask_base = attn_mask + sample * stride_mask_b + head.to(tl.int64) * stride_mask_h
     key_mask += sample * stride_pb
+    documents += sample * kv_len
     flat_head = (sample * heads + head).to(tl.int32)
     begin, end = tl.load(start + program), tl.load(start + program + 1)
     middle = begin + tl.load(full + program)
@@ -80,15 +82,17 @@ def forward_kernel(
     total = tl.zeros([TILE_Q], tl.float32)
     acc, top, total = _visit(
         acc, top, total, q_tile, begin, middle, index, k_base, v_base, query, dims, flat_head, key_mask, mask_base,
-        stride_kt, stride_kd, stride_vt, stride_vd, stride_mask_q, stride_mask_k,
+        documents,
+        stride_kt, stride_kd, stride_vt, stride_vd, stride_mask_q, stride_mask_k, window,
         q_len, kv_len, head_dim, scale, softcap, dropout_p, seed,
-        TILE_K, CAUSAL, HAS_KEY_MASK, HAS_ATTN_MASK, SOFTCAP, DROPOUT, PADDED, False,
+        TILE_K, CAUSAL, MASKS, SOFTCAP, DROPOUT, PADDED, False,
     )  # fmt: skip
     acc, top, total = _visit(
         acc, top, total, q_tile, middle, end, index, k_base, v_base, query, dims, flat_head, key_mask, mask_base,
-        stride_kt, stride_kd, stride_vt, stride_vd, stride_mask_q, stride_mask_k,
+        documents,
+        stride_kt, stride_kd, stride_vt, stride_vd, stride_mask_q, stride_mask_k, window,
         q_len, kv_len, head_dim, scale, softcap, dropout_p, seed,
-        TILE_K, CAUSAL, HAS_KEY_MASK, HAS_ATTN_MASK, SOFTCAP, DROPOUT, PADDED, True,
+        TILE_K, CAUSAL, MASKS, SOFTCAP, DROPOUT, PADDED, True,
     )  # fmt: skip
     empty = total == 0.0
     acc = acc / tl.where(empty, 1.0, total)[:, None]

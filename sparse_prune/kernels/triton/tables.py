@@ -7,13 +7,14 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from sparse_prune.pattern import BlockPattern, possible_blocks
 
 
 @dataclass(frozen=True, eq=False)
 class Visits:
-    """The blocks that each program visits, compressed; all tensors int32 on one device.
+    """The blocks that each program visits, compressed; all tensors int32, contiguous, on one device.
 
     A program is (head, tile); it visits `index[start[p] : start[p + 1]]`, of which the first `full[p]` need no
     element mask.
@@ -28,6 +29,52 @@ class Visits:
     that a program can load the next index ahead."""
     order: Tensor
     """(programs,): programs by descending number of visits, so that the longest start first."""
+
+    def tensors(self) -> list[Tensor]:
+        """In the order in which kernels take them."""
+        return [self.start, self.full, self.index, self.order]
+
+    def check(self, programs: int, visited: int, device: torch.device) -> None:
+        """Refuse tables that would make a kernel read outside its tensors. Reads them back: a host synchronisation.
+
+        Args:
+            programs: Programs that will be launched per sample.
+            visited: Tiles that there are to visit.
+            device: Device of the attention call.
+
+        Raises:
+            ValueError: If dtype, device, shape or an entry is wrong; the message names the table.
+        """
+        check_layout(self.tensors(), programs, device)
+        start, full, index, order = (tensor.tolist() for tensor in self.tensors())
+        counts = [stop - begin for begin, stop in zip(start, start[1:], strict=False)]
+        if start[0] != 0 or start[-1] != len(index) - 1 or min(counts, default=0) < 0:
+            raise ValueError(f"`start` must ascend from 0 to {len(index) - 1}, got {start[0]}..{start[-1]}.")
+        if any(not 0 <= part <= count for part, count in zip(full, counts, strict=True)):
+            raise ValueError("`full` must lie between 0 and the visits of its program.")
+        if any(not 0 <= entry < max(visited, 1) for entry in index):
+            raise ValueError(f"`index` must lie in 0..{visited - 1}, got {min(index)}..{max(index)}.")
+        if sorted(order) != list(range(programs)):
+            raise ValueError(f"`order` must hold every program 0..{programs - 1} once.")
+
+
+def check_layout(tensors: list[Tensor], programs: int, device: torch.device) -> None:
+    """What can be told of `Visits.tensors()` without reading them.
+
+    Raises:
+        ValueError: If dtype, device or shape is wrong; the message names the table.
+    """
+    sizes = {"start": programs + 1, "full": programs, "index": None, "order": programs}
+    for (name, size), tensor in zip(sizes.items(), tensors, strict=True):
+        if tensor.dtype != torch.int32 or not tensor.is_contiguous():
+            raise ValueError(f"Index table `{name}` must be contiguous int32, got {tensor.dtype}. Use `index_tables`.")
+        if tensor.device != device:
+            raise ValueError(f"Index table `{name}` must be on {device}, got {tensor.device}. Use `index_tables`.")
+        if tensor.dim() != 1 or (size is not None and tensor.shape[0] != size) or not tensor.numel():
+            raise ValueError(
+                f"Index table `{name}` must have shape ({'visits + 1' if size is None else size},), "
+                f"got {tuple(tensor.shape)}. Use `index_tables` with the pattern of this call."
+            )
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,6 +95,8 @@ _CACHE: WeakKeyDictionary[BlockPattern, dict[tuple[tuple[int, int], torch.device
 def index_tables(pattern: BlockPattern, tile: tuple[int, int], device: torch.device) -> IndexTables:
     """Tables of a pattern, built once per tile and device and kept as long as the pattern lives.
 
+    They are built on the device, without a host synchronisation: a pattern that moves costs a training step no wait.
+
     Args:
         pattern: The connections to keep.
         tile: Tokens per tile, (query, key).
@@ -61,42 +110,56 @@ def index_tables(pattern: BlockPattern, tile: tuple[int, int], device: torch.dev
     known = _CACHE.setdefault(pattern, {})
     key = (tile, device)
     if key not in known:
-        known[key] = _build(pattern, tile, device)
+        keep = pattern.keep.pin_memory() if device.type == "cuda" else pattern.keep
+        known[key] = build_tables(pattern, tile, keep.to(device, non_blocking=True))
     return known[key]
 
 
-def _build(pattern: BlockPattern, tile: tuple[int, int], device: torch.device) -> IndexTables:
+def build_tables(pattern: BlockPattern, tile: tuple[int, int], keep: Tensor) -> IndexTables:
+    """As `index_tables`; `keep` is the pattern's own, on the device where the tables are wanted."""
+    device, (block_q, block_kv) = keep.device, pattern.block_size
+    possible = possible_blocks(pattern.q_len, pattern.kv_len, tile, pattern.causal, device)
+    rows, cols = possible.shape
+    keep = keep.repeat_interleave(block_q // tile[0], 1)[:, :rows]
+    keep = keep.repeat_interleave(block_kv // tile[1], 2)[:, :, :cols] & possible
+    full, total = _full(pattern, tile, possible), _count_tiles(pattern, tile)
+    return IndexTables(build_visits(keep, full, total), build_visits(keep.transpose(1, 2), full.T, total), tile)
+
+
+def _count_tiles(pattern: BlockPattern, tile: tuple[int, int]) -> int:
+    """Kept tiles, counted on the host, where the pattern lives."""
     possible = possible_blocks(pattern.q_len, pattern.kv_len, tile, pattern.causal)
-    keep = pattern.keep.repeat_interleave(pattern.block_size[0] // tile[0], 1)
-    keep = keep.repeat_interleave(pattern.block_size[1] // tile[1], 2)
-    keep = keep[:, : possible.shape[0], : possible.shape[1]] & possible
-    full = _full(pattern, tile, possible)
-    rows = _visits(keep, full, device)
-    return IndexTables(rows, _visits(keep.transpose(1, 2), full.T, device), tile)
+    per_row, per_col = pattern.block_size[0] // tile[0], pattern.block_size[1] // tile[1]
+    blocks = F.pad(possible, (0, -possible.shape[1] % per_col, 0, -possible.shape[0] % per_row))
+    weight = blocks.view(blocks.shape[0] // per_row, per_row, -1, per_col).sum((1, 3))
+    return int((pattern.keep * weight).sum())
 
 
 def _full(pattern: BlockPattern, tile: tuple[int, int], possible: Tensor) -> Tensor:
     """Tiles whose every key is real and seen by every query, boolean, (q_tiles, kv_tiles)."""
-    row, col = torch.arange(possible.shape[0])[:, None], torch.arange(possible.shape[1])
-    last_key = (col + 1) * tile[1] - 1
+    row = torch.arange(possible.shape[0], device=possible.device)[:, None]
+    last_key = (torch.arange(possible.shape[1], device=possible.device) + 1) * tile[1] - 1
     full = (last_key < pattern.kv_len).expand_as(possible)
     if pattern.causal:
         full = full & (last_key <= row * tile[0] + pattern.kv_len - pattern.q_len)
     return full
 
 
-def _visits(keep: Tensor, full: Tensor, device: torch.device) -> Visits:
-    """`keep` (num_heads, tiles, visited) and `full` (tiles, visited) as compressed visits along the last axis."""
-    flat = keep.reshape(-1, keep.shape[2])
-    count = flat.sum(1)
-    start = torch.cat([count.new_zeros(1), count.cumsum(0)])
-    # Full blocks sort before partial ones, those before pruned ones; within each kind the order stays.
-    kind = torch.where(keep, torch.where(full, 0, 1), 2).reshape(flat.shape)
-    order = kind.sort(dim=1, stable=True).indices
-    index = order[torch.arange(flat.shape[1]) < count[:, None]]
-    return Visits(
-        start.to(device, torch.int32),
-        (keep & full).reshape(flat.shape).sum(1).to(device, torch.int32),
-        torch.cat([index, index.new_zeros(1)]).to(device, torch.int32),
-        count.sort(descending=True, stable=True).indices.to(device, torch.int32),
-    )
+def build_visits(keep: Tensor, full: Tensor, total: int) -> Visits:
+    """`keep` (num_heads, tiles, visited) and `full` (tiles, visited) as compressed visits along the last axis.
+
+    Every shape is known from `total`, the number of kept tiles, so that nothing waits for the device.
+    """
+    flat, whole = keep.flatten(0, 1), (keep & full).flatten(0, 1)
+    count, wholes = flat.sum(1, dtype=torch.int32), whole.sum(1, dtype=torch.int32)
+    start = F.pad(count.cumsum(0, dtype=torch.int32), (1, 0))
+    # The place of a tile in its program's list: full ones first, those with an element mask behind them.
+    among_whole = whole.cumsum(1, dtype=torch.int32)
+    among_edge = (flat & ~whole).cumsum(1, dtype=torch.int32) + wholes[:, None]
+    place = start[:-1, None] + torch.where(whole, among_whole, among_edge) - 1
+    slot = torch.where(flat, place, total).flatten().long()
+    visited = torch.arange(flat.shape[1], dtype=torch.int32, device=flat.device)
+    index = torch.zeros(total + 1, dtype=torch.int32, device=flat.device)
+    index.scatter_(0, slot, visited.expand_as(flat).flatten())
+    index[total:] = 0  # pruned tiles were written here
+    return Visits(start, wholes, index, count.sort(descending=True, stable=True).indices.int())

@@ -34,24 +34,34 @@ def visible(
     kv_len,
     key_mask,
     attn_mask,
+    documents,
     stride_mask_q,
     stride_mask_k,
+    window,
     CAUSAL: tl.constexpr,
-    HAS_KEY_MASK: tl.constexpr,
-    HAS_ATTN_MASK: tl.constexpr,
+    MASKS: tl.constexpr,
     ON_EDGE: tl.constexpr,
 ):
-    """Whether queries may see keys, elementwise. `query` and `key` are positions, broadcast against each other."""
+    """Whether queries may see keys, elementwise. `query` and `key` are positions, broadcast against each other.
+
+    `MASKS` adds up what is given: 1 key mask, 2 attention mask, 4 documents, 8 window.
+    """
     inside = (query >= 0) & (key >= 0)
     if ON_EDGE:
         inside = inside & (key < kv_len)
         if CAUSAL:
             inside = inside & (key <= query + (kv_len - q_len))
-    if HAS_KEY_MASK:
+    if MASKS & 1:
         inside = inside & (tl.load(key_mask + key, mask=key < kv_len, other=0) != 0)
-    if HAS_ATTN_MASK:
+    if MASKS & 2:
         place = query.to(tl.int64) * stride_mask_q + key.to(tl.int64) * stride_mask_k
         inside = inside & (tl.load(attn_mask + place, mask=(query < q_len) & (key < kv_len), other=0) != 0)
+    if MASKS & 4:
+        position = query + (kv_len - q_len)
+        mine = tl.load(documents + position, mask=(position >= 0) & (query < q_len), other=-1)
+        inside = inside & (mine == tl.load(documents + key, mask=key < kv_len, other=-2))
+    if MASKS & 8:
+        inside = inside & (key > query + (kv_len - q_len) - window)
     return inside
 
 

@@ -1,0 +1,224 @@
+"""Block-sparse attention, decoding and the probe by Triton: what is refused, and what is asked of the kernels."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from sparse_prune.kernels.options import AttentionOptions
+from sparse_prune.kernels.triton import ops
+from sparse_prune.kernels.triton.configs import KERNELS, Kernel, LaunchConfig, decode_config, launch_config
+from sparse_prune.kernels.triton.launch import launch_decode, launch_probe
+from sparse_prune.kernels.triton.tables import Visits, build_visits, index_tables
+from sparse_prune.kernels.triton.tuning import tuned
+from sparse_prune.pattern import BlockPattern, num_blocks
+from sparse_prune.scores import BlockStatistics
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, pattern: BlockPattern, options: AttentionOptions) -> Tensor:
+    """Shapes as in `reference.attend`. Deterministic; the backward pass recomputes the weights.
+
+    Raises:
+        ValueError: If device, dtype, head size or block size are not supported; the message names the remedy.
+    """
+    query, key, value = _cast(query, key, value)
+    check_supported(query)
+    tables, configs = plan(pattern, query)
+    with torch.autocast(query.device.type, enabled=False):
+        output, _ = ops.block_sparse_attention(
+            query, key, value, tables, configs, options.key_mask, options.attn_mask, options.documents,
+            pattern.causal, options.scale, options.softcap, options.dropout_p, options.seed or 0, options.window,
+        )  # fmt: skip
+    return torch.as_tensor(output)
+
+
+def plan(pattern: BlockPattern, query: Tensor) -> tuple[list[Tensor], list[int]]:
+    """Index tables and launch configurations of a pattern, as `ops.block_sparse_attention` takes them.
+
+    Build it once outside a compiled function and call the operator inside. Tables are cached with the pattern.
+
+    Raises:
+        ValueError: If head size or block size are not supported.
+    """
+    tables: list[Tensor] = []
+    configs: list[int] = []
+    for kernel in KERNELS:
+        config = kernel_config(kernel, query, pattern)
+        found = index_tables(pattern, config.tile, query.device)
+        tables += (found.cols if kernel == "dkdv" else found.rows).tensors()
+        configs += [*config.tile, config.num_warps, config.num_stages]
+    return tables, configs
+
+
+def kernel_config(kernel: Kernel, query: Tensor, pattern: BlockPattern) -> LaunchConfig:
+    """The configuration measured on this device for such calls, or the shipped one."""
+    shipped = launch_config(kernel, capability(query.device), query.shape[3], query.dtype, pattern.block_size)
+    return tuned(kernel, query, pattern) or shipped
+
+
+def unsupported(query: Tensor, pattern_block: tuple[int, int]) -> str | None:
+    """Why the Triton backend cannot take a call; None if it can."""
+    try:
+        check_supported(query)
+        for kernel in KERNELS:
+            launch_config(kernel, capability(query.device), query.shape[3], query.dtype, pattern_block)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def check_supported(query: Tensor) -> None:
+    """Refuse what the kernels cannot run.
+
+    Raises:
+        ValueError: If the tensor is not on a GPU (or Triton does not interpret) or has another dtype.
+    """
+    if query.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ValueError(
+            f"The Triton backend needs CUDA tensors, got {query.device}. "
+            "Use backend='gather', or set TRITON_INTERPRET=1 before the import to check kernels on the CPU."
+        )
+    if query.dtype not in _DTYPES:
+        raise ValueError(f"The Triton backend needs one of {_DTYPES}, got {query.dtype}. Use backend='gather'.")
+
+
+def probe(
+    query: Tensor,
+    key: Tensor,
+    block_size: tuple[int, int],
+    *,
+    causal: bool,
+    options: AttentionOptions | None = None,
+    lse: Tensor | None = None,
+) -> BlockStatistics:
+    """As `scores.probe_blocks`, by the probe kernel, without a host synchronisation.
+
+    The sums stay on the device. Logits that are not finite make the sums NaN; whoever reads them checks.
+
+    Args:
+        query: (batch, num_heads, q_len, head_dim), after position encoding.
+        key: (batch, num_kv_heads, kv_len, head_dim).
+        block_size: Tokens per block side, (query, key).
+        causal: Whether query i sees only keys up to i + kv_len - q_len.
+        options: Masks, scale and soft cap.
+        lse: The base-2 log-sum-exp of each row of dense attention, float32, (batch, num_heads, q_len), where it is
+            known, as from `ops.block_sparse_attention` with a dense pattern: it saves half the work.
+
+    Raises:
+        ValueError: If the input is unsupported, or if a side of the block is not a power of two of at least 16.
+    """
+    options = options or AttentionOptions()
+    query, key, _ = _cast(query, key, key)
+    check_supported(query)
+    if any(side < 16 or side & (side - 1) for side in block_size):
+        raise ValueError(
+            f"`block_size` must be powers of two of at least 16 for the Triton probe, got {block_size}. Use 64 or 128."
+        )
+    if options.key_mask is not None and query.shape[2] == key.shape[2]:
+        # Padded queries do not count: as rows without a key they add nothing.
+        real = options.key_mask[:, None, :, None]
+        attn_mask = real if options.attn_mask is None else options.attn_mask & real
+        lse = None if lse is None else lse.masked_fill(~real[..., 0], torch.inf)
+    else:
+        attn_mask = options.attn_mask
+    masked = AttentionOptions(
+        scale=options.scale, key_mask=options.key_mask, attn_mask=attn_mask, documents=options.documents,
+        window=options.window, softcap=options.softcap,
+    )  # fmt: skip
+    sums = launch_probe(query.detach(), key.detach(), lse, block_size, causal, masked)
+    # A row with a key has mass 1, any other row none: the rows are counted by their mass.
+    per_row = sums[0].sum(-1).amax(1).double().round()  # (batch, rows)
+    counts = torch.stack([per_row.sum(0), (per_row > 0).sum(0).double()])
+    return BlockStatistics(sums.double().sum(1), counts)
+
+
+@dataclass(frozen=True, eq=False)
+class _DecodeTables:
+    visits: Visits
+    """Per key head, the key tiles that any head of its group keeps for any of the rows."""
+    keep: Tensor
+    """uint8, (num_heads, rows, kv_blocks)."""
+    most: int
+    """Visits of the busiest key head."""
+
+
+_DECODE: WeakKeyDictionary[BlockPattern, tuple[tuple[Any, ...], _DecodeTables]] = WeakKeyDictionary()
+
+
+def decode(query: Tensor, key: Tensor, value: Tensor, pattern: BlockPattern, options: AttentionOptions) -> Tensor:
+    """Attention of the last few queries over the kept blocks of a cache; no gradients.
+
+    Args:
+        query: (batch, num_heads, q_len, head_dim), the last `q_len` of `kv_len` positions.
+        key: (batch, num_kv_heads, kv_len, head_dim).
+        value: As `key`.
+        pattern: Causal, of any lengths; continued by the rule of `BlockPattern.at`.
+        options: Masks, scale and soft cap.
+
+    Returns:
+        (batch, num_heads, q_len, head_dim), contiguous. Rows that may attend to nothing are zero.
+
+    Raises:
+        ValueError: If the input is unsupported or a KV group has more than 128 rows; the message names the remedy.
+    """
+    query, key, value = _cast(query, key, value)
+    check_supported(query)
+    if not pattern.causal or options.dropout_p:
+        raise ValueError(
+            f"Decoding needs a causal pattern and no dropout, got causal={pattern.causal} and "
+            f"dropout_p={options.dropout_p}. Set the model to eval mode, or use backend='reference'."
+        )
+    heads, q_len, head_dim = query.shape[1:]
+    kv_heads, kv_len = key.shape[1], key.shape[2]
+    config = decode_config(heads // kv_heads * q_len, head_dim, query.dtype, pattern.block_size)
+    tables, first = _decode_tables(pattern, q_len, kv_len, kv_heads, config.tile[1], query.device)
+    splits = max(1, min(tables.most, -(-2 * _processors(query.device) // (kv_heads * max(1, query.shape[0])))))
+    return launch_decode(
+        query.detach(), key.detach(), value.detach(), tables.visits.start, tables.visits.index, tables.keep, first,
+        pattern.block_size, config, splits, pattern.causal, options,
+    )  # fmt: skip
+
+
+def _decode_tables(
+    pattern: BlockPattern, q_len: int, kv_len: int, kv_heads: int, tile: int, device: torch.device
+) -> tuple[_DecodeTables, int]:
+    """Tables for the last `q_len` queries, and their first query block. New ones only when a block is full."""
+    block_q, block_kv = pattern.block_size
+    first = (kv_len - q_len) // block_q
+    place = (first, num_blocks(kv_len, block_q), num_blocks(kv_len, block_kv), tile, kv_heads, device)
+    known = _DECODE.get(pattern)
+    if known is None or known[0] != place:
+        keep = pattern.last_rows(first, kv_len)
+        union = keep.view(kv_heads, -1, keep.shape[2]).any(1).repeat_interleave(block_kv // tile, 1)[:, None]
+        visits = build_visits(union.to(device), torch.zeros_like(union[0]).to(device), int(union.sum()))
+        tables = _DecodeTables(visits, keep.to(device, torch.uint8).contiguous(), int(union.sum(-1).max()))
+        _DECODE[pattern] = known = (place, tables)
+    return known[1], first
+
+
+def _cast(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What autocast asks for."""
+    kind = query.device.type
+    if not torch.is_autocast_enabled(kind):
+        return query, key, value
+    dtype = torch.get_autocast_dtype(kind)
+    return query.to(dtype), key.to(dtype), value.to(dtype)
+
+
+def capability(device: torch.device) -> int:
+    """Compute capability, 90 for 9.0; the interpreter passes for 90."""
+    if device.type != "cuda":
+        return 90
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4

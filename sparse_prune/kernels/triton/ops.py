@@ -1,0 +1,110 @@
+"""The kernels as operators of torch.library: torch.compile and export carry them along without a graph break."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparse_prune.kernels.options import AttentionOptions
+from sparse_prune.kernels.triton.configs import LaunchConfig
+from sparse_prune.kernels.triton.launch import launch_dkdv, launch_dq, launch_forward
+from sparse_prune.kernels.triton.tables import check_layout
+
+
+@torch.library.custom_op("sparse_prune::block_sparse_attention", mutates_args=())
+def block_sparse_attention(
+    query: Tensor, key: Tensor, value: Tensor, tables: list[Tensor], configs: list[int], key_mask: Tensor | None,
+    attn_mask: Tensor | None, documents: Tensor | None, causal: bool, scale: float | None, softcap: float | None,
+    dropout_p: float, seed: int, window: int | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Attention over the tiles that the tables list.
+
+    Args:
+        query: (batch, num_heads, q_len, head_dim).
+        key: (batch, num_kv_heads, kv_len, head_dim).
+        value: As `key`.
+        tables: `Visits.tensors()` three times: for the forward pass, for dq, for dk and dv.
+        configs: (query tile, key tile, warps, stages) three times, in the same order.
+        key_mask: As in `AttentionOptions`, like the rest.
+
+    Returns:
+        Output like `query`, and the base-2 log-sum-exp of each row, float32, (batch, num_heads, q_len).
+
+    Raises:
+        ValueError: If a table does not fit the call.
+    """
+    options = _options(key_mask, attn_mask, documents, scale, softcap, dropout_p, seed, window)
+    config, part = _part(tables, configs, 0, query, key)
+    return launch_forward(query, key, value, part, config, causal, options)
+
+
+@torch.library.custom_op("sparse_prune::block_sparse_attention_backward", mutates_args=())
+def block_sparse_attention_backward(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, output: Tensor, lse: Tensor, tables: list[Tensor],
+    configs: list[int], key_mask: Tensor | None, attn_mask: Tensor | None, documents: Tensor | None, causal: bool,
+    scale: float | None, softcap: float | None, dropout_p: float, seed: int, window: int | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of query, key and value, contiguous; arguments as in the forward operator."""
+    options = _options(key_mask, attn_mask, documents, scale, softcap, dropout_p, seed, window)
+    delta = (grad.float() * output.float()).sum(-1)
+    config, part = _part(tables, configs, 1, query, key)
+    grad_q = launch_dq(query, key, value, grad, lse, delta, part, config, causal, options)
+    config, part = _part(tables, configs, 2, query, key)
+    grad_k, grad_v = launch_dkdv(query, key, value, grad, lse, delta, part, config, causal, options)
+    return grad_q, grad_k, grad_v
+
+
+@block_sparse_attention.register_fake
+def _(query: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(query), query.new_empty(query.shape[:3], dtype=torch.float32)
+
+
+@block_sparse_attention_backward.register_fake
+def _(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    query, key, value, tables, configs, key_mask, attn_mask, documents, *rest = inputs
+    ctx.save_for_backward(query, key, value, *output, key_mask, attn_mask, documents, *tables)
+    ctx.configs, ctx.rest = configs, rest
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, grad: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
+    query, key, value, output, lse, key_mask, attn_mask, documents, *tables = ctx.saved_tensors
+    none = ([None] * len(tables), *(None,) * 10)  # a gradient per input, of the input's structure
+    if grad is None:
+        return None, None, None, *none
+    grads = block_sparse_attention_backward(
+        grad, query, key, value, output, lse, tables, ctx.configs, key_mask, attn_mask, documents, *ctx.rest
+    )
+    return *grads, *none
+
+
+block_sparse_attention.register_autograd(_backward, setup_context=_save)
+
+
+def _options(
+    key_mask: Tensor | None, attn_mask: Tensor | None, documents: Tensor | None, scale: float | None,
+    softcap: float | None, dropout_p: float, seed: int, window: int | None,
+) -> AttentionOptions:  # fmt: skip
+    return AttentionOptions(
+        scale=scale, key_mask=key_mask, attn_mask=attn_mask, documents=documents, window=window,
+        dropout_p=dropout_p, seed=seed, softcap=softcap,
+    )  # fmt: skip
+
+
+def _part(
+    tables: list[Tensor], configs: list[int], part: int, query: Tensor, key: Tensor
+) -> tuple[LaunchConfig, list[Tensor]]:
+    """Configuration and tables of forward (0), dq (1) or dkdv (2)."""
+    if len(tables) != 12 or len(configs) != 12:
+        raise ValueError(f"`tables` and `configs` must have 12 entries each, got {len(tables)} and {len(configs)}.")
+    tile_q, tile_k, warps, stages = configs[4 * part : 4 * part + 4]
+    own = tables[4 * part : 4 * part + 4]
+    tiles = -(-key.shape[2] // tile_k) if part == 2 else -(-query.shape[2] // tile_q)
+    check_layout(own, query.shape[1] * tiles, query.device)
+    return LaunchConfig((tile_q, tile_k), warps, stages), own
