@@ -112,7 +112,8 @@ def _attention_mask(
     mask_function = mask_function or masks.causal_mask_function
     plain = mask_function in (masks.causal_mask_function, masks.bidirectional_mask_function)
     if plain and q_length == kv_length and not kv_offset:
-        if attention_mask is None or bool(attention_mask.all()):
+        # A tracer cannot look into the mask: it takes padding that hides nothing along.
+        if attention_mask is None or (not torch.compiler.is_compiling() and bool(attention_mask.all())):
             return None
         padding = attention_mask[:, -kv_length:].bool()
         if padding.shape[1] == kv_length:
@@ -123,8 +124,23 @@ def _attention_mask(
     return mask
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator, unused-ignore]
 def _attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """An attention function as the AttentionInterface wants it; returns (batch, q_len, num_heads, head_dim)."""
+    handle: PrunableAttention | None = getattr(module, _HANDLE, None)
+    traceable = handle is not None and handle.traceable and query.shape[2] == key.shape[2]
+    # What still moves, probes or measures is not for a compiler to trace.
+    attention = _attend if traceable and not kwargs.get("dropout") else _attend_eagerly
+    return attention(module, query, key, value, attention_mask, **kwargs)
+
+
+def _attend(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -135,10 +151,9 @@ def _attention_forward(
     is_causal: bool | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """An attention function as the AttentionInterface wants it; returns (batch, q_len, num_heads, head_dim)."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    handle: PrunableAttention | None = vars(module).get(_HANDLE)
+    handle: PrunableAttention | None = getattr(module, _HANDLE, None)
     causal = bool(getattr(module, "is_causal", False)) if is_causal is None else is_causal
     softcap = kwargs.pop("softcap", None)
 
@@ -165,6 +180,9 @@ def _attention_forward(
     options = _options(attention_mask, dropout, scaling, softcap)
     output = handle.attend(query, key, value, options, dense=dense)
     return output.transpose(1, 2).contiguous(), None
+
+
+_attend_eagerly = torch.compiler.disable(_attend)
 
 
 def _options(mask: Tensor | None, dropout: float, scaling: float | None, softcap: float | None) -> AttentionOptions:

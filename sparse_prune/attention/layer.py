@@ -65,6 +65,11 @@ class PrunableAttention:
         self._pattern = pattern
         self._at = {}
 
+    @property
+    def traceable(self) -> bool:
+        """Whether torch.compile can follow a call: the pattern is frozen and its kernels are operators of torch."""
+        return self.mode == "sparse" and self.backend == "triton" and self.probe_block_size is None
+
     def pattern_at(self, q_len: int, kv_len: int) -> BlockPattern:
         """The pattern for a call's lengths, made once per length."""
         assert self._pattern is not None
@@ -117,12 +122,9 @@ class PrunableAttention:
                 f"got {query.shape[1]} and {key.shape[1]}. Add it to `protected_layers` if it changes its heads."
             )
         q_len, kv_len = query.shape[2], key.shape[2]
-        # A checkpointed layer runs again inside the backward pass: it was probed and counted the first time.
-        first_run = torch._C._current_graph_task_id() == -1  # type: ignore[attr-defined, unused-ignore]
-        if first_run and (torch.is_grad_enabled() or self.probe_block_size is not None):
-            self.last_shape = CallShape(query.shape[0], q_len, kv_len, query.shape[3], value.dtype, query.device)
-            if self.probe_block_size is not None:
-                self._probe(query, key, options, self.probe_block_size)
+        if self.traceable and torch.compiler.is_compiling():
+            return _attend_planned(self, query, key, value, options)
+        self._watch(query, key, value, options)
         if self.mode == "dense" or self._pattern is None:
             return dense()
         if q_len != kv_len:
@@ -132,6 +134,17 @@ class PrunableAttention:
         if self.mode == "masked":
             backend = self.masked_backend or moving_backend(query, pattern.block_size)
         return block_sparse_attention(query, key, value, pattern, options, backend=backend)
+
+    def _watch(self, query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions) -> None:
+        """Remember the shape of a training call, and probe it if asked to."""
+        # A checkpointed layer runs again inside the backward pass: it was probed and counted the first time.
+        first_run = torch._C._current_graph_task_id() == -1  # type: ignore[attr-defined, unused-ignore]
+        if first_run and (torch.is_grad_enabled() or self.probe_block_size is not None):
+            self.last_shape = CallShape(
+                query.shape[0], query.shape[2], key.shape[2], query.shape[3], value.dtype, query.device
+            )
+            if self.probe_block_size is not None:
+                self._probe(query, key, options, self.probe_block_size)
 
     def _probe(self, query: Tensor, key: Tensor, options: AttentionOptions, block_size: tuple[int, int]) -> None:
         try:
@@ -158,3 +171,30 @@ class PrunableAttention:
             query, key.repeat_interleave(group, 1), value.repeat_interleave(group, 1), mask, scale=options.scale
         )
         return output.masked_fill(~mask.any(-1, keepdim=True), 0.0)
+
+
+def _attend_planned(
+    layer: PrunableAttention, query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions
+) -> Tensor:
+    """Sparse attention in a form that torch.compile can trace: what hangs on the pattern is a constant to it."""
+    from sparse_prune.kernels.triton.attend import attend_planned
+
+    device = query.device
+    dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else query.dtype
+    planned = _plan(layer, layer._pattern, query.shape[2], key.shape[2], query.shape[3], dtype, device)
+    return attend_planned(query, key, value, planned, layer.causal, options)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator, unused-ignore]
+def _plan(
+    layer: PrunableAttention,
+    pattern: BlockPattern,  # the layer's own: an argument, so that another one compiles anew
+    q_len: int,
+    kv_len: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> tuple[list[Tensor], list[int]]:
+    from sparse_prune.kernels.triton.attend import plan
+
+    return plan(layer.pattern_at(q_len, kv_len), head_dim, dtype, device)

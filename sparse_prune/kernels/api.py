@@ -64,7 +64,7 @@ def probe_attention(
     Raises:
         ValueError: If a query or key is NaN or infinite (in torch).
     """
-    sides_fit = all(side >= 16 and not side & (side - 1) for side in block_size)
+    sides_fit = all(16 <= side <= 128 and not side & (side - 1) for side in block_size)
     if query.device.type == "cuda" and sides_fit and _triton_takes(query, block_size):
         from sparse_prune.kernels.triton.attend import probe
 

@@ -18,12 +18,17 @@ def attend(query: Tensor, key: Tensor, value: Tensor, pattern: BlockPattern, opt
     """Shapes as in `reference.attend`. Compiled and skipping pruned blocks on a GPU; on a CPU plain torch operations.
 
     Raises:
-        ValueError: If dropout is asked for, which FlexAttention has not.
+        ValueError: If dropout is asked for, which FlexAttention has not, or gradients on a CPU.
     """
     if options.dropout_p:
         raise ValueError(
             f"Backend 'flex' has no dropout, got `dropout_p` {options.dropout_p}. Use 'triton' or 'gather'."
         )
+    wants_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value))
+    if query.device.type == "cpu":
+        if wants_grad:
+            raise ValueError("Backend 'flex' has no gradients on a CPU. Use 'gather', or torch.no_grad().")
+        query, key, value = query.detach(), key.detach(), value.detach()  # it looks at the flag alone
     softcap = options.softcap
 
     def score_mod(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
@@ -54,7 +59,7 @@ def _block_mask(pattern: BlockPattern, options: AttentionOptions, device: torch.
     """Built once per pattern, unless masks come with the call."""
     visible = options.token_mask(pattern.q_len, pattern.kv_len, device)
     if visible is not None:
-        return _build(pattern, visible, device)
+        return _build(pattern, visible.expand(-1, -1, pattern.q_len, pattern.kv_len), device)
     known = _PLAIN.setdefault(pattern, {})
     if device not in known:
         known[device] = _build(pattern, None, device)

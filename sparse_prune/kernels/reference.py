@@ -25,13 +25,18 @@ def attend(query: Tensor, key: Tensor, value: Tensor, pattern: BlockPattern, opt
     Returns:
         (batch, num_heads, q_len, value_dim).
     """
+    mask = pattern.token_mask(query.shape[2], key.shape[2], query.device)[None]
+    return masked_attention(query, key, value, mask, options)
+
+
+def masked_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, options: AttentionOptions) -> Tensor:
+    """As `attend`, by any boolean mask broadcastable to (batch, num_heads, q_len, kv_len), True = may attend."""
     batch, heads, q_len, head_dim = query.shape
     kv_len, group = key.shape[2], heads // key.shape[1]
     key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
     logits = query @ key.transpose(-1, -2) * (head_dim**-0.5 if options.scale is None else options.scale)
     if options.softcap is not None:
         logits = options.softcap * torch.tanh(logits / options.softcap)
-    mask = pattern.token_mask(q_len, kv_len, query.device)[None]
     visible = options.token_mask(q_len, kv_len, query.device)
     if visible is not None:
         mask = mask & visible

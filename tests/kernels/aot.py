@@ -18,21 +18,35 @@ from triton.backends.nvidia import compiler as nvidia
 from triton.compiler import ASTSource
 
 from sparse_prune.kernels.triton.backward import dkdv_kernel, dq_kernel
-from sparse_prune.kernels.triton.configs import launch_config
+from sparse_prune.kernels.triton.configs import decode_config, launch_config, probe_config
+from sparse_prune.kernels.triton.decode import decode_kernel
 from sparse_prune.kernels.triton.forward import forward_kernel
+from sparse_prune.kernels.triton.probe import probe_kernel
 
-KERNELS = {"forward": forward_kernel, "dq": dq_kernel, "dkdv": dkdv_kernel}
-FLOATS = {"lse", "delta"}
-INDEX = {"start", "full", "index", "order"}
+KERNELS = {
+    "forward": forward_kernel, "dq": dq_kernel, "dkdv": dkdv_kernel, "decode": decode_kernel, "probe": probe_kernel,
+}  # fmt: skip
+FLOATS = {"lse", "delta", "known_lse", "sums", "part", "part_lse", "grad_k", "grad_v"}
+INDEX = {"start", "full", "index", "order", "documents"}
+BYTES = {"key_mask", "attn_mask", "keep"}
 
 
-def source(kernel, config, head_dim):
+def choose(name, capability, head_dim, block):
+    """The configuration that is launched, and what its kernel is compiled for."""
+    values = {"HEAD": head_dim, "CAUSAL": True, "MASKS": 0, "SOFTCAP": False, "PADDED": False}
+    if name == "probe":
+        return probe_config((block, block)), values | {"BLOCK_Q": block, "BLOCK_K": block, "HAS_LSE": False}
+    if name == "decode":
+        config = decode_config(4, head_dim, torch.bfloat16, (block, block))
+        tiles = {"BLOCK_Q": block, "TILES": block // config.tile[1], "TILE_K": config.tile[1], "PACK": config.tile[0]}
+        return config, values | tiles
+    config = launch_config(name, capability, head_dim, torch.bfloat16, (block, block))
+    return config, values | {"TILE_Q": config.tile[0], "TILE_K": config.tile[1], "DROPOUT": False}
+
+
+def source(kernel, values):
     """The kernel as a bf16 call with contiguous heads specialises it."""
-    values = {
-        "TILE_Q": config.tile[0], "TILE_K": config.tile[1], "HEAD": head_dim, "CAUSAL": True, "HAS_KEY_MASK": False,
-        "HAS_ATTN_MASK": False, "SOFTCAP": False, "DROPOUT": False, "PADDED": False,
-    }  # fmt: skip
-    signature, attributes = {}, {}
+    values, signature, attributes = dict(values), {}, {}
     for place, name in enumerate(inspect.signature(kernel.fn).parameters):
         if name in values or re.fullmatch(r"stride_.d", name):
             values.setdefault(name, 1)
@@ -40,9 +54,9 @@ def source(kernel, config, head_dim):
             continue
         if name in INDEX:
             signature[name] = "*i32"
-        elif name in ("key_mask", "attn_mask"):
+        elif name in BYTES:
             signature[name] = "*u8"
-        elif name in FLOATS or (name in ("grad_k", "grad_v")):
+        elif name in FLOATS:
             signature[name] = "*fp32"
         elif name in ("q", "k", "v", "out", "grad_out", "grad_q"):
             signature[name] = "*bf16"
@@ -72,10 +86,10 @@ def resources(ptx, capability):
 def main():
     rows = []
     for name, capability, head_dim, block in itertools.product(KERNELS, (80, 90), (64, 128, 256), (64, 128)):
-        config = launch_config(name, capability, head_dim, torch.bfloat16, (block, block))
+        config, values = choose(name, capability, head_dim, block)
         options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
         compiled = triton.compile(
-            source(KERNELS[name], config, head_dim), target=GPUTarget("cuda", capability, 32), options=options
+            source(KERNELS[name], values), target=GPUTarget("cuda", capability, 32), options=options
         )
         ptx = compiled.asm["ptx"]
         rows.append(

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparse_prune import BlockPattern
-from sparse_prune.kernels import AttentionOptions, block_sparse_attention
+from sparse_prune.kernels import AttentionOptions, block_sparse_attention, documents_from_cu_seqlens
 
 
 def assert_matches_reference(tensors, pattern, options=None):
@@ -42,16 +42,57 @@ def _mask():
         AttentionOptions(key_mask=torch.arange(37) < torch.tensor([[20], [37]])),
         AttentionOptions(key_mask=torch.arange(37) >= torch.tensor([[9], [0]])),
         AttentionOptions(attn_mask=_mask()),
+        AttentionOptions(documents=torch.arange(37) // torch.tensor([[20], [5]])),
         AttentionOptions(softcap=1.5),
         AttentionOptions(scale=0.7),
         AttentionOptions(dropout_p=0.3, seed=5),
         AttentionOptions(dropout_p=0.3, seed=2**40, softcap=2.0, attn_mask=_mask(), scale=0.5),
     ],
-    ids=["right padding", "left padding", "mask", "softcap", "scale", "dropout", "all"],
+    ids=["right padding", "left padding", "mask", "documents", "softcap", "scale", "dropout", "all"],
 )
 @pytest.mark.parametrize("causal", [True, False])
 def test_options_match_the_reference(options, causal):
     assert_matches_reference(inputs(), random_pattern(4, 37, 37, 8, causal, 0.7), options)
+
+
+@pytest.mark.parametrize("q_len", [21, 37])
+def test_window_and_documents_of_a_causal_call(q_len):
+    documents = torch.arange(37) // torch.tensor([[20], [5]])
+    for options in (AttentionOptions(window=9), AttentionOptions(window=30, documents=documents)):
+        assert_matches_reference(inputs(q_len=q_len), random_pattern(4, q_len, 37, 8, True, 0.8), options)
+
+
+def test_the_reference_itself_hides_what_window_and_documents_hide():
+    """By hand: one head, uniform weights, values that name their position."""
+    query = torch.zeros(1, 1, 4, 2, dtype=torch.float64)
+    value = torch.arange(4.0, dtype=torch.float64).view(1, 1, 4, 1).expand(-1, -1, -1, 2)
+    dense = BlockPattern.dense(1, 4, 4, 4, True)
+    seen = block_sparse_attention(query, query, value, dense, AttentionOptions(window=2), backend="reference")
+    assert seen[0, 0, :, 0].tolist() == [0.0, 0.5, 1.5, 2.5]
+    packed = AttentionOptions(documents=torch.tensor([[0, 0, 1, 1]]))
+    seen = block_sparse_attention(query, query, value, dense, packed, backend="reference")
+    assert seen[0, 0, :, 0].tolist() == [0.0, 0.5, 2.0, 2.5]
+
+
+@pytest.mark.parametrize(
+    ("options", "causal", "message"),
+    [
+        ({"window": 0}, True, "`window` must be at least 1"),
+        ({"window": 4}, False, "`window` is for causal"),
+        ({"documents": torch.zeros(2, 36)}, True, "`documents` must have shape \\(2, 37\\)"),
+    ],
+)
+def test_wrong_options_are_refused(options, causal, message):
+    with pytest.raises(ValueError, match=message):
+        run(inputs(), random_pattern(4, 37, 37, 8, causal), AttentionOptions(**options), "gather")
+
+
+def test_documents_from_cumulative_lengths():
+    found = documents_from_cu_seqlens(torch.tensor([0, 2, 2, 5], dtype=torch.int32), 5)
+    assert found.tolist() == [[0, 0, 2, 2, 2]]
+    for wrong in ([0, 2], [1, 5], [0, 3, 2, 5], [5]):
+        with pytest.raises(ValueError, match="`cu_seqlens` must ascend from 0 to 5"):
+            documents_from_cu_seqlens(torch.tensor(wrong), 5)
 
 
 def test_dropout_depends_on_the_seed_only():

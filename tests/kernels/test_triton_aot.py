@@ -26,7 +26,7 @@ def compiled():
 
 @pytest.mark.slow
 def test_no_configuration_spills_or_takes_too_much(compiled):
-    assert len(compiled) == 3 * 2 * 3 * 2
+    assert len(compiled) == 5 * 2 * 3 * 2
     for row in compiled:
         assert row["spills"] == 0, row
         assert row["shared"] <= LIMIT[row["capability"]], row
@@ -36,4 +36,6 @@ def test_no_configuration_spills_or_takes_too_much(compiled):
 @pytest.mark.slow
 def test_hopper_uses_its_own_matrix_products(compiled):
     for row in compiled:
-        assert row["wgmma"] == (row["capability"] == 90), row
+        # Its products take 64 rows at least; a decoding program has 16.
+        assert row["wgmma"] == (row["capability"] == 90 and row["kernel"] != "decode"), row
+        assert row["wgmma"] or row["mma"]

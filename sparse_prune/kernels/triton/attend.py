@@ -12,12 +12,15 @@ from torch import Tensor
 
 from sparse_prune.kernels.options import AttentionOptions
 from sparse_prune.kernels.triton import ops
-from sparse_prune.kernels.triton.configs import KERNELS, Kernel, LaunchConfig, decode_config, launch_config
+from sparse_prune.kernels.triton.configs import KERNELS, decode_config, launch_config, probe_config
 from sparse_prune.kernels.triton.launch import launch_decode, launch_probe
 from sparse_prune.kernels.triton.tables import Visits, build_visits, index_tables
 from sparse_prune.kernels.triton.tuning import tuned
 from sparse_prune.pattern import BlockPattern, num_blocks
 from sparse_prune.scores import BlockStatistics
+
+Plan = tuple[list[Tensor], list[int]]
+"""Tables and configurations, as `ops.block_sparse_attention` takes them."""
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -30,19 +33,30 @@ def attend(query: Tensor, key: Tensor, value: Tensor, pattern: BlockPattern, opt
     """
     query, key, value = _cast(query, key, value)
     check_supported(query)
-    tables, configs = plan(pattern, query)
+    planned = plan(pattern, query.shape[3], query.dtype, query.device)
+    return attend_planned(query, key, value, planned, pattern.causal, options)
+
+
+def attend_planned(
+    query: Tensor, key: Tensor, value: Tensor, planned: Plan, causal: bool, options: AttentionOptions
+) -> Tensor:
+    """As `attend`, by the tables of a pattern: all of it can be traced by torch.compile."""
+    query, key, value = _cast(query, key, value)
+    tables, configs = planned
     with torch.autocast(query.device.type, enabled=False):
         output, _ = ops.block_sparse_attention(
             query, key, value, tables, configs, options.key_mask, options.attn_mask, options.documents,
-            pattern.causal, options.scale, options.softcap, options.dropout_p, options.seed or 0, options.window,
+            causal, options.scale, options.softcap, options.dropout_p, options.seed or 0, options.window,
         )  # fmt: skip
     return torch.as_tensor(output)
 
 
-def plan(pattern: BlockPattern, query: Tensor) -> tuple[list[Tensor], list[int]]:
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator, unused-ignore]
+def plan(pattern: BlockPattern, head_dim: int, dtype: torch.dtype, device: torch.device) -> Plan:
     """Index tables and launch configurations of a pattern, as `ops.block_sparse_attention` takes them.
 
-    Build it once outside a compiled function and call the operator inside. Tables are cached with the pattern.
+    The configurations are those measured on this device for such calls, or the shipped ones. Tables are cached with
+    the pattern. torch.compile takes the result for a constant: compile only what calls it with a frozen pattern.
 
     Raises:
         ValueError: If head size or block size are not supported.
@@ -50,17 +64,12 @@ def plan(pattern: BlockPattern, query: Tensor) -> tuple[list[Tensor], list[int]]
     tables: list[Tensor] = []
     configs: list[int] = []
     for kernel in KERNELS:
-        config = kernel_config(kernel, query, pattern)
-        found = index_tables(pattern, config.tile, query.device)
+        shipped = launch_config(kernel, capability(device), head_dim, dtype, pattern.block_size)
+        config = tuned(kernel, pattern, head_dim, dtype, device) or shipped
+        found = index_tables(pattern, config.tile, device)
         tables += (found.cols if kernel == "dkdv" else found.rows).tensors()
         configs += [*config.tile, config.num_warps, config.num_stages]
     return tables, configs
-
-
-def kernel_config(kernel: Kernel, query: Tensor, pattern: BlockPattern) -> LaunchConfig:
-    """The configuration measured on this device for such calls, or the shipped one."""
-    shipped = launch_config(kernel, capability(query.device), query.shape[3], query.dtype, pattern.block_size)
-    return tuned(kernel, query, pattern) or shipped
 
 
 def unsupported(query: Tensor, pattern_block: tuple[int, int]) -> str | None:
@@ -112,15 +121,12 @@ def probe(
             known, as from `ops.block_sparse_attention` with a dense pattern: it saves half the work.
 
     Raises:
-        ValueError: If the input is unsupported, or if a side of the block is not a power of two of at least 16.
+        ValueError: If the input is unsupported, or if a side of the block is not a power of two from 16 to 128.
     """
     options = options or AttentionOptions()
     query, key, _ = _cast(query, key, key)
     check_supported(query)
-    if any(side < 16 or side & (side - 1) for side in block_size):
-        raise ValueError(
-            f"`block_size` must be powers of two of at least 16 for the Triton probe, got {block_size}. Use 64 or 128."
-        )
+    config = probe_config(block_size)
     if options.key_mask is not None and query.shape[2] == key.shape[2]:
         # Padded queries do not count: as rows without a key they add nothing.
         real = options.key_mask[:, None, :, None]
@@ -132,7 +138,7 @@ def probe(
         scale=options.scale, key_mask=options.key_mask, attn_mask=attn_mask, documents=options.documents,
         window=options.window, softcap=options.softcap,
     )  # fmt: skip
-    sums = launch_probe(query.detach(), key.detach(), lse, block_size, causal, masked)
+    sums = launch_probe(query.detach(), key.detach(), lse, config, causal, masked)
     # A row with a key has mass 1, any other row none: the rows are counted by their mass.
     per_row = sums[0].sum(-1).amax(1).double().round()  # (batch, rows)
     counts = torch.stack([per_row.sum(0), (per_row > 0).sum(0).double()])
@@ -196,7 +202,7 @@ def _decode_tables(
     known = _DECODE.get(pattern)
     if known is None or known[0] != place:
         keep = pattern.last_rows(first, kv_len)
-        union = keep.view(kv_heads, -1, keep.shape[2]).any(1).repeat_interleave(block_kv // tile, 1)[:, None]
+        union = keep.reshape(kv_heads, -1, keep.shape[2]).any(1).repeat_interleave(block_kv // tile, 1)[:, None]
         visits = build_visits(union.to(device), torch.zeros_like(union[0]).to(device), int(union.sum()))
         tables = _DecodeTables(visits, keep.to(device, torch.uint8).contiguous(), int(union.sum(-1).max()))
         _DECODE[pattern] = known = (place, tables)

@@ -7,6 +7,7 @@ measured on a GPU. `tuning.tune` measures the candidates on the device at hand.
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -111,6 +112,20 @@ def decode_config(rows: int, head_dim: int, dtype: torch.dtype, block_size: tupl
     _check_head_dim(head_dim)
     tile_k = _fit(32 if dtype == torch.float32 else 64, block_size[1])
     return LaunchConfig((max(MIN_TILE, 1 << (rows - 1).bit_length()), tile_k), 4, 2)
+
+
+def probe_config(block_size: tuple[int, int]) -> LaunchConfig:
+    """The configuration of the probe, whose tile is the pattern's block.
+
+    Raises:
+        ValueError: If a side of the block is not a power of two from 16 to 128.
+    """
+    if any(not MIN_TILE <= side <= 128 or side & (side - 1) for side in block_size):
+        raise ValueError(
+            f"`block_size` must be powers of two from {MIN_TILE} to 128 for the Triton probe, got {block_size}. "
+            "Use 64 or 128."
+        )
+    return LaunchConfig(block_size, 8 if math.prod(block_size) >= 128 * 128 else 4, 2)
 
 
 def _fitted(config: LaunchConfig, width: int, dtype: torch.dtype, block_size: tuple[int, int]) -> LaunchConfig:

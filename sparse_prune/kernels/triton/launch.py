@@ -63,13 +63,13 @@ def launch_dkdv(
 
 
 def launch_probe(
-    query: Tensor, key: Tensor, lse: Tensor | None, block_size: tuple[int, int], causal: bool,
+    query: Tensor, key: Tensor, lse: Tensor | None, config: LaunchConfig, causal: bool,
     options: AttentionOptions,
 ) -> Tensor:  # fmt: skip
     """Sums (3, batch, num_heads, q_blocks, kv_blocks), float32: mass, squared mass, largest mass over rows."""
     batch, heads, q_len, head_dim = query.shape
     kv_heads, kv_len = key.shape[1], key.shape[2]
-    rows, cols = -(-q_len // block_size[0]), -(-kv_len // block_size[1])
+    rows, cols = -(-q_len // config.tile[0]), -(-kv_len // config.tile[1])
     sums = torch.zeros(3, batch, heads, rows, cols, dtype=torch.float32, device=query.device)
     masks, mask_strides, kinds = _masks(options, (batch, heads, q_len, kv_len), query)
     width = padded_head_dim(head_dim)
@@ -78,9 +78,9 @@ def launch_probe(
         probe_kernel[(rows, heads, batch)](
             query, key, known, sums, *masks, *query.stride(), *key.stride(), *mask_strides, options.window or 0,
             heads, heads // kv_heads, rows, cols, q_len, kv_len, head_dim, _scale(options, head_dim),
-            options.softcap or 1.0, BLOCK_Q=block_size[0], BLOCK_K=block_size[1], HEAD=width, CAUSAL=causal,
+            options.softcap or 1.0, BLOCK_Q=config.tile[0], BLOCK_K=config.tile[1], HEAD=width, CAUSAL=causal,
             MASKS=kinds, SOFTCAP=options.softcap is not None, PADDED=width != head_dim, HAS_LSE=lse is not None,
-            num_warps=4, num_stages=2,
+            num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
     return sums
 

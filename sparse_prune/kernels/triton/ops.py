@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -42,13 +43,16 @@ def block_sparse_attention(
 
 @torch.library.custom_op("sparse_prune::block_sparse_attention_backward", mutates_args=())
 def block_sparse_attention_backward(
-    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, output: Tensor, lse: Tensor, tables: list[Tensor],
-    configs: list[int], key_mask: Tensor | None, attn_mask: Tensor | None, documents: Tensor | None, causal: bool,
-    scale: float | None, softcap: float | None, dropout_p: float, seed: int, window: int | None,
+    grad: Tensor, grad_lse: Tensor | None, query: Tensor, key: Tensor, value: Tensor, output: Tensor, lse: Tensor,
+    tables: list[Tensor], configs: list[int], key_mask: Tensor | None, attn_mask: Tensor | None,
+    documents: Tensor | None, causal: bool, scale: float | None, softcap: float | None, dropout_p: float, seed: int,
+    window: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of query, key and value, contiguous; arguments as in the forward operator."""
     options = _options(key_mask, attn_mask, documents, scale, softcap, dropout_p, seed, window)
     delta = (grad.float() * output.float()).sum(-1)
+    if grad_lse is not None:  # the base-2 log-sum-exp moves with its logits by their weights / ln 2
+        delta = delta - grad_lse.float() / math.log(2.0)
     config, part = _part(tables, configs, 1, query, key)
     grad_q = launch_dq(query, key, value, grad, lse, delta, part, config, causal, options)
     config, part = _part(tables, configs, 2, query, key)
@@ -62,7 +66,9 @@ def _(query: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
 
 
 @block_sparse_attention_backward.register_fake
-def _(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _(
+    grad: Tensor, grad_lse: Tensor | None, query: Tensor, key: Tensor, value: Tensor, *args: Any
+) -> tuple[Tensor, Tensor, Tensor]:
     return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
 
 
@@ -76,10 +82,11 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 def _backward(ctx: Any, grad: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
     query, key, value, output, lse, key_mask, attn_mask, documents, *tables = ctx.saved_tensors
     none = ([None] * len(tables), *(None,) * 10)  # a gradient per input, of the input's structure
-    if grad is None:
+    if grad is None and grad_lse is None:
         return None, None, None, *none
+    grad = torch.zeros_like(output) if grad is None else grad
     grads = block_sparse_attention_backward(
-        grad, query, key, value, output, lse, tables, ctx.configs, key_mask, attn_mask, documents, *ctx.rest
+        grad, grad_lse, query, key, value, output, lse, tables, ctx.configs, key_mask, attn_mask, documents, *ctx.rest
     )
     return *grads, *none
 

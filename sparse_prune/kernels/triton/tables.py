@@ -111,22 +111,22 @@ def index_tables(pattern: BlockPattern, tile: tuple[int, int], device: torch.dev
     key = (tile, device)
     if key not in known:
         keep = pattern.keep.pin_memory() if device.type == "cuda" else pattern.keep
-        known[key] = build_tables(pattern, tile, keep.to(device, non_blocking=True))
+        known[key] = build_tables(pattern, tile, keep.to(device, non_blocking=True), count_tiles(pattern, tile))
     return known[key]
 
 
-def build_tables(pattern: BlockPattern, tile: tuple[int, int], keep: Tensor) -> IndexTables:
-    """As `index_tables`; `keep` is the pattern's own, on the device where the tables are wanted."""
+def build_tables(pattern: BlockPattern, tile: tuple[int, int], keep: Tensor, total: int) -> IndexTables:
+    """As `index_tables`; `keep` is the pattern's own on the device where the tables are wanted, `total` its tiles."""
     device, (block_q, block_kv) = keep.device, pattern.block_size
     possible = possible_blocks(pattern.q_len, pattern.kv_len, tile, pattern.causal, device)
     rows, cols = possible.shape
     keep = keep.repeat_interleave(block_q // tile[0], 1)[:, :rows]
     keep = keep.repeat_interleave(block_kv // tile[1], 2)[:, :, :cols] & possible
-    full, total = _full(pattern, tile, possible), _count_tiles(pattern, tile)
+    full = _full(pattern, tile, possible)
     return IndexTables(build_visits(keep, full, total), build_visits(keep.transpose(1, 2), full.T, total), tile)
 
 
-def _count_tiles(pattern: BlockPattern, tile: tuple[int, int]) -> int:
+def count_tiles(pattern: BlockPattern, tile: tuple[int, int]) -> int:
     """Kept tiles, counted on the host, where the pattern lives."""
     possible = possible_blocks(pattern.q_len, pattern.kv_len, tile, pattern.causal)
     per_row, per_col = pattern.block_size[0] // tile[0], pattern.block_size[1] // tile[1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -35,9 +36,11 @@ def cache_file() -> Path:
     return (Path(folder) if folder else base) / "triton_tuning.json"
 
 
-def tuned(kernel: Kernel, query: Tensor, pattern: BlockPattern) -> LaunchConfig | None:
+def tuned(
+    kernel: Kernel, pattern: BlockPattern, head_dim: int, dtype: torch.dtype, device: torch.device
+) -> LaunchConfig | None:
     """The measured configuration for such a call on this device; None if `tune` never saw one."""
-    entry = _read(cache_file()).get(_key(kernel, query, pattern))
+    entry = _read(cache_file()).get(_key(kernel, pattern, head_dim, dtype, device))
     return None if entry is None else LaunchConfig((entry[0], entry[1]), entry[2], entry[3])
 
 
@@ -62,10 +65,11 @@ def tune(
     found: dict[Kernel, LaunchConfig] = {}
     missing: dict[str, list[int]] = {}
     for kernel in KERNELS:
-        config = tuned(kernel, query, pattern)
+        call = (kernel, pattern, query.shape[3], query.dtype, query.device)
+        config = tuned(*call)
         if config is None:
             config = _fastest(kernel, query, key, value, pattern, measure or _bench)
-            missing[_key(kernel, query, pattern)] = [*config.tile, config.num_warps, config.num_stages]
+            missing[_key(*call)] = [*config.tile, config.num_warps, config.num_stages]
         found[kernel] = config
     if missing:
         _write(cache_file(), missing)
@@ -114,11 +118,11 @@ def _bench(launch: Callable[[], object]) -> float:
     return float(do_bench(launch, warmup=10, rep=50, return_mode="median"))
 
 
-def _key(kernel: Kernel, query: Tensor, pattern: BlockPattern) -> str:
-    device = torch.cuda.get_device_name(query.device) if query.device.type == "cuda" else "interpreter"
+def _key(kernel: Kernel, pattern: BlockPattern, head_dim: int, dtype: torch.dtype, device: torch.device) -> str:
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "interpreter"
     length = 1 << (max(pattern.q_len, pattern.kv_len) - 1).bit_length()
     parts: tuple[Any, ...] = (
-        device, torch.__version__, triton.__version__, kernel, query.dtype, query.shape[3], *pattern.block_size,
+        name, torch.__version__, triton.__version__, kernel, dtype, head_dim, *pattern.block_size,
         "causal" if pattern.causal else "bidirectional", length,
     )  # fmt: skip
     return " | ".join(map(str, parts))
@@ -152,4 +156,5 @@ def _write(path: Path, entries: dict[str, list[int]]) -> None:
         os.replace(partial, path)
     except OSError as error:
         log.warning("Measured configurations cannot be kept in %s: %r. They last as long as this process.", path, error)
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink()

@@ -1,0 +1,110 @@
+"""The decode kernels against the masked reference."""
+
+import pytest
+import torch
+from cases import inputs, random_pattern
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sparse_prune.kernels import AttentionOptions
+from sparse_prune.kernels.reference import masked_attention
+
+pytest.importorskip("triton")
+from sparse_prune.kernels.triton.attend import decode  # noqa: E402
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(autouse=True)
+def poisoned(monkeypatch):
+    empty = torch.empty
+    monkeypatch.setattr(
+        torch, "empty", lambda *a, **k: t.fill_(torch.nan) if (t := empty(*a, **k)).is_floating_point() else t
+    )
+
+
+def check(pattern, q_len, kv_len, options=None, *, heads=4, kv_heads=2, dim=16, dtype=torch.float32, batch=2):
+    options = options or AttentionOptions()
+    made = inputs(batch, heads, kv_heads, q_len, kv_len, dim)
+    query, key, value = (t.detach().to(DEVICE, dtype) for t in made)
+    found = decode(query, key, value, pattern, options)
+    mask = pattern.token_mask(q_len, kv_len, DEVICE)[None]
+    truth = masked_attention(query.double(), key.double(), value.double(), mask, options)
+    eager = masked_attention(query, key, value, mask, options)
+    allowed = 3.0 * (eager.double() - truth).abs().max() + 4 * torch.finfo(dtype).eps * truth.abs().max().clamp(min=1.0)
+    assert found.shape == query.shape
+    assert (found.double() - truth).abs().max() <= allowed
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+@pytest.mark.parametrize("kv_len", [1, 16, 63, 64, 65, 150])
+def test_one_query_at_every_length(kv_heads, kv_len):
+    """Shorter and longer than the pattern's own 64 tokens."""
+    check(random_pattern(4, 64, 64, 16, True), 1, kv_len, kv_heads=kv_heads)
+
+
+@pytest.mark.parametrize("q_len", [2, 5, 16])
+def test_few_queries_over_a_block_border(q_len):
+    check(random_pattern(4, 64, 64, 16, True), q_len, 68)
+
+
+@pytest.mark.parametrize("dim", [16, 24, 64, 128, 256])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_head_sizes(dim, dtype):
+    check(random_pattern(4, 64, 64, (32, 16), True), 1, 90, dim=dim, dtype=dtype)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        AttentionOptions(key_mask=(torch.arange(68) >= torch.tensor([[40], [0]])).to(DEVICE)),
+        AttentionOptions(
+            attn_mask=(torch.rand(2, 1, 3, 68, generator=torch.Generator().manual_seed(3)) < 0.6).to(DEVICE)
+        ),
+        AttentionOptions(documents=(torch.arange(68) >= torch.tensor([[30], [67]])).int().to(DEVICE)),
+        AttentionOptions(window=20),
+        AttentionOptions(softcap=1.5, scale=0.7),
+    ],
+    ids=["left padding", "mask", "documents", "window", "softcap"],
+)
+def test_options(options):
+    check(random_pattern(4, 64, 64, 16, True, 0.8), 3, 68, options)
+
+
+def test_nothing_to_attend_to_gives_zeros():
+    pattern = random_pattern(4, 64, 64, 16, True, 0.0)
+    query, key, value = (t.detach().to(DEVICE, torch.float32) for t in inputs(q_len=1, kv_len=64, dim=16))
+    assert decode(query, key, value, pattern, AttentionOptions()).abs().max() == 0
+
+
+def test_pruned_blocks_are_never_read():
+    pattern = random_pattern(4, 64, 64, 16, True)
+    kept = pattern.last_rows(3, 64).view(2, 2, 4).any(1)  # per key head
+    query, key, value = (t.detach().to(DEVICE, torch.float32) for t in inputs(q_len=1, kv_len=64, dim=16))
+    hidden = ~kept.repeat_interleave(16, 1).to(DEVICE)
+    assert hidden.any()
+    key[:, hidden], value[:, hidden] = torch.nan, torch.nan
+    assert torch.isfinite(decode(query, key, value, pattern, AttentionOptions())).all()
+
+
+@given(st.integers(1, 8), st.integers(0, 100), st.floats(0, 1), st.integers(0, 99))
+@settings(deadline=None, max_examples=15)
+def test_any_pattern(q_len, extra, density, seed):
+    check(random_pattern(4, 48, 48, (16, 32), True, density, seed), q_len, q_len + extra)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"options": AttentionOptions(dropout_p=0.1, seed=1)}, "no dropout"),
+        ({"causal": False}, "causal pattern"),
+        ({"q_len": 65}, "at most 128 rows.*fewer queries"),
+        ({"block": 8}, "factor 16"),
+    ],
+)
+def test_what_is_not_supported_is_refused(change, message):
+    pattern = random_pattern(4, 96, 96, change.get("block", 16), change.get("causal", True))
+    q_len = change.get("q_len", 1)
+    query, key, value = (t.detach().to(DEVICE, torch.float32) for t in inputs(q_len=q_len, kv_len=96, dim=16))
+    with pytest.raises(ValueError, match=message):
+        decode(query, key, value, pattern, change.get("options", AttentionOptions()))

@@ -1,0 +1,82 @@
+"""The kernels as operators of torch.library."""
+
+import math
+
+import pytest
+import torch
+from cases import inputs, random_pattern
+
+from sparse_prune.kernels import block_sparse_attention
+
+pytest.importorskip("triton")
+from sparse_prune.kernels.triton import ops  # noqa: E402
+from sparse_prune.kernels.triton.attend import plan  # noqa: E402
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def tensors():
+    return tuple(t.detach().to(DEVICE, torch.float32).requires_grad_() for t in inputs(dim=16))
+
+
+def arguments(pattern):
+    tables, configs = plan(pattern, 16, torch.float32, DEVICE)
+    return [tables, configs, None, None, None, pattern.causal, None, None, 0.0, 0, None]
+
+
+def test_operator_keeps_the_rules_of_torch_library():
+    torch.library.opcheck(ops.block_sparse_attention, (*tensors(), *arguments(random_pattern(4, 37, 37, 16, True))))
+
+
+def test_a_compiled_function_has_no_graph_break_and_follows_its_pattern():
+    patterns = {"now": random_pattern(4, 37, 37, 16, True, seed=1)}
+
+    def attention(query, key, value):
+        return block_sparse_attention(query * 2.0, key, value, patterns["now"], backend="triton").sin()
+
+    torch._dynamo.reset()
+    compiled = torch.compile(attention, fullgraph=True, backend="aot_eager")
+    results = []
+    for seed in (1, 2):
+        patterns["now"] = random_pattern(4, 37, 37, 16, True, seed=seed)
+        args = tensors()
+        found, wanted = compiled(*args), attention(*args)
+        assert torch.equal(found, wanted)
+        for a, b in zip(torch.autograd.grad(found.sum(), args), torch.autograd.grad(wanted.sum(), args), strict=True):
+            assert torch.equal(a, b)
+        results.append(found)
+    assert not torch.equal(*results)
+
+
+def test_the_log_sum_exp_and_its_gradient():
+    pattern = random_pattern(4, 37, 37, 16, True, 0.8)
+    pattern.keep.diagonal(dim1=1, dim2=2).fill_(True)  # no row without a key: its log-sum-exp is infinite
+    args = tensors()
+    output, lse = ops.block_sparse_attention(*args, *arguments(pattern))
+    exact = [t.detach().double().requires_grad_() for t in args]
+    logits = exact[0] @ exact[1].repeat_interleave(2, 1).transpose(-1, -2) / 4.0
+    mask = pattern.token_mask(37, 37, DEVICE)
+    wanted = logits.masked_fill(~mask, -torch.inf).logsumexp(-1) / math.log(2.0)
+    torch.testing.assert_close(lse.double(), wanted, atol=1e-5, rtol=1e-5)
+    truth = block_sparse_attention(*exact, pattern, backend="reference")
+    found = torch.autograd.grad(lse.square().sum() + output.sum(), args)
+    for f, w in zip(found, torch.autograd.grad(wanted.square().sum() + truth.sum(), exact), strict=True):
+        torch.testing.assert_close(f.double(), w, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda a: a[0].__setitem__(0, a[0][0].long()), "`start` must be contiguous int32"),
+        (lambda a: a[0].__setitem__(3, a[0][3][:-1]), "`order` must have shape"),
+        (lambda a: a[0].pop(), "12 entries"),
+        (lambda a: a[1].__setitem__(0, 16), "must have shape"),
+    ],
+)
+def test_tables_of_another_call_are_refused(change, message):
+    pattern = random_pattern(4, 37, 37, 32, True)
+    args = arguments(pattern)
+    ops.block_sparse_attention(*tensors(), *args)
+    change(args)
+    with pytest.raises(ValueError, match=message):
+        ops.block_sparse_attention(*tensors(), *args)
