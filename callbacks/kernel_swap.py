@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import pytorch_lightning as pl
@@ -12,7 +12,7 @@ import torch
 from typing_extensions import override
 
 from sparse_prune.attention.layer import CallShape, PrunableAttention
-from sparse_prune.attention.measure import time_dense, time_sparse
+from sparse_prune.attention.measure import time_dense, time_sparse, tune
 from sparse_prune.kernels import BACKENDS, skipping_backends
 
 if TYPE_CHECKING:
@@ -35,6 +35,8 @@ class SwapEvent:
     """Forward and backward pass of dense SDPA. None if not measured."""
     sparse_ms: float | None = None
     """The same with the sparse backend."""
+    measured_ms: dict[str, float] = field(default_factory=dict)
+    """The same with every backend that was measured."""
 
 
 class KernelSwap(pl.Callback):
@@ -44,15 +46,18 @@ class KernelSwap(pl.Callback):
         backend: "auto" measures dense attention against every backend that skips blocks on the layer's own shapes,
             forward and backward, and gives a layer that gains nothing its connections back. A backend's name
             takes that one unmeasured.
+        tune: On a GPU, measure the launch configurations of the Triton kernels on the first layer of a shape. They are
+            kept on disk (`SPARSE_PRUNE_CACHE_DIR`), so that a device does it once.
 
     Raises:
         ValueError: If there is no such backend.
     """
 
-    def __init__(self, backend: str = "auto") -> None:
+    def __init__(self, backend: str = "auto", tune: bool = True) -> None:
         if backend != "auto" and backend not in BACKENDS:
             raise ValueError(f"`backend` must be 'auto' or one of {sorted(BACKENDS)}, got {backend!r}.")
         self.backend = backend
+        self.tune = tune
         self.events: list[SwapEvent] = []
         """All swaps so far, in order."""
 
@@ -76,7 +81,8 @@ class KernelSwap(pl.Callback):
             else:
                 pruner.swap(event.layer, event.backend)
             self.events.append(event)
-            log.info("Step %d: %s -> %s", event.step, event.layer, event.backend)
+            times = ", ".join(f"{name} {ms:.3g} ms" for name, ms in event.measured_ms.items())
+            log.info("Step %d: %s -> %s (%s)", event.step, event.layer, event.backend, times or "not measured")
 
     def _decide(self, layers: list[PrunableAttention], step: int) -> list[SwapEvent]:
         dense_times: dict[tuple[CallShape | None, int, int], float] = {}
@@ -91,10 +97,23 @@ class KernelSwap(pl.Callback):
             key = (layer.last_shape, layer.num_heads, layer.num_kv_heads)
             if key not in dense_times:
                 dense_times[key] = time_dense(layer)
-            dense, (backend, sparse) = dense_times[key], _fastest(layer, layer.last_shape.device)
+            dense, times = dense_times[key], self._measure(layer, layer.last_shape.device)
+            backend, sparse = min(times.items(), key=lambda item: item[1], default=("gather", math.inf))
             winner = backend if sparse < dense else "dense"
-            events.append(SwapEvent(step, layer.name, winner, sparsity, dense, sparse))
+            events.append(SwapEvent(step, layer.name, winner, sparsity, dense, sparse, {"dense": dense, **times}))
         return events
+
+    def _measure(self, layer: PrunableAttention, device: torch.device) -> dict[str, float]:
+        """Milliseconds of every backend that takes the layer's shapes and blocks."""
+        times = {}
+        for backend in skipping_backends(device):
+            try:
+                if self.tune:
+                    tune(layer, backend)
+                times[backend] = time_sparse(layer, backend)
+            except ValueError as error:  # what a backend refuses it refuses before it runs
+                log.info("%s: not measured with %s: %s", layer.name, backend, error)
+        return times
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -103,17 +122,6 @@ class KernelSwap(pl.Callback):
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.events = [SwapEvent(**event) for event in state_dict["events"]]
-
-
-def _fastest(layer: PrunableAttention, device: torch.device) -> tuple[str, float]:
-    """The fastest backend that takes the layer's shapes and blocks, and its milliseconds; infinity if none does."""
-    times = {"gather": math.inf}
-    for backend in skipping_backends(device):
-        try:
-            times[backend] = time_sparse(layer, backend)
-        except ValueError as error:  # what a backend refuses it refuses before it runs
-            log.info("%s: not measured with %s: %s", layer.name, backend, error)
-    return min(times.items(), key=lambda item: item[1])
 
 
 def find_pruning(trainer: pl.Trainer) -> AttentionPruning:

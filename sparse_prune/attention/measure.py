@@ -37,6 +37,22 @@ def time_sparse(layer: PrunableAttention, backend: str, repeats: int = 3) -> flo
     )
 
 
+def tune(layer: PrunableAttention, backend: str) -> None:
+    """Find the backend's fastest launch configurations for the layer's last training shape, where it has any.
+
+    Raises:
+        ValueError: If the backend does not take the shape.
+    """
+    if backend != "triton":
+        return
+    from sparse_prune.kernels.triton.attend import check_supported
+    from sparse_prune.kernels.triton.tuning import tune as tune_kernels
+
+    query, key, value = _inputs(layer)
+    check_supported(query)
+    tune_kernels(query, key, value, layer.pattern_at(query.shape[2], key.shape[2]))
+
+
 def _inputs(layer: PrunableAttention) -> tuple[Tensor, Tensor, Tensor]:
     assert layer.last_shape is not None
     batch, q_len, kv_len, head_dim, dtype, device = layer.last_shape

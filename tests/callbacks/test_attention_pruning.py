@@ -296,8 +296,14 @@ def test_swap_takes_the_fastest_backend(tmp_path, monkeypatch):
     monkeypatch.setattr(kernel_swap, "skipping_backends", lambda device: tuple(times))
     monkeypatch.setattr(kernel_swap, "time_sparse", lambda layer, backend: times[backend])
     monkeypatch.setattr(kernel_swap, "time_dense", lambda layer: 1.5)
+    tuned = []
+    monkeypatch.setattr(kernel_swap, "tune", lambda layer, backend: tuned.append(backend))
     (event,) = KernelSwap()._decide([layer], 7)
     assert (event.backend, event.sparse_ms, event.dense_ms) == ("triton", 1.0, 1.5)
+    assert event.measured_ms == {"dense": 1.5, "triton": 1.0, "gather": 2.0}
+    assert tuned == ["triton", "gather"]
+    KernelSwap(tune=False)._decide([layer], 7)
+    assert tuned == ["triton", "gather"]
     monkeypatch.setattr(kernel_swap, "time_dense", lambda layer: 0.5)
     assert KernelSwap()._decide([layer], 7)[0].backend == "dense"
 
@@ -309,4 +315,5 @@ def test_swap_passes_over_a_backend_that_refuses(tmp_path, monkeypatch, caplog):
     with caplog.at_level(logging.INFO):
         (event,) = KernelSwap()._decide([layer], 7)
     assert event.backend == "gather"
+    assert set(event.measured_ms) == {"dense", "gather"}
     assert "not measured with triton: `block_size` must hold the factor 16" in caplog.text

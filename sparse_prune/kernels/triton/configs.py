@@ -125,7 +125,8 @@ def probe_config(block_size: tuple[int, int]) -> LaunchConfig:
             f"`block_size` must be powers of two from {MIN_TILE} to 128 for the Triton probe, got {block_size}. "
             "Use 64 or 128."
         )
-    return LaunchConfig(block_size, 8 if math.prod(block_size) >= 128 * 128 else 4, 2)
+    large = math.prod(block_size) >= 128 * 128
+    return LaunchConfig(block_size, 8, 1) if large else LaunchConfig(block_size, 4, 2)
 
 
 def _fitted(config: LaunchConfig, width: int, dtype: torch.dtype, block_size: tuple[int, int]) -> LaunchConfig:

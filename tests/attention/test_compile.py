@@ -1,0 +1,57 @@
+"""A swapped model compiles whole: torch.compile sees no break at attention, and follows what changes."""
+
+import pytest
+import torch
+from test_hf import make
+
+from sparse_prune import BlockPattern
+from sparse_prune.attention import attach
+
+pytest.importorskip("triton")
+
+
+@pytest.fixture
+def swapped():
+    """A Llama with frozen patterns on the Triton backend."""
+    model = make("llama")
+    for seed, handle in enumerate(attach(model)):
+        handle.pattern, handle.mode, handle.backend = pattern(seed), "sparse", "triton"
+    torch._dynamo.reset()
+    return model, torch.compile(model, fullgraph=True, dynamic=False, backend="aot_eager")
+
+
+def pattern(seed, length=32):
+    keep = torch.rand(4, 2, 2, generator=torch.Generator().manual_seed(seed)) < 0.5
+    return BlockPattern(keep | torch.eye(2, dtype=torch.bool), (16, 16), True, length, length)
+
+
+def tokens(length=32):
+    return torch.randint(3, 50, (2, length), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.slow
+def test_no_graph_break_output_and_gradients(swapped):
+    model, compiled = swapped
+    found, wanted = (m(tokens(), use_cache=False)[0] for m in (compiled, model))
+    assert torch.equal(found, wanted)
+    parameters = list(model.parameters())
+    gradients = (torch.autograd.grad(out.sum(), parameters) for out in (found, wanted))
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_other_lengths_padding_and_patterns_compile_anew(swapped):
+    model, compiled = swapped
+    first = compiled(tokens(), use_cache=False)[0]
+    shorter = tokens(29)
+    assert torch.equal(compiled(shorter, use_cache=False)[0], model(shorter, use_cache=False)[0])
+    mask = torch.ones_like(shorter)
+    mask[0, :5] = 0
+    found, wanted = (m(shorter, attention_mask=mask, use_cache=False)[0] for m in (compiled, model))
+    assert torch.equal(found, wanted)
+    attach(model)[0].pattern = pattern(7)
+    changed = compiled(tokens(), use_cache=False)[0]
+    assert torch.equal(changed, model(tokens(), use_cache=False)[0])
+    assert not torch.equal(changed, first)
