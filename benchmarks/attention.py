@@ -3,7 +3,8 @@
     python benchmarks/attention.py --output benchmarks/results/attention_gpu.json
 
 Batch 1, causal, random patterns. Every row gives three ratios: against our own kernel at full density, against the
-fastest dense SDPA that the device has, and against compiled FlexAttention with the same mask. "ideal" is the kept
+fastest dense SDPA that the device has, and against compiled FlexAttention with the same mask; and the time of the
+probe and of decoding one token. "ideal" is the kept
 share of blocks: fraction of ideal 1.0 means that pruned blocks cost nothing. Without a GPU it runs in Triton's
 interpreter at the lengths asked for, which checks the kernels and this script; its times then mean nothing.
 """
@@ -14,6 +15,7 @@ import argparse
 import itertools
 import json
 import os
+import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -29,8 +31,9 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sparse_prune import BlockPattern
-from sparse_prune.kernels import block_sparse_attention
-from sparse_prune.kernels.triton.attend import probe
+from sparse_prune.kernels import AttentionOptions, block_sparse_attention
+from sparse_prune.kernels.triton.attend import decode, probe
+from sparse_prune.kernels.triton.tuning import tune
 
 DENSE = (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)
 CHECKED_UP_TO = 4096
@@ -84,25 +87,29 @@ def dense_times(query: Tensor, key: Tensor, value: Tensor, grad: Tensor) -> dict
     return found
 
 
-def flex_times(query: Tensor, key: Tensor, value: Tensor, grad: Tensor, pattern: BlockPattern) -> dict[str, float]:
-    """Compiled FlexAttention with the same blocks."""
-    from torch.nn.attention.flex_attention import BlockMask, flex_attention
+def sparse_times(
+    backend: str, query: Tensor, key: Tensor, value: Tensor, grad: Tensor, pattern: BlockPattern
+) -> dict[str, float]:
+    """One of our backends; "flex" is compiled FlexAttention with the same blocks."""
 
-    keep = pattern.keep.to(query.device)[None]
-    side = pattern.block_size[0]
-    diagonal = torch.eye(keep.shape[2], dtype=torch.bool, device=query.device)
+    def attend() -> Tensor:
+        return block_sparse_attention(query, key, value, pattern, backend=backend)
 
-    def listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
-        order = blocks.int().sort(dim=-1, descending=True, stable=True).indices.int()
-        return blocks.sum(-1, dtype=torch.int32), order
+    return timed(attend, (query, key, value), grad)
 
-    partial, full = listed(keep & diagonal), listed(keep & ~diagonal)
-    mask = BlockMask.from_kv_blocks(
-        *partial, *full, BLOCK_SIZE=side, mask_mod=lambda b, h, q, k: q >= k, seq_lengths=(pattern.q_len,) * 2
-    )
-    compiled = torch.compile(flex_attention)
-    enable_gqa = query.shape[1] != key.shape[1]
-    return timed(lambda: compiled(query, key, value, block_mask=mask, enable_gqa=enable_gqa), (query, key, value), grad)
+
+def decode_times(query: Tensor, key: Tensor, value: Tensor, pattern: BlockPattern) -> dict[str, float]:
+    """One token against the whole cache: dense SDPA, and our kernel over the kept blocks."""
+    last = query[:, :, -1:].detach()
+    key, value, options = key.detach(), value.detach(), AttentionOptions()
+    gqa = query.shape[1] != key.shape[1]
+    kept = pattern.last_rows(pattern.keep.shape[1] - 1, pattern.kv_len)
+    union = kept.view(key.shape[1], -1, kept.shape[2]).any(1)
+    return {
+        "dense_ms": milliseconds(lambda: F.scaled_dot_product_attention(last, key, value, enable_gqa=gqa)),
+        "ours_ms": milliseconds(lambda: decode(last, key, value, pattern, options)),
+        "union_density": float(union.float().mean()),
+    }
 
 
 def check(query: Tensor, key: Tensor, value: Tensor, pattern: BlockPattern) -> None:
@@ -129,15 +136,19 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         )
         grad = torch.randn(query.shape, device=device, dtype=dtype, generator=generator)
         dense = dense_times(query, key, value, grad)
-        own = _ours(query, key, value, grad, random_pattern(heads, length, arguments.block, 0.0))
+        tensors = (query, key, value, grad)
+        own = sparse_times("triton", *tensors, random_pattern(heads, length, arguments.block, 0.0))
         sides = (arguments.block, arguments.block)
         probed = milliseconds(lambda q=query, k=key, s=sides: probe(q.detach(), k.detach(), s, causal=True))
         for sparsity in arguments.sparsities:
             pattern = random_pattern(heads, length, arguments.block, sparsity)
             if length <= CHECKED_UP_TO:
                 check(query, key, value, pattern)
-            ours = _ours(query, key, value, grad, pattern)
-            flex = flex_times(query, key, value, grad, pattern) if device == "cuda" else None
+            if device == "cuda" and arguments.tune:
+                tune(query, key, value, pattern)
+            ours = sparse_times("triton", *tensors, pattern)
+            flex = sparse_times("flex", *tensors, pattern) if device == "cuda" else None
+            decoding = decode_times(query, key, value, pattern)
             for part in ("forward", "both"):
                 best = min(dense, key=lambda name: dense[name][part])
                 kept = 1.0 - pattern.sparsity
@@ -148,18 +159,23 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
                         "ours_dense_ms": own[part], "ours_ms": ours[part], "flex_ms": flex and flex[part],
                         "probe_ms": probed, "ideal_of_own": kept * own[part] / ours[part],
                         "ideal_of_dense": kept * dense[best][part] / ours[part],
-                        "flex_over_ours": flex and flex[part] / ours[part],
+                        "flex_over_ours": flex and flex[part] / ours[part], "decode": decoding,
                     }
                 )  # fmt: skip
-                print(json.dumps(rows[-1]), flush=True)
+                print(table_row(rows[-1]), flush=True)
     return rows
 
 
-def _ours(query: Tensor, key: Tensor, value: Tensor, grad: Tensor, pattern: BlockPattern) -> dict[str, float]:
-    def attend() -> Tensor:
-        return block_sparse_attention(query, key, value, pattern, backend="triton")
-
-    return timed(attend, (query, key, value), grad)
+def table_row(row: dict[str, Any]) -> str:
+    """One line of the table that is printed."""
+    flex = "-" if row["flex_over_ours"] is None else f"{row['flex_over_ours']:.2f}"
+    return (
+        f"{row['length']:6d} d{row['head_dim']:<3d} g{row['group']} {row['sparsity']:4.0%} {row['pass']:7s} "
+        f"ours {row['ours_ms']:8.3f} ms, own dense {row['ours_dense_ms']:8.3f}, {row['best_dense']} "
+        f"{row['dense'][row['best_dense']]:8.3f}; of ideal: own {row['ideal_of_own']:.2f}, dense "
+        f"{row['ideal_of_dense']:.2f}; flex / ours {flex}; probe {row['probe_ms']:.3f} ms; decode "
+        f"{row['decode']['ours_ms']:.3f} of {row['decode']['dense_ms']:.3f} ms"
+    )
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
@@ -176,6 +192,13 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
+def commit() -> str:
+    """The code that was measured; "unknown" outside a repository."""
+    command = ["git", "describe", "--always", "--dirty"]
+    found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+    return found.stdout.strip() or "unknown"
+
+
 def main() -> None:
     """Parse arguments, measure, write JSON and plot."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -185,6 +208,7 @@ def main() -> None:
     parser.add_argument("--groups", type=int, nargs="+", default=[1, 4], help="query heads per key head")
     parser.add_argument("--heads", type=int, default=16, help="query heads")
     parser.add_argument("--block", type=int, default=128)
+    parser.add_argument("--tune", action="store_true", help="measure launch configurations first")
     parser.add_argument("--output", type=Path, help="JSON file; a plot is written beside it")
     arguments = parser.parse_args()
     rows = measure(arguments)
@@ -193,7 +217,7 @@ def main() -> None:
 
         device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU, interpreted: times mean nothing"
         setup = {k: v for k, v in vars(arguments).items() if k != "output"}
-        setup |= {"device": device, "torch": torch.__version__, "triton": triton.__version__}
+        setup |= {"device": device, "torch": torch.__version__, "triton": triton.__version__, "commit": commit()}
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
         arguments.output.write_text(json.dumps({"setup": setup, "rows": rows}, indent=1) + "\n")
         draw(rows, arguments.output.with_suffix(".png"))

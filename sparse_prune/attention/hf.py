@@ -182,7 +182,7 @@ def _attend(
     return output.transpose(1, 2).contiguous(), None
 
 
-_attend_eagerly = torch.compiler.disable(_attend)
+_attend_eagerly = torch.compiler.disable(_attend)  # type: ignore[no-untyped-call, unused-ignore]
 
 
 def _options(mask: Tensor | None, dropout: float, scaling: float | None, softcap: float | None) -> AttentionOptions:

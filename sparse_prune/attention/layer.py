@@ -197,4 +197,5 @@ def _plan(
 ) -> tuple[list[Tensor], list[int]]:
     from sparse_prune.kernels.triton.attend import plan
 
-    return plan(layer.pattern_at(q_len, kv_len), head_dim, dtype, device)
+    planned: tuple[list[Tensor], list[int]] = plan(layer.pattern_at(q_len, kv_len), head_dim, dtype, device)
+    return planned

@@ -1,6 +1,7 @@
 """The Triton kernels against the reference: in the interpreter here, compiled where there is a GPU."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -74,6 +75,20 @@ def test_head_sizes(dim, dtype):
 def test_on_a_gpu(dim, block, dtype):
     tensors = inputs(batch=2, heads=8, kv_heads=2, q_len=1000, kv_len=1000, dim=dim)
     assert_close_to_reference(tensors, random_pattern(8, 1000, 1000, block, True, 0.3), dtype=dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(shutil.which("compute-sanitizer") is None, reason="needs compute-sanitizer and a GPU")
+def test_compute_sanitizer_finds_nothing():
+    call = (
+        "import torch; from sparse_prune import BlockPattern as P; from sparse_prune.kernels import *;"
+        "x = torch.randn(1, 4, 200, 64, device='cuda', dtype=torch.bfloat16, requires_grad=True);"
+        "p = P(torch.rand(4, 4, 4) < 0.6, (64, 64), True, 200, 200);"
+        "block_sparse_attention(x, x, x, p, backend='triton').sum().backward(); torch.cuda.synchronize()"
+    )
+    command = ["compute-sanitizer", "--error-exitcode", "7", sys.executable, "-c", call]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:]
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
@@ -237,5 +252,6 @@ def test_the_gpu_benchmark_checks_and_measures(tmp_path):
     subprocess.run([sys.executable, script, *options, "--output", tmp_path / "out.json"], check=True)
     rows = json.loads((tmp_path / "out.json").read_text())["rows"]
     assert {row["pass"] for row in rows} == {"forward", "both"}
+    assert all(0 < row["decode"]["union_density"] <= 1 for row in rows)
     assert all(row["sparsity"] == pytest.approx(0.3, abs=0.1) for row in rows)
     assert (tmp_path / "out.png").stat().st_size > 1000

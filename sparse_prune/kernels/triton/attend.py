@@ -127,13 +127,12 @@ def probe(
     query, key, _ = _cast(query, key, key)
     check_supported(query)
     config = probe_config(block_size)
+    attn_mask = options.attn_mask
     if options.key_mask is not None and query.shape[2] == key.shape[2]:
         # Padded queries do not count: as rows without a key they add nothing.
         real = options.key_mask[:, None, :, None]
-        attn_mask = real if options.attn_mask is None else options.attn_mask & real
+        attn_mask = real if attn_mask is None else attn_mask & real
         lse = None if lse is None else lse.masked_fill(~real[..., 0], torch.inf)
-    else:
-        attn_mask = options.attn_mask
     masked = AttentionOptions(
         scale=options.scale, key_mask=options.key_mask, attn_mask=attn_mask, documents=options.documents,
         window=options.window, softcap=options.softcap,

@@ -142,7 +142,8 @@ def _masks(
 ) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[int, ...], int]:
     """Key mask, attention mask and documents with stand-ins for those not given; their strides; which are given."""
     nothing = torch.zeros(1, dtype=torch.uint8, device=like.device)
-    key_mask, attn_mask, documents, strides = nothing, nothing, nothing.int(), (0, 0, 0, 0, 0)
+    key_mask, attn_mask, documents = nothing, nothing, nothing.int()
+    strides: tuple[int, ...] = (0, 0, 0, 0, 0)
     kinds = 8 * (options.window is not None)
     if options.key_mask is not None:
         key_mask = options.key_mask.to(like.device).contiguous().view(torch.uint8)
