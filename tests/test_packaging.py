@@ -66,10 +66,10 @@ def rank_of_engine(module):
     return module == "sparse_prune" or rank(module) < rank("sparse_prune.callbacks")
 
 
-def test_imports_without_transformers_and_wandb():
+def test_the_engine_imports_without_optional_packages():
     code = """
 import sys
-sys.modules |= dict.fromkeys(("transformers", "wandb", "huggingface_hub"))
-import sparse_prune, sparse_prune.attention, sparse_prune.callbacks, sparse_prune.export, sparse_prune.pruner
+sys.modules |= dict.fromkeys(("transformers", "wandb", "huggingface_hub", "matplotlib"))
+import sparse_prune, sparse_prune.attention, sparse_prune.export, sparse_prune.passkey, sparse_prune.pruner
 """
     subprocess.run([sys.executable, "-c", code], check=True)
