@@ -12,7 +12,8 @@ ORDER = [
     {"sparse_prune.scores", "sparse_prune.selection"},
     {"sparse_prune.kernels"},
     {"sparse_prune.attention"},
-    {"sparse_prune.pruner", "sparse_prune.cache", "sparse_prune.export", "sparse_prune.passkey"},
+    {"sparse_prune.pruner", "sparse_prune.cache", "sparse_prune.passkey"},
+    {"sparse_prune.export"},
     {"sparse_prune.callbacks"},
     {"sparse_prune.recipes"},
 ]

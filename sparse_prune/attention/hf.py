@@ -61,6 +61,11 @@ def attach(model: nn.Module) -> list[PrunableAttention]:
     return [_handle(name, module) for name, module in layers.items()]
 
 
+def handle_of(module: nn.Module) -> PrunableAttention | None:
+    """The handle on an attention module, if it was taken over."""
+    return vars(module).get(_HANDLE)
+
+
 def attached_layers(model: nn.Module) -> list[PrunableAttention]:
     """Handles of a decoder that was taken over, one per layer, in the order of its cache.
 
@@ -71,7 +76,7 @@ def attached_layers(model: nn.Module) -> list[PrunableAttention]:
     if config is None or getattr(config, "is_encoder_decoder", False):
         raise ValueError(f"`model` must be a transformers decoder, got {type(model).__name__}.")
     modules = {getattr(module, "layer_idx", None): module for module in find_layers(model).values()}
-    handles: dict[Any, PrunableAttention | None] = {i: vars(m).get(_HANDLE) for i, m in modules.items()}
+    handles: dict[Any, PrunableAttention | None] = {index: handle_of(module) for index, module in modules.items()}
     wanted = range(config.get_text_config(decoder=True).num_hidden_layers)
     missing = [index for index in wanted if handles.get(index) is None]
     if missing:
@@ -163,7 +168,7 @@ def _attention_forward(
     """An attention function as the AttentionInterface wants it; returns (batch, q_len, num_heads, head_dim)."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    handle: PrunableAttention | None = vars(module).get(_HANDLE)
+    handle = handle_of(module)
     causal = bool(getattr(module, "is_causal", False)) if is_causal is None else is_causal
     softcap = kwargs.pop("softcap", None)
 
