@@ -103,7 +103,7 @@ def decode_times(query: Tensor, key: Tensor, value: Tensor, pattern: BlockPatter
     last = query[:, :, -1:].detach()
     key, value, options = key.detach(), value.detach(), AttentionOptions()
     gqa = query.shape[1] != key.shape[1]
-    kept = pattern.last_rows(pattern.keep.shape[1] - 1, pattern.kv_len)
+    kept = pattern.keep[:, -1:]
     union = kept.view(key.shape[1], -1, kept.shape[2]).any(1)
     return {
         "dense_ms": milliseconds(lambda: F.scaled_dot_product_attention(last, key, value, enable_gqa=gqa)),

@@ -15,13 +15,11 @@ from pytorch_lightning.utilities import rank_zero_only
 from sparse_prune.callbacks.kernel_swap import KernelSwap, find_pruning
 from typing_extensions import override
 
-from sparse_prune.export import save_patterns
+from sparse_prune.export import PATTERN_FILE, describe_pruning, save_patterns
 from sparse_prune.pattern import BlockPattern
 from sparse_prune.pruner import AttentionPruner, PruneReport, attention_flops, kv_blocks_droppable
 
 log = logging.getLogger(__name__)
-
-PATTERN_FILE = "attention_pattern.safetensors"
 
 
 class SparsityLogger(pl.Callback):
@@ -77,7 +75,7 @@ class SparsityLogger(pl.Callback):
         summary = summarize(pruning.pruner, _events(trainer))
         folder = Path(trainer.log_dir or trainer.default_root_dir)  # a broadcast: every rank must ask
         if trainer.is_global_zero:
-            path = save_patterns(patterns, folder / PATTERN_FILE)
+            path = save_patterns(patterns, folder / PATTERN_FILE, describe_pruning(pruning.pruner))
             log.info("Attention patterns: %s. %s", path, summary)
             self._each(trainer, lambda logger: _finish(logger, path, summary))
 

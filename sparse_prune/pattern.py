@@ -162,40 +162,95 @@ class BlockPattern:
         keep = self._keep_at(q_len + offset, kv_len)[:, offset // block_q :]
         return BlockPattern(keep, self.block_size, self.causal, q_len, kv_len)
 
-    def last_rows(self, first: int, kv_len: int) -> Tensor:
-        """Keep mask of the query blocks from `first` on, for a whole sequence of `kv_len` tokens.
-
-        Returns:
-            Boolean, (num_heads, q_blocks - first, kv_blocks). Blocks hidden by causality are not cleared.
-        """
-        return self._keep_at(kv_len, kv_len)[:, first:]
-
-    def _keep_at(self, q_len: int, kv_len: int) -> Tensor:
-        """Keep mask for a whole sequence of another length, (num_heads, q_blocks, kv_blocks)."""
+    @cached_property
+    def _rule(self) -> tuple[Tensor, Tensor, Tensor, int]:
+        """What longer sequences follow: per head its sinks, band and density, and the band's diagonal column."""
         block_q, block_kv = self.block_size
-        rows, cols = num_blocks(q_len, block_q), num_blocks(kv_len, block_kv)
-        old_rows, old_cols = self.keep.shape[1:]
-        if rows <= old_rows and cols <= old_cols:
-            return self.keep[:, :rows, :cols]
-        source = old_rows - 1 if self.causal else old_rows // 2
+        rows, cols = self.keep.shape[1:]
+        source = rows - 1 if self.causal else rows // 2
         last, template = self.keep[:, -1], self.keep[:, source]  # (num_heads, kv_blocks)
         dense = (last | ~self.possible[-1]).all(-1)
         sinks = last.long().cumprod(-1).sum(-1)
-        band = template & (torch.arange(old_cols) >= sinks[:, None])
+        band = template & (torch.arange(cols) >= sinks[:, None])
+        return sinks, band, dense, (min((source + 1) * block_q, self.q_len) - 1) // block_kv
 
-        def diagonal(row: Tensor, length: int) -> Tensor:
-            return (torch.clamp((row + 1) * block_q, max=length) - 1) // block_kv
+    def _diagonal(self, row: Tensor) -> Tensor:
+        """Key block in which a row's last query stands. It does not depend on where the sequence ends."""
+        return ((row + 1) * self.block_size[0] - 1) // self.block_size[1]
 
-        row, col = torch.arange(rows), torch.arange(cols)
-        origin = diagonal(torch.tensor(source), self.q_len)
-        from_col = origin + col[None, :] - diagonal(row, q_len)[:, None]  # (q_blocks, kv_blocks)
+    def _keep_at(self, q_len: int, kv_len: int) -> Tensor:
+        """Keep mask for a whole sequence of another length, (num_heads, q_blocks, kv_blocks)."""
+        return self.keep_rows(0, num_blocks(q_len, self.block_size[0]), num_blocks(kv_len, self.block_size[1]))
+
+    def keep_rows(self, first: int, end: int, cols: int) -> Tensor:
+        """Keep mask of some rows of blocks, by the rule of `at` where they were not learned.
+
+        Args:
+            first: First row of blocks, counted from the sequence's start.
+            end: Row after the last one.
+            cols: Key blocks.
+
+        Returns:
+            Boolean, (num_heads, end - first, cols). Blocks past a row's diagonal mean nothing.
+        """
+        old_rows, old_cols = self.keep.shape[1:]
+        if end <= old_rows and cols <= old_cols:
+            return self.keep[:, first:end, :cols]
+        sinks, band, dense, origin = self._rule
+        col = torch.arange(cols)
+        from_col = origin + col[None, :] - self._diagonal(torch.arange(first, end))[:, None]  # (rows, cols)
         inside = (from_col >= 0) & (from_col < old_cols)
         keep = band[:, from_col.clamp(0, old_cols - 1)] & inside
         keep |= (col < sinks[:, None])[:, None, :]
         keep |= dense[:, None, None]
-        corner = (slice(None), slice(min(rows, old_rows)), slice(min(cols, old_cols)))
-        keep[corner] = self.keep[corner]
+        if first < old_rows:
+            learned = self.keep[:, first:end, :cols]
+            keep[:, : learned.shape[1], : learned.shape[2]] = learned
         return keep
+
+    def needed_after(self, length: int) -> Tensor:
+        """Key blocks of the first `length` tokens that a later query may attend to, however long the sequence gets.
+
+        The rule of `at` applies past the learned length: sinks and dense heads are needed for ever, any other
+        block until the band has moved past it. What a KV cache holds may shrink to these blocks.
+
+        Args:
+            length: Tokens so far; later queries stand at this position and after.
+
+        Returns:
+            Boolean, (num_heads, kv_blocks of `length`).
+
+        Raises:
+            ValueError: If the pattern is not causal or not of self-attention.
+        """
+        if not self.causal or self.q_len != self.kv_len:
+            raise ValueError(
+                "`needed_after` wants a causal pattern of self-attention, got "
+                f"causal={self.causal}, q_len={self.q_len}, kv_len={self.kv_len}."
+            )
+        block_q, block_kv = self.block_size
+        old_rows, old_cols = self.keep.shape[1:]
+        row, col = length // block_q, torch.arange(num_blocks(length, block_kv))
+        sinks, band, dense, origin = self._rule
+        # Later rows see a block ever further to the left of the band, one diagonal step at a time.
+        step = max(block_q // block_kv, 1)
+        reached = band.clone()
+        for c in range(step, old_cols):
+            reached[:, c] |= reached[:, c - step]
+
+        def by_rule(first_row: int) -> Tensor:
+            from_col = origin + col - int(self._diagonal(torch.tensor(first_row)))
+            # Past the band's right end, a block will enter it from there, in step with the rows.
+            over = torch.clamp(from_col - (old_cols - 1), min=0)
+            from_col = from_col - -(-over // step) * step
+            return reached[:, from_col.clamp(0, old_cols - 1)] & (from_col >= 0)
+
+        needed = by_rule(max(row, old_rows))
+        if row < old_rows:
+            needed[:, old_cols:] |= by_rule(row)[:, old_cols:]
+            learned = self.keep[:, row:, : len(col)].any(1)
+            needed[:, : learned.shape[1]] |= learned
+        return needed | (col < sinks[:, None]) | dense[:, None]
 
     def token_mask(self, q_len: int, kv_len: int, device: torch.device | str = "cpu") -> Tensor:
         """Element mask for queries that are the last `q_len` of `kv_len` positions (or all of them).
@@ -206,8 +261,9 @@ class BlockPattern:
         block_q, block_kv = self.block_size
         offset = kv_len - q_len if self.causal else 0
         own = (q_len, kv_len) == (self.q_len, self.kv_len)
-        first = 0 if own else offset  # position of the first query among the rows of the pattern
-        keep = (self.keep if own else self._keep_at(q_len + offset, kv_len)).to(device)
+        start = 0 if own else offset  # position of the first query among the rows of the pattern
+        first, end = start // block_q, num_blocks(start + q_len, block_q)
+        keep = (self.keep if own else self.keep_rows(first, end, num_blocks(kv_len, block_kv))).to(device)
         query, key = torch.arange(q_len, device=device), torch.arange(kv_len, device=device)
-        mask = keep[:, (query + first) // block_q][:, :, key // block_kv]
+        mask = keep[:, (query + start) // block_q - first][:, :, key // block_kv]
         return mask & (key <= query[:, None] + offset) if self.causal else mask

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from sparse_prune.attention import PrunableAttention, attach
-from sparse_prune.pattern import BlockPattern, check_block_size, num_blocks
+from sparse_prune.pattern import BlockPattern, check_block_size
 from sparse_prune.schedules import Schedule
 from sparse_prune.scores import BlockStatistics, ScoreAverage, Statistic
 from sparse_prune.selection import Constraints, LayerScores, row_mass, select
@@ -302,11 +302,9 @@ def _lengths(scores: Tensor, pattern: BlockPattern) -> tuple[int, int]:
 def kv_blocks_droppable(pattern: BlockPattern, num_kv_heads: int) -> float:
     """Share of the KV cache that no query after the pattern's last one may attend to, in [0, 1].
 
-    A KV head's block is needed if any of its query heads still reaches it from the next row of blocks.
+    A KV head's block is needed as long as any of its query heads may attend to it, however far in the future.
     """
-    grown = pattern.at(pattern.q_len + pattern.block_size[0], pattern.kv_len + pattern.block_size[0])
-    needed = grown.keep[:, -1, : num_blocks(pattern.kv_len, pattern.block_size[1])]
-    per_head = needed.view(num_kv_heads, -1, needed.shape[-1]).any(1)
+    per_head = pattern.needed_after(pattern.kv_len).view(num_kv_heads, -1, pattern.keep.shape[2]).any(1)
     return 1.0 - float(per_head.float().mean())
 
 

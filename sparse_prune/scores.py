@@ -152,6 +152,11 @@ class ScoreAverage:
         old = self._sum[(slice(None), *corner)]
         self._sum[(slice(None), *corner)] = torch.where(seen, self.decay * old + total, old)
 
+    @property
+    def empty(self) -> bool:
+        """Whether nothing was probed yet."""
+        return self._sum is None
+
     def value(self) -> Tensor:
         """Scores, float32, (num_heads, q_blocks, kv_blocks).
 

@@ -89,6 +89,42 @@ def test_longer_pattern_keeps_sinks_band_and_dense_heads():
     assert torch.equal(pattern.at(8, 24).keep, pattern.keep[:, 4:])
 
 
+@given(
+    st.integers(1, 40),
+    st.integers(0, 90),
+    st.sampled_from([(4, 4), (8, 4), (4, 8), (16, 4)]),
+    st.integers(0, 2**31),
+    st.floats(0.1, 0.9),
+)
+@settings(deadline=None)
+def test_needed_blocks_are_those_that_any_later_query_attends_to(length, now, block, seed, density):
+    keep = BlockPattern.dense(3, length, length, block, True).keep
+    keep = torch.rand(keep.shape, generator=torch.Generator().manual_seed(seed)) < density
+    keep[2, -1] = True  # a dense head
+    pattern = BlockPattern(keep, block, True, length, length)
+    far = 16 * (4 * (length + now) // 16 + 5)  # past the last reach of the band
+    seen = pattern.token_mask(far, far)[:, now:].any(1)
+    borders = range(0, now, block[1])
+    expected = [seen[:, start : min(start + block[1], now)].any(-1) for start in borders]
+    assert torch.equal(pattern.needed_after(now), torch.stack(expected, 1) if expected else torch.zeros(3, 0) > 0)
+
+
+@given(st.integers(1, 40), st.integers(0, 60), st.sampled_from([(4, 4), (8, 4), (4, 8)]), st.integers(0, 2**31))
+@settings(deadline=None)
+def test_rows_do_not_depend_on_where_the_sequence_ends(length, extra, block, seed):
+    keep = BlockPattern.dense(2, length, length, block, True).keep
+    keep = torch.rand(keep.shape, generator=torch.Generator().manual_seed(seed)) < 0.5
+    pattern, end = BlockPattern(keep, block, True, length, length), length + extra
+    assert torch.equal(pattern.token_mask(end + 11, end + 11)[:, :end, :end], pattern.token_mask(end, end))
+
+
+def test_needed_blocks_want_causal_self_attention():
+    with pytest.raises(ValueError, match="causal"):
+        BlockPattern.dense(1, 8, 8, 4, False).needed_after(8)
+    with pytest.raises(ValueError, match="q_len=8, kv_len=12"):
+        BlockPattern.dense(1, 8, 12, 4, True).needed_after(8)
+
+
 def test_bad_patterns_are_refused():
     with pytest.raises(TypeError, match="`keep`"):
         BlockPattern(torch.ones(1, 2, 2), (4, 4), True, 8, 8)

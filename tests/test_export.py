@@ -1,9 +1,52 @@
+import json
+import os
+import shutil
+
+import huggingface_hub
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+)
 
-from sparse_prune import BlockPattern
-from sparse_prune.export import load_patterns, save_patterns
+from sparse_prune import AttentionPruner, BlockPattern, ConstantSchedule
+from sparse_prune.attention import attach
+from sparse_prune.cache import PatternCache
+from sparse_prune.export import (
+    PATTERN_FILE,
+    folder,
+    load,
+    load_patterns,
+    push_to_hub,
+    read_pattern_file,
+    save_patterns,
+    save_pretrained,
+)
+
+SMALL = {
+    "vocab_size": 50,
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.5,
+}
+GPT2 = {"vocab_size": 50, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128, "initializer_range": 0.5}
+MODELS = {
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SMALL)),
+    "mistral": lambda: MistralForCausalLM(MistralConfig(sliding_window=20, **SMALL)),
+    "gpt2": lambda: GPT2LMHeadModel(GPT2Config(**GPT2)),
+}
+IDS = torch.randint(3, 50, (2, 64), generator=torch.Generator().manual_seed(1))
 
 
 def patterns():
@@ -11,6 +54,25 @@ def patterns():
         "a": BlockPattern(torch.rand(2, 3, 5) < 0.5, (8, 4), False, 24, 20),
         "b": BlockPattern.dense(1, 9, 9, 4, True),
     }
+
+
+def pruned(name="llama", seed=0, dtype=torch.float32):
+    """A model with patterns, and what pruned it."""
+    torch.manual_seed(seed)
+    model = MODELS[name]().to(dtype).eval()
+    pruner = AttentionPruner(sparsity=ConstantSchedule(final=0.5), block_size=8)
+    pruner.attach(model)
+    pruner.probe(True)
+    with torch.no_grad():
+        model(IDS, use_cache=False)
+    pruner.probe(False)
+    pruner.update(step=1)
+    return model, pruner
+
+
+@torch.no_grad()
+def logits(model, ids=IDS):
+    return model(ids, use_cache=False).logits
 
 
 def test_round_trip(tmp_path):
@@ -26,11 +88,11 @@ def test_round_trip(tmp_path):
 def test_truncated_foreign_missing_and_newer_files_are_refused(tmp_path):
     path = save_patterns(patterns(), tmp_path / "p.safetensors")
     whole = path.read_bytes()
-    for size in (0, 5, len(whole) // 2, len(whole) - 1):
+    for size in range(0, len(whole), 7):
         path.write_bytes(whole[:size])
         with pytest.raises(ValueError, match="pattern file"):
             load_patterns(path)
-    path.write_bytes(whole.replace(b'"version":"1"', b'"version":"2"'))
+    path.write_bytes(whole.replace(b'"version":"2"', b'"version":"1"'))
     with pytest.raises(ValueError, match="version"):
         load_patterns(path)
     save_file({"a": torch.ones(2)}, path)
@@ -40,13 +102,274 @@ def test_truncated_foreign_missing_and_newer_files_are_refused(tmp_path):
         load_patterns(tmp_path / "none")
 
 
+def test_any_altered_byte_is_refused_or_changes_nothing(tmp_path):
+    path = save_patterns(patterns(), tmp_path / "p.safetensors")
+    whole, expected = path.read_bytes(), load_patterns(path)
+    refused = 0
+    for place in range(len(whole)):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        try:
+            found = load_patterns(path)
+        except ValueError:
+            refused += 1
+        else:
+            assert found.keys() == expected.keys()
+            assert all(torch.equal(found[name].keep, expected[name].keep) for name in expected)
+    assert refused > 0.99 * len(whole)
+
+
+def test_rule_of_another_version_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("sparse_prune.export.patterns.RULE", "none")
+    path = save_patterns(patterns(), tmp_path / "p.safetensors")
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="rule for other lengths 'none'"):
+        load_patterns(path)
+
+
 def test_failed_write_leaves_the_old_file_and_no_litter(tmp_path, monkeypatch):
     path = save_patterns(patterns(), tmp_path / "p.safetensors")
     whole = path.read_bytes()
-    monkeypatch.setattr("sparse_prune.export.os.replace", lambda *args: (_ for _ in ()).throw(OSError("disk full")))
+    failing = lambda *args: (_ for _ in ()).throw(OSError("disk full"))  # noqa: E731
+    monkeypatch.setattr("sparse_prune.export.patterns.os.replace", failing)
     with pytest.raises(OSError, match="disk full"):
         save_patterns(patterns(), path)
     assert path.read_bytes() == whole
     assert [file.name for file in tmp_path.iterdir()] == ["p.safetensors"]
     with pytest.raises(ValueError, match="empty"):
         save_patterns({}, path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", MODELS)
+def test_loaded_model_gives_the_same_logits_bit_for_bit(tmp_path, name, dtype):
+    model, pruner = pruned(name, dtype=dtype)
+    first, second = pruner.layers
+    pruner.layers[first].layer.mode = "sparse"
+    expected, dense = logits(model), logits(AutoModelForCausalLM.from_config(model.config))
+    loaded = load(save_pretrained(model, tmp_path / "model", pruner=pruner))
+    assert torch.equal(logits(loaded), expected)
+    assert torch.equal(logits(loaded, IDS[:, :37]), logits(model, IDS[:, :37]))
+    longer = IDS.repeat(1, 2)
+    assert torch.equal(logits(loaded, longer), logits(model, longer))
+    assert not torch.equal(dense, expected)
+    assert {h.name: h.mode for h in attach(loaded)} == {first: "sparse", second: "sparse"}
+    assert logits(loaded.train()).shape == expected.shape
+    settings = {"max_new_tokens": 30, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    tokens = loaded.eval().generate(IDS, past_key_values=PatternCache(loaded), **settings)
+    assert torch.equal(tokens, model.generate(IDS, past_key_values=PatternCache(model), **settings))
+
+
+def test_header_tells_what_was_pruned_and_how(tmp_path):
+    model, pruner = pruned()
+    _, header = read_pattern_file(save_pretrained(model, tmp_path / "model", pruner=pruner) / PATTERN_FILE)
+    assert header["model"] == {
+        "class": "LlamaForCausalLM",
+        "model_type": "llama",
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "hidden_size": 32,
+        "vocab_size": 50,
+    }
+    layer = header["layers"]["model.layers.0.self_attn"]
+    assert layer["block_size"] == [8, 8]
+    assert (layer["q_len"], layer["num_heads"]) == (64, 4)
+    assert header["sparsity"] == pytest.approx(pruner.total_sparsity)
+    schedule = {"final": 0.5, "initial": 0.0, "begin_step": 0, "end_step": 0}
+    assert header["schedule"] == {"kind": "ConstantSchedule", "of": "sparsity", **schedule}
+    assert header["pruning"]["statistic"] == "max"
+    quartiles = header["scores"]["model.layers.1.self_attn"]["quartiles"]
+    assert quartiles == sorted(quartiles)
+    assert len(quartiles) == 5
+    assert "sinks" in header["rule"]
+
+
+def test_plain_transformers_reads_the_dense_model(tmp_path):
+    model, _ = pruned()
+    plain = AutoModelForCausalLM.from_pretrained(save_pretrained(model, tmp_path / "model"))
+    assert plain.config._attn_implementation == "sdpa"
+    for handle in attach(model):
+        handle.mode = "dense"
+    torch.testing.assert_close(logits(plain), logits(model), atol=1e-5, rtol=1e-5)
+
+
+def test_foreign_altered_and_missing_files_are_refused(tmp_path):
+    path = save_pretrained(pruned()[0], tmp_path / "model")
+    other = save_pretrained(pruned(seed=1)[0], tmp_path / "other")
+    copy = shutil.copytree(path, tmp_path / "copy")
+    shutil.copy(other / PATTERN_FILE, copy)
+    with pytest.raises(ValueError, match=r"'model.safetensors' was altered"):
+        load(copy)
+    weights = load_file(path / "model.safetensors")
+    weights["lm_head.weight"][0, 0] += 1
+    save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"'model.safetensors' was altered"):
+        load(path)
+    assert load(path, verify=False) is not None
+    (path / "model.safetensors").write_bytes((path / "model.safetensors").read_bytes()[:-10])
+    with pytest.raises(Exception, match=r"(?i)safetensors|invalid|incomplete"):
+        load(path, verify=False)
+    (path / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"'model.safetensors'.*missing"):
+        load(path)
+    with pytest.raises(FileNotFoundError, match="existing folder"):
+        load(tmp_path / "none")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match=PATTERN_FILE):
+        load(tmp_path / "empty")
+    with pytest.raises(ValueError, match="`backend`"):
+        load(other, backend="fast")
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "named"),
+    [
+        ("llama", {"num_attention_heads": 8, "head_dim": 8}, r"num_attention_heads 4 there, 8 here"),
+        ("llama", {"num_hidden_layers": 3}, r"num_hidden_layers 2 there, 3 here"),
+        ("mistral", {}, "class 'LlamaForCausalLM' there"),
+    ],
+)
+def test_model_of_another_shape_is_refused_with_the_difference(tmp_path, name, change, named):
+    """A folder in which the patterns lie beside a model that they were not made for."""
+    path = save_pretrained(pruned()[0], tmp_path / "model")
+    config = {"llama": LlamaConfig, "mistral": MistralConfig}[name](**(SMALL | change))
+    foreign = {"llama": LlamaForCausalLM, "mistral": MistralForCausalLM}[name](config)
+    foreign.save_pretrained(path)
+    if name == "mistral":  # its weights have the same names and shapes
+        from sparse_prune.export import model as module
+
+        patterns, header = read_pattern_file(path / PATTERN_FILE)
+        with pytest.raises(ValueError, match=named):
+            module._compare("class", header["model"], module.identity(foreign))
+        return
+    with pytest.raises(ValueError, match=named):
+        load(path, verify=False)
+
+
+def test_patterns_without_a_model_are_no_export(tmp_path):
+    save_patterns(patterns(), tmp_path / PATTERN_FILE)
+    with pytest.raises(ValueError, match="patterns alone"):
+        load(tmp_path)
+    torch.manual_seed(0)
+    with pytest.raises(ValueError, match="must have attention patterns"):
+        save_pretrained(MODELS["llama"](), tmp_path / "model")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    with pytest.raises(ValueError, match="new, empty or an earlier export"):
+        save_pretrained(pruned()[0], tmp_path / "mine")
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
+
+
+def test_a_new_export_replaces_the_old_one_and_keeps_what_others_put_there(tmp_path):
+    path = save_pretrained(pruned()[0], tmp_path / "model")
+    (path / "README.md").write_text("mine")
+    model, _ = pruned(seed=1)
+    save_pretrained(model, path)
+    assert torch.equal(logits(load(path)), logits(model))
+    assert (path / "README.md").read_text() == "mine"
+    assert os.listdir(tmp_path) == ["model"]
+
+
+@pytest.mark.parametrize("exchange", [True, False])
+@pytest.mark.parametrize("moment", ["after the model", "before the swap", "within the swap", "after the swap"])
+def test_crash_at_any_moment_leaves_a_whole_export(tmp_path, monkeypatch, moment, exchange):
+    path = save_pretrained(pruned()[0], tmp_path / "model")
+    expected, model = logits(load(path)), pruned(seed=1)[0]
+    if not exchange:
+        monkeypatch.setattr(folder, "_exchange", lambda one, other: False)
+    child = os.fork()
+    if not child:  # a process that dies without any clean-up
+        rename, swap, done = os.rename, folder._exchange, []
+
+        def dying_rename(*args):
+            rename(*args)
+            done.append(args)
+            os._exit(1) if moment == "within the swap" else None
+
+        def dying_exchange(*args):
+            os._exit(1) if moment == "before the swap" else None
+            swapped = swap(*args)
+            os._exit(1) if swapped and moment in ("within the swap", "after the swap") else None
+            return swapped
+
+        folder.os.rename, folder._exchange = dying_rename, dying_exchange
+        if moment == "after the model":
+            import sparse_prune.export.model as module
+
+            module.save_patterns = lambda *args: os._exit(1)
+        if moment == "after the swap":
+            folder.shutil.rmtree = lambda *args, **kwargs: os._exit(1) if len(done) == 2 else None
+        try:
+            save_pretrained(model, path)
+        finally:
+            os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1
+    swapped = moment == "after the swap" or (exchange and moment == "within the swap")
+    assert torch.equal(logits(load(path)), logits(model) if swapped else expected)
+    save_pretrained(model, path)
+    assert torch.equal(logits(load(path)), logits(model))
+
+
+def test_failed_export_leaves_the_old_one_and_no_litter(tmp_path, monkeypatch):
+    path = save_pretrained(pruned()[0], tmp_path / "model")
+    expected = logits(load(path))
+    model, _ = pruned(seed=1)
+    monkeypatch.setattr(type(model), "save_pretrained", lambda *a, **k: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        save_pretrained(model, path)
+    assert os.listdir(tmp_path) == ["model"]
+    assert torch.equal(logits(load(path)), expected)
+
+
+def test_no_file_is_a_pickle(tmp_path):
+    path = save_pretrained(pruned()[0], tmp_path / "model")
+    assert {file.suffix for file in path.iterdir()} == {".json", ".safetensors"}
+    (path / "model.safetensors").rename(path / "gone")
+    torch.save(load_file(path / "gone"), path / "pytorch_model.bin")
+    with pytest.raises(OSError, match="safetensors"):
+        load(path, verify=False)
+
+
+def test_hub_round_trip_through_its_own_library(tmp_path, monkeypatch):
+    """Up to the calls that would go over the network: an upload is a copy here, and so is a download."""
+    hub, calls = tmp_path / "hub", []
+
+    class Commit:
+        commit_url = "https://hub/commit"
+
+    def upload(self, **arguments):
+        calls.append(arguments)
+        shutil.copytree(arguments["folder_path"], hub)
+        return Commit()
+
+    def download(repo_id, **arguments):
+        calls.append({"repo_id": repo_id, **arguments})
+        return str(hub)
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", lambda self, repo, **given: calls.append({repo: given}))
+    monkeypatch.setattr(huggingface_hub.HfApi, "upload_folder", upload)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    model, pruner = pruned()
+    assert push_to_hub(model, "me/small", pruner=pruner, private=True) == "https://hub/commit"
+    assert torch.equal(logits(load("me/small", revision="v1")), logits(model))
+    created, uploaded, downloaded = calls
+    assert created == {"me/small": {"private": True, "exist_ok": True}}
+    assert uploaded["repo_id"] == downloaded["repo_id"] == "me/small"
+    assert downloaded["revision"] == "v1"
+    assert not any("bin" in pattern or "py" in pattern for pattern in downloaded["allow_patterns"])
+
+
+def test_tokenizer_goes_along(tmp_path):
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    words = Tokenizer(WordLevel({"a": 0, "b": 1}, unk_token="a"))
+    path = save_pretrained(
+        pruned()[0], tmp_path / "model", tokenizer=PreTrainedTokenizerFast(tokenizer_object=words, unk_token="a")
+    )
+    assert AutoTokenizer.from_pretrained(path)("b")["input_ids"] == [1]
+    files = read_pattern_file(path / PATTERN_FILE)[1]["files"]
+    assert "tokenizer.json" in files
+    assert json.loads((path / "config.json").read_text())["model_type"] == "llama"

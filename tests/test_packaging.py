@@ -1,4 +1,6 @@
 import ast
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -10,7 +12,8 @@ ORDER = [
     {"sparse_prune.scores", "sparse_prune.selection"},
     {"sparse_prune.kernels"},
     {"sparse_prune.attention"},
-    {"sparse_prune.pruner", "sparse_prune.export", "sparse_prune.passkey"},
+    {"sparse_prune.pruner", "sparse_prune.cache", "sparse_prune.passkey"},
+    {"sparse_prune.export"},
     {"sparse_prune.callbacks"},
     {"sparse_prune.recipes"},
 ]
@@ -62,3 +65,12 @@ def test_the_engine_knows_neither_lightning_nor_wandb():
 
 def rank_of_engine(module):
     return module == "sparse_prune" or rank(module) < rank("sparse_prune.callbacks")
+
+
+def test_the_engine_imports_without_optional_packages():
+    code = """
+import sys
+sys.modules |= dict.fromkeys(("transformers", "wandb", "huggingface_hub", "matplotlib"))
+import sparse_prune, sparse_prune.attention, sparse_prune.export, sparse_prune.passkey, sparse_prune.pruner
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -18,8 +18,11 @@ from sparse_prune.callbacks.sparsity_logger import savings_metrics
 from sparse_prune.recipes.causal_lm.data import TextDataModule
 from sparse_prune.recipes.causal_lm.history import RunHistory
 from sparse_prune.recipes.causal_lm.module import CausalLMModule
+from sparse_prune.recipes.causal_lm.pretrained import load_tokenizer
 from sparse_prune.recipes.causal_lm.report import DenseRun, RunReport
 from typing_extensions import override
+
+from sparse_prune.export import save_pretrained
 
 log = logging.getLogger(__name__)
 
@@ -32,6 +35,9 @@ class CausalLMCLI(LightningCLI):
         parser.add_argument(
             "--compare_dense", type=bool, default=False, help="Repeat the run without pruning and compare."
         )
+        parser.add_argument(
+            "--export", type=str | None, default=None, help="Folder to export the pruned model to, to be loaded again."
+        )
         parser.link_arguments("model.model", "data.tokenizer")
 
     def after_fit(self) -> None:
@@ -42,6 +48,10 @@ class CausalLMCLI(LightningCLI):
             log.warning("The report is written by runs of one process; this one has %d.", self.trainer.world_size)
             return
         folder = Path(self.trainer.log_dir or self.trainer.default_root_dir)
+        if self.config["fit"]["export"]:
+            tokenizer = load_tokenizer(self.config["fit"]["model"]["model"])
+            pruner = _callback(self.trainer, AttentionPruning).pruner
+            save_pretrained(self.model.model, self.config["fit"]["export"], pruner=pruner, tokenizer=tokenizer)
         passkey = _passkey(self.trainer)  # testing empties the metrics
         report = RunReport(
             setup=self._setup(),

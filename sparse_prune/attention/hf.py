@@ -61,6 +61,36 @@ def attach(model: nn.Module) -> list[PrunableAttention]:
     return [_handle(name, module) for name, module in layers.items()]
 
 
+def handle_of(module: nn.Module) -> PrunableAttention | None:
+    """The handle on an attention module, if it was taken over."""
+    return vars(module).get(_HANDLE)
+
+
+def attached_layers(model: nn.Module) -> list[PrunableAttention]:
+    """Handles of a decoder that was taken over, one per layer, in the order of its cache.
+
+    Raises:
+        ValueError: If the model is no decoder, or if not every layer of its cache has a handle and is causal.
+    """
+    config: Any = getattr(model, "config", None)
+    if config is None or getattr(config, "is_encoder_decoder", False):
+        raise ValueError(f"`model` must be a transformers decoder, got {type(model).__name__}.")
+    modules = {getattr(module, "layer_idx", None): module for module in find_layers(model).values()}
+    handles: dict[Any, PrunableAttention | None] = {index: handle_of(module) for index, module in modules.items()}
+    wanted = range(config.get_text_config(decoder=True).num_hidden_layers)
+    missing = [index for index in wanted if handles.get(index) is None]
+    if missing:
+        raise ValueError(
+            f"`model` must have attention that was taken over in all its layers, got none in layers {missing[:8]}. "
+            "Call `sparse_prune.attention.attach(model)` first; models with other layers are not supported."
+        )
+    found = [handle for index in wanted if (handle := handles[index]) is not None]
+    bidirectional = [handle.name for handle in found if not handle.causal]
+    if bidirectional:
+        raise ValueError(f"`model` must be causal in all its layers, got bidirectional {bidirectional[:4]}.")
+    return found
+
+
 def detach(model: nn.Module) -> None:
     """Give the model its own SDPA attention back."""
     from transformers import PreTrainedModel
@@ -133,7 +163,7 @@ def _attention_forward(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """An attention function as the AttentionInterface wants it; returns (batch, q_len, num_heads, head_dim)."""
-    handle: PrunableAttention | None = getattr(module, _HANDLE, None)
+    handle = handle_of(module)
     traceable = handle is not None and handle.traceable and query.shape[2] == key.shape[2]
     # What still moves, probes or measures is not for a compiler to trace.
     attention = _attend if traceable and not kwargs.get("dropout") else _attend_eagerly
@@ -153,7 +183,7 @@ def _attend(
 ) -> tuple[Tensor, None]:
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    handle: PrunableAttention | None = getattr(module, _HANDLE, None)
+    handle = handle_of(module)
     causal = bool(getattr(module, "is_causal", False)) if is_causal is None else is_causal
     softcap = kwargs.pop("softcap", None)
 
@@ -177,6 +207,7 @@ def _attend(
         )
     if handle.mode != "dense" or handle.probe_block_size is not None:
         _refuse(handle, attention_mask, kwargs)
+    handle.sliding_window = kwargs.get("sliding_window")
     options = _options(attention_mask, dropout, scaling, softcap)
     output = handle.attend(query, key, value, options, dense=dense)
     return output.transpose(1, 2).contiguous(), None

@@ -8,13 +8,16 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from sparse_prune.attention.packed import PackedKeys, masked_attention
 from sparse_prune.kernels import AttentionOptions, block_sparse_attention, moving_backend, probe_attention
 from sparse_prune.pattern import BlockPattern
 from sparse_prune.scores import BlockStatistics
 
 Mode = Literal["dense", "masked", "sparse"]
+_LENGTHS_KEPT = 8
+DECODE_ROWS = 128
+"""Most rows (queries times heads of a KV group) that go to the decoding kernel; more are masked."""
 
 
 class CallShape(NamedTuple):
@@ -52,6 +55,9 @@ class PrunableAttention:
     """What was collected since `take_statistics`."""
     last_shape: CallShape | None = None
     """The last training call."""
+    sliding_window: int | None = None
+    """Tokens that a query sees back to, itself included, if the model's own mask has a window."""
+    _handed_over: tuple[PackedKeys, Tensor] | None = None
     _pattern: BlockPattern | None = None
     _at: dict[tuple[int, int], BlockPattern] = field(default_factory=dict)
 
@@ -71,9 +77,11 @@ class PrunableAttention:
         return self.mode == "sparse" and self.backend == "triton" and self.probe_block_size is None
 
     def pattern_at(self, q_len: int, kv_len: int) -> BlockPattern:
-        """The pattern for a call's lengths, made once per length."""
+        """The pattern for a call's lengths, kept for the next call; only the latest lengths are."""
         assert self._pattern is not None
         if (q_len, kv_len) not in self._at:
+            if len(self._at) == _LENGTHS_KEPT:
+                self._at.pop(next(iter(self._at)))
             self._at[q_len, kv_len] = self._pattern.at(q_len, kv_len)
         return self._at[q_len, kv_len]
 
@@ -91,6 +99,24 @@ class PrunableAttention:
                 f"Layer {self.name!r}: attention logits must be finite, got NaN or infinity. Lower the learning rate."
             )
         return BlockStatistics(statistics.sums.cpu(), statistics.counts.cpu())
+
+    def hand_over(self, packed: PackedKeys, key: Tensor) -> None:
+        """Let the next call, which must come with these new keys, attend to what a cache holds."""
+        self._handed_over = packed, key
+
+    def _take_over(self, key: Tensor) -> PackedKeys | None:
+        handed, self._handed_over = self._handed_over, None
+        if handed is None:
+            return None
+        packed, new = handed
+        if new is not key:
+            raise ValueError(
+                f"Layer {self.name!r} must attend to the keys that it gave its PatternCache, got others. "
+                "If the last call broke off, call again; else use a cache that evicts nothing."
+            )
+        if packed.pattern is not self._pattern or self.mode == "dense":
+            raise ValueError(f"The pattern of layer {self.name!r} changed under its PatternCache. Make a new cache.")
+        return packed
 
     def attend(
         self,
@@ -124,6 +150,9 @@ class PrunableAttention:
         q_len, kv_len = query.shape[2], key.shape[2]
         if self.traceable and torch.compiler.is_compiling():
             return _attend_planned(self, query, key, value, options)
+        packed = self._take_over(key)
+        if packed is not None:
+            return packed.attend(query, options)
         self._watch(query, key, value, options)
         if self.mode == "dense" or self._pattern is None:
             return dense()
@@ -154,23 +183,28 @@ class PrunableAttention:
         self.statistics = seen if self.statistics is None else self.statistics + seen
 
     def _attend_cached(self, query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions) -> Tensor:
-        """The last queries against a cache: few rows, so a mask costs little."""
+        """The last queries against a cache: few rows, so that off the GPU a mask costs little."""
         assert self._pattern is not None
-        if options.softcap is not None:
+        q_len, kv_len = query.shape[2], key.shape[2]
+        if self.sliding_window is not None and kv_len >= self.sliding_window - 1 + q_len:
             raise ValueError(
-                f"Layer {self.name!r} has a soft cap, which decoding with a pattern does not support. "
-                "Generate with use_cache=False."
+                f"Layer {self.name!r} has a sliding window of {self.sliding_window} tokens, and its cache may have "
+                "dropped keys that the pattern counts. Generate with past_key_values=PatternCache(model)."
             )
-        mask = self._pattern.token_mask(query.shape[2], key.shape[2], query.device)[None]
+        rows = self.num_heads // self.num_kv_heads * q_len
+        if self.mode == "sparse" and self.backend == "triton" and not torch.is_grad_enabled() and rows <= DECODE_ROWS:
+            from sparse_prune.kernels.triton.attend import decode
+
+            return decode(query, key, value, self._pattern, options)
+        mask = self._pattern.token_mask(q_len, kv_len, query.device)[None]
         if options.key_mask is not None:
             mask = mask & options.key_mask[:, None, None, :]
         if options.attn_mask is not None:
             mask = mask & options.attn_mask
         group = self.num_heads // self.num_kv_heads
-        output: Tensor = F.scaled_dot_product_attention(
-            query, key.repeat_interleave(group, 1), value.repeat_interleave(group, 1), mask, scale=options.scale
+        return masked_attention(
+            query, key.repeat_interleave(group, 1), value.repeat_interleave(group, 1), mask, options
         )
-        return output.masked_fill(~mask.any(-1, keepdim=True), 0.0)
 
 
 def _attend_planned(

@@ -124,9 +124,17 @@ def test_soft_cap_is_respected_in_every_mode():
     for mode in ("dense", "masked", "sparse"):
         set_patterns(handles, mode)
         torch.testing.assert_close(model(ids)[0], expected, atol=1e-4, rtol=1e-4)
-    for handle in handles:
-        handle.mode = "masked"
-    with pytest.raises(ValueError, match="layers.0.self_attn.*soft cap"):
+    settings = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
+    set_patterns(handles, "masked", density=0.3)
+    cached = model.generate(ids, use_cache=True, **settings)
+    assert torch.equal(cached, model.generate(ids, use_cache=False, **settings))
+
+
+@torch.no_grad()
+def test_a_window_that_drops_keys_is_refused_unless_the_cache_knows_positions():
+    model, ids = make("mistral, sliding window"), tokens()
+    set_patterns(attach(model), "sparse", density=0.3)
+    with pytest.raises(ValueError, match=r"layers\.0\.self_attn.*PatternCache"):
         model.generate(ids, max_new_tokens=2, do_sample=False)
 
 

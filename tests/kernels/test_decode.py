@@ -79,7 +79,7 @@ def test_nothing_to_attend_to_gives_zeros():
 
 def test_pruned_blocks_are_never_read():
     pattern = random_pattern(4, 64, 64, 16, True)
-    kept = pattern.last_rows(3, 64).view(2, 2, 4).any(1)  # per key head
+    kept = pattern.keep_rows(3, 4, 4).view(2, 2, 4).any(1)  # per key head
     query, key, value = (t.detach().to(DEVICE, torch.float32) for t in inputs(q_len=1, kv_len=64, dim=16))
     hidden = ~kept.repeat_interleave(16, 1).to(DEVICE)
     assert hidden.any()
@@ -108,3 +108,32 @@ def test_what_is_not_supported_is_refused(change, message):
     query, key, value = (t.detach().to(DEVICE, torch.float32) for t in inputs(q_len=q_len, kv_len=96, dim=16))
     with pytest.raises(ValueError, match=message):
         decode(query, key, value, pattern, change.get("options", AttentionOptions()))
+
+
+def test_generation_with_swapped_layers_decodes_by_the_kernel(monkeypatch):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from sparse_prune.attention import attach
+    from sparse_prune.kernels.triton import attend
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 50, "hidden_size": 64, "intermediate_size": 32, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, **heads, initializer_range=0.5)).eval().to(DEVICE)
+    handles, calls = attach(model), []
+    inner = attend.decode
+    monkeypatch.setattr(attend, "decode", lambda *a: calls.append(a) or inner(*a))
+    ids = torch.randint(3, 50, (2, 32), generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    mask = torch.ones_like(ids)
+    mask[0, :7] = 0
+    found = []
+    for backend in ("triton", "gather"):
+        for handle in handles:
+            handle.pattern, handle.mode, handle.backend = random_pattern(4, 32, 32, 16, True, 0.7), "sparse", backend
+        scores = model.generate(
+            ids, attention_mask=mask, max_new_tokens=6, do_sample=False, pad_token_id=0,
+            output_logits=True, return_dict_in_generate=True,
+        ).logits  # fmt: skip
+        found.append(torch.stack(scores))
+    assert len(calls) == 2 * 5
+    torch.testing.assert_close(*found, atol=1e-4, rtol=1e-4)

@@ -9,7 +9,8 @@ from sparse_prune.recipes.causal_lm.data import ResumableDataLoader, TextDataMod
 from sparse_prune.recipes.causal_lm.module import CausalLMModule
 from sparse_prune.recipes.causal_lm.pretrained import load_model, load_tokenizer
 
-from sparse_prune.export import load_patterns
+from sparse_prune.attention import attach
+from sparse_prune.export import PATTERN_FILE, load, load_patterns, read_pattern_file
 from sparse_prune.passkey import passkey_accuracy, passkey_prompt
 
 
@@ -121,6 +122,7 @@ def config(tiny_model, text, tmp_path):
     settings = {
         "seed_everything": 0,
         "compare_dense": True,
+        "export": str(tmp_path / "exported"),
         "model": {"model": tiny_model, "learning_rate": 1e-3, "passkey_prompts": 1},
         "data": {"text": text, "context_length": 256, "train_sequences": 20, "val_sequences": 1, "test_sequences": 1},
         "trainer": {
@@ -180,6 +182,10 @@ def test_fit_ends_with_a_report(config, tmp_path, monkeypatch, capsys):
     assert (run / "report.png").read_bytes().startswith(b"\x89PNG")
     assert len(load_patterns(run / "attention_pattern.safetensors")) == 2
     assert "Held-out loss" in capsys.readouterr().out
+    model, (patterns, header) = load(tmp_path / "exported"), read_pattern_file(tmp_path / "exported" / PATTERN_FILE)
+    assert {handle.name: handle.mode for handle in attach(model)} == dict.fromkeys(patterns, "sparse")
+    assert set(header["scores"]) == set(header["settled_at"]) == set(patterns)
+    assert load_tokenizer(str(tmp_path / "exported")).eos_token == "<eos>"
 
 
 @pytest.mark.parametrize("name", ["quickstart", "smollm2_8k_gpu"])

@@ -200,7 +200,7 @@ def _decode_tables(
     place = (first, num_blocks(kv_len, block_q), num_blocks(kv_len, block_kv), tile, kv_heads, device)
     known = _DECODE.get(pattern)
     if known is None or known[0] != place:
-        keep = pattern.last_rows(first, kv_len)
+        keep = pattern.keep_rows(first, num_blocks(kv_len, block_q), num_blocks(kv_len, block_kv))
         union = keep.reshape(kv_heads, -1, keep.shape[2]).any(1).repeat_interleave(block_kv // tile, 1)[:, None]
         visits = build_visits(union.to(device), torch.zeros_like(union[0]).to(device), int(union.sum()))
         tables = _DecodeTables(visits, keep.to(device, torch.uint8).contiguous(), int(union.sum(-1).max()))

@@ -1,0 +1,150 @@
+"""Attention over keys of which every KV head holds other blocks: what a cache that evicts hands over."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from sparse_prune.kernels import AttentionOptions, block_sparse_attention
+from sparse_prune.pattern import BlockPattern
+
+
+@dataclass(eq=False)
+class Bucket:
+    """Keys and values of the KV heads that hold equally many blocks.
+
+    Held blocks stand side by side, in order. All are full but the one that the latest token is in.
+    """
+
+    heads: Tensor
+    """KV heads, ascending, int64, (heads,), on the CPU."""
+    blocks: Tensor
+    """Key blocks that each of them holds, ascending, int64, (heads, blocks), on the CPU."""
+    keys: Tensor
+    """(batch, heads, blocks * block, head_dim)."""
+    values: Tensor
+    """(batch, heads, blocks * block, value_dim)."""
+    _row: int = -1
+    _row_mask: Tensor | None = None
+
+    def row_mask(self, row: int, pattern: BlockPattern, num_kv_heads: int) -> Tensor | None:
+        """Slots that the queries of one pattern row attend to, (heads, group, 1, slots); None: all of them.
+
+        Kept until another row is asked for, as decoding stays in a row for many tokens.
+        """
+        if row != self._row:
+            keep = self.block_mask(row, row + 1, pattern, num_kv_heads)
+            slots = keep.repeat_interleave(pattern.block_size[1], -1).to(self.keys.device)
+            self._row, self._row_mask = row, None if bool(keep.all()) else slots
+        return self._row_mask
+
+    def block_mask(self, first_row: int, end_row: int, pattern: BlockPattern, num_kv_heads: int) -> Tensor:
+        """Held blocks that rows of the pattern attend to, (heads, group, rows, blocks), on the CPU."""
+        cols = int(self.blocks.max()) + 1 if self.blocks.numel() else 0
+        keep = torch.unflatten(pattern.keep_rows(first_row, end_row, cols), 0, (num_kv_heads, -1))[self.heads]
+        return keep.take_along_dim(self.blocks[:, None, None, :], -1)
+
+
+@dataclass(frozen=True, eq=False)
+class PackedKeys:
+    """What a layer's queries may attend to: all keys that its cache holds, the queries' own included."""
+
+    buckets: tuple[Bucket, ...]
+    """Every KV head is in one of them."""
+    length: int
+    """Tokens of the sequence so far, the queries included."""
+    pattern: BlockPattern
+    """The pattern that the cache evicted by."""
+
+    def attend(self, query: Tensor, options: AttentionOptions) -> Tensor:
+        """Attention of the last queries.
+
+        Args:
+            query: (batch, num_heads, q_len, head_dim), the last `q_len` of `length` positions.
+            options: Masks over all `length` keys, scale, soft cap. Dropout is not applied.
+
+        Returns:
+            (batch, num_heads, q_len, value_dim). Rows that may attend to nothing are zero.
+        """
+        q_len, device = query.shape[2], query.device
+        num_kv_heads = sum(len(bucket.heads) for bucket in self.buckets)
+        grouped = torch.unflatten(query, 1, (num_kv_heads, -1))  # (batch, kv_heads, group, q_len, head_dim)
+        output = query.new_empty(*grouped.shape[:-1], self.buckets[0].values.shape[-1])
+        for bucket in self.buckets:
+            used = self._used(bucket)
+            index = slice(None) if len(bucket.heads) == num_kv_heads else bucket.heads.to(device)
+            mask = self._mask(bucket, q_len, used, num_kv_heads, options)
+            if mask is not None:
+                mask = mask.expand(-1, -1, grouped.shape[2], q_len, -1).flatten(2, 3)
+            # The group's queries become rows of one head, so that keys are not repeated.
+            rows = grouped[:, index].flatten(2, 3)
+            found = masked_attention(rows, bucket.keys[:, :, :used], bucket.values[:, :, :used], mask, options)
+            output[:, index] = torch.unflatten(found, 2, (-1, q_len))
+        return output.flatten(1, 2)
+
+    def _used(self, bucket: Bucket) -> int:
+        return bucket.keys.shape[2] - -self.length % self.pattern.block_size[1]
+
+    def _mask(
+        self, bucket: Bucket, q_len: int, used: int, num_kv_heads: int, options: AttentionOptions
+    ) -> Tensor | None:
+        """Which slots each query attends to, (batch or 1, heads, group or 1, q_len or 1, used); None: all."""
+        block_q, block_kv = self.pattern.block_size
+        start, device = self.length - q_len, bucket.keys.device
+        slot = torch.arange(block_kv)
+        if q_len == 1:
+            mask = bucket.row_mask(start // block_q, self.pattern, num_kv_heads)
+            mask = None if mask is None else mask[None, ..., :used]
+        else:
+            query = torch.arange(start, self.length)
+            first, end = start // block_q, (self.length - 1) // block_q + 1
+            keep = bucket.block_mask(first, end, self.pattern, num_kv_heads)[:, :, query // block_q - first]
+            keep = keep.to(device).repeat_interleave(block_kv, -1)[..., :used]
+            position = self._positions(bucket, slot)[:, None, None, :used]
+            mask = (keep & (position <= query[:, None]).to(device))[None]
+        if options.key_mask is not None or options.attn_mask is not None:
+            position = self._positions(bucket, slot)[None, :, None, None, :used].to(device)
+            if options.key_mask is not None:
+                mask = _both(mask, options.key_mask[:, None, None, None, :].take_along_dim(position, -1))
+            if options.attn_mask is not None:
+                given = options.attn_mask[:, None]  # (batch, 1, 1, q_len, length), or with all heads in the third place
+                if given.shape[2] > 1:
+                    given = torch.unflatten(options.attn_mask, 1, (num_kv_heads, -1))[:, bucket.heads]
+                mask = _both(mask, given.take_along_dim(position, -1))
+        return mask
+
+    @staticmethod
+    def _positions(bucket: Bucket, slot: Tensor) -> Tensor:
+        """Position in the sequence of every slot, (heads, slots)."""
+        return (bucket.blocks[:, :, None] * len(slot) + slot).flatten(1)
+
+
+def masked_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: AttentionOptions
+) -> Tensor:
+    """Attention of few rows under a boolean mask, with a soft cap if asked for.
+
+    Args:
+        query: (batch, heads, q_len, head_dim).
+        key: (batch, heads, kv_len, head_dim).
+        value: (batch, heads, kv_len, value_dim).
+        mask: Broadcastable to (batch, heads, q_len, kv_len), True = may attend. None: all may.
+        options: Scale and soft cap; its masks are not read.
+
+    Returns:
+        (batch, heads, q_len, value_dim). Rows that may attend to nothing are zero.
+    """
+    if options.softcap is not None:
+        q_len, kv_len = query.shape[2], key.shape[2]
+        everything = BlockPattern.dense(query.shape[1], q_len, kv_len, max(q_len, kv_len), causal=False)
+        capped = AttentionOptions(scale=options.scale, softcap=options.softcap, attn_mask=mask)
+        return block_sparse_attention(query, key, value, everything, capped, backend="reference")
+    output: Tensor = F.scaled_dot_product_attention(query, key, value, mask, scale=options.scale)
+    return output if mask is None else output.masked_fill(~mask.any(-1, keepdim=True), 0.0)
+
+
+def _both(mask: Tensor | None, other: Tensor) -> Tensor:
+    return other if mask is None else mask & other

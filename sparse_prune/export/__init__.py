@@ -1,0 +1,15 @@
+"""Pruned models on disk and on the hub."""
+
+from sparse_prune.export.model import PATTERN_FILE, load, push_to_hub, save_pretrained
+from sparse_prune.export.patterns import describe_pruning, load_patterns, read_pattern_file, save_patterns
+
+__all__ = [
+    "PATTERN_FILE",
+    "describe_pruning",
+    "load",
+    "load_patterns",
+    "push_to_hub",
+    "read_pattern_file",
+    "save_patterns",
+    "save_pretrained",
+]

@@ -1,0 +1,327 @@
+"""A pruned model as a folder: the model's own files, and its patterns beside them."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import os
+import shutil
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+
+from sparse_prune.attention import PrunableAttention, attach, find_layers, handle_of
+from sparse_prune.export.folder import file_hash, previous, recover, whole_folder
+from sparse_prune.export.patterns import describe_pruning, read_pattern_file, save_patterns
+from sparse_prune.kernels import BACKENDS
+from sparse_prune.pattern import BlockPattern
+from sparse_prune.pruner import AttentionPruner
+
+log = logging.getLogger(__name__)
+
+PATTERN_FILE = "attention_pattern.safetensors"
+_HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
+_SHAPE = ("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "hidden_size", "vocab_size")
+
+
+def save_pretrained(
+    model: Any,
+    folder: str | os.PathLike[str],
+    *,
+    pruner: AttentionPruner | None = None,
+    tokenizer: Any = None,
+) -> Path:
+    """Write a pruned model: what its `save_pretrained` writes, and its patterns.
+
+    The folder is written whole or not at all; an earlier export in its place is replaced in one step, and files that
+    others have put there stay. Any transformers program can read it as a dense model; `load` gives the pruned one.
+
+    Args:
+        model: A transformers model with patterns.
+        folder: New, empty, or an earlier export.
+        pruner: What pruned it, for the header: schedule, settings and a summary of the scores.
+        tokenizer: To be saved with it.
+
+    Raises:
+        ValueError: If no layer has a pattern, or `folder` holds something else.
+    """
+    target = Path(os.path.abspath(folder))
+    patterns, layers = _state(model)
+    recover(target)
+    foreign = target.exists() and (not target.is_dir() or any(target.iterdir()))
+    if foreign and not (target / PATTERN_FILE).is_file():
+        raise ValueError(
+            f"`folder` must be new, empty or an earlier export, got {os.fspath(folder)!r} without {PATTERN_FILE}. "
+            "Choose another folder."
+        )
+    dtypes = {parameter.dtype for parameter in model.parameters() if parameter.dtype.is_floating_point}
+    if len(dtypes) > 1:
+        log.warning("The model mixes %s; transformers loads it in one of them.", sorted(map(str, dtypes)))
+    with whole_folder(target) as partial:
+        _save_model(model, partial)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(partial)
+        files = {str(file.relative_to(partial)): file_hash(file) for file in _files(partial)}
+        details = {
+            "library": f"sparse_prune {version('sparse_prune')}",
+            "model": identity(model),
+            "attention": layers,
+            "buffers": _buffers(model),
+            "files": files,
+            **({} if pruner is None else describe_pruning(pruner, _names(model))),
+        }
+        save_patterns(patterns, partial / PATTERN_FILE, details)
+        if foreign:
+            _carry_over(target, partial)
+    return target
+
+
+def load(
+    name: str | os.PathLike[str],
+    *,
+    backend: str | None = None,
+    verify: bool = True,
+    revision: str | None = None,
+    token: str | None = None,
+    **options: Any,
+) -> Any:
+    """A pruned model as it was saved, in eval mode: the same logits, bit for bit, on the same machine.
+
+    No file is unpickled and no code of the folder runs.
+
+    Args:
+        name: A folder that `save_pretrained` wrote, or a hub repository.
+        backend: One of `BACKENDS` for all pruned layers; None: those at the time of saving ("gather" in the place of
+            "triton" where there is no GPU).
+        verify: Compare every file's SHA-256 with the one at the time of saving.
+        revision: Of the hub repository.
+        token: For the hub.
+        **options: For the model class's `from_pretrained`; its dtype is that of the export unless given.
+
+    Raises:
+        FileNotFoundError: If there is no such folder, or no patterns in it.
+        ValueError: If a file was altered, or patterns and model do not belong together; the message names what differs.
+    """
+    if backend is not None and backend not in BACKENDS:
+        raise ValueError(f"`backend` must be one of {sorted(BACKENDS)}, got {backend!r}.")
+    folder = _fetch(os.fspath(name), revision, token)
+    if not (folder / PATTERN_FILE).is_file():
+        raise FileNotFoundError(
+            f"`name` must be a folder or repository with {PATTERN_FILE}, got {os.fspath(name)!r}. "
+            "Write it with `sparse_prune.export.save_pretrained`."
+        )
+    patterns, header = read_pattern_file(folder / PATTERN_FILE)
+    if not {"model", "attention", "buffers", "files"} <= set(header):
+        raise ValueError(f"{PATTERN_FILE} must belong to an export, got patterns alone. Use `load_patterns`.")
+    if verify:
+        _verify(folder, header["files"])
+    settings = {"dtype": "auto", "trust_remote_code": False, **options, "use_safetensors": True}
+    model = _model_class(header["model"]["class"]).from_pretrained(folder, **settings)
+    _compare("class", header["model"], identity(model))
+    _cast_buffers(model, header["buffers"])
+    _apply(model, patterns, header["attention"], backend)
+    return model.eval()
+
+
+def push_to_hub(
+    model: Any,
+    repo_id: str,
+    *,
+    pruner: AttentionPruner | None = None,
+    tokenizer: Any = None,
+    private: bool | None = None,
+    revision: str | None = None,
+    token: str | None = None,
+    commit_message: str = "Upload pruned model",
+) -> str:
+    """Put an export on the hub in one commit, with `huggingface_hub`; `load(repo_id)` gets it back.
+
+    Args:
+        model: As in `save_pretrained`, like `pruner` and `tokenizer`.
+        repo_id: "owner/name"; made if it does not exist.
+        pruner: See `save_pretrained`.
+        tokenizer: See `save_pretrained`.
+        private: Whether a new repository is private; None: the owner's default.
+        revision: Branch to commit to.
+        token: None: the one that is logged in.
+        commit_message: What the commit says.
+
+    Returns:
+        The commit's address.
+    """
+    from huggingface_hub import HfApi
+
+    with TemporaryDirectory() as parent:
+        folder = save_pretrained(model, Path(parent) / "export", pruner=pruner, tokenizer=tokenizer)
+        api = HfApi(token=token)
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        commit = api.upload_folder(
+            repo_id=repo_id,
+            folder_path=folder,
+            commit_message=commit_message,
+            revision=revision,
+            # Shards of an earlier, larger export would be left over.
+            delete_patterns=["*.safetensors", "*.safetensors.index.json"],
+        )
+    return str(commit.commit_url)
+
+
+def identity(model: Any) -> dict[str, Any]:
+    """What must agree for patterns to fit a model."""
+    config = model.config.get_text_config(decoder=True) if hasattr(model.config, "get_text_config") else model.config
+    shape = {name: getattr(config, name, None) for name in _SHAPE}
+    return {"class": type(model).__name__, "model_type": model.config.model_type, **shape}
+
+
+def _state(model: Any) -> tuple[dict[str, BlockPattern], dict[str, dict[str, Any]]]:
+    """Patterns by layer name, and how each layer computes."""
+    patterns, layers = {}, {}
+    for name, module in find_layers(model).items():
+        handle = handle_of(module)
+        if handle is None or handle.pattern is None:
+            continue
+        patterns[name] = handle.pattern
+        layers[name] = {
+            "num_heads": handle.num_heads,
+            "num_kv_heads": handle.num_kv_heads,
+            "mode": "dense" if handle.mode == "dense" else "sparse",
+            "backend": handle.masked_backend if handle.mode == "masked" else handle.backend,
+        }
+    if not patterns:
+        raise ValueError(
+            "`model` must have attention patterns, got none. Prune it first, or use its own save_pretrained."
+        )
+    return patterns, layers
+
+
+def _names(model: Any) -> dict[str, str]:
+    """Layer as the pruner calls it, which may have found it in a module around the model -> its name in the model."""
+    handles = {name: handle_of(module) for name, module in find_layers(model).items()}
+    return {handle.name: name for name, handle in handles.items() if handle is not None}
+
+
+def _buffers(model: Any) -> dict[str, str]:
+    """Types of the buffers that loading makes anew: `model.to(bfloat16)` casts rotary frequencies, loading does not."""
+    saved = set(model.state_dict())
+    computed = {name: buffer for name, buffer in model.named_buffers() if name not in saved}
+    kinds = {name: str(b.dtype).removeprefix("torch.") for name, b in computed.items() if b.dtype.is_floating_point}
+    return {name: kind for name, kind in kinds.items() if kind in ("bfloat16", "float16")}
+
+
+def _cast_buffers(model: Any, kinds: Mapping[str, str]) -> None:
+    known, dtypes = dict(model.named_buffers()), {"bfloat16": torch.bfloat16, "float16": torch.float16}
+    for name, kind in kinds.items():
+        if name not in known or kind not in dtypes:
+            raise ValueError(f"The patterns are of another model: it has a buffer {name!r} of type {kind!r}.")
+        owner, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(owner), attribute, known[name].to(dtypes[kind]))
+
+
+def _save_model(model: Any, folder: Path) -> None:
+    method = getattr(getattr(model.config, "quantization_config", None), "quant_method", None)
+    if str(getattr(method, "value", method)) != "gguf":
+        model.save_pretrained(folder)
+        return
+    # transformers does not save what it loaded from GGUF, though its weights are plain numbers by now.
+    config = copy.deepcopy(model.config)
+    del config.quantization_config
+    with torch.device("meta"):
+        shell = type(model)(config).to(model.dtype)
+    shell.generation_config = model.generation_config
+    shell.save_pretrained(folder, state_dict=model.state_dict())
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(file for file in folder.rglob("*") if file.is_file())
+
+
+def _carry_over(old: Path, new: Path) -> None:
+    """Copy what an earlier export did not write itself and the new one lacks."""
+    try:
+        written = {PATTERN_FILE, *read_pattern_file(old / PATTERN_FILE)[1].get("files", {})}
+    except ValueError:
+        written = {PATTERN_FILE}  # altered or of another version: what it wrote is not known, so all stays
+    for file in _files(old):
+        name = file.relative_to(old)
+        if str(name) not in written and not (new / name).exists():
+            (new / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(file, new / name)
+
+
+def _fetch(name: str, revision: str | None, token: str | None) -> Path:
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder
+    if previous(folder).is_dir():
+        return previous(folder)
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise FileNotFoundError(f"`name` must be an existing folder, got {name!r}. Check the path.")
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(name, revision=revision, token=token, allow_patterns=_HUB_FILES))
+
+
+def _verify(folder: Path, files: Mapping[str, str]) -> None:
+    for name, expected in files.items():
+        path = folder / name
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise ValueError(f"{PATTERN_FILE} must name files of its own folder, got {name!r}.")
+        if not path.is_file():
+            raise ValueError(f"The export must hold {name!r}, which is missing. Copy or download it again.")
+        if file_hash(path) != expected:
+            raise ValueError(
+                f"{name!r} was altered since the patterns were saved. Export the model again, "
+                "or load with verify=False if you changed it yourself."
+            )
+
+
+def _model_class(name: str) -> Any:
+    import transformers
+
+    found = getattr(transformers, name, None)
+    if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)):
+        raise ValueError(f"The exported model must be of a class of transformers, got {name!r}. Update transformers.")
+    return found
+
+
+def _compare(what: str, expected: Mapping[str, Any], found: Mapping[str, Any]) -> None:
+    wrong = [
+        f"{key} {expected[key]!r} there, {found.get(key)!r} here" for key in expected if expected[key] != found.get(key)
+    ]
+    if wrong:
+        raise ValueError(f"The patterns are of another model: {'; '.join(wrong)} ({what} {found.get('class')}).")
+
+
+def _apply(
+    model: Any, patterns: Mapping[str, BlockPattern], layers: Mapping[str, Mapping[str, Any]], backend: str | None
+) -> None:
+    """Put patterns on a model. Nothing is changed if anything does not fit."""
+    handles = {handle.name: handle for handle in attach(model)}
+    if not set(patterns) <= set(handles) or set(patterns) != set(layers):
+        missing = sorted(set(patterns) - set(handles))
+        raise ValueError(
+            f"The patterns are of another model: it has layers {missing[:4]}, this one {list(handles)[:4]}."
+        )
+    for name, pattern in patterns.items():
+        _check_layer(handles[name], pattern, layers[name])
+    for name, pattern in patterns.items():
+        handle, part = handles[name], layers[name]
+        handle.pattern, handle.mode = pattern, part["mode"]
+        usable = part["backend"] != "triton" or torch.cuda.is_available()
+        handle.backend = backend or (part["backend"] if usable else "gather")
+
+
+def _check_layer(handle: PrunableAttention, pattern: BlockPattern, part: Mapping[str, Any]) -> None:
+    there = (part["num_heads"], part["num_kv_heads"], pattern.num_heads, pattern.causal)
+    here = (handle.num_heads, handle.num_kv_heads, handle.num_heads, handle.causal)
+    if there != here:
+        raise ValueError(
+            f"The patterns are of another model: layer {handle.name!r} has (query heads, key heads, heads in the "
+            f"pattern, causal) {there} there, {here} here."
+        )
+    if part["mode"] not in ("dense", "sparse") or part["backend"] not in BACKENDS:
+        raise ValueError(f"Layer {handle.name!r} must run dense or sparse on a known backend, got {dict(part)}.")

@@ -1,0 +1,163 @@
+"""Patterns on disk: a safetensors file with a versioned, checked header."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from sparse_prune.pattern import BlockPattern
+from sparse_prune.pruner import AttentionPruner
+
+FORMAT = "sparse_prune.patterns"
+VERSION = 2
+RULE = "learned corner; then sinks, band by distance from the diagonal, dense heads"
+"""How patterns go on at other lengths: `BlockPattern.at`. A file that was made for another rule is refused."""
+
+
+def save_patterns(
+    patterns: Mapping[str, BlockPattern],
+    path: str | os.PathLike[str],
+    details: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write patterns atomically: the file is whole or not there.
+
+    Args:
+        patterns: Layer -> pattern.
+        path: Where to.
+        details: What else the header tells, as JSON types: see `describe_pruning`.
+
+    Raises:
+        ValueError: If there are no patterns.
+    """
+    if not patterns:
+        raise ValueError("`patterns` must not be empty. Train until the first decision before saving.")
+    target = Path(path)
+    kept = sum(pattern.kept_blocks for pattern in patterns.values())
+    header = {
+        "layers": {name: _describe(pattern) for name, pattern in patterns.items()},
+        "rule": RULE,
+        "sparsity": 1.0 - kept / sum(pattern.possible_count for pattern in patterns.values()),
+        **(details or {}),
+    }
+    tensors = {name: pattern.keep.contiguous() for name, pattern in patterns.items()}
+    text = json.dumps(header)
+    metadata = {"format": FORMAT, "version": str(VERSION), "header": text, "sha256": _checksum(text, tensors)}
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    try:
+        save_file(tensors, partial, metadata=metadata)
+        os.replace(partial, target)
+    finally:
+        partial.unlink(missing_ok=True)
+    return target
+
+
+def load_patterns(path: str | os.PathLike[str]) -> dict[str, BlockPattern]:
+    """The patterns that `save_patterns` wrote; errors as in `read_pattern_file`."""
+    return read_pattern_file(path)[0]
+
+
+def read_pattern_file(path: str | os.PathLike[str]) -> tuple[dict[str, BlockPattern], dict[str, Any]]:
+    """Read what `save_patterns` wrote: patterns and header. Nothing in the file is executed.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is not such a file, of another version or rule, cut short or altered.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"`path` must be a pattern file, got {os.fspath(path)!r}, which does not exist.")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+    except SafetensorError as error:
+        raise ValueError(f"`path` must be a whole pattern file, got {os.fspath(path)!r}: {error}.") from error
+    if metadata.get("format") != FORMAT or metadata.get("version") != str(VERSION):
+        raise ValueError(
+            f"`path` must be a {FORMAT} file of version {VERSION}, got format {metadata.get('format')!r}, "
+            f"version {metadata.get('version')!r}. Write it with `save_patterns`."
+        )
+    if metadata.get("sha256") != _checksum(metadata.get("header", ""), tensors):
+        raise ValueError(
+            f"`path` must be a pattern file as it was written, got {os.fspath(path)!r}, which was altered."
+        )
+    try:
+        header = json.loads(metadata["header"])
+        if header["rule"] != RULE:
+            raise ValueError(f"rule for other lengths {header['rule']!r} instead of {RULE!r}")
+        patterns = {name: _pattern(tensors[name], part) for name, part in header["layers"].items()}
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"`path` must be a pattern file of this library, got {os.fspath(path)!r}: {error}.") from error
+    return patterns, header
+
+
+def describe_pruning(pruner: AttentionPruner, names: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """How patterns came about, for a header: schedule, settings, and the scores they rest on, as JSON types.
+
+    Args:
+        pruner: What pruned.
+        names: The pruner's name of a layer -> its name in the header; the same if left out.
+    """
+    schedule, names, scores, settled = pruner.schedule, names or {}, {}, {}
+    for name, state in pruner.layers.items():
+        settled[names.get(name, name)] = state.settled_at
+        if state.layer.pattern is not None and not state.scores.empty:
+            known = state.scores.value()
+            # `quantile` takes 2 ** 24 values at most.
+            known = known[known.isfinite()][: 2**24]
+            marks = torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0])
+            scores[names.get(name, name)] = {
+                "quartiles": known.quantile(marks).tolist() if known.numel() else [],
+                "mass_kept": state.mass_kept,
+            }
+    return {
+        "schedule": {
+            "kind": type(schedule).__name__,
+            "of": "sparsity" if pruner.sparsity is not None else "threshold",
+            **(asdict(schedule) if is_dataclass(schedule) else {}),
+        },
+        "pruning": {
+            "statistic": pruner.statistic,
+            "criterion": pruner.criterion,
+            "decay": pruner.decay,
+            "block_size": list(pruner.block_size) if isinstance(pruner.block_size, tuple) else pruner.block_size,
+            "constraints": asdict(pruner.constraints),
+        },
+        "settled_at": settled,
+        "scores": scores,
+    }
+
+
+def _describe(pattern: BlockPattern) -> dict[str, Any]:
+    return {
+        "num_heads": pattern.num_heads,
+        "block_size": list(pattern.block_size),
+        "causal": pattern.causal,
+        "q_len": pattern.q_len,
+        "kv_len": pattern.kv_len,
+        "sparsity": pattern.sparsity,
+    }
+
+
+def _pattern(keep: Tensor, part: Mapping[str, Any]) -> BlockPattern:
+    return BlockPattern(keep, tuple(part["block_size"]), part["causal"], part["q_len"], part["kv_len"])
+
+
+def _checksum(header: str, tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of the header's text and of every tensor's name, type, shape and bytes."""
+    digest = hashlib.sha256(header.encode())
+    for name in sorted(tensors):
+        tensor = tensors[name].contiguous()
+        digest.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

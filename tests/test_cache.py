@@ -1,0 +1,299 @@
+import copy
+import gc
+import weakref
+
+import pytest
+import torch
+from transformers import (
+    BertConfig,
+    BertModel,
+    DynamicCache,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+from sparse_prune import BlockPattern
+from sparse_prune.attention import attach
+from sparse_prune.cache import PatternCache, PatternLayer
+
+SMALL = {
+    "vocab_size": 50,
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.5,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+GPT2 = {"vocab_size": 50, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256, "initializer_range": 0.5}
+MODELS = {
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SMALL)),
+    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SMALL)),
+    "mistral, sliding window": lambda: MistralForCausalLM(MistralConfig(sliding_window=9, **SMALL)),
+    "gemma2, soft cap": lambda: Gemma2ForCausalLM(
+        Gemma2Config(head_dim=8, attn_logit_softcapping=2.0, query_pre_attn_scalar=1, sliding_window=9, **SMALL)
+    ),
+    "gpt2": lambda: GPT2LMHeadModel(GPT2Config(bos_token_id=1, eos_token_id=2, pad_token_id=0, **GPT2)),
+}
+BLOCKS = [(4, 4), (8, 4), (4, 8)]
+LEARNED = 32
+GREEDY = {"do_sample": False, "eos_token_id": None}
+
+
+def short_reach(heads, block, seed=0, dense_heads=()):
+    """A sink block, the diagonal, and at random a little more of what is near."""
+    dense = BlockPattern.dense(heads, LEARNED, LEARNED, block, True)
+    rows, cols = (torch.arange(n) for n in dense.keep.shape[1:])
+    diagonal = ((rows + 1) * block[0] - 1) // block[1]
+    distance = diagonal[:, None] - cols
+    near = (distance < 4) & (torch.rand(dense.keep.shape, generator=torch.Generator().manual_seed(seed)) < 0.5)
+    keep = (distance < max(block[0] // block[1], 1)) | (cols == 0) | near
+    keep[list(dense_heads)] = True
+    return BlockPattern(keep, block, True, LEARNED, LEARNED)
+
+
+def make(name="llama", block=(4, 4), dense_heads=()):
+    torch.manual_seed(0)
+    model = MODELS[name]().eval()
+    for seed, handle in enumerate(attach(model)):
+        handle.pattern = short_reach(handle.num_heads, block, seed, dense_heads)
+        handle.mode, handle.backend = "sparse", "gather"
+    return model
+
+
+def tokens(length=37, batch=2, seed=1):
+    return torch.randint(3, 50, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def left_padded(ids, count=6):
+    mask = torch.ones_like(ids)
+    mask[0, :count] = 0
+    return mask
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("padding", [False, True])
+@torch.no_grad()
+def test_decoding_equals_the_masked_model_without_eviction(name, block, padding):
+    model, ids = make(name, block), tokens(70)
+    mask = left_padded(ids) if padding else torch.ones_like(ids)
+    whole = model(ids, attention_mask=mask, use_cache=False).logits
+    cache, start = PatternCache(model), 21
+    model(ids[:, :start], attention_mask=mask[:, :start], past_key_values=cache)
+    for step in range(start, ids.shape[1]):
+        found = model(ids[:, step : step + 1], attention_mask=mask[:, : step + 1], past_key_values=cache).logits
+        torch.testing.assert_close(found[:, -1], whole[:, step], atol=2e-4, rtol=2e-4)
+    assert cache.get_seq_length() == 70
+    assert cache.layers[0].evicted_at >= 64
+
+
+@pytest.mark.parametrize("chunks", [(30, 20, 20), (1, 40, 2, 27), (8, 8, 8, 46)])
+@pytest.mark.parametrize("name", ["llama", "gemma2, soft cap", "mistral, sliding window"])
+@torch.no_grad()
+def test_continuing_in_chunks_equals_the_masked_model(name, chunks):
+    model, ids = make(name), tokens(70)
+    mask = left_padded(ids)
+    whole = model(ids, attention_mask=mask, use_cache=False).logits
+    cache, end = PatternCache(model), 0
+    for chunk in chunks:
+        start, end = end, end + chunk
+        found = model(ids[:, start:end], attention_mask=mask[:, :end], past_key_values=cache).logits
+        real = mask[:, start:end].bool()
+        torch.testing.assert_close(found[real], whole[:, start:end][real], atol=2e-4, rtol=2e-4)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"do_sample": False},
+        {"do_sample": True, "top_k": 10},
+        {"do_sample": False, "num_beams": 3},
+        {"do_sample": True, "num_return_sequences": 2},
+        {"do_sample": False, "prefill_chunk_size": 10},
+    ],
+    ids=["greedy", "sampling", "beams", "several samples", "chunked prefill"],
+)
+@torch.no_grad()
+def test_generate_equals_generation_with_a_cache_that_evicts_nothing(settings):
+    model, ids = make(), tokens()
+    settings = {"attention_mask": left_padded(ids), "max_new_tokens": 40, "eos_token_id": None, **settings}
+    sequences = []
+    for cache in (DynamicCache(), PatternCache(model)):
+        torch.manual_seed(0)
+        sequences.append(model.generate(ids, past_key_values=cache, **settings))
+    assert torch.equal(*sequences)
+
+
+@torch.no_grad()
+def test_chat_goes_on_with_the_same_cache_and_with_copies_of_a_prefix():
+    model, ids = make(), tokens(batch=1)
+    cache = PatternCache(model)
+    first = model.generate(ids, past_key_values=cache, max_new_tokens=20, **GREEDY)
+    prefix, question = copy.deepcopy(cache), torch.cat([first, tokens(9, 1, seed=2)], 1)
+    expected = model.generate(question, use_cache=False, max_new_tokens=12, **GREEDY)
+    assert torch.equal(model.generate(question, past_key_values=cache, max_new_tokens=12, **GREEDY), expected)
+    assert torch.equal(model.generate(question, past_key_values=prefix, max_new_tokens=12, **GREEDY), expected)
+    cache.reset()
+    assert torch.equal(model.generate(ids, past_key_values=cache, max_new_tokens=20, **GREEDY), first)
+
+
+@pytest.mark.parametrize("seed", [0, 5])  # an assistant that is always right, and one that never is
+@torch.no_grad()
+def test_assisted_decoding_gives_what_greedy_decoding_gives(seed):
+    model, ids = make(), tokens(batch=1)
+    torch.manual_seed(seed)
+    assistant = LlamaForCausalLM(LlamaConfig(**SMALL)).eval()
+    if not seed:
+        assistant = make()
+    expected = model.generate(ids, use_cache=False, max_new_tokens=40, **GREEDY)
+    cache = PatternCache(model)
+    found = model.generate(ids, past_key_values=cache, assistant_model=assistant, max_new_tokens=40, **GREEDY)
+    assert torch.equal(found, expected)
+    assert cache.layers[0].evicted_at > len(ids[0])
+
+
+@torch.no_grad()
+def test_crop_goes_back_as_far_as_nothing_is_missing():
+    model, ids = make(), tokens(64, 1)
+    whole = model(ids, use_cache=False).logits
+    cache = PatternCache(model)
+    model(ids[:, :41], past_key_values=cache)
+    for step in range(41, 44):
+        model(ids[:, step : step + 1], past_key_values=cache)
+    cache.crop(-2)
+    found = model(ids[:, 42:43], past_key_values=cache).logits
+    torch.testing.assert_close(found[:, -1], whole[:, 42], atol=2e-4, rtol=2e-4)
+    with pytest.raises(RuntimeError, match="evicted at 41"):
+        cache.crop(-3)
+    with pytest.raises(ValueError, match="tokens_to_remove"):
+        cache.crop(3)
+    cache.activate_past_recording()
+    for step in range(43, 60):
+        model(ids[:, step : step + 1], past_key_values=cache)
+    cache.crop(-15)
+    found = model(ids[:, 45:46], past_key_values=cache).logits
+    torch.testing.assert_close(found[:, -1], whole[:, 45], atol=2e-4, rtol=2e-4)
+
+
+def live_bytes():
+    """Bytes of all storages that any tensor of this process holds."""
+    gc.collect()
+    # Fake tensors of compiled functions have no memory.
+    tensors = [thing for thing in gc.get_objects() if type(thing) in (torch.Tensor, torch.nn.Parameter)]
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+def grown_by(model, cache, ids, steps):
+    """Bytes by which a prefill and some decoding make the process grow, while only the cache is held."""
+    before = live_bytes()
+    model(ids[:, :-steps], past_key_values=cache)
+    for step in range(ids.shape[1] - steps, ids.shape[1]):
+        model(ids[:, step : step + 1], past_key_values=cache)
+    return live_bytes() - before
+
+
+@torch.no_grad()
+def test_memory_of_the_process_falls():
+    model, ids = make(), tokens(201)
+    grown_by(model, PatternCache(model), ids, 3)  # patterns at these lengths are there from now on
+    evicting, everything = PatternCache(model), DynamicCache()
+    small, large = grown_by(model, evicting, ids, 3), grown_by(model, everything, ids, 3)
+    assert large == sum(2 * layer.keys.untyped_storage().nbytes() for layer in everything.layers)
+    assert small == evicting.nbytes()
+    assert small < large / 4
+    held = [bucket.blocks.shape for bucket in evicting.layers[0].buckets]
+    pattern = evicting.layers[0].pattern
+    needed = pattern.needed_after(200).view(2, 2, -1).any(1).sum(-1)
+    assert sum(heads * blocks for heads, blocks in held) == int(needed.sum()) + 2  # and the latest, per KV head
+
+
+@torch.no_grad()
+def test_allocator_frees_what_is_evicted():
+    model, ids = make(), tokens(201)
+    model(ids, use_cache=False)
+    grown = []
+    for cache in (PatternCache(model), DynamicCache()):
+        gc.collect()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+            model(ids, past_key_values=cache)
+            gc.collect()
+        grown.append(sum(event.self_cpu_memory_usage for event in profile.key_averages()))
+    assert 0 < grown[0] < grown[1] / 4
+
+
+@torch.no_grad()
+def test_evicted_tensors_are_not_kept_alive():
+    model, ids, kept = make(), tokens(), []
+    cache = PatternCache(model)
+    model(ids, past_key_values=cache)
+    kept = [weakref.ref(bucket.keys) for layer in cache.layers for bucket in layer.buckets]
+    for step in range(8):
+        model(ids[:, step : step + 1], past_key_values=cache)
+    gc.collect()
+    assert all(ref() is None for ref in kept)
+
+
+@torch.no_grad()
+def test_dense_heads_and_dense_layers_hold_everything():
+    model, ids = make(dense_heads=(3,)), tokens(90)
+    attach(model)[1].mode = "dense"
+    cache = PatternCache(model)
+    whole = model(ids, use_cache=False).logits
+    model(ids[:, :60], past_key_values=cache)
+    for step in range(60, 90):
+        found = model(ids[:, step : step + 1], past_key_values=cache).logits
+    torch.testing.assert_close(found[:, -1], whole[:, -1], atol=2e-4, rtol=2e-4)
+    first, second = cache.layers
+    assert isinstance(first, PatternLayer)
+    assert sorted(bucket.blocks.shape[1] for bucket in first.buckets)[-1] == 23
+    assert second.keys.shape[2] == 90
+
+
+@torch.no_grad()
+def test_caches_do_not_mix():
+    model, ids = make(), tokens(70)
+    whole = [model(part, use_cache=False).logits for part in (ids, ids.flip(1))]
+    caches = [PatternCache(model), PatternCache(model)]
+    for part, cache in zip((ids, ids.flip(1)), caches, strict=True):
+        model(part[:, :40], past_key_values=cache)
+    for step in range(40, 70):
+        for part, cache, expected in zip((ids, ids.flip(1)), caches, whole, strict=True):
+            found = model(part[:, step : step + 1], past_key_values=cache).logits
+            torch.testing.assert_close(found[:, -1], expected[:, step], atol=2e-4, rtol=2e-4)
+
+
+def test_what_cannot_be_right_is_refused():
+    torch.manual_seed(0)
+    with pytest.raises(ValueError, match="attach"):
+        PatternCache(MODELS["llama"]())
+    bert = BertModel(BertConfig(**{k: v for k, v in SMALL.items() if k != "num_key_value_heads"}))
+    attach(bert)
+    with pytest.raises(ValueError, match="`model` must"):
+        PatternCache(bert)
+    with pytest.raises(ValueError, match="decoder"):
+        PatternCache(torch.nn.Linear(2, 2))
+    model, ids = make(), tokens()
+    with pytest.raises(ValueError, match="no_grad"):
+        model(ids, past_key_values=PatternCache(model))
+    cache = PatternCache(model)
+    with torch.no_grad():
+        model(ids, past_key_values=cache)
+        attach(model)[0].pattern = short_reach(4, (4, 4), seed=9)
+        with pytest.raises(ValueError, match=r"layers\.0\.self_attn.*changed"):
+            model(ids[:, :1], past_key_values=cache)
+        model(ids, use_cache=False)  # what broke off leaves nothing behind
+        with pytest.raises(NotImplementedError, match="offloaded"):
+            cache.layers[0].offload()
