@@ -1,24 +1,26 @@
-"""Passkey retrieval: does a model still find a number hidden in a long text?"""
+"""Retrieval: does a model still find what is hidden in a long text?"""
 
 from __future__ import annotations
 
+import inspect
 import random
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 # Filler, needle and question after Mohtashami & Jaggi, "Landmark Attention", arXiv:2305.16300.
 _FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
-_NEEDLE = " The pass key is {key}. Remember it. {key} is the pass key. "
-_QUESTION = " What is the pass key? The pass key is"
+_PASSKEY = (" The pass key is {key}. Remember it. {key} is the pass key. ", " What is the pass key? The pass key is")
+# A fact in real text, after RULER's needle in a haystack, Hsieh et al., arXiv:2404.06654.
+_NEEDLE = ("\nThe special magic number for {name} is: {key}.\n", "\nThe special magic number for {name} is:")
+_NAMES = ("Lisbon", "Nairobi", "Oslo", "Quito", "Seoul", "Toronto", "Vienna", "Zagreb")
 
 
-@torch.no_grad()
 def passkey_accuracy(model: Any, tokenizer: Any, length: int, prompts: int, seed: int = 0) -> float:
     """Share of prompts whose hidden five-digit key the model completes, in [0, 1].
 
-    The model must put every token of the key first, seen in one forward pass with the true key as input.
-    Needles lie at evenly spread depths.
+    Needles lie at evenly spread depths; `retrieves` says what counts.
 
     Args:
         model: A transformers causal language model.
@@ -36,10 +38,24 @@ def passkey_accuracy(model: Any, tokenizer: Any, length: int, prompts: int, seed
     right = 0
     for index in range(prompts):
         tokens, answer = passkey_prompt(tokenizer, length, digits.randrange(10_000, 100_000), (index + 0.5) / prompts)
-        inputs = torch.tensor([tokens], device=model.device)
-        logits = model(input_ids=inputs, use_cache=False).logits[0, -answer - 1 : -1]
-        right += int((logits.argmax(-1) == inputs[0, -answer:]).all())
+        right += retrieves(model, tokens, answer)
     return right / prompts
+
+
+@torch.no_grad()
+def retrieves(model: Any, tokens: Sequence[int], answer: int) -> bool:
+    """Whether the model puts every token of the answer first, seen in one forward pass with the true answer as input.
+
+    Args:
+        model: A transformers causal language model.
+        tokens: The prompt, ending with the answer.
+        answer: Tokens of the answer.
+    """
+    inputs = torch.tensor([list(tokens)], device=model.device)
+    # Logits of a long prompt are larger than the model: ask for the last ones, where the model can be asked.
+    few = {"logits_to_keep": answer + 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+    logits = model(input_ids=inputs, use_cache=False, **few).logits[0, -answer - 1 : -1]
+    return bool((logits.argmax(-1) == inputs[0, -answer:]).all())
 
 
 def passkey_prompt(tokenizer: Any, length: int, key: int, depth: float) -> tuple[list[int], int]:
@@ -54,15 +70,42 @@ def passkey_prompt(tokenizer: Any, length: int, key: int, depth: float) -> tuple
     Raises:
         ValueError: If needle and question alone are longer than `length`.
     """
+    needle, question = (_encode(tokenizer, text.format(key=key)) for text in _PASSKEY)
+    return _hide(_encode(tokenizer, _FILLER), needle, question, _encode(tokenizer, f" {key}"), length, depth)
 
-    def encode(text: str) -> list[int]:
-        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
-    needle, question, answer = encode(_NEEDLE.format(key=key)), encode(_QUESTION), encode(f" {key}")
+def needle_prompt(
+    tokenizer: Any, haystack: Sequence[int], length: int, key: int, depth: float
+) -> tuple[list[int], int]:
+    """Like `passkey_prompt`, with a fact about a city hidden in real text.
+
+    Args:
+        tokenizer: A transformers tokenizer.
+        haystack: Tokens of the text; repeated if there are too few.
+        length: Tokens, answer included.
+        key: The number to hide; it also chooses the city.
+        depth: Where, in [0, 1]; 0 is the start.
+
+    Raises:
+        ValueError: If needle and question alone are longer than `length`, or there is no haystack.
+    """
+    if not haystack:
+        raise ValueError("`haystack` must hold tokens, got none. Give it text.")
+    name = _NAMES[key % len(_NAMES)]
+    needle, question = (_encode(tokenizer, text.format(key=key, name=name)) for text in _NEEDLE)
+    return _hide(haystack, needle, question, _encode(tokenizer, f" {key}"), length, depth)
+
+
+def _encode(tokenizer: Any, text: str) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _hide(
+    filler: Sequence[int], needle: list[int], question: list[int], answer: list[int], length: int, depth: float
+) -> tuple[list[int], int]:
     room = length - len(needle) - len(question) - len(answer)
     if room < 0:
         raise ValueError(f"`length` must be at least {length - room} tokens for needle and question, got {length}.")
-    unit = encode(_FILLER)
-    filler = (unit * (room // len(unit) + 1))[:room]
+    text = (list(filler) * (room // len(filler) + 1))[:room]
     place = int(depth * room)
-    return filler[:place] + needle + filler[place:] + question + answer, len(answer)
+    return text[:place] + needle + text[place:] + question + answer, len(answer)

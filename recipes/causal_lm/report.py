@@ -49,9 +49,9 @@ class RunReport:
         """Write report.md, report.json and report.png, each whole or not at all; return the path of the text."""
         target = Path(folder)
         target.mkdir(parents=True, exist_ok=True)
-        _write(target / "report.json", lambda path: path.write_text(json.dumps(self.as_dict(), indent=1)))
-        _write(target / "report.png", self._draw)
-        _write(target / "report.md", lambda path: path.write_text(self.text()))
+        write_whole(target / "report.json", lambda path: path.write_text(json.dumps(self.as_dict(), indent=1)))
+        write_whole(target / "report.png", self._draw)
+        write_whole(target / "report.md", lambda path: path.write_text(self.text()))
         return target / "report.md"
 
     def as_dict(self) -> dict[str, Any]:
@@ -189,7 +189,8 @@ def _layer_row(name: str, pattern: BlockPattern | None, event: SwapEvent | None)
     return f"| {name} | {sparsity} | {event.step} | {event.backend} | {dense} | {sparse} |"
 
 
-def _write(target: Path, write: Callable[[Path], object]) -> None:
+def write_whole(target: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` make a file beside `target` that then takes its place: whole, or not there."""
     partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
     try:
         write(partial)

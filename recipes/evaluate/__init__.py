@@ -1,0 +1,1 @@
+"""Evaluate a pruned model beside the dense one."""

@@ -1,0 +1,136 @@
+"""What a causal language model can do and what it costs: loss, retrieval, KV bytes, tokens per second."""
+
+from __future__ import annotations
+
+import gc
+import random
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from sparse_prune.passkey import needle_prompt, passkey_prompt, retrieves
+
+MakeCache = Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class CacheCost:
+    """What prefill and decoding of one sequence cost."""
+
+    kv_bytes: int
+    """By which the prefill made the allocator's live bytes grow, with only the cache held on to."""
+    prefill_tokens_per_s: float
+    decode_tokens_per_s: float
+
+
+@torch.no_grad()
+def mean_loss(model: Any, sequences: Tensor, make_cache: MakeCache, chunk: int = 1024) -> float:
+    """Loss in nats per token, through the cache as in generation: what was evicted is missed.
+
+    Args:
+        model: A transformers causal language model.
+        sequences: Tokens, (sequences, length), length at least 2.
+        make_cache: An empty cache for one sequence.
+        chunk: Tokens per forward pass: logits of a whole long sequence would not fit.
+    """
+    total = 0.0
+    for sequence in sequences.to(model.device):
+        cache, (inputs, targets) = make_cache(), (sequence[:-1], sequence[1:])
+        for start in range(0, len(inputs), chunk):
+            logits = model(input_ids=inputs[None, start : start + chunk], past_key_values=cache).logits[0]
+            total += float(F.cross_entropy(logits.float(), targets[start : start + chunk], reduction="sum"))
+    return total / sequences.shape[0] / (sequences.shape[1] - 1)
+
+
+def retrieval(
+    model: Any,
+    tokenizer: Any,
+    length: int,
+    depths: Sequence[float],
+    prompts: int,
+    haystack: Sequence[int] | None = None,
+    seed: int = 0,
+) -> list[float]:
+    """Share of right answers per depth, in [0, 1].
+
+    Args:
+        model: A transformers causal language model.
+        tokenizer: Its tokenizer.
+        length: Tokens per prompt, answer included.
+        depths: Where to hide, in [0, 1]; 0 is the start.
+        prompts: Keys per depth.
+        haystack: Tokens of a text to hide a needle in; None hides a passkey in filler.
+        seed: Of the keys.
+    """
+    digits, shares = random.Random(seed), []
+    for depth in depths:
+        right = 0
+        for _ in range(prompts):
+            key = digits.randrange(10_000, 100_000)
+            prompt = (
+                passkey_prompt(tokenizer, length, key, depth)
+                if haystack is None
+                else needle_prompt(tokenizer, haystack, length, key, depth)
+            )
+            right += retrieves(model, *prompt)
+        shares.append(right / prompts)
+    return shares
+
+
+@torch.no_grad()
+def cache_cost(model: Any, sequence: Tensor, make_cache: MakeCache, decode: int, chunk: int = 1024) -> CacheCost:
+    """Prefill a sequence and decode greedily after it.
+
+    Args:
+        model: A transformers causal language model.
+        sequence: Tokens, (length,).
+        make_cache: An empty cache.
+        decode: Tokens to decode for the time per token; at least 1.
+        chunk: Tokens per forward pass of the prefill.
+    """
+    cache, inputs = make_cache(), sequence[None].to(model.device)
+    # The first call at a length makes what later ones find: tables of patterns, the device's kernels.
+    _prefill(model, inputs, make_cache(), chunk)
+    before = live_bytes(model.device)
+    start = _now(model.device)
+    first = int(_prefill(model, inputs, cache, chunk))  # a number: only the cache is held on to
+    prefill = _now(model.device) - start
+    grown = live_bytes(model.device) - before
+    token = torch.full((1, 1), first, device=model.device)
+    model(input_ids=token, past_key_values=cache)  # the first step makes masks that later ones find
+    start = _now(model.device)
+    for _ in range(decode):
+        token = model(input_ids=token, past_key_values=cache).logits[:, -1:].argmax(-1)
+    seconds = _now(model.device) - start
+    return CacheCost(grown, inputs.shape[1] / prefill, decode / seconds)
+
+
+def live_bytes(device: torch.device) -> int:
+    """Bytes that tensors occupy: by the allocator on CUDA, by all live tensors' storages on the CPU."""
+    gc.collect()
+    if device.type == "cuda":
+        return int(torch.cuda.memory_allocated(device))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # some modules warn when they are looked at
+        tensors = [thing for thing in gc.get_objects() if issubclass(type(thing), Tensor)]
+        storages = [t.untyped_storage() for t in tensors if t.device.type == "cpu" and t.layout == torch.strided]
+    return sum({s.data_ptr(): s.nbytes() for s in storages}.values())
+
+
+def _prefill(model: Any, inputs: Tensor, cache: Any, chunk: int) -> Tensor:
+    """The next token, (1, 1)."""
+    for start in range(0, inputs.shape[1], chunk):
+        logits = model(input_ids=inputs[:, start : start + chunk], past_key_values=cache, logits_to_keep=1).logits
+    return torch.as_tensor(logits[:, -1:].argmax(-1))
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

@@ -1,0 +1,160 @@
+import json
+import sys
+
+import pytest
+import torch
+from sparse_prune.recipes.causal_lm.pretrained import load_model, load_tokenizer
+from sparse_prune.recipes.evaluate.cli import dense, evaluate, lengths_around, main, sparsity_of
+from sparse_prune.recipes.evaluate.report import EvaluationReport, LengthResult
+from transformers import DynamicCache
+
+from sparse_prune import AttentionPruner, ConstantSchedule, Constraints
+from sparse_prune.__main__ import main as command_line
+from sparse_prune.cache import PatternCache
+from sparse_prune.evaluation import CacheCost, cache_cost, mean_loss, retrieval
+from sparse_prune.export import load, save_pretrained
+from sparse_prune.passkey import needle_prompt
+
+LEARNED = 128
+
+
+@pytest.fixture(scope="module")
+def exported(tiny_model, tmp_path_factory):
+    """A tiny model with nearly all pruned but sinks and diagonal, exported."""
+    model = load_model(tiny_model).eval()
+    pruner = AttentionPruner(sparsity=ConstantSchedule(final=0.9), block_size=8, constraints=Constraints(hysteresis=0))
+    pruner.attach(model)
+    pruner.probe(True)
+    with torch.no_grad():
+        model(tokens(LEARNED), use_cache=False)
+    pruner.probe(False)
+    pruner.update(step=1)
+    folder = tmp_path_factory.mktemp("export") / "model"
+    return str(save_pretrained(model, folder, pruner=pruner, tokenizer=load_tokenizer(tiny_model)))
+
+
+def tokens(length, count=2):
+    return torch.randint(2, 98, (count, length), generator=torch.Generator().manual_seed(length))
+
+
+@pytest.mark.parametrize("chunk", [1000, 50])
+@torch.no_grad()
+def test_loss_through_the_cache_is_the_loss_of_the_masked_model(exported, chunk):
+    model, ids = load(exported), tokens(257)
+    expected = sum(float(model(input_ids=s[None], labels=s[None], use_cache=False).loss) for s in ids) / 2
+    assert mean_loss(model, ids, lambda: PatternCache(model), chunk) == pytest.approx(expected, rel=1e-5)
+    with dense(model):
+        everything = mean_loss(model, ids, DynamicCache, chunk)
+        direct = sum(float(model(input_ids=s[None], labels=s[None], use_cache=False).loss) for s in ids) / 2
+    assert everything == pytest.approx(direct, rel=1e-5)
+    assert abs(everything - expected) > 1e-5
+    assert mean_loss(model, ids, lambda: PatternCache(model), chunk) == pytest.approx(expected, rel=1e-5)
+
+
+def test_bytes_are_those_of_keys_and_values(exported):
+    model, sequence = load(exported), tokens(256)[0]
+    with dense(model):
+        cost = cache_cost(model, sequence, DynamicCache, decode=2)
+    assert cost.kv_bytes == 2 * 2 * 2 * 256 * 8 * 4  # keys and values, layers, KV heads, tokens, head_dim, float32
+    small = cache_cost(model, sequence, lambda: PatternCache(model), decode=2, chunk=100)
+    assert small.kv_bytes < cost.kv_bytes / 4
+    assert small.decode_tokens_per_s > 0
+
+
+class Reader(torch.nn.Module):
+    """Answers right if what it looks for lies within its view."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, view):
+        super().__init__()
+        self.view = view
+
+    def forward(self, input_ids, use_cache, logits_to_keep):
+        answer = logits_to_keep - 1
+        key = input_ids[0, -answer:]
+        seen = input_ids[0, -self.view : -answer].unfold(0, answer, 1)
+        found = bool((seen == key).all(-1).any())
+        logits = torch.nn.functional.one_hot(input_ids.roll(-1, 1), 98).float()[:, -logits_to_keep:]
+        return type("Output", (), {"logits": logits if found else -logits})
+
+
+def test_retrieval_tells_depths_apart(tiny_model):
+    tokenizer, haystack = load_tokenizer(tiny_model), tokens(300)[0].tolist()
+    assert retrieval(Reader(1000), tokenizer, 500, (0.1, 0.9), 2) == [1.0, 1.0]
+    assert retrieval(Reader(250), tokenizer, 500, (0.1, 0.9), 2) == [0.0, 1.0]
+    assert retrieval(Reader(250), tokenizer, 500, (0.1, 0.9), 2, haystack) == [0.0, 1.0]
+    prompt, answer = needle_prompt(tokenizer, haystack, 500, 12345, 0.5)
+    assert len(prompt) == 500
+    assert tokenizer.decode(prompt[-answer:]).replace(" ", "") == "12345"
+    with pytest.raises(ValueError, match="haystack"):
+        needle_prompt(tokenizer, [], 500, 12345, 0.5)
+
+
+def test_lengths_stand_around_the_learned_one(exported, tiny_model):
+    model = load(exported)
+    assert lengths_around(model) == [64, 128, 256, 512]
+    model.config.max_position_embeddings = 300
+    assert lengths_around(model) == [64, 128, 256]
+    with pytest.raises(ValueError, match="`lengths`"):
+        lengths_around(load_model(tiny_model))
+    assert 0.7 < sparsity_of(model) < 0.95
+    with dense(model):
+        assert sparsity_of(model) == 0
+    assert sparsity_of(load_model(tiny_model)) == 0
+
+
+def test_evaluate_of_a_plain_model_needs_no_patterns(tiny_model):
+    model = load_model(tiny_model).eval()
+    (result,) = evaluate(model, load_tokenizer(tiny_model), tokens(200), [100], [0.5], prompts=0, decode=1)
+    assert result.passkey == []
+    assert result.loss == pytest.approx(mean_loss(model, tokens(200).view(4, 100), DynamicCache), rel=1e-5)
+
+
+def result(length, loss, kv, rate):
+    return LengthResult(length, loss, [1.0, 0.5], [], CacheCost(kv, rate, rate))
+
+
+def test_report_puts_dense_beside_pruned(tmp_path):
+    report = EvaluationReport(
+        {"model": "m"}, 0.5, (0.1, 0.9), [result(64, 1.0, 4 << 20, 10.0)], [result(64, 1.1, 1 << 20, 5.0)]
+    )
+    (ratio,) = report.ratios()
+    assert ratio["kv_bytes"] == 4
+    assert ratio["decode"] == 0.5
+    assert ratio["perplexity_rise"] == pytest.approx(0.1052, abs=1e-4)
+    text = report.write(tmp_path).read_text()
+    assert "| 64 | 2.718 / 3.004 (+10.52%) | 75% / 75% | - / - | 4.00 / 1.00 (4.00x smaller) |" in text
+    assert "| passkey | 64 | 100% / 100% | 50% / 50% |" in text
+
+
+@pytest.mark.parametrize("twin", [False, True])
+def test_command_writes_table_data_and_picture(exported, tiny_model, tmp_path, monkeypatch, capsys, twin):
+    text = tmp_path / "text"
+    text.mkdir()
+    for index in range(100):
+        (text / f"{index}.txt").write_text(f"number {index} " * 30)
+    output = tmp_path / "out"
+    options = f"{exported} --text {text} --lengths 128 256 --sequences 1 --depths 0.5 --prompts 1 --decode 2"
+    options += f" --output {output} --device cpu" + (f" --dense {tiny_model}" if twin else "")
+    monkeypatch.setattr(sys, "argv", ["sparse-prune", "evaluate", *options.split()])
+    command_line()
+    data = json.loads((output / "evaluation.json").read_text())
+    assert [part["length"] for part in data["pruned"]] == [128, 256]
+    # The tiny model was not trained: the twin that is loaded again is the dense model itself.
+    assert data["dense"][1]["loss"] != data["pruned"][1]["loss"]
+    assert data["ratios"][1]["kv_bytes"] > 3
+    assert data["setup"]["dense model"] == (tiny_model if twin else "the same weights, nothing pruned")
+    assert (output / "evaluation.png").read_bytes().startswith(b"\x89PNG")
+    table = (output / "evaluation.md").read_text()
+    assert f"({data['ratios'][1]['kv_bytes']:.2f}x smaller)" in table
+    assert table.splitlines()[4] in capsys.readouterr().out
+
+
+def test_unknown_command_names_those_there_are(capsys):
+    with pytest.raises(SystemExit):
+        command_line(["prune"])
+    assert "evaluate" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as done:
+        main(["--help"])
+    assert done.value.code == 0
