@@ -11,6 +11,7 @@ from sparse_prune.kernels import block_sparse_attention
 pytest.importorskip("triton")
 from sparse_prune.kernels.triton import ops  # noqa: E402
 from sparse_prune.kernels.triton.attend import plan  # noqa: E402
+from sparse_prune.kernels.triton.tables import Visits  # noqa: E402
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -69,6 +70,8 @@ def test_the_log_sum_exp_and_its_gradient():
     [
         (lambda a: a[0].__setitem__(0, a[0][0].long()), "`start` must be contiguous int32"),
         (lambda a: a[0].__setitem__(3, a[0][3][:-1]), "`order` must have shape"),
+        (lambda a: a[0].__setitem__(2, a[0][2] + 2), "`index` must lie in 0..1"),
+        (lambda a: a[0][2].__setitem__(0, 9) or a[0].__setitem__(2, a[0][2].clone()), "`index` must lie in 0..1"),
         (lambda a: a[0].pop(), "12 entries"),
         (lambda a: a[1].__setitem__(0, 16), "must have shape"),
     ],
@@ -80,3 +83,33 @@ def test_tables_of_another_call_are_refused(change, message):
     change(args)
     with pytest.raises(ValueError, match=message):
         ops.block_sparse_attention(*tensors(), *args)
+
+
+def test_tables_of_a_longer_call_are_refused():
+    """They list as many programs, but keys that are not there."""
+    args = arguments(random_pattern(4, 32, 64, 32, True))
+    query, key, value = (t.detach().to(DEVICE, torch.float32) for t in inputs(q_len=32, kv_len=32, dim=16))
+    with pytest.raises(ValueError, match="`index` must lie in 0..0"):
+        ops.block_sparse_attention(query, key, value, *args)
+
+
+def test_own_tables_are_never_read_back(monkeypatch):
+    args = arguments(random_pattern(4, 37, 37, 16, True, seed=3))
+    monkeypatch.setattr(Visits, "check", lambda *a: pytest.fail("read back"))
+    output, _ = ops.block_sparse_attention(*tensors(), *args)
+    output.sum().backward()
+
+
+def test_offsets_past_32_bits():
+    """Tokens so far apart that the last one lies behind 2**31 elements; pages that nobody touches cost no memory."""
+    stride = 2**27
+    far = [torch.empty(19 * stride + 16, dtype=torch.float16, device=DEVICE) for _ in range(3)]
+    near = [torch.randn(1, 1, 20, 16, generator=torch.Generator().manual_seed(i)).half() for i in range(3)]
+    views = [whole.as_strided((1, 1, 20, 16), (0, 0, stride, 1)) for whole in far]
+    for view, values in zip(views, near, strict=True):
+        view.copy_(values)
+    pattern = random_pattern(1, 20, 20, 16, True, 1.0)
+    found, wanted = (
+        block_sparse_attention(*(t.to(DEVICE) for t in given), pattern, backend="triton") for given in (views, near)
+    )
+    assert torch.equal(found, wanted)

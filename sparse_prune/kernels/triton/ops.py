@@ -11,7 +11,7 @@ from torch import Tensor
 from sparse_prune.kernels.options import AttentionOptions
 from sparse_prune.kernels.triton.configs import LaunchConfig
 from sparse_prune.kernels.triton.launch import launch_dkdv, launch_dq, launch_forward
-from sparse_prune.kernels.triton.tables import check_layout
+from sparse_prune.kernels.triton.tables import check_tables
 
 
 @torch.library.custom_op("sparse_prune::block_sparse_attention", mutates_args=())
@@ -112,6 +112,7 @@ def _part(
         raise ValueError(f"`tables` and `configs` must have 12 entries each, got {len(tables)} and {len(configs)}.")
     tile_q, tile_k, warps, stages = configs[4 * part : 4 * part + 4]
     own = tables[4 * part : 4 * part + 4]
-    tiles = -(-key.shape[2] // tile_k) if part == 2 else -(-query.shape[2] // tile_q)
-    check_layout(own, query.shape[1] * tiles, query.device)
+    rows, cols = -(-query.shape[2] // tile_q), -(-key.shape[2] // tile_k)
+    outer, inner = (cols, rows) if part == 2 else (rows, cols)
+    check_tables(own, query.shape[1] * outer, inner, query.device)
     return LaunchConfig((tile_q, tile_k), warps, stages), own

@@ -8,6 +8,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.weak import WeakIdKeyDictionary
 
 from sparse_prune.pattern import BlockPattern, possible_blocks
 
@@ -77,6 +78,26 @@ def check_layout(tensors: list[Tensor], programs: int, device: torch.device) -> 
             )
 
 
+_SOUND = WeakIdKeyDictionary()  # index tensor -> the tables and tiles that it was found, or built, to be right with
+
+
+def check_tables(tensors: list[Tensor], programs: int, visited: int, device: torch.device) -> None:
+    """Refuse tables that do not fit a call. Those that `index_tables` did not build are read back once.
+
+    Args:
+        tensors: `Visits.tensors()`.
+        programs: See `Visits.check`, like the rest.
+
+    Raises:
+        ValueError: As `Visits.check`.
+    """
+    check_layout(tensors, programs, device)
+    record = (*map(id, tensors), visited)
+    if _SOUND.get(tensors[2]) != record:
+        Visits(*tensors).check(programs, visited, device)
+        _SOUND[tensors[2]] = record
+
+
 @dataclass(frozen=True, eq=False)
 class IndexTables:
     """A pattern as visits of key tiles by query tiles, and the other way round."""
@@ -123,7 +144,10 @@ def build_tables(pattern: BlockPattern, tile: tuple[int, int], keep: Tensor, tot
     keep = keep.repeat_interleave(block_q // tile[0], 1)[:, :rows]
     keep = keep.repeat_interleave(block_kv // tile[1], 2)[:, :, :cols] & possible
     full = _full(pattern, tile, possible)
-    return IndexTables(build_visits(keep, full, total), build_visits(keep.transpose(1, 2), full.T, total), tile)
+    by_row, by_col = build_visits(keep, full, total), build_visits(keep.transpose(1, 2), full.T, total)
+    for visits, visited in ((by_row, cols), (by_col, rows)):
+        _SOUND[visits.index] = (*map(id, visits.tensors()), visited)
+    return IndexTables(by_row, by_col, tile)
 
 
 def count_tiles(pattern: BlockPattern, tile: tuple[int, int]) -> int:
