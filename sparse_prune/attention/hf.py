@@ -137,10 +137,10 @@ def _attention_mask(
     **kwargs: Any,
 ) -> Tensor | None:
     """Key padding alone stays (batch, kv_len); everything else becomes a (batch, 1, q_len, kv_len) mask."""
-    from transformers import masking_utils as masks
+    from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
 
-    mask_function = mask_function or masks.causal_mask_function
-    plain = mask_function in (masks.causal_mask_function, masks.bidirectional_mask_function)
+    mask_function = causal_mask_function if mask_function is None else mask_function
+    plain = mask_function is causal_mask_function or mask_function is bidirectional_mask_function
     if plain and q_length == kv_length and not kv_offset:
         # A tracer cannot look into the mask: it takes padding that hides nothing along.
         if attention_mask is None or (not torch.compiler.is_compiling() and bool(attention_mask.all())):
@@ -148,7 +148,7 @@ def _attention_mask(
         padding = attention_mask[:, -kv_length:].bool()
         if padding.shape[1] == kv_length:
             return padding
-    mask: Tensor | None = masks.sdpa_mask(
+    mask: Tensor | None = sdpa_mask(
         batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, **kwargs
     )
     return mask

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -18,6 +20,10 @@ Mode = Literal["dense", "masked", "sparse"]
 _LENGTHS_KEPT = 8
 DECODE_ROWS = 128
 """Most rows (queries times heads of a KV group) that go to the decoding kernel; more are masked."""
+
+
+_COUNT = itertools.count()
+_PATTERNS: WeakValueDictionary[str, BlockPattern] = WeakValueDictionary()  # by `PrunableAttention._version`
 
 
 class CallShape(NamedTuple):
@@ -59,6 +65,7 @@ class PrunableAttention:
     """Tokens that a query sees back to, itself included, if the model's own mask has a window."""
     _handed_over: tuple[PackedKeys, Tensor] | None = None
     _pattern: BlockPattern | None = None
+    _version: str = ""  # names the pattern for torch.compile, which compiles anew when it changes
     _at: dict[tuple[int, int], BlockPattern] = field(default_factory=dict)
 
     @property
@@ -69,6 +76,9 @@ class PrunableAttention:
     @pattern.setter
     def pattern(self, pattern: BlockPattern | None) -> None:
         self._pattern = pattern
+        if pattern is not None:
+            self._version = str(next(_COUNT))
+            _PATTERNS[self._version] = pattern
         self._at = {}
 
     @property
@@ -215,21 +225,16 @@ def _attend_planned(
 
     device = query.device
     dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else query.dtype
-    planned = _plan(layer, layer._pattern, query.shape[2], key.shape[2], query.shape[3], dtype, device)
+    planned = _plan(layer._version, query.shape[2], key.shape[2], query.shape[3], dtype, device)
     return attend_planned(query, key, value, planned, layer.causal, options)
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator, unused-ignore]
 def _plan(
-    layer: PrunableAttention,
-    pattern: BlockPattern,  # the layer's own: an argument, so that another one compiles anew
-    q_len: int,
-    kv_len: int,
-    head_dim: int,
-    dtype: torch.dtype,
-    device: torch.device,
+    version: str, q_len: int, kv_len: int, head_dim: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[list[Tensor], list[int]]:
     from sparse_prune.kernels.triton.attend import plan
 
-    planned: tuple[list[Tensor], list[int]] = plan(layer.pattern_at(q_len, kv_len), head_dim, dtype, device)
+    pattern = _PATTERNS[version].at(q_len, kv_len)
+    planned: tuple[list[Tensor], list[int]] = plan(pattern, head_dim, dtype, device)
     return planned

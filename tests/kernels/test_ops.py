@@ -29,6 +29,10 @@ def test_operator_keeps_the_rules_of_torch_library():
     torch.library.opcheck(ops.block_sparse_attention, (*tensors(), *arguments(random_pattern(4, 37, 37, 16, True))))
 
 
+@pytest.mark.skipif(
+    tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13),
+    reason="Dynamo cannot take a frozen dataclass for a constant; compiled models are tested in attention/test_compile",
+)
 def test_a_compiled_function_has_no_graph_break_and_follows_its_pattern():
     patterns = {"now": random_pattern(4, 37, 37, 16, True, seed=1)}
 

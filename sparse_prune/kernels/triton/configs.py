@@ -78,7 +78,11 @@ def launch_config(
     """
     _check_head_dim(head_dim)
     width = max(64, padded_head_dim(head_dim))
-    return _fitted(_HALF[kernel, 90 if capability >= 90 else 80, width], width, dtype, block_size)
+    config = _HALF[kernel, 90 if capability >= 90 else 80, width]
+    fitted = _fitted(config, dtype, block_size)
+    # A tile needs enough rows for its warps; dk and dv hold two accumulators, which need more of them.
+    small = max(fitted.tile) <= (32 if kernel == "dkdv" else 64) and width < 256
+    return replace(fitted, num_warps=4) if small else fitted
 
 
 def candidates(
@@ -86,13 +90,12 @@ def candidates(
 ) -> list[LaunchConfig]:
     """Configurations worth measuring on a device, the shipped one first; arguments and errors as `launch_config`."""
     shipped = launch_config(kernel, capability, head_dim, dtype, block_size)
-    width = max(64, padded_head_dim(head_dim))
     tile_q, tile_k = shipped.tile
     tiles = [(tile_q, tile_k), (tile_q // 2, tile_k), (tile_q, tile_k // 2), (tile_q * 2, tile_k), (tile_q, tile_k * 2)]
     found = [shipped]
     for tile, warps, stages in itertools.product(tiles, (4, 8), (2, 3)):
         if min(tile) >= MIN_TILE and max(tile) <= 128:
-            config = replace(_fitted(LaunchConfig(tile, warps, stages), width, dtype, block_size), num_warps=warps)
+            config = _fitted(LaunchConfig(tile, warps, stages), dtype, block_size)
             if config not in found:
                 found.append(config)
     return found
@@ -129,15 +132,13 @@ def probe_config(block_size: tuple[int, int]) -> LaunchConfig:
     return LaunchConfig(block_size, 8, 1) if large else LaunchConfig(block_size, 4, 2)
 
 
-def _fitted(config: LaunchConfig, width: int, dtype: torch.dtype, block_size: tuple[int, int]) -> LaunchConfig:
+def _fitted(config: LaunchConfig, dtype: torch.dtype, block_size: tuple[int, int]) -> LaunchConfig:
     """The configuration with tiles that divide the block and, in float32, fit into shared memory."""
     sides = [_fit(side, block) for side, block in zip(config.tile, block_size, strict=True)]
     if dtype == torch.float32:
         sides = [min(side, 32) for side in sides]
         config = replace(config, num_stages=1)
-    # A tile needs enough rows for its warps.
-    warps = 4 if max(sides) <= 64 and width < 256 else config.num_warps
-    return LaunchConfig((sides[0], sides[1]), warps, config.num_stages)
+    return LaunchConfig((sides[0], sides[1]), config.num_warps, config.num_stages)
 
 
 def _check_head_dim(head_dim: int) -> None:
