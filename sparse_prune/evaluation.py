@@ -6,7 +6,8 @@ import gc
 import random
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from sparse_prune.attention import PrunableAttention, find_layers, handle_of
 from sparse_prune.passkey import needle_prompt, passkey_prompt, retrieves
 
 MakeCache = Callable[[], Any]
@@ -109,6 +111,37 @@ def cache_cost(model: Any, sequence: Tensor, make_cache: MakeCache, decode: int,
         token = model(input_ids=token, past_key_values=cache).logits[:, -1:].argmax(-1)
     seconds = _now(model.device) - start
     return CacheCost(grown, inputs.shape[1] / prefill, decode / seconds)
+
+
+def fresh_cache(model: Any) -> Any:
+    """An empty cache as the model wants it: one that evicts if the model has patterns in force."""
+    from transformers import DynamicCache
+
+    from sparse_prune.cache import PatternCache
+
+    if any(handle.mode != "dense" for handle in handles_of(model)):
+        return PatternCache(model)
+    return DynamicCache(config=model.config)
+
+
+@contextmanager
+def all_connections(model: Any) -> Iterator[None]:
+    """The same weights with nothing pruned, for a while."""
+    handles = handles_of(model)
+    modes = [handle.mode for handle in handles]
+    try:
+        for handle in handles:
+            handle.mode = "dense"
+        yield
+    finally:
+        for handle, mode in zip(handles, modes, strict=True):
+            handle.mode = mode
+
+
+def handles_of(model: Any) -> list[PrunableAttention]:
+    """The model's handles; none if its attention was never taken over."""
+    handles = [handle_of(module) for module in find_layers(model).values()]
+    return [handle for handle in handles if handle is not None]
 
 
 def live_bytes(device: torch.device) -> int:

@@ -31,6 +31,13 @@ class Constraints:
     """Smallest share of possible blocks that every head keeps, in [0, 1]."""
     share_kv_groups: bool = False
     """Give the query heads of one KV head one pattern, by their largest score: needed to free KV cache."""
+    share_diagonals: bool = False
+    """Give blocks at the same distance from the diagonal one score, the largest; sink columns apart. Patterns are then
+    the same at every length, and a head's reach is what it earns anywhere."""
+    reach_price: float = 0.0
+    """Divide the score of a block by 1 + reach_price * distance, where distance is its distance from the diagonal as a
+    share of the longest. A KV cache must hold all that a head reaches back over, so heads reach far only where they
+    earn it. 0: reach is free."""
     regrow: bool = True
     """Let pruned blocks come back when their score has risen."""
     hysteresis: float = 0.1
@@ -47,6 +54,8 @@ class Constraints:
             raise ValueError(f"`recent_blocks` must be at least 1 (the diagonal), got {self.recent_blocks}.")
         if not 0.0 <= self.min_density <= 1.0:
             raise ValueError(f"`min_density` must lie in [0, 1], got {self.min_density}.")
+        if not 0.0 <= self.reach_price < float("inf"):
+            raise ValueError(f"`reach_price` must be at least 0 and finite, got {self.reach_price}.")
         if self.hysteresis < 0.0:
             raise ValueError(f"`hysteresis` must be at least 0, got {self.hysteresis}.")
 
@@ -138,6 +147,11 @@ def _effective(layer: LayerScores, constraints: Constraints) -> Tensor:
     if constraints.share_kv_groups:
         group = pattern.num_heads // layer.num_kv_heads
         scores = scores.view(-1, group, *scores.shape[1:]).amax(1).repeat_interleave(group, 0)
+    if constraints.share_diagonals:
+        scores = _shared_diagonals(scores, pattern, constraints.sink_blocks)
+    if constraints.reach_price:
+        distance = _distance(pattern)
+        scores = scores / (1.0 + constraints.reach_price * distance / max(int(distance.max()), 1))
     scores = torch.where(pattern.keep, scores * (1.0 + constraints.hysteresis), scores)
     if not constraints.regrow:
         scores = scores.masked_fill(~pattern.keep, -torch.inf)
@@ -151,18 +165,49 @@ def _effective(layer: LayerScores, constraints: Constraints) -> Tensor:
     return scores.masked_fill(forced, torch.inf).masked_fill(~pattern.possible, -torch.inf)
 
 
+def _distance(pattern: BlockPattern) -> Tensor:
+    """Key blocks between a block and the nearest one that its row's queries stand in, int64, (q_blocks, kv_blocks)."""
+    first, last = _standing(pattern)
+    col = torch.arange(pattern.keep.shape[2])
+    return torch.clamp(torch.maximum(first - col, col - last), min=0)
+
+
+def _shared_diagonals(scores: Tensor, pattern: BlockPattern, sink_blocks: int) -> Tensor:
+    """The largest known score of a head at each distance, where it is possible and no sink."""
+    first, last = _standing(pattern)
+    col = torch.arange(scores.shape[2])
+    shared = pattern.possible & (col >= sink_blocks)
+    # What lies after the diagonal, in bidirectional patterns, has diagonals of its own.
+    distance = _distance(pattern)
+    index = torch.where(col > last, distance + scores.shape[2], distance)[shared]
+    flat = scores[:, shared]
+    largest = torch.full((len(scores), 2 * scores.shape[2] + 1), -torch.inf, dtype=scores.dtype)
+    known = torch.where(flat.isinf(), -torch.inf, flat)
+    largest.scatter_reduce_(1, index.expand(len(scores), -1), known, "amax")
+    # A diagonal of which nothing is known yet stays unknown.
+    largest = torch.where(largest == -torch.inf, torch.inf, largest)
+    scores = scores.clone()
+    scores[:, shared] = largest[:, index]
+    return scores
+
+
+def _standing(pattern: BlockPattern) -> tuple[Tensor, Tensor]:
+    """First and last key block in which a row's queries stand, int64, (q_blocks, 1) each."""
+    block_q, block_kv = pattern.block_size
+    offset = pattern.kv_len - pattern.q_len if pattern.causal else 0
+    row = torch.arange(pattern.keep.shape[1])[:, None]
+    first = (row * block_q + offset) // block_kv
+    return first, (torch.clamp((row + 1) * block_q, max=pattern.q_len) - 1 + offset) // block_kv
+
+
 def _forced(layer: LayerScores, constraints: Constraints) -> Tensor:
     """Blocks that stay whatever they score, boolean, (num_heads, q_blocks, kv_blocks).
 
     The diagonal is among them, so every row keeps a block.
     """
     pattern = layer.pattern
-    block_q, block_kv = pattern.block_size
-    rows, cols = pattern.possible.shape
-    offset = pattern.kv_len - pattern.q_len if pattern.causal else 0
-    row, col = torch.arange(rows)[:, None], torch.arange(cols)[None, :]
-    first = (row * block_q + offset) // block_kv
-    last = (torch.clamp((row + 1) * block_q, max=pattern.q_len) - 1 + offset) // block_kv
+    first, last = _standing(pattern)
+    col = torch.arange(pattern.keep.shape[2])[None, :]
     near = constraints.recent_blocks - 1
     forced = (col <= (last if pattern.causal else last + near)) & (col >= first - near)
     forced = (forced | (col < constraints.sink_blocks)).expand_as(pattern.keep).clone()

@@ -217,6 +217,59 @@ def test_protected_frozen_shared_and_floor():
     assert not torch.equal(shared.keep[1], shared.keep[2])
 
 
+def test_reach_has_its_price():
+    free = select([_layer()], Constraints(), sparsity=0.6)[0][0]
+    priced = select([_layer()], Constraints(reach_price=3.0), sparsity=0.6)[0][0]
+    rows, cols = torch.arange(16)[:, None], torch.arange(16)
+    distance = (rows - cols).clamp(min=0).expand(4, -1, -1)
+    inner = (cols >= 1).expand(4, 16, -1)
+    assert priced.sparsity == free.sparsity
+    assert distance[priced.keep & inner].float().mean() < 0.8 * distance[free.keep & inner].float().mean()
+    # The price as documented: a block at the longest distance must score 1 + price times as much.
+    layer = _layer()
+    layer.scores[:] = 0.1
+    layer.scores[0, 15, 1], layer.scores[1, 15, 1] = 0.1 * 3.7, 0.1 * 3.9  # at 14 of 15: 1 + 3 * 14 / 15 = 3.8
+    keep = select([layer], Constraints(reach_price=3.0, hysteresis=0.0), threshold=0.1)[0][0].keep
+    assert keep[:, 15, 1].tolist() == [False, True, False, False]
+    with pytest.raises(ValueError, match="`reach_price`"):
+        Constraints(reach_price=-1.0)
+
+
+@pytest.mark.parametrize("block", [(4, 4), (8, 4), (4, 8)])
+@pytest.mark.parametrize("causal", [True, False])
+def test_shared_diagonals_share_their_largest_score(block, causal):
+    dense = BlockPattern.dense(2, 64, 64, block, causal)
+    scores = torch.rand(dense.keep.shape, generator=torch.Generator().manual_seed(3))
+    layer = LayerScores("a", scores, dense, num_kv_heads=2)
+    pattern = select([layer], Constraints(share_diagonals=True), sparsity=0.5)[0][0]
+    assert 0.2 < pattern.sparsity < 0.6
+    rows, cols = range(pattern.keep.shape[1]), range(1, pattern.keep.shape[2])
+    seen = {}
+    for row, col in itertools.product(rows, cols):
+        first, last = row * block[0] // block[1], ((row + 1) * block[0] - 1) // block[1]
+        if causal and col > last:
+            continue
+        distance = max(first - col, 0) - max(col - last, 0)
+        seen.setdefault(distance, []).append((pattern.keep[:, row, col], scores[:, row, col]))
+    kept, dropped = [], []
+    for distance, blocks in seen.items():
+        keeps = torch.stack([keep for keep, _ in blocks])
+        assert (keeps == keeps[0]).all()
+        largest = torch.stack([score for _, score in blocks]).amax(0)
+        for head in range(2):
+            if distance:
+                (kept if keeps[0, head] else dropped).append(float(largest[head]))
+    assert min(kept) >= max(dropped)
+
+
+def test_diagonal_of_which_nothing_is_known_stays():
+    layer = _layer()
+    layer.scores[:, 8:] = torch.inf
+    keep = select([layer], Constraints(share_diagonals=True), threshold=2.0)[0][0].keep
+    assert keep[:, 15, 1:9].all()  # at distances that the first eight rows have at the sink only
+    assert not keep[:, 15, 9:15].any()
+
+
 def test_regrowth_and_hysteresis():
     old = select([_layer(seed=1)], Constraints(), sparsity=0.5)[0][0]
     fresh = _layer(seed=2, pattern=old)

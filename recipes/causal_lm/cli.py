@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import platform
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from importlib.resources import files
 from pathlib import Path
@@ -19,9 +20,10 @@ from sparse_prune.recipes.causal_lm.data import TextDataModule
 from sparse_prune.recipes.causal_lm.history import RunHistory
 from sparse_prune.recipes.causal_lm.module import CausalLMModule
 from sparse_prune.recipes.causal_lm.pretrained import load_tokenizer
-from sparse_prune.recipes.causal_lm.report import DenseRun, RunReport
+from sparse_prune.recipes.causal_lm.report import CacheComparison, DenseRun, RunReport
 from typing_extensions import override
 
+from sparse_prune.evaluation import all_connections, cache_cost, fresh_cache
 from sparse_prune.export import save_pretrained
 
 log = logging.getLogger(__name__)
@@ -58,6 +60,7 @@ class CausalLMCLI(LightningCLI):
             loss=_test(self.trainer, self.model, self.datamodule),
             records=_callback(self.trainer, RunHistory).records,
             passkey=passkey,
+            cache=self._cache(),
             dense=self._dense_run(folder) if self.config["fit"]["compare_dense"] else None,
             **self._pruned(),
         )
@@ -73,6 +76,22 @@ class CausalLMCLI(LightningCLI):
             "patterns": pruner.patterns,
             "savings": savings_metrics(pruner),
         }
+
+    def _cache(self) -> CacheComparison:
+        """What generation costs after one sequence of the test documents."""
+        device, model = self.trainer.strategy.root_device, self.model.model
+        training, home = model.training, model.device
+        sequence = self.datamodule.sequences["test"][0]
+        fast = "bf16" in str(self.trainer.precision)
+        model.to(device).eval()
+        try:
+            with torch.autocast(device.type, torch.bfloat16, enabled=fast):
+                pruned = cache_cost(model, sequence, partial(fresh_cache, model), decode=16)
+                with all_connections(model):
+                    dense = cache_cost(model, sequence, partial(fresh_cache, model), decode=16)
+        finally:
+            model.to(home).train(training)
+        return CacheComparison(len(sequence), dense, pruned)
 
     def _dense_run(self, folder: Path) -> DenseRun:
         pl.seed_everything(int(self.config["fit"]["seed_everything"] or 0))

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,7 @@ from sparse_prune.recipes.causal_lm.data import TextDataModule
 from sparse_prune.recipes.causal_lm.pretrained import load_model, load_tokenizer
 from sparse_prune.recipes.evaluate.report import EvaluationReport, LengthResult
 
-from sparse_prune.attention import PrunableAttention, attached_layers
-from sparse_prune.cache import PatternCache
-from sparse_prune.evaluation import cache_cost, mean_loss, retrieval
+from sparse_prune.evaluation import all_connections, cache_cost, fresh_cache, handles_of, mean_loss, retrieval
 from sparse_prune.export import load
 
 log = logging.getLogger(__name__)
@@ -45,13 +43,7 @@ def evaluate(
         decode: Tokens to decode.
         chunk: Tokens per forward pass.
     """
-    from transformers import DynamicCache
-
-    evicts = any(handle.mode != "dense" for handle in _handles(model))
-
-    def make_cache() -> Any:
-        return PatternCache(model) if evicts else DynamicCache(config=model.config)
-
+    make_cache = partial(fresh_cache, model)
     results = []
     for length in lengths:
         whole = tokens.shape[1] // length * length
@@ -65,23 +57,9 @@ def evaluate(
     return results
 
 
-@contextmanager
-def dense(model: Any) -> Iterator[None]:
-    """The same weights with all connections, for a while."""
-    handles = _handles(model)
-    modes = [handle.mode for handle in handles]
-    try:
-        for handle in handles:
-            handle.mode = "dense"
-        yield
-    finally:
-        for handle, mode in zip(handles, modes, strict=True):
-            handle.mode = mode
-
-
 def lengths_around(model: Any) -> list[int]:
     """Half, once, twice and four times the length that the patterns were learned at, as far as positions reach."""
-    learned = max((handle.pattern.kv_len for handle in _handles(model) if handle.pattern is not None), default=0)
+    learned = max((handle.pattern.kv_len for handle in handles_of(model) if handle.pattern is not None), default=0)
     if not learned:
         raise ValueError("`lengths` must be given for a model without patterns, got none.")
     longest = getattr(model.config, "max_position_embeddings", None) or 4 * learned
@@ -119,7 +97,7 @@ def main(args: list[str] | None = None) -> None:
         twin = load_model(given.dense).to(device=given.device, dtype=model.dtype).eval()
         plain = evaluate(twin, **measure)
     else:
-        with dense(model):
+        with all_connections(model):
             plain = evaluate(model, **measure)
     setup = {
         "model": given.model,
@@ -138,16 +116,8 @@ def main(args: list[str] | None = None) -> None:
 
 def sparsity_of(model: Any) -> float:
     """Share of possible blocks that is pruned, over all layers with a pattern in force, in [0, 1]."""
-    handles = [handle for handle in _handles(model) if handle.pattern is not None]
+    handles = [handle for handle in handles_of(model) if handle.pattern is not None]
     patterns = [handle.pattern for handle in handles if handle.pattern is not None]
     possible = sum(pattern.possible_count for pattern in patterns)
     kept = sum(p.kept_blocks if h.mode != "dense" else p.possible_count for p, h in zip(patterns, handles, strict=True))
     return 1.0 - kept / possible if possible else 0.0
-
-
-def _handles(model: Any) -> list[PrunableAttention]:
-    """The model's handles; none if its attention was never taken over."""
-    try:
-        return attached_layers(model)
-    except ValueError:
-        return []

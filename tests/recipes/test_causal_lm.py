@@ -179,6 +179,9 @@ def test_fit_ends_with_a_report(config, tmp_path, monkeypatch, capsys):
     text = (run / "report.md").read_text()
     assert "model.model.layers.1.self_attn | 50" in text or "model.model.layers.1.self_attn" in text
     assert f"{report['dense']['loss_after']:.4f}" in text
+    assert report["cache"]["dense"]["kv_bytes"] == 2 * 2 * 2 * 256 * 8 * 4  # both, layers, KV heads, head_dim, float32
+    assert report["cache"]["pruned"]["kv_bytes"] < report["cache"]["dense"]["kv_bytes"]
+    assert "The KV cache of 256 tokens takes" in text
     assert (run / "report.png").read_bytes().startswith(b"\x89PNG")
     assert len(load_patterns(run / "attention_pattern.safetensors")) == 2
     assert "Held-out loss" in capsys.readouterr().out

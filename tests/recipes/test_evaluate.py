@@ -4,14 +4,14 @@ import sys
 import pytest
 import torch
 from sparse_prune.recipes.causal_lm.pretrained import load_model, load_tokenizer
-from sparse_prune.recipes.evaluate.cli import dense, evaluate, lengths_around, main, sparsity_of
+from sparse_prune.recipes.evaluate.cli import evaluate, lengths_around, main, sparsity_of
 from sparse_prune.recipes.evaluate.report import EvaluationReport, LengthResult
 from transformers import DynamicCache
 
 from sparse_prune import AttentionPruner, ConstantSchedule, Constraints
 from sparse_prune.__main__ import main as command_line
 from sparse_prune.cache import PatternCache
-from sparse_prune.evaluation import CacheCost, cache_cost, mean_loss, retrieval
+from sparse_prune.evaluation import CacheCost, all_connections, cache_cost, mean_loss, retrieval
 from sparse_prune.export import load, save_pretrained
 from sparse_prune.passkey import needle_prompt
 
@@ -43,7 +43,7 @@ def test_loss_through_the_cache_is_the_loss_of_the_masked_model(exported, chunk)
     model, ids = load(exported), tokens(257)
     expected = sum(float(model(input_ids=s[None], labels=s[None], use_cache=False).loss) for s in ids) / 2
     assert mean_loss(model, ids, lambda: PatternCache(model), chunk) == pytest.approx(expected, rel=1e-5)
-    with dense(model):
+    with all_connections(model):
         everything = mean_loss(model, ids, DynamicCache, chunk)
         direct = sum(float(model(input_ids=s[None], labels=s[None], use_cache=False).loss) for s in ids) / 2
     assert everything == pytest.approx(direct, rel=1e-5)
@@ -53,7 +53,7 @@ def test_loss_through_the_cache_is_the_loss_of_the_masked_model(exported, chunk)
 
 def test_bytes_are_those_of_keys_and_values(exported):
     model, sequence = load(exported), tokens(256)[0]
-    with dense(model):
+    with all_connections(model):
         cost = cache_cost(model, sequence, DynamicCache, decode=2)
     assert cost.kv_bytes == 2 * 2 * 2 * 256 * 8 * 4  # keys and values, layers, KV heads, tokens, head_dim, float32
     small = cache_cost(model, sequence, lambda: PatternCache(model), decode=2, chunk=100)
@@ -99,7 +99,7 @@ def test_lengths_stand_around_the_learned_one(exported, tiny_model):
     with pytest.raises(ValueError, match="`lengths`"):
         lengths_around(load_model(tiny_model))
     assert 0.7 < sparsity_of(model) < 0.95
-    with dense(model):
+    with all_connections(model):
         assert sparsity_of(model) == 0
     assert sparsity_of(load_model(tiny_model)) == 0
 

@@ -1,0 +1,80 @@
+"""Which heads look things up: found by a short probe, to be protected from pruning."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparse_prune.attention import attach
+from sparse_prune.passkey import passkey_prompt
+
+_BLOCK = 32
+
+
+@torch.no_grad()
+def retrieval_scores(model: Any, tokenizer: Any, length: int, prompts: int = 4, seed: int = 0) -> dict[str, Tensor]:
+    """How strongly each head looks up a hidden key: the largest attention that a row of the answer's block gives it.
+
+    Heads that copy from far back are few and decide about retrieval (Wu et al., arXiv:2404.15574); DuoAttention
+    (arXiv:2410.10819) finds them by training gates, here the probe of block statistics sees them at once.
+
+    Args:
+        model: A causal transformers model in eval mode; its layers are watched in the mode that they are in.
+        tokenizer: Its tokenizer.
+        length: Tokens per prompt.
+        prompts: How many, with keys at evenly spread depths.
+        seed: Of the keys.
+
+    Returns:
+        Layer -> float64, (num_heads,), in [0, 1].
+
+    Raises:
+        ValueError: If `prompts` is not positive or the prompt does not fit `length`.
+    """
+    if prompts < 1:
+        raise ValueError(f"`prompts` must be at least 1, got {prompts}.")
+    handles, digits = attach(model), random.Random(seed)
+    before = [(handle.probe_block_size, handle.statistics) for handle in handles]
+    scores = {handle.name: torch.zeros(handle.num_heads, dtype=torch.float64) for handle in handles}
+    try:
+        for index in range(prompts):
+            key, depth = digits.randrange(10_000, 100_000), (index + 0.5) / prompts
+            tokens, answer = passkey_prompt(tokenizer, length, key, depth)
+            # Where the same prompt with another key differs, the key stands.
+            other, _ = passkey_prompt(tokenizer, length, (key + 44_445 - 10_000) % 90_000 + 10_000, depth)
+            differs = [i for i, pair in enumerate(zip(tokens, other, strict=True)) if pair[0] != pair[1]]
+            places = sorted({i // _BLOCK for i in differs if i < length - answer})
+            rows = sorted({i // _BLOCK for i in range(length - answer - 1, length - 1)})
+            for handle in handles:
+                handle.probe_block_size, handle.statistics = (_BLOCK, _BLOCK), None
+            model(input_ids=torch.tensor([tokens], device=model.device), use_cache=False)
+            for handle in handles:
+                assert handle.statistics is not None
+                largest, _ = handle.statistics.of("max")
+                scores[handle.name] += largest[:, rows][:, :, places].amax((1, 2)).cpu() / prompts
+    finally:
+        for handle, (block_size, statistics) in zip(handles, before, strict=True):
+            handle.probe_block_size, handle.statistics = block_size, statistics
+    return scores
+
+
+def retrieval_heads(scores: dict[str, Tensor], share: float) -> dict[str, tuple[int, ...]]:
+    """The strongest heads over all layers, as `Constraints.protected_heads` takes them.
+
+    Args:
+        scores: As `retrieval_scores` returns them.
+        share: Of all heads, in [0, 1].
+
+    Raises:
+        ValueError: If `share` is out of range.
+    """
+    if not 0.0 <= share <= 1.0:
+        raise ValueError(f"`share` must lie in [0, 1], got {share}.")
+    ranked = sorted(((-float(s), name, head) for name, part in scores.items() for head, s in enumerate(part)))
+    chosen: dict[str, list[int]] = {}
+    for _, name, head in ranked[: round(share * len(ranked))]:
+        chosen.setdefault(name, []).append(head)
+    return {name: tuple(sorted(heads)) for name, heads in chosen.items()}
