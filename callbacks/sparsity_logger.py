@@ -3,87 +3,156 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytorch_lightning as pl
 from pytorch_lightning.loggers import Logger, TensorBoardLogger, WandbLogger
 from pytorch_lightning.utilities import rank_zero_only
-from sparse_prune.callbacks.kernel_swap import KernelSwap, find_pruning
+from sparse_prune.callbacks.atlas import LEGEND, Picture, draw_atlas, draw_layer, views
+from sparse_prune.callbacks.kernel_swap import KernelSwap, SwapEvent, find_pruning
+from sparse_prune.callbacks.pattern_history import save_frame
+from torch import Tensor
 from typing_extensions import override
 
-from sparse_prune.export import PATTERN_FILE, describe_pruning, save_patterns
+from sparse_prune.export import save_patterns
 from sparse_prune.pattern import BlockPattern
 from sparse_prune.pruner import AttentionPruner, PruneReport, attention_flops, kv_blocks_droppable
 
 log = logging.getLogger(__name__)
 
+PATTERN_FILE = "attention_pattern.safetensors"
+SUMMARIES = {"train/loss": "min", "val/loss": "min", "mass/kept": "last", "time/tokens_per_second": "mean"}
+"""What W&B's summary holds of a key, where the last value is not what one wants to know."""
+
 
 class SparsityLogger(pl.Callback):
-    """Logs sparsity, threshold, settling, swaps and savings through `trainer.loggers`.
+    """Logs sparsity, threshold, settling, swaps, speed and savings through `trainer.loggers`.
 
     Shares are in [0, 1]. Keys: prune/threshold, prune/requested, sparsity/total, sparsity/layer_NN,
-    settle/change_layer_NN, mass/kept, mass/kept_layer_NN, swap/layer_NN (1 = sparse, 0 = back to dense),
-    swap/sparse_layers, savings/attention_flops, savings/attention_flops_share, savings/kv_bytes,
-    savings/kv_share. W&B and TensorBoard also get a picture per layer; W&B the patterns as an artifact and a summary.
+    settle/change_layer_NN, settle/min_delta (the line under which a layer settles), mass/kept, mass/kept_layer_NN,
+    swap/layer_NN (1 = sparse, 0 = back to dense), swap/sparse_layers, time/step_seconds and time/tokens_per_second
+    (of this process, every `Trainer.log_every_n_steps`), savings/attention_flops, savings/attention_flops_share,
+    savings/kv_bytes, savings/kv_share.
+
+    W&B and TensorBoard also get pictures: patterns/atlas (all layers and heads: scores, kept, pruned and regrown
+    blocks) while patterns move, patterns/layer_NN when a layer settles and at the end. W&B gets the table
+    patterns/heads, the patterns as versions of an artifact, and a summary. The patterns, and their history for
+    `sparse-prune report`, are also written beside the logs.
 
     A logger that fails is reported once and left alone from then on; training goes on.
 
     Args:
-        images: Draw the patterns, heads side by side, when layers settle and at the end.
+        images: Draw patterns.
+        every_n_decisions: Decisions between pictures of the atlas and frames of the history.
+
+    Raises:
+        ValueError: If `every_n_decisions` is below 1.
     """
 
-    def __init__(self, images: bool = True) -> None:
+    def __init__(self, images: bool = True, every_n_decisions: int = 5) -> None:
+        if every_n_decisions < 1:
+            raise ValueError(f"`every_n_decisions` must be at least 1, got {every_n_decisions}.")
         self.images = images
+        self.every_n_decisions = every_n_decisions
         self._logged_step = 0  # step of the last decision that was logged
         self._logged_swaps = 0
+        self._decisions = 0
+        self._drawn: dict[str, Tensor] = {}  # the keep masks of the last atlas
         self._failed: set[int] = set()
+        self._clock = _StepClock()
+
+    @override
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._each(trainer, _describe_metrics)
+
+    @override
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self._clock.start()
 
     @override
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         pruning, swaps = find_pruning(trainer), _events(trainer)
-        report, index = pruning.report, {name: i for i, name in enumerate(pruning.pruner.layers)}
-        metrics: dict[str, float] = {}
+        pruner, report = pruning.pruner, pruning.report
+        index = {name: i for i, name in enumerate(pruner.layers)}
+        metrics = self._clock.stop(trainer, pruner)
         if report is not None and report.step > self._logged_step:
-            metrics |= decision_metrics(report, index) | savings_metrics(pruning.pruner)
+            metrics |= decision_metrics(report, index, pruner.min_delta) | savings_metrics(pruner)
             self._logged_step = report.step
-        for event in swaps[self._logged_swaps :]:
-            metrics[f"swap/layer_{index[event.layer]:02d}"] = float(event.backend != "dense")
-            metrics["swap/sparse_layers"] = float(sum(e.backend != "dense" for e in swaps))
-        if len(swaps) > self._logged_swaps:
-            metrics["sparsity/total"] = pruning.pruner.total_sparsity
-            settled = {e.layer for e in swaps[self._logged_swaps :]}
+            self._decisions += 1
+            if (self._decisions - 1) % self.every_n_decisions == 0:
+                self._snapshot(trainer, pruner)
+        fresh = swaps[self._logged_swaps :]
+        if fresh:
+            metrics |= swap_metrics(fresh, swaps, index) | {"sparsity/total": pruner.total_sparsity}
             self._logged_swaps = len(swaps)
-            self._draw(trainer, {n: p for n, p in pruning.pruner.patterns.items() if n in settled}, index)
+            settled = {event.layer for event in fresh}
+            self._draw(trainer, {n: p for n, p in pruner.patterns.items() if n in settled}, index)
+            self._keep_patterns(trainer, pruner, ["latest"], {"step": float(trainer.global_step)})
         if metrics:
             self._each(trainer, lambda logger: logger.log_metrics(metrics, step=_step(trainer)))
 
     @override
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         pruning = find_pruning(trainer)
-        patterns = pruning.pruner.patterns
+        pruner, patterns = pruning.pruner, pruning.pruner.patterns
         if not patterns or pruning.report is None:
             return
-        index = {name: i for i, name in enumerate(pruning.pruner.layers)}
-        open_layers = {state.layer.name for state in pruning.pruner.open_layers}
+        index = {name: i for i, name in enumerate(pruner.layers)}
+        open_layers = {state.layer.name for state in pruner.open_layers}
         self._draw(trainer, {n: p for n, p in patterns.items() if n in open_layers}, index)
-        summary = summarize(pruning.pruner, _events(trainer))
-        folder = Path(trainer.log_dir or trainer.default_root_dir)  # a broadcast: every rank must ask
+        self._snapshot(trainer, pruner)
+        summary = summarize(pruner, _events(trainer))
+        table, step = head_table(pruner, _events(trainer)), _step(trainer)
+        path = self._keep_patterns(trainer, pruner, ["latest", "final"], summary)
         if trainer.is_global_zero:
-            path = save_patterns(patterns, folder / PATTERN_FILE, describe_pruning(pruning.pruner))
             log.info("Attention patterns: %s. %s", path, summary)
-            self._each(trainer, lambda logger: _finish(logger, path, summary))
+            self._each(trainer, lambda logger: _finish(logger, table, summary, step))
+
+    def _snapshot(self, trainer: pl.Trainer, pruner: AttentionPruner) -> None:
+        """The atlas into the loggers, and a frame of the history beside them."""
+        folder = _folder(trainer)
+        if not trainer.is_global_zero:
+            return
+        patterns = pruner.patterns
+        try:
+            save_frame(patterns, folder, trainer.global_step)
+        except OSError as error:
+            log.warning("No frame of the pattern history was written at step %d: %r", trainer.global_step, error)
+        if self.images and any(_takes_pictures(logger) for logger in trainer.loggers):
+            scores = {name: pruner.layers[name].scores.value() for name in patterns}
+            picture = draw_atlas(views(patterns, scores, self._drawn))
+            self._drawn = {name: pattern.keep for name, pattern in patterns.items()}
+            log_picture = partial(_log_image, key="patterns/atlas", picture=picture, step=_step(trainer))
+            self._each(trainer, partial(log_picture, caption=LEGEND))
 
     def _draw(self, trainer: pl.Trainer, patterns: dict[str, BlockPattern], index: dict[str, int]) -> None:
         if self.images and trainer.is_global_zero:
             for name, pattern in patterns.items():
-                key, picture = f"patterns/layer_{index[name]:02d}", draw(pattern)
-                self._each(trainer, partial(_log_image, key=key, picture=picture, step=_step(trainer)))
+                key, picture = f"patterns/layer_{index[name]:02d}", draw_layer(pattern)
+                log_picture = partial(_log_image, key=key, picture=picture, step=_step(trainer))
+                self._each(trainer, partial(log_picture, caption=f"{name}: {pattern.sparsity:.1%} pruned"))
+
+    def _keep_patterns(
+        self, trainer: pl.Trainer, pruner: AttentionPruner, aliases: list[str], metadata: dict[str, float]
+    ) -> Path:
+        """The patterns as a file beside the logs, and as a version of the run's artifact."""
+        path = _folder(trainer) / PATTERN_FILE
+        if trainer.is_global_zero:
+            try:
+                save_patterns(pruner.patterns, path)
+            except OSError as error:
+                log.warning("The attention patterns were not written to %s: %r", path, error)
+                return path
+            self._each(trainer, lambda logger: _log_artifact(logger, path, aliases, metadata))
+        return path
 
     @rank_zero_only
     def _each(self, trainer: pl.Trainer, action: Callable[[Logger], None]) -> None:
@@ -99,16 +168,52 @@ class SparsityLogger(pl.Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {"logged_step": self._logged_step, "logged_swaps": self._logged_swaps}
+        return {
+            "logged_step": self._logged_step,
+            "logged_swaps": self._logged_swaps,
+            "decisions": self._decisions,
+            "drawn": self._drawn,
+        }
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._logged_step, self._logged_swaps = state_dict["logged_step"], state_dict["logged_swaps"]
+        self._decisions, self._drawn = state_dict["decisions"], state_dict["drawn"]
 
 
-def decision_metrics(report: PruneReport, index: dict[str, int]) -> dict[str, float]:
+class _StepClock:
+    """Seconds per optimizer step, and tokens per second, since they were last logged."""
+
+    def __init__(self) -> None:
+        self._start = 0.0
+        self._seconds = 0.0
+        self._tokens = 0
+        self._step: int | None = None  # optimizer step at the last log
+
+    def start(self) -> None:
+        self._start = time.perf_counter()
+
+    def stop(self, trainer: pl.Trainer, pruner: AttentionPruner) -> dict[str, float]:
+        """Count a batch; metrics when Lightning logs its own."""
+        self._seconds += time.perf_counter() - self._start
+        shapes = [state.layer.last_shape for state in pruner.layers.values()]
+        self._tokens += max((shape.batch * shape.q_len for shape in shapes if shape is not None), default=0)
+        if self._step is None:  # the first step warms up
+            self._step = trainer.global_step or None
+            self._seconds, self._tokens = 0.0, 0
+            return {}
+        steps = trainer.global_step - self._step
+        if steps < max(1, trainer.log_every_n_steps) or not self._seconds:  # type: ignore[attr-defined]
+            return {}
+        metrics = {"time/step_seconds": self._seconds / steps, "time/tokens_per_second": self._tokens / self._seconds}
+        self._step, self._seconds, self._tokens = trainer.global_step, 0.0, 0
+        return metrics
+
+
+def decision_metrics(report: PruneReport, index: dict[str, int], min_delta: float) -> dict[str, float]:
     """One decision as metrics; `index` maps layers to their numbers."""
     metrics = {
+        "settle/min_delta": min_delta,
         "prune/threshold": report.threshold,
         "prune/requested": report.requested,
         "sparsity/total": report.sparsity,
@@ -117,6 +222,29 @@ def decision_metrics(report: PruneReport, index: dict[str, int]) -> dict[str, fl
     metrics |= {f"sparsity/layer_{index[name]:02d}": value for name, value in report.layer_sparsity.items()}
     metrics |= {f"settle/change_layer_{index[name]:02d}": value for name, value in report.change.items()}
     return metrics | {f"mass/kept_layer_{index[name]:02d}": value for name, value in report.mass_kept.items()}
+
+
+def swap_metrics(fresh: list[SwapEvent], swaps: list[SwapEvent], index: dict[str, int]) -> dict[str, float]:
+    """New swaps as metrics; `swaps` are all of them."""
+    metrics = {f"swap/layer_{index[event.layer]:02d}": float(event.backend != "dense") for event in fresh}
+    return metrics | {"swap/sparse_layers": float(sum(event.backend != "dense" for event in swaps))}
+
+
+HEAD_COLUMNS = ("layer", "head", "sparsity", "mass kept", "change", "settled at", "backend")
+
+
+def head_table(pruner: AttentionPruner, events: list[SwapEvent]) -> list[list[Any]]:
+    """A row per layer and head, with the columns of `HEAD_COLUMNS`."""
+    backends = {event.layer: event.backend for event in events}
+    rows: list[list[Any]] = []
+    for name, state in pruner.layers.items():
+        pattern = state.layer.pattern
+        if pattern is None:
+            continue
+        rest = [state.tracker.change, state.settled_at, backends.get(name, state.layer.mode)]
+        shares = zip(pattern.head_sparsity.tolist(), state.head_mass_kept, strict=True)
+        rows += [[name, head, sparsity, kept, *rest] for head, (sparsity, kept) in enumerate(shares)]
+    return rows
 
 
 def savings_metrics(pruner: AttentionPruner) -> dict[str, float]:
@@ -144,7 +272,7 @@ def savings_metrics(pruner: AttentionPruner) -> dict[str, float]:
     return metrics
 
 
-def summarize(pruner: AttentionPruner, events: list[Any]) -> dict[str, float]:
+def summarize(pruner: AttentionPruner, events: list[SwapEvent]) -> dict[str, float]:
     """The end of a run in a few numbers."""
     settled = sum(state.settled_at is not None for state in pruner.layers.values())
     return {
@@ -155,20 +283,7 @@ def summarize(pruner: AttentionPruner, events: list[Any]) -> dict[str, float]:
     }
 
 
-def draw(pattern: BlockPattern, pixels: int = 96) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """Heads side by side: kept blocks dark, pruned ones light, impossible ones white. (height, width, 3)."""
-    scale = max(1, pixels // pattern.keep.shape[1])
-    keep, possible = pattern.keep.numpy(), pattern.possible.numpy()
-    colours = np.full((*keep.shape, 3), 255, dtype=np.uint8)
-    colours[:, possible] = (222, 226, 235)
-    colours[keep] = (29, 78, 137)
-    tiles = [np.kron(head, np.ones((scale, scale, 1), dtype=np.uint8)) for head in colours]
-    gap = np.full((tiles[0].shape[0], 4, 3), 255, dtype=np.uint8)
-    row = [part for tile in tiles for part in (tile, gap)][:-1]
-    return np.concatenate(row, axis=1).astype(np.uint8)
-
-
-def _events(trainer: pl.Trainer) -> list[Any]:
+def _events(trainer: pl.Trainer) -> list[SwapEvent]:
     swaps = [callback for callback in trainer.callbacks if isinstance(callback, KernelSwap)]  # type: ignore[attr-defined]
     return swaps[0].events if swaps else []
 
@@ -178,20 +293,39 @@ def _step(trainer: pl.Trainer) -> int:
     return int(trainer.fit_loop.epoch_loop._batches_that_stepped)
 
 
-def _log_image(logger: Logger, key: str, picture: np.ndarray[Any, np.dtype[np.uint8]], step: int) -> None:
+def _folder(trainer: pl.Trainer) -> Path:
+    return Path(trainer.log_dir or trainer.default_root_dir)  # a broadcast: every rank must ask
+
+
+def _takes_pictures(logger: Logger) -> bool:
+    return isinstance(logger, WandbLogger | TensorBoardLogger)
+
+
+def _log_image(logger: Logger, key: str, picture: Picture, step: int, caption: str) -> None:
     if isinstance(logger, WandbLogger):
-        logger.log_image(key, [picture], step=step)
+        logger.log_image(key, [picture], step=step, caption=[caption])
     elif isinstance(logger, TensorBoardLogger):
         logger.experiment.add_image(key, picture, step, dataformats="HWC")
 
 
-def _finish(logger: Logger, path: Path, summary: dict[str, float]) -> None:
-    if not isinstance(logger, WandbLogger):
-        return
-    import wandb
+def _describe_metrics(logger: Logger) -> None:
+    """Summaries for W&B; Lightning's logger already makes trainer/global_step the axis of every key."""
+    if isinstance(logger, WandbLogger):
+        for key, summary in SUMMARIES.items():
+            logger.experiment.define_metric(key, step_metric="trainer/global_step", summary=summary)
 
-    run = logger.experiment
-    run.summary.update(summary)
-    artifact = wandb.Artifact(f"attention-pattern-{run.id}", type="attention-pattern", metadata=summary)
-    artifact.add_file(str(path))
-    run.log_artifact(artifact)
+
+def _log_artifact(logger: Logger, path: Path, aliases: list[str], metadata: dict[str, float]) -> None:
+    if isinstance(logger, WandbLogger):
+        import wandb
+
+        run = logger.experiment
+        artifact = wandb.Artifact(f"attention-pattern-{run.id}", type="attention-pattern", metadata=metadata)
+        artifact.add_file(str(path))
+        run.log_artifact(artifact, aliases=aliases)
+
+
+def _finish(logger: Logger, table: list[list[Any]], summary: dict[str, float], step: int) -> None:
+    if isinstance(logger, WandbLogger):
+        logger.log_table("patterns/heads", columns=list(HEAD_COLUMNS), data=table, step=step)
+        logger.experiment.summary.update(summary)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from sparse_prune.attention import PrunableAttention, attach
@@ -38,14 +39,25 @@ class LayerState:
     @property
     def mass_kept(self) -> float:
         """Share of dense attention probability that falls into kept blocks, in [0, 1]."""
+        kept, total = (part.sum() for part in self._mass())
+        return float(kept / total) if total > 0 else 1.0
+
+    @property
+    def head_mass_kept(self) -> list[float]:
+        """The same per head."""
+        kept, total = self._mass()
+        return [float(k / t) if t > 0 else 1.0 for k, t in zip(kept, total, strict=True)]
+
+    def _mass(self) -> tuple[Tensor, Tensor]:
+        """Probability in kept blocks and in all blocks per head, (num_heads,) each; zeros before the first decision."""
         pattern = self.layer.pattern
         if pattern is None:
-            return 1.0
+            zero = torch.zeros(self.layer.num_heads)
+            return zero, zero
         mass = self.mass.value()
         keep = pattern.at(*_lengths(mass, pattern)).keep if mass.shape != pattern.keep.shape else pattern.keep
-        finite = mass.isfinite()
-        total = mass[finite].sum()
-        return float(mass[finite & keep].sum() / total) if total > 0 else 1.0
+        mass = mass.where(mass.isfinite(), 0.0)
+        return (mass * keep).sum((1, 2)), mass.sum((1, 2))
 
 
 @dataclass(frozen=True)

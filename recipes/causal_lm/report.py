@@ -10,8 +10,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from sparse_prune.callbacks import SwapEvent
+from sparse_prune.callbacks.atlas import LayerView, draw_atlas
 from sparse_prune.recipes.causal_lm.history import StepRecord
 
 from sparse_prune.evaluation import CacheCost
@@ -179,25 +179,9 @@ class RunReport:
         bars = figure.add_subplot(grid[1, 1], title="Step time (median)", xlabel="seconds")
         bars.bar_label(bars.barh(list(times), list(times.values()), color="#1d4e89"), fmt="%.2f")
         atlas = figure.add_subplot(grid[2, :], title="Kept blocks (dark) per layer (columns) and head (rows)")
-        atlas.imshow(draw_atlas([self.patterns[name] for name in self.layers if name in self.patterns]))
+        atlas.imshow(draw_atlas([LayerView(self.patterns[name]) for name in self.layers if name in self.patterns]))
         atlas.set_axis_off()
         figure.savefig(path, dpi=110, format="png")
-
-
-def draw_atlas(patterns: list[BlockPattern]) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """Patterns as one picture, a column per layer and a row per head, (height, width, 3)."""
-    if not patterns:
-        return np.full((1, 1, 3), 255, dtype=np.uint8)
-    heads = max(p.num_heads for p in patterns)
-    rows, cols = max(p.keep.shape[1] for p in patterns), max(p.keep.shape[2] for p in patterns)
-    picture = np.full((heads * (rows + 2), len(patterns) * (cols + 2), 3), 255, dtype=np.uint8)
-    for x, pattern in enumerate(patterns):
-        for y, head in enumerate(pattern.keep.numpy()):
-            height, width = head.shape
-            tile = picture[y * (rows + 2) :, x * (cols + 2) :][:height, :width]
-            tile[pattern.possible.numpy()] = (222, 226, 235)
-            tile[head] = (29, 78, 137)
-    return picture
 
 
 def _curve(records: list[StepRecord], what: str) -> tuple[list[int], list[float]]:

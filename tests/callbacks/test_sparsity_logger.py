@@ -1,12 +1,12 @@
 import json
 import logging
 
-import numpy as np
 import pytest
 import torch
 from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
-from sparse_prune.callbacks import KernelSwap
-from sparse_prune.callbacks.sparsity_logger import draw
+from sparse_prune.callbacks import KernelSwap, SparsityLogger, sparsity_logger
+from sparse_prune.callbacks.pattern_history import load_frames
+from sparse_prune.callbacks.sparsity_logger import HEAD_COLUMNS, head_table
 from tiny import TinyModule, batches, pruning, trainer
 
 from sparse_prune import BlockPattern
@@ -20,6 +20,9 @@ EXPECTED = {
     "sparsity/layer_00",
     "sparsity/layer_01",
     "settle/change_layer_00",
+    "settle/min_delta",
+    "time/step_seconds",
+    "time/tokens_per_second",
     "swap/layer_01",
     "swap/sparse_layers",
     "mass/kept",
@@ -75,7 +78,7 @@ def test_tensorboard_gets_scalars_and_pictures(tmp_path):
     events = EventAccumulator(str(tmp_path))
     events.Reload()
     assert set(events.Tags()["scalars"]) >= EXPECTED - {"val/loss"}
-    assert set(events.Tags()["images"]) == {"patterns/layer_00", "patterns/layer_01"}
+    assert set(events.Tags()["images"]) == {"patterns/layer_00", "patterns/layer_01", "patterns/atlas"}
 
 
 def read_leveldb_log(path, block=2**15):
@@ -103,19 +106,87 @@ def test_offline_wandb_run_holds_metrics_pictures_artifact_and_summary(tmp_path,
     fit(tmp_path, logger, val_check_interval=4)
     logger.experiment.finish()
     (file,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
-    keys, summary, artifacts = set(), set(), set()
+    keys, summary, artifacts, metrics = set(), set(), [], {}
     for data in read_leveldb_log(file):
         record = wandb_internal_pb2.Record()
         record.ParseFromString(data)
         keys |= {item.key or "/".join(item.nested_key) for item in record.history.item}
         summary |= {item.key or "/".join(item.nested_key) for item in record.summary.update}
-        if record.request.log_artifact.artifact.type:
-            artifacts.add(record.request.log_artifact.artifact.type)
-        if record.artifact.type:
-            artifacts.add(record.artifact.type)
+        for artifact in (record.request.log_artifact.artifact, record.artifact):
+            if artifact.type == "attention-pattern":
+                artifacts.append(list(artifact.aliases))
+        if record.metric.name or record.metric.glob_name:
+            metrics[record.metric.name or record.metric.glob_name] = record.metric
     assert keys >= EXPECTED | {"patterns/layer_00/filenames", "patterns/layer_01/filenames"}
+    assert any(key.startswith("patterns/atlas/") for key in keys)
+    assert any(key.startswith("patterns/heads/") for key in keys)
     assert "final/sparsity" in summary
-    assert artifacts == {"attention-pattern"}
+    assert artifacts[-1] == ["latest", "final"]
+    assert all(aliases == ["latest"] for aliases in artifacts[:-1])
+    assert len(artifacts) >= 2
+    assert metrics["val/loss"].summary.min
+    assert "trainer/global_step" in metrics
+
+
+def test_speed_is_what_the_steps_took(tmp_path):
+    logger = CSVLogger(tmp_path, name="", version="")
+    fit(tmp_path, logger, log_every_n_steps=4, accumulate_grad_batches=2)
+    speeds = [row for row in read_csv(tmp_path) if "time/step_seconds" in row]
+    assert len(speeds) == 2  # 12 steps, the first one warms up
+    for row in speeds:
+        # Two batches of two sequences of 64 tokens make a step.
+        assert row["time/tokens_per_second"] == pytest.approx(256 / row["time/step_seconds"], rel=1e-6)
+
+
+def test_the_table_has_a_row_per_head(tmp_path):
+    callback = pruning()
+    swap = KernelSwap("gather")
+    trainer(tmp_path, [callback, swap]).fit(TinyModule(), batches())
+    rows = [dict(zip(HEAD_COLUMNS, row, strict=True)) for row in head_table(callback.pruner, swap.events)]
+    assert len(rows) == 2 * 4
+    for row in rows:
+        pattern = callback.pruner.patterns[row["layer"]]
+        assert row["sparsity"] == pytest.approx(float(pattern.head_sparsity[row["head"]]))
+        assert 0 < row["mass kept"] <= 1
+        assert row["backend"] == "gather"
+        assert row["settled at"] >= 6
+    for state in callback.pruner.layers.values():
+        shares = torch.tensor(state.head_mass_kept)
+        assert shares.min() <= state.mass_kept <= shares.max()
+
+
+def test_frames_of_the_history_hold_the_patterns_of_their_step(tmp_path):
+    callback = pruning()
+    logger = SparsityLogger(every_n_decisions=2)
+    trainer(tmp_path, [callback, KernelSwap("gather"), logger]).fit(TinyModule(), batches())
+    frames = load_frames(tmp_path)
+    assert list(frames)[:3] == [1, 3, 5]
+    assert frames[max(frames)].keys() == callback.pruner.patterns.keys()
+    for name, pattern in callback.pruner.patterns.items():
+        found = frames[max(frames)][name]
+        assert torch.equal(found.keep, pattern.keep)
+        assert (found.block_size, found.causal, found.q_len) == (pattern.block_size, pattern.causal, pattern.q_len)
+        assert frames[1][name].sparsity < frames[5][name].sparsity
+    path = tmp_path / "pattern_history" / "step_00000003.npz"
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(ValueError, match="step_00000003.npz must be a frame"):
+        load_frames(tmp_path)
+
+
+def test_a_full_disk_stops_nothing(tmp_path, monkeypatch, caplog):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(sparsity_logger, "save_frame", full)
+    monkeypatch.setattr(sparsity_logger, "save_patterns", full)
+    callback = fit(tmp_path, CSVLogger(tmp_path, name="", version=""))
+    assert not callback.pruner.open_layers
+    assert "No space left" in caplog.text
+
+
+def test_pictures_need_a_whole_number_of_decisions():
+    with pytest.raises(ValueError, match="`every_n_decisions` must be at least 1, got 0"):
+        SparsityLogger(every_n_decisions=0)
 
 
 class Broken(Logger):
@@ -153,16 +224,6 @@ def test_savings_follow_from_the_pattern():
     assert attention_flops(pattern, head_dim=16) == (28 * 4 * 64 * 16, 40 * 4 * 64 * 16)
     # A later query reaches the sink block and, one block on, only itself: three of four blocks can go.
     assert kv_blocks_droppable(pattern, num_kv_heads=2) == pytest.approx(0.75)
-
-
-def test_picture_shows_kept_pruned_and_impossible_blocks():
-    pattern = BlockPattern(torch.eye(2, dtype=torch.bool)[None], (8, 8), True, 16, 16)
-    picture = draw(pattern, pixels=2)
-    assert picture.tolist() == [
-        [[29, 78, 137], [255, 255, 255]],
-        [[222, 226, 235], [29, 78, 137]],
-    ]
-    assert picture.dtype == np.uint8
 
 
 def test_importing_needs_no_wandb():

@@ -1,6 +1,11 @@
+import sys
+from pathlib import Path
+
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "callbacks"))
 
 
 @pytest.fixture(scope="session")

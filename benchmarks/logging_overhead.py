@@ -1,0 +1,104 @@
+"""What SparsityLogger costs: milliseconds per training step at the default cadence, 30 layers of 9 heads.
+
+    python benchmarks/logging_overhead.py --output benchmarks/results/logging_overhead.json
+
+A model of SmolLM2-135M's layers and heads with 32 x 32 blocks and patterns that move; no attention is computed. The
+callback's own work is timed: with a CSVLogger, and with an offline W&B run where wandb is installed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.loggers import CSVLogger, Logger, WandbLogger
+from sparse_prune.callbacks import AttentionPruning, KernelSwap, SparsityLogger
+from sparse_prune.recipes.causal_lm.cli import describe_machine
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from sparse_prune import LinearSchedule
+from sparse_prune.attention.layer import CallShape
+from sparse_prune.scores import BlockStatistics
+
+LAYERS, HEADS, KV_HEADS, BLOCKS, BLOCK = 30, 9, 3, 32, 64
+
+
+class TimedLogger(SparsityLogger):
+    """Adds up what its hooks take."""
+
+    seconds = 0.0
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        start = time.perf_counter()
+        super().on_train_batch_end(*args)
+        self.seconds += time.perf_counter() - start
+
+
+class Made(pl.LightningModule):
+    """Its layers are never called: their statistics are drawn at random where a probe would collect them."""
+
+    def __init__(self, pruning: AttentionPruning) -> None:
+        super().__init__()
+        sizes = {"vocab_size": 8, "hidden_size": HEADS * 2, "intermediate_size": 8, "num_hidden_layers": LAYERS}
+        self.model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=HEADS, num_key_value_heads=KV_HEADS))
+        self.weight = nn.Parameter(torch.zeros(()))
+        self.pruning = [pruning]
+        generator = torch.Generator().manual_seed(0)
+        self.scores = torch.rand(LAYERS, 3, HEADS, BLOCKS, BLOCKS, generator=generator, dtype=torch.float64)
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        for state, scores in zip(self.pruning[0].pruner.layers.values(), self.scores, strict=True):
+            layer = state.layer
+            layer.last_shape = CallShape(1, BLOCKS * BLOCK, BLOCKS * BLOCK, 64, torch.float32, torch.device("cpu"))
+            if layer.probe_block_size is not None:
+                noisy = scores * (1.0 + 0.1 * torch.rand_like(scores))
+                layer.statistics = BlockStatistics(noisy, torch.ones(2, BLOCKS, dtype=torch.float64))
+        return self.weight * 1.0
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD([self.weight], lr=0.1)
+
+
+def measure(steps: int, kind: str) -> dict[str, float]:
+    """Milliseconds per step and per decision."""
+    pruning, logger = AttentionPruning(LinearSchedule(final=0.7, end_step=10 * steps)), TimedLogger()
+    with tempfile.TemporaryDirectory() as folder:
+        loggers: list[Logger] = [CSVLogger(folder, name="", version="")]
+        if kind == "wandb":
+            loggers.append(WandbLogger(project="overhead", save_dir=folder, offline=True))
+        trainer = pl.Trainer(
+            accelerator="cpu", max_steps=steps, logger=loggers, callbacks=[pruning, KernelSwap("gather"), logger],
+            enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        )  # fmt: skip
+        trainer.fit(Made(pruning), torch.utils.data.DataLoader(torch.zeros(steps, 1)))
+        if kind == "wandb":
+            loggers[-1].experiment.finish()
+    decisions = -(-steps // pruning.every_n_steps)
+    return {"ms_per_step": 1e3 * logger.seconds / steps, "ms_per_decision": 1e3 * logger.seconds / decisions}
+
+
+def main() -> None:
+    """Parse arguments, measure, write JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--output", type=Path)
+    arguments = parser.parse_args()
+    kinds = ["csv", *(["wandb"] if find_spec("wandb") else [])]
+    found = {kind: measure(arguments.steps, kind) for kind in kinds}
+    result = {"steps": arguments.steps, "every_n_steps": 10, **describe_machine(), "loggers": found}
+    text = json.dumps(result, indent=1)
+    print(text)
+    if arguments.output:
+        arguments.output.write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,69 @@
+"""Patterns over the steps of a run, kept beside its logs: what the report animates."""
+
+from __future__ import annotations
+
+import os
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from zipfile import BadZipFile
+
+import numpy as np
+import torch
+
+from sparse_prune.pattern import BlockPattern
+
+FOLDER = "pattern_history"
+
+
+def save_frame(patterns: Mapping[str, BlockPattern], folder: Path, step: int) -> Path:
+    """Write the patterns in force after a step, whole or not at all; a bit per block.
+
+    Args:
+        patterns: Layer -> pattern.
+        folder: The run's folder; frames go into `pattern_history` inside.
+        step: Optimizer steps taken.
+
+    Returns:
+        The file's path.
+    """
+    target = folder / FOLDER / f"step_{step:08d}.npz"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    arrays = {}
+    for name, pattern in patterns.items():
+        shape = (*pattern.keep.shape, *pattern.block_size, int(pattern.causal), pattern.q_len, pattern.kv_len)
+        arrays[f"{name}:bits"] = np.packbits(pattern.keep.numpy())
+        arrays[f"{name}:shape"] = np.asarray(shape, dtype=np.int64)
+    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    try:
+        with open(partial, "wb") as file:
+            np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
+        os.replace(partial, target)
+    finally:
+        partial.unlink(missing_ok=True)
+    return target
+
+
+def load_frames(folder: Path) -> dict[int, dict[str, BlockPattern]]:
+    """Step -> patterns, ascending; empty if the run kept none.
+
+    Raises:
+        ValueError: If a frame is damaged; the message names the file.
+    """
+    frames = {}
+    for path in sorted((folder / FOLDER).glob("step_*.npz")):
+        try:
+            with np.load(path, allow_pickle=False) as stored:
+                names = [key.removesuffix(":shape") for key in stored.files if key.endswith(":shape")]
+                frames[int(path.stem.removeprefix("step_"))] = {
+                    name: _pattern(stored[f"{name}:bits"], stored[f"{name}:shape"].tolist()) for name in names
+                }
+        except (OSError, ValueError, KeyError, TypeError, EOFError, RuntimeError, BadZipFile, zlib.error) as error:
+            raise ValueError(f"{path} must be a frame of the pattern history, got {error!r}. Remove it.") from error
+    return frames
+
+
+def _pattern(bits: np.ndarray[tuple[int], np.dtype[np.uint8]], shape: list[int]) -> BlockPattern:
+    heads, rows, cols, block_q, block_kv, causal, q_len, kv_len = shape
+    keep = np.unpackbits(bits, count=heads * rows * cols).reshape(heads, rows, cols).astype(bool)
+    return BlockPattern(torch.from_numpy(keep), (block_q, block_kv), bool(causal), q_len, kv_len)

@@ -1,0 +1,38 @@
+"""The command: read a run's logs, write its page."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+from sparse_prune.recipes.run_report.logs import read_run
+from sparse_prune.recipes.run_report.page import render
+
+
+def main(args: list[str] | None = None) -> None:
+    """`sparse-prune report RUN [--output FILE]`."""
+    parser = argparse.ArgumentParser(
+        prog="sparse-prune report", description="One HTML page of a run, made from its logs; it needs no network."
+    )
+    parser.add_argument("run", type=Path, help="folder of a run with a CSVLogger, or a folder above it")
+    parser.add_argument("--output", type=Path, help="where to write; report.html beside the logs by default")
+    given = parser.parse_args(args)
+    try:
+        logs = read_run(given.run)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    target = given.output or Path(logs.name) / "report.html"
+    write(render(logs), target)
+    print(target)
+
+
+def write(page: str, target: Path) -> None:
+    """Write the page, whole or not at all."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    try:
+        partial.write_text(page, encoding="utf-8")
+        os.replace(partial, target)
+    finally:
+        partial.unlink(missing_ok=True)

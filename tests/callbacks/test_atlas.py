@@ -1,0 +1,54 @@
+import numpy as np
+import torch
+from sparse_prune.callbacks import atlas
+from sparse_prune.callbacks.atlas import LayerView, draw_atlas, draw_layer, views
+
+from sparse_prune import BlockPattern
+
+WHITE = list(atlas.PAPER)
+
+
+def pattern(*rows, causal=True):
+    keep = torch.tensor(rows, dtype=torch.bool)[None]
+    return BlockPattern(keep, (8, 8), causal, 8 * len(rows), 8 * len(rows))
+
+
+def test_a_layer_shows_kept_pruned_and_impossible_blocks():
+    picture = draw_layer(pattern([1, 0], [0, 1]), pixels=2)
+    assert picture.tolist() == [[list(atlas.KEPT), WHITE], [list(atlas.PRUNED), list(atlas.KEPT)]]
+    assert picture.dtype == np.uint8
+
+
+def test_the_atlas_has_a_column_per_layer_and_a_row_per_head():
+    one = BlockPattern(torch.ones(2, 2, 2, dtype=torch.bool), (8, 8), False, 16, 16)
+    picture = draw_atlas([LayerView(one), LayerView(one), LayerView(one)], pixels=3, gap=2)
+    assert picture.shape == (2 * 6 + 2, 3 * 6 + 2 * 2, 3)
+    assert picture[6:8].min() == 255
+    assert (picture[:6, :6] == atlas.KEPT).all()
+    assert draw_atlas([]).shape == (1, 1, 3)
+
+
+def test_scores_regrown_and_lost_blocks_have_their_colours():
+    now = pattern([1, 1], [1, 0], causal=False)
+    before = torch.tensor([[[1, 1], [0, 1]]], dtype=torch.bool)
+    scores = torch.tensor([[[0.01, 1.0], [0.5, 0.001]]])
+    picture = draw_atlas(views({"a": now}, {"a": scores}, {"a": before}), pixels=1)
+    assert picture[0, 0].tolist() == list(atlas.KEPT_WEAK)
+    assert picture[0, 1].tolist() == list(atlas.KEPT_STRONG)
+    assert picture[1, 0].tolist() == list(atlas.REGROWN)
+    assert picture[1, 1].tolist() == list(atlas.LOST)
+
+
+def test_scores_that_are_unknown_or_equal_still_draw():
+    kept = pattern([1, 0], [1, 1])
+    for scores in (torch.full((1, 2, 2), torch.inf), torch.zeros(1, 2, 2), torch.ones(1, 3, 3)):
+        picture = draw_atlas([LayerView(kept, scores)], pixels=1)
+        assert picture[0, 1].tolist() == WHITE
+        assert picture[1, 1].tolist() != list(atlas.PRUNED)
+
+
+def test_thirty_layers_of_nine_heads_fit_on_a_screen():
+    layer = BlockPattern.dense(9, 2048, 2048, 64, True)
+    height, width, _ = draw_atlas([LayerView(layer)] * 30).shape
+    assert height < 700
+    assert width < 2100
