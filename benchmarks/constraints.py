@@ -19,28 +19,28 @@ from sparse_prune.recipes.causal_lm.cli import describe_machine
 from sparse_prune.recipes.causal_lm.data import TextDataModule
 from sparse_prune.recipes.causal_lm.pretrained import load_model, load_tokenizer
 
-from sparse_prune import AttentionPruner, ConstantSchedule, Constraints
+from sparse_prune import AttentionPruner, BlockStatistics, ConstantSchedule, Constraints
 from sparse_prune.export import save_pretrained
 from sparse_prune.passkey import passkey_accuracy
 from sparse_prune.retrieval_heads import retrieval_heads, retrieval_scores
 
 
-def variants(retrieval: dict[str, torch.Tensor]) -> dict[str, Constraints]:
+def variants(protected: dict[str, tuple[int, ...]]) -> dict[str, Constraints]:
     """Name -> constraints to compare."""
     groups, diagonals = {"share_kv_groups": True}, {"share_kv_groups": True, "share_diagonals": True}
-    protected = {share: {"protected_heads": retrieval_heads(retrieval, share)} for share in (0.05, 0.1)}
     return {
         "none": Constraints(),
-        "5 % retrieval heads protected": Constraints(**protected[0.05]),
-        "10 % retrieval heads protected": Constraints(**protected[0.1]),
-        "diagonals": Constraints(share_diagonals=True),
         "groups": Constraints(**groups),
-        "groups, price 10": Constraints(**groups, reach_price=10.0),
-        "groups, price 100": Constraints(**groups, reach_price=100.0),
+        "price 30": Constraints(reach_price=30.0),
+        "diagonals": Constraints(share_diagonals=True),
+        "groups, price 3": Constraints(**groups, reach_price=3.0),
+        "groups, price 30": Constraints(**groups, reach_price=30.0),
         "groups, diagonals": Constraints(**diagonals),
         "groups, diagonals, price 3": Constraints(**diagonals, reach_price=3.0),
-        "groups, diagonals, price 10": Constraints(**diagonals, reach_price=10.0),
-        "groups, diagonals, price 10, 5 % protected": Constraints(**diagonals, reach_price=10.0, **protected[0.05]),
+        "retrieval heads protected": Constraints(protected_heads=protected),
+        "groups, diagonals, price 3, retrieval heads protected": Constraints(
+            **diagonals, reach_price=3.0, protected_heads=protected
+        ),
     }
 
 
@@ -73,18 +73,19 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     model, tokenizer = load_model(arguments.model).eval(), load_tokenizer(arguments.model)
     watcher = AttentionPruner(sparsity=ConstantSchedule(final=0.5), block_size=arguments.block_size)
     watcher.attach(model)
-    retrieval = retrieval_scores(model, tokenizer, arguments.length)
+    seen = _statistics(watcher, model, data.sequences["train"], arguments.statistics)
+    wanted = arguments.only or list(variants({}))
+    protected: dict[str, tuple[int, ...]] = {}
+    if any("retrieval" in name for name in wanted):
+        scores = retrieval_scores(model, tokenizer, arguments.length // 2, prompts=2)
+        protected = retrieval_heads(scores, arguments.protected_share)
     found = evaluate(model, tokenizer, data.sequences["val"], arguments.prompts)
-    rows: list[dict[str, Any]] = [{"constraints": "dense", "sparsity": 0.0, "kv_share": 1.0, **found}]
+    rows: list[dict[str, Any]] = [
+        {"constraints": "dense", "sparsity": 0.0, "kv_share": 1.0, "kv_share_4x": 1.0, **found}
+    ]
     print(rows[-1], flush=True)
-    watcher.probe(True)
-    with torch.no_grad():
-        for sequence in data.sequences["train"]:
-            model(input_ids=sequence[None], use_cache=False)
-    watcher.probe(False)
-    seen = {name: state.layer.take_statistics() for name, state in watcher.layers.items()}
-    for name, constraints in variants(retrieval).items():
-        if arguments.only and name not in arguments.only:
+    for name, constraints in variants(protected).items():
+        if name not in wanted:
             continue
         for sparsity in arguments.sparsities:
             pruner = replace(watcher, sparsity=ConstantSchedule(final=sparsity), constraints=constraints)
@@ -105,6 +106,25 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
+def _statistics(
+    watcher: AttentionPruner, model: Any, sequences: torch.Tensor, file: Path | None
+) -> dict[str, BlockStatistics]:
+    """Of every layer over the sequences; from the file if it is there, else into it if it is given."""
+    if file is not None and file.exists():
+        saved = torch.load(file, weights_only=True)
+        return {name: BlockStatistics(sums, counts) for name, (sums, counts) in saved.items()}
+    watcher.probe(True)
+    with torch.no_grad():
+        for sequence in sequences:
+            model(input_ids=sequence[None], use_cache=False)
+    watcher.probe(False)
+    found = {name: state.layer.take_statistics() for name, state in watcher.layers.items()}
+    seen = {name: part for name, part in found.items() if part is not None}
+    if file is not None:
+        torch.save({name: (part.sums, part.counts) for name, part in seen.items()}, file)
+    return seen
+
+
 def main() -> None:
     """Parse arguments, measure, write JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -116,13 +136,17 @@ def main() -> None:
     parser.add_argument("--sequences", type=int, default=4, help="validation sequences")
     parser.add_argument("--prompts", type=int, default=6, help="passkey prompts, at evenly spread depths")
     parser.add_argument("--only", nargs="+", help="names of variants; default: all")
+    parser.add_argument("--protected-share", type=float, default=0.05, help="of all heads, those that retrieve most")
+    parser.add_argument("--statistics", type=Path, help="file to keep the scores in, for the next run")
     parser.add_argument("--export", type=Path, help="folder to export every variant's model to")
     parser.add_argument("--output", type=Path, help="JSON file")
     arguments = parser.parse_args()
     with torch.autocast("cpu", torch.bfloat16):
         rows = measure(arguments)
     if arguments.output:
-        setup = {k: v for k, v in vars(arguments).items() if k not in ("output", "export")} | describe_machine()
+        setup = {
+            k: v for k, v in vars(arguments).items() if k not in ("output", "export", "statistics")
+        } | describe_machine()
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
         arguments.output.write_text(json.dumps({"setup": setup, "rows": rows}, indent=1) + "\n")
 

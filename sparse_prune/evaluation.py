@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 
 from sparse_prune.attention import PrunableAttention, find_layers, handle_of
@@ -151,7 +152,9 @@ def live_bytes(device: torch.device) -> int:
         return int(torch.cuda.memory_allocated(device))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # some modules warn when they are looked at
-        tensors = [thing for thing in gc.get_objects() if issubclass(type(thing), Tensor)]
+        # Fake tensors of compiled functions have no memory.
+        kinds = [(thing, type(thing)) for thing in gc.get_objects()]
+        tensors = [thing for thing, kind in kinds if issubclass(kind, Tensor) and not issubclass(kind, FakeTensor)]
         storages = [t.untyped_storage() for t in tensors if t.device.type == "cpu" and t.layout == torch.strided]
     return sum({s.data_ptr(): s.nbytes() for s in storages}.values())
 

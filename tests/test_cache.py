@@ -297,3 +297,22 @@ def test_what_cannot_be_right_is_refused():
         model(ids, use_cache=False)  # what broke off leaves nothing behind
         with pytest.raises(NotImplementedError, match="offloaded"):
             cache.layers[0].offload()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@torch.no_grad()
+def test_on_a_gpu_decoding_is_right_and_the_allocator_frees():
+    model, ids = make().cuda(), tokens(201).cuda()
+    whole = model(ids, use_cache=False).logits
+    grown = []
+    for cache in (PatternCache(model), DynamicCache()):
+        model(ids[:, :-1], past_key_values=PatternCache(model))  # tables of patterns at these lengths stay
+        gc.collect()
+        before = torch.cuda.memory_allocated()
+        model(ids[:, :-1], past_key_values=cache)
+        gc.collect()
+        grown.append(torch.cuda.memory_allocated() - before)
+        found = model(ids[:, -1:], past_key_values=cache).logits
+        torch.testing.assert_close(found[:, -1], whole[:, -1], atol=1e-3, rtol=1e-3)
+    assert 0 < grown[0] < grown[1] / 3
