@@ -139,7 +139,7 @@ def _packed(pattern: BlockPattern) -> dict[str, Any]:
 
 def _table(patterns: Mapping[str, BlockPattern], metrics: Mapping[str, Series]) -> dict[str, Any]:
     """A row per layer, with the sparsity of each head."""
-    rows = []
+    rows: list[dict[str, Any]] = []
     for index, (name, pattern) in enumerate(patterns.items()):
         swap = metrics.get(f"swap/layer_{index:02d}", [])
         kept = metrics.get(f"mass/kept_layer_{index:02d}", [])
