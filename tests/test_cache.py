@@ -262,6 +262,21 @@ def test_dense_heads_and_dense_layers_hold_everything():
     assert second.keys.shape[2] == 90
 
 
+@pytest.mark.parametrize("name", ["llama", "gemma2, soft cap"])
+@torch.no_grad()
+def test_decoding_under_autocast_equals_the_masked_model(name):
+    model, ids = make(name, dense_heads=(3,)), tokens(70)
+    with torch.autocast("cpu", torch.bfloat16):
+        whole = model(ids, use_cache=False).logits.float()
+        cache, ragged = PatternCache(model), False
+        model(ids[:, :30], past_key_values=cache)
+        for step in range(30, 70):
+            found = model(ids[:, step : step + 1], past_key_values=cache).logits.float()
+            torch.testing.assert_close(found[:, -1], whole[:, step], atol=0.6, rtol=0.1)
+            ragged |= any(len(layer.buckets) > 1 for layer in cache.layers)
+    assert ragged  # heads that hold different numbers of blocks
+
+
 @torch.no_grad()
 def test_caches_do_not_mix():
     model, ids = make(), tokens(70)

@@ -72,7 +72,7 @@ class PackedKeys:
         q_len, device = query.shape[2], query.device
         num_kv_heads = sum(len(bucket.heads) for bucket in self.buckets)
         grouped = torch.unflatten(query, 1, (num_kv_heads, -1))  # (batch, kv_heads, group, q_len, head_dim)
-        output = query.new_empty(*grouped.shape[:-1], self.buckets[0].values.shape[-1])
+        output: Tensor | None = None
         for bucket in self.buckets:
             used = self._used(bucket)
             index = slice(None) if len(bucket.heads) == num_kv_heads else bucket.heads.to(device)
@@ -82,7 +82,10 @@ class PackedKeys:
             # The group's queries become rows of one head, so that keys are not repeated.
             rows = grouped[:, index].flatten(2, 3)
             found = masked_attention(rows, bucket.keys[:, :, :used], bucket.values[:, :, :used], mask, options)
+            if output is None:  # autocast may give another type than the query's
+                output = found.new_empty(*grouped.shape[:-1], found.shape[-1])
             output[:, index] = torch.unflatten(found, 2, (-1, q_len))
+        assert output is not None
         return output.flatten(1, 2)
 
     def _used(self, bucket: Bucket) -> int:

@@ -163,8 +163,9 @@ def config(tiny_model, text, tmp_path):
     return path
 
 
-def test_fit_ends_with_a_report(config, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["causal_lm", "fit", "--config", str(config)])
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_fit_ends_with_a_report(config, tmp_path, monkeypatch, capsys, precision):
+    monkeypatch.setattr(sys, "argv", ["causal_lm", "fit", "--config", str(config), "--trainer.precision", precision])
     main()
     run = tmp_path / "run"
     report = json.loads((run / "report.json").read_text())
