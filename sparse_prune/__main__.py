@@ -7,6 +7,7 @@ import sys
 from importlib import import_module
 
 COMMANDS = {
+    "dashboard": ("sparse_prune.recipes.dashboard.cli", "a W&B workspace and a report, charts laid out"),
     "evaluate": (
         "sparse_prune.recipes.evaluate.cli",
         "perplexity, retrieval, KV bytes and speed, dense against pruned",

@@ -1,0 +1,1 @@
+"""A W&B workspace and a report for pruning runs."""

@@ -1,0 +1,176 @@
+import json
+import os
+import re
+import subprocess
+import sys
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
+
+import pytest
+from pytorch_lightning.loggers import CSVLogger
+from sparse_prune.callbacks import KernelSwap, SparsityLogger
+from sparse_prune.recipes.dashboard.charts import AXIS, SECTIONS
+from sparse_prune.recipes.dashboard.cli import main, parse_target
+from tiny import TinyModule, batches, pruning, trainer
+
+pytest.importorskip("wandb_workspaces")
+CHARTS = [chart for section in SECTIONS for chart in section.charts]
+
+
+@pytest.fixture
+def specification(tmp_path):
+    def make(*args):
+        main([*args, "--output", str(tmp_path / "dashboard.json")])
+        return json.loads((tmp_path / "dashboard.json").read_text())
+
+    return make
+
+
+def panels_of(spec):
+    sections = spec["workspace"]["spec"]["section"]["panelBankConfig"]["sections"]
+    return [panel for section in sections for panel in section["panels"]]
+
+
+def test_every_logged_number_has_a_chart_and_every_chart_a_number(tmp_path):
+    logger = CSVLogger(tmp_path, name="csv", version="")
+    callbacks = [pruning(), KernelSwap("gather"), SparsityLogger()]
+    trainer(tmp_path, callbacks, logger=logger, val_check_interval=4, log_every_n_steps=1).fit(
+        TinyModule(), batches(), batches(4)
+    )
+    header = (tmp_path / "csv" / "metrics.csv").read_text().splitlines()[0].split(",")
+    logged = {key for key in header if key.split("/")[0] in ("prune", "sparsity", "settle", "mass", "swap", "savings")}
+    logged |= {"time/step_seconds", "time/tokens_per_second"}
+    numbers = [chart for chart in CHARTS if chart.kind in ("lines", "number")]
+    for key in logged:
+        assert any(key in chart.keys or chart.pattern and re.fullmatch(chart.pattern, key) for chart in numbers), key
+    for chart in numbers:
+        keys = set(chart.keys) - {"train/loss", "val/loss"}
+        assert keys <= logged, chart
+        assert chart.pattern is None or any(re.fullmatch(chart.pattern, key) for key in logged), chart
+
+
+def test_the_workspace_plots_over_optimizer_steps(specification):
+    spec = specification("me/project")
+    panels = panels_of(spec)
+    assert len(panels) == len(CHARTS)
+    lines = {panel["config"]["chartTitle"]: panel["config"] for panel in panels if "Line" in panel["viewType"]}
+    assert {config["xAxis"] for config in lines.values()} == {AXIS}
+    assert lines["Change per decision"]["metricRegex"] == r"settle/(change_layer_\d+|min_delta)"
+    assert lines["Change per decision"]["useMetricRegex"]
+    assert lines["Threshold on scores"]["yLogScale"]
+    assert (lines["Share of blocks pruned"]["yAxisMin"], lines["Share of blocks pruned"]["yAxisMax"]) == (0.0, 1.0)
+    media = [panel["config"]["mediaKeys"] for panel in panels if panel["viewType"] == "Media Browser"]
+    assert media == [["patterns/atlas"]]
+    assert '"patterns/heads"' in json.dumps([panel for panel in panels if panel["viewType"] == "Weave"])
+
+
+def test_a_run_is_shown_beside_its_baseline(specification):
+    spec = specification("me/project/abc123", "--runs", "def456", "--baseline", "dense1")
+    for part in (spec["workspace"], spec["report"]):
+        assert '["abc123", "def456", "dense1"]' in json.dumps(part)
+    whole = json.dumps(specification("me/project", "--baseline", "dense1"))
+    assert '["dense1"]' not in whole.replace("pinnedRuns", "")
+
+
+def test_the_report_lays_panels_out_without_gaps_or_overlap(specification):
+    grids = [
+        block for block in specification("me/project")["report"]["spec"]["blocks"] if block["type"] == "panel-grid"
+    ]
+    assert len(grids) == len(SECTIONS)
+    for grid in grids:
+        taken = set()
+        for panel in grid["metadata"]["panelBankSectionConfig"]["panels"]:
+            place = panel["layout"]
+            cells = {(place["x"] + i, place["y"] + j) for i in range(place["w"]) for j in range(place["h"])}
+            assert not cells & taken
+            assert max(x for x, _ in cells) < 24
+            taken |= cells
+
+
+@pytest.mark.parametrize(
+    ("given", "runs"),
+    [
+        ("me/project", ()),
+        ("me/project/abc123", ("abc123",)),
+        ("https://host.example/me/project/runs/abc123?nw=x", ("abc123",)),
+        ("https://host.example/me/project/workspace", ()),
+    ],
+)
+def test_targets(given, runs):
+    target = parse_target(given, [], None)
+    assert (target.entity, target.project, target.runs) == ("me", "project", runs)
+
+
+@pytest.mark.parametrize("given", ["project", "", "a/b/c/d"])
+def test_an_unclear_target_is_refused(given, capsys):
+    with pytest.raises(SystemExit):
+        main([given, "--output", "never.json"])
+    assert "`target` must be ENTITY/PROJECT" in capsys.readouterr().err
+
+
+class Views(BaseHTTPRequestHandler):
+    """What `save` asks of W&B: who am I, which project, keep this view."""
+
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        sent = json.loads(body) if self.path == "/graphql" else {"query": "telemetry"}
+        query, variables = sent["query"], sent.get("variables") or {}
+        if "upsertView" in query:
+            self.server.kept.append(variables)
+            view = {"id": "VIEW", "name": "nw-view", "displayName": "x", "description": "", "spec": variables["spec"]}
+            view |= {"project": {"id": "P", "name": "project", "entityName": "me"}}
+            data = {"upsertView": {"view": view, "inserted": True}}
+        elif "internalId" in query:
+            data = {"project": {"internalId": "UHJvamVjdA=="}}
+        elif "models" in query:
+            node = {"id": "P", "name": "project", "entityName": "me", "createdAt": "2026-01-01"}
+            node |= {"isBenchmark": False, "user": None}
+            edges = [{"node": node, "cursor": ""}]
+            data = {"models": {"edges": edges, "pageInfo": {"endCursor": "", "hasNextPage": False}}}
+        else:
+            data = {"viewer": {"id": "V", "entity": "me", "username": "me", "flags": "{}", "teams": {"edges": []}}}
+        body = json.dumps({"data": data}).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def command(tmp_path):
+    def run(url, *args):
+        environment = os.environ | {"WANDB_BASE_URL": url, "WANDB_API_KEY": "0" * 40}
+        code = [sys.executable, "-m", "sparse_prune", "dashboard", *args]
+        return subprocess.run(code, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+
+    return run
+
+
+def test_it_saves_a_workspace_and_a_report(command):
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Views)
+    server.kept = []
+    Thread(target=server.serve_forever, daemon=True).start()
+    port = server.server_port
+    try:
+        done = command(f"http://127.0.0.1:{port}", "me/project/abc123", "--name", "Mine")
+    finally:
+        server.shutdown()
+    assert done.returncode == 0, done.stderr
+    assert [view["type"] for view in server.kept] == ["project-view", "runs"]
+    assert [(view["entityName"], view["projectName"], view["displayName"]) for view in server.kept] == [
+        ("me", "project", "Mine")
+    ] * 2
+    assert all("abc123" in view["spec"] for view in server.kept)
+    assert [line.split("/me/project")[0] for line in done.stdout.split()] == [f"http://127.0.0.1:{port}"] * 2
+
+
+@pytest.mark.slow
+def test_a_server_that_is_not_there_is_told_in_one_line(command):
+    done = command("http://127.0.0.1:9", "me/project")
+    assert done.returncode == 1
+    assert "Workspace not saved" in done.stderr
+    assert "Traceback" not in done.stderr
