@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import logging
-import math
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import pytorch_lightning as pl
-import torch
 from typing_extensions import override
 
-from sparse_prune.attention.layer import CallShape, PrunableAttention
-from sparse_prune.attention.measure import time_dense, time_sparse, tune
+from sparse_prune.attention.layer import PrunableAttention
+from sparse_prune.attention.measure import time_attention
 from sparse_prune.kernels import BACKENDS, skipping_backends
 
 if TYPE_CHECKING:
@@ -43,8 +41,8 @@ class KernelSwap(pl.Callback):
     """Swaps settled layers to a block-sparse backend.
 
     Args:
-        backend: "auto" measures dense attention against every backend that skips blocks on the layer's own shapes,
-            forward and backward, and gives a layer that gains nothing its connections back. A backend's name
+        backend: "auto" measures dense attention against every backend that skips blocks, in turns, on the layer's own
+            shapes, forward and backward, and gives a layer that gains nothing its connections back. A backend's name
             takes that one unmeasured.
         tune: On a GPU, measure the launch configurations of the Triton kernels on the first layer of a shape. They are
             kept on disk (`SPARSE_PRUNE_CACHE_DIR`), so that a device does it once.
@@ -73,9 +71,11 @@ class KernelSwap(pl.Callback):
         ]
         if not waiting:
             return
-        # Clocks differ between ranks, decisions must not.
-        decide = self._decide([pruner.layers[name].layer for name in waiting], trainer.global_step)
-        for event in trainer.strategy.broadcast(decide if trainer.is_global_zero else [], src=0):
+        # Clocks differ between ranks, decisions must not: the first rank measures for all.
+        events: list[SwapEvent] = []
+        if trainer.is_global_zero:
+            events = [self._event(pruner.layers[name].layer, trainer.global_step) for name in waiting]
+        for event in trainer.strategy.broadcast(events, src=0):
             if event.backend == "dense":
                 pruner.restore(event.layer)
             else:
@@ -84,36 +84,15 @@ class KernelSwap(pl.Callback):
             times = ", ".join(f"{name} {ms:.3g} ms" for name, ms in event.measured_ms.items())
             log.info("Step %d: %s -> %s (%s)", event.step, event.layer, event.backend, times or "not measured")
 
-    def _decide(self, layers: list[PrunableAttention], step: int) -> list[SwapEvent]:
-        dense_times: dict[tuple[CallShape | None, int, int], float] = {}
-        events = []
-        for layer in layers:
-            assert layer.pattern is not None
-            sparsity = layer.pattern.sparsity
-            if self.backend != "auto" or layer.last_shape is None:
-                backend = "gather" if self.backend == "auto" else self.backend
-                events.append(SwapEvent(step, layer.name, backend, sparsity))
-                continue
-            key = (layer.last_shape, layer.num_heads, layer.num_kv_heads)
-            if key not in dense_times:
-                dense_times[key] = time_dense(layer)
-            dense, times = dense_times[key], self._measure(layer, layer.last_shape.device)
-            backend, sparse = min(times.items(), key=lambda item: item[1], default=("gather", math.inf))
-            winner = backend if sparse < dense else "dense"
-            events.append(SwapEvent(step, layer.name, winner, sparsity, dense, sparse, {"dense": dense, **times}))
-        return events
-
-    def _measure(self, layer: PrunableAttention, device: torch.device) -> dict[str, float]:
-        """Milliseconds of every backend that takes the layer's shapes and blocks."""
-        times = {}
-        for backend in skipping_backends(device):
-            try:
-                if self.tune:
-                    tune(layer, backend)
-                times[backend] = time_sparse(layer, backend)
-            except ValueError as error:  # what a backend refuses it refuses before it runs
-                log.info("%s: not measured with %s: %s", layer.name, backend, error)
-        return times
+    def _event(self, layer: PrunableAttention, step: int) -> SwapEvent:
+        assert layer.pattern is not None
+        sparsity = layer.pattern.sparsity
+        if self.backend != "auto" or layer.last_shape is None:
+            return SwapEvent(step, layer.name, "gather" if self.backend == "auto" else self.backend, sparsity)
+        times = time_attention(layer, skipping_backends(layer.last_shape.device), tuned=self.tune)
+        winner = min(times, key=times.__getitem__)  # "dense" stands first: a draw goes to it
+        sparse = min((ms for name, ms in times.items() if name != "dense"), default=None)
+        return SwapEvent(step, layer.name, winner, sparsity, times["dense"], sparse, times)
 
     @override
     def state_dict(self) -> dict[str, Any]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import statistics
+import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -13,28 +14,48 @@ from torch.nn import functional as F
 from sparse_prune.attention.layer import PrunableAttention
 from sparse_prune.kernels import block_sparse_attention
 
+log = logging.getLogger(__name__)
 
-def time_dense(layer: PrunableAttention, repeats: int = 3) -> float:
-    """Milliseconds of one forward and backward pass of dense SDPA on the layer's last training shape."""
-    query, key, value = _inputs(layer)
+
+def time_attention(
+    layer: PrunableAttention, backends: Sequence[str], repeats: int = 3, tuned: bool = False
+) -> dict[str, float]:
+    """Milliseconds of a forward and backward pass on the layer's last training shape, with its pattern.
+
+    All take turns, and of each the fastest turn counts: what else runs on a machine can only make a clock run longer,
+    and seldom hits all turns of one candidate alone.
+
+    Args:
+        layer: It has a pattern and has seen a training call.
+        backends: To measure beside dense SDPA.
+        repeats: Turns.
+        tuned: Find the backends' launch configurations first, where they have any.
+
+    Returns:
+        "dense" and every backend that takes the layer's shape and blocks -> milliseconds.
+    """
+    query, key, value = inputs = _inputs(layer)
+    pattern = layer.pattern_at(query.shape[2], key.shape[2])
     group = layer.num_heads // layer.num_kv_heads
 
-    def attend() -> Tensor:
-        out: Tensor = F.scaled_dot_product_attention(
-            query, key.repeat_interleave(group, 1), value.repeat_interleave(group, 1), is_causal=layer.causal
-        )
-        return out
+    def dense() -> Tensor:
+        keys, values = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
+        return torch.as_tensor(F.scaled_dot_product_attention(query, keys, values, is_causal=layer.causal))
 
-    return _milliseconds(attend, (query, key, value), repeats)
-
-
-def time_sparse(layer: PrunableAttention, backend: str, repeats: int = 3) -> float:
-    """Milliseconds of one forward and backward pass of a backend with the layer's pattern on the same shape."""
-    query, key, value = _inputs(layer)
-    pattern = layer.pattern_at(query.shape[2], key.shape[2])
-    return _milliseconds(
-        lambda: block_sparse_attention(query, key, value, pattern, backend=backend), (query, key, value), repeats
-    )
+    calls = {"dense": partial(_milliseconds, dense, inputs)}
+    for backend in backends:
+        attend = partial(block_sparse_attention, query, key, value, pattern, backend=backend)
+        try:
+            if tuned:
+                tune(layer, backend)
+            _milliseconds(attend, inputs)  # what a backend refuses it refuses before it runs
+        except ValueError as error:
+            log.info("%s: not measured with %s: %s", layer.name, backend, error)
+        else:
+            calls[backend] = partial(_milliseconds, attend, inputs)
+    calls["dense"]()  # first runs build tables and compile
+    turns = [{name: call() for name, call in calls.items()} for _ in range(repeats)]
+    return {name: min(turn[name] for turn in turns) for name in calls}
 
 
 def tune(layer: PrunableAttention, backend: str) -> None:
@@ -67,19 +88,14 @@ def _inputs(layer: PrunableAttention) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @torch.enable_grad()  # type: ignore[untyped-decorator, unused-ignore]
-def _milliseconds(attend: Callable[[], Tensor], inputs: tuple[Tensor, Tensor, Tensor], repeats: int) -> float:
+def _milliseconds(attend: Callable[[], Tensor], inputs: tuple[Tensor, Tensor, Tensor]) -> float:
     device = inputs[0].device
     grad = torch.ones_like(inputs[0])
-
-    def run() -> float:
-        _wait(device)
-        start = time.perf_counter()
-        torch.autograd.grad(attend(), inputs, grad)
-        _wait(device)
-        return 1e3 * (time.perf_counter() - start)
-
-    run()  # the first run builds tables and compiles
-    return statistics.median(run() for _ in range(repeats))
+    _wait(device)
+    start = time.perf_counter()
+    torch.autograd.grad(attend(), inputs, grad)
+    _wait(device)
+    return 1e3 * (time.perf_counter() - start)
 
 
 def _wait(device: torch.device) -> None:

@@ -1,5 +1,4 @@
 import logging
-import math
 
 import pytest
 import torch
@@ -292,28 +291,13 @@ def _settled_layer(tmp_path):
 
 
 def test_swap_takes_the_fastest_backend(tmp_path, monkeypatch):
-    layer, times = _settled_layer(tmp_path), {"triton": 1.0, "gather": 2.0}
-    monkeypatch.setattr(kernel_swap, "skipping_backends", lambda device: tuple(times))
-    monkeypatch.setattr(kernel_swap, "time_sparse", lambda layer, backend: times[backend])
-    monkeypatch.setattr(kernel_swap, "time_dense", lambda layer: 1.5)
-    tuned = []
-    monkeypatch.setattr(kernel_swap, "tune", lambda layer, backend: tuned.append(backend))
-    (event,) = KernelSwap()._decide([layer], 7)
+    layer, times = _settled_layer(tmp_path), {"dense": 1.5, "triton": 1.0, "gather": 2.0}
+    monkeypatch.setattr(kernel_swap, "time_attention", lambda layer, backends, tuned: dict(times))
+    event = KernelSwap()._event(layer, 7)
     assert (event.backend, event.sparse_ms, event.dense_ms) == ("triton", 1.0, 1.5)
-    assert event.measured_ms == {"dense": 1.5, "triton": 1.0, "gather": 2.0}
-    assert tuned == ["triton", "gather"]
-    KernelSwap(tune=False)._decide([layer], 7)
-    assert tuned == ["triton", "gather"]
-    monkeypatch.setattr(kernel_swap, "time_dense", lambda layer: 0.5)
-    assert KernelSwap()._decide([layer], 7)[0].backend == "dense"
-
-
-def test_swap_passes_over_a_backend_that_refuses(tmp_path, monkeypatch, caplog):
-    layer = _settled_layer(tmp_path)
-    monkeypatch.setattr(kernel_swap, "skipping_backends", lambda device: ("triton", "gather"))
-    monkeypatch.setattr(kernel_swap, "time_dense", lambda layer: math.inf)
-    with caplog.at_level(logging.INFO):
-        (event,) = KernelSwap()._decide([layer], 7)
-    assert event.backend == "gather"
-    assert set(event.measured_ms) == {"dense", "gather"}
-    assert "not measured with triton: `block_size` must hold the factor 16" in caplog.text
+    assert event.measured_ms == times
+    times["dense"] = 1.0
+    assert KernelSwap()._event(layer, 7).backend == "dense"
+    del times["triton"], times["gather"]
+    event = KernelSwap()._event(layer, 7)
+    assert (event.backend, event.sparse_ms) == ("dense", None)
