@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from sparse_prune.attention import hf, sdpa
+from sparse_prune.attention import hf, mha, sdpa
 from sparse_prune.attention.found import FoundLayer, handle_of, modules_of
 from sparse_prune.attention.layer import PrunableAttention
 from sparse_prune.attention.trial import observing, run_example
@@ -30,13 +30,15 @@ def list_layers(model: nn.Module, example: Any = None) -> list[FoundLayer]:
     """
     modules = modules_of(model)
     found = list(hf.find(modules))
+    mhas = mha.candidates(model)
     callers = {name: module for name, module in sdpa.candidates(model).items() if not hf.is_attention(type(module))}
     example = getattr(model, "example_input_array", None) if example is None else example
-    calls = None
-    if example is not None and any(handle_of(module) is None for module in callers.values()):
-        with observing(model) as calls:
+    if example is None or all(handle_of(module) is not None for module in (*mhas.values(), *callers.values())):
+        found += [*mha.find(mhas, None), *sdpa.find(callers, None)]
+    else:
+        with mha.observing(model) as mha_calls, observing(model) as sdpa_calls:
             run_example(model, example)
-    found += sdpa.find(callers, calls)
+        found += [*mha.find(mhas, mha_calls), *sdpa.find(callers, sdpa_calls)]
     order = {name: index for index, name in enumerate(modules)}
     return sorted(found, key=lambda layer: order[layer.name])
 
@@ -70,16 +72,17 @@ def attach(model: nn.Module, example: Any = None) -> list[PrunableAttention]:
         )
     if problems:
         log.warning("These attention layers stay dense: %s", "; ".join(problems))
-    transformers = [layer for layer in usable if layer.kind == "transformers"]
-    handles = dict(zip(transformers, hf.attach(model, transformers), strict=True)) if transformers else {}
-    handles.update({layer: sdpa.attach(layer) for layer in usable if layer.kind == "sdpa"})
+    kinds = {kind: [layer for layer in usable if layer.kind == kind] for kind in ("transformers", "mha", "sdpa")}
+    handles: dict[FoundLayer, PrunableAttention] = {}
+    for kind, attach_layers in (("transformers", hf.attach), ("mha", mha.attach), ("sdpa", sdpa.attach)):
+        if kinds[kind]:
+            handles.update(zip(kinds[kind], attach_layers(model, kinds[kind]), strict=True))
     return [handles[layer] for layer in usable]
 
 
 def detach(model: nn.Module) -> None:
     """Give every layer its own attention back."""
-    attached = [module for module in model.modules() if handle_of(module) is not None]
-    if any(hf.is_attention(type(module)) for module in attached):
+    if any(hf.is_attention(type(module)) and handle_of(module) is not None for module in model.modules()):
         hf.detach(model)
-    for module in attached:
-        sdpa.detach(module)
+    mha.detach(model)
+    sdpa.detach(model)

@@ -48,16 +48,18 @@ def find(modules: dict[str, nn.Module], calls: Calls | None) -> Iterator[FoundLa
             yield _found(name, module, calls.get(name, []), "it made no call of SDPA in the trial run")
 
 
-def attach(layer: FoundLayer) -> PrunableAttention:
-    """Route the module's call of SDPA through a handle."""
-    replace_forward(layer.module, _forward)
-    return give_handle(layer)
+def attach(model: nn.Module, layers: list[FoundLayer]) -> list[PrunableAttention]:
+    """Route the modules' calls of SDPA through a handle each."""
+    for layer in layers:
+        replace_forward(layer.module, _forward)
+    return [give_handle(layer) for layer in layers]
 
 
-def detach(module: nn.Module) -> None:
-    """Give the module its own attention back."""
-    restore_forward(module)
-    drop_handle(module)
+def detach(model: nn.Module) -> None:
+    """Give the modules their own attention back."""
+    for module in model.modules():
+        restore_forward(module)
+        drop_handle(module)
 
 
 def _try_alone(name: str, module: nn.Module) -> FoundLayer:
@@ -140,14 +142,15 @@ def attend(
         return output
 
     q_len, kv_len = query.shape[2], key.shape[2]
-    _check(layer, q_len, kv_len, attn_mask, is_causal)
+    check_call(layer, q_len, kv_len, attn_mask, is_causal)
     key_mask, attn_mask_ = split(attn_mask, query.shape[0], kv_len)
     seed = int(torch.randint(2**62, ())) if dropout_p else None
     options = AttentionOptions(scale, key_mask, attn_mask_, dropout_p=dropout_p, seed=seed)
     return layer.attend(query, key, value, options, dense=dense)
 
 
-def _check(layer: PrunableAttention, q_len: int, kv_len: int, attn_mask: Tensor | None, is_causal: bool) -> None:
+def check_call(layer: PrunableAttention, q_len: int, kv_len: int, attn_mask: Tensor | None, is_causal: bool) -> None:
+    """A call must be of the kind that the layer was found with; a probed layer's mask is read for it."""
     if q_len != kv_len and (is_causal or torch.is_grad_enabled()):
         raise ValueError(
             f"Layer {layer.name!r} must attend to its own tokens, got {q_len} queries and {kv_len} keys"
