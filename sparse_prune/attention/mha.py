@@ -44,7 +44,7 @@ def find(modules: dict[str, nn.MultiheadAttention], calls: Calls | None) -> Iter
     for name, module in modules.items():
         handle, heads = handle_of(module), module.num_heads
         made = None if calls is None else calls.get(name, [])
-        causal = handle.causal if handle is not None else bool(made) and made[0].causal
+        causal = handle.causal if handle is not None else any(call.causal for call in made or [])
         problem = _problem(name, module) or (_call_problem(made) if handle is None else None)
         yield FoundLayer(name, "mha", module, heads, heads, causal, problem=problem)
 
@@ -161,7 +161,7 @@ def _attend(
     queries, keys, values = _project(module, tokens)
     hidden, mask = _as_sdpa(key_padding_mask), _as_sdpa(attn_mask)
     if mask is not None and mask.dim() == 3:
-        mask = mask.unflatten(0, (batch, module.num_heads))
+        mask = torch.unflatten(mask, 0, (batch, module.num_heads))
     if layer.probe_block_size is not None and hidden is not None and is_bias(hidden):
         raise ValueError(f"Layer {layer.name!r} must get a `key_padding_mask` of True and False, got other values.")
     check_call(layer, length, length, mask, False)
@@ -197,7 +197,7 @@ def _project(module: nn.MultiheadAttention, tokens: Tensor) -> tuple[Tensor, ...
     if weight is None:
         weight = torch.cat([module.q_proj_weight, module.k_proj_weight, module.v_proj_weight])
     parts = F.linear(tokens, weight, module.in_proj_bias).chunk(3, -1)
-    return tuple(part.unflatten(-1, (module.num_heads, -1)).transpose(1, 2) for part in parts)
+    return tuple(torch.unflatten(part, -1, (module.num_heads, -1)).transpose(1, 2) for part in parts)
 
 
 def _as_sdpa(mask: Tensor | None) -> Tensor | None:
@@ -208,7 +208,7 @@ def _as_sdpa(mask: Tensor | None) -> Tensor | None:
 def _weights(layer: PrunableAttention, query: Tensor, key: Tensor, mask: Tensor | None) -> Tensor:
     """Attention probabilities under the layer's pattern, (batch, num_heads, length, length)."""
     length = query.shape[2]
-    logits = query @ key.transpose(2, 3) * query.shape[3] ** -0.5
+    logits: Tensor = query @ key.transpose(2, 3) * query.shape[3] ** -0.5
     if layer.mode != "dense" and layer.pattern is not None:
         logits = logits.masked_fill(
             ~layer.pattern_at(length, length).token_mask(length, length, query.device), -torch.inf
