@@ -39,6 +39,7 @@ def list_layers(model: nn.Module, example: Any = None) -> list[FoundLayer]:
         with mha.observing(model) as mha_calls, observing(model) as sdpa_calls:
             run_example(model, example)
         found += [*mha.find(mhas, mha_calls), *sdpa.find(callers, sdpa_calls)]
+    found += _unreached(modules, [layer.name for layer in found])
     order = {name: index for index, name in enumerate(modules)}
     return sorted(found, key=lambda layer: order[layer.name])
 
@@ -86,3 +87,19 @@ def detach(model: nn.Module) -> None:
         hf.detach(model)
     mha.detach(model)
     sdpa.detach(model)
+
+
+def _unreached(modules: dict[str, nn.Module], found: list[str]) -> list[FoundLayer]:
+    """Modules that are called attention, the innermost of them, and were not found in any way."""
+    named = [name for name, module in modules.items() if "attention" in type(module).__name__.lower()]
+    problem = "computes attention in its own code, without SDPA or the AttentionInterface"
+    return [
+        FoundLayer(name, "unknown", modules[name], problem=problem)
+        for name in named
+        if not any(_holds(name, other) for other in named if other != name)
+        and not any(_holds(name, other) or _holds(other, name) for other in found)
+    ]
+
+
+def _holds(outer: str, inner: str) -> bool:
+    return outer == inner or not outer or inner.startswith(f"{outer}.")

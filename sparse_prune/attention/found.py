@@ -9,7 +9,7 @@ from torch import nn
 
 from sparse_prune.attention.layer import PrunableAttention
 
-Kind = Literal["transformers", "mha", "sdpa"]
+Kind = Literal["transformers", "mha", "sdpa", "unknown"]
 _HANDLE = "_prunable_attention"
 
 
@@ -20,7 +20,7 @@ class FoundLayer:
     name: str
     """Qualified name of the module in the model."""
     kind: Kind
-    """How it is reached: transformers' AttentionInterface, `nn.MultiheadAttention`, a call of SDPA."""
+    """How it is reached: transformers' AttentionInterface, `nn.MultiheadAttention`, a call of SDPA, or not at all."""
     module: nn.Module = field(repr=False)
     num_heads: int | None = None
     num_kv_heads: int | None = None

@@ -1,3 +1,4 @@
+import pytest
 import torch
 from nano import CausalSelfAttention
 from test_hf import make, tokens
@@ -65,3 +66,15 @@ def test_all_kinds_are_found_attached_and_detached():
 def test_layers_that_stay_dense_are_logged(caplog):
     attach(nn.TransformerDecoder(nn.TransformerDecoderLayer(32, 4, 32), 1))
     assert "'layers.0.multihead_attn': cross-attention" in caplog.text
+
+
+class SoftmaxAttention(nn.Module):
+    def forward(self, x):
+        return (x @ x.transpose(-2, -1)).softmax(-1) @ x
+
+
+def test_attention_in_its_own_code_is_listed_as_out_of_reach():
+    (layer,) = list_layers(nn.Sequential(SoftmaxAttention()))
+    assert (layer.name, layer.kind) == ("0", "unknown")
+    with pytest.raises(ValueError, match="'0': computes attention in its own code"):
+        attach(nn.Sequential(SoftmaxAttention()))
