@@ -10,6 +10,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from sparse_prune import BlockPattern
 from sparse_prune.attention import attach, detach, handle_of, list_layers
+from sparse_prune.attention.sdpa import attend
 
 LENGTH, BLOCK, WIDTH, HEADS = 24, 8, 32, 4
 
@@ -174,6 +175,19 @@ def test_a_causal_mask_on_a_layer_found_bidirectional_is_refused():
     attach(module)[0].probe_block_size = (BLOCK, BLOCK)
     with pytest.raises(ValueError, match="found bidirectional, but is called causal.*example_input_array"):
         module(inputs(), torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril())
+
+
+@torch.no_grad()
+def test_the_last_query_against_cached_keys_gets_the_last_row_of_the_pattern():
+    (handle,) = attach(CausalSelfAttention(WIDTH, HEADS))
+    prune([handle])
+    query, key, value = torch.randn(3, 1, HEADS, LENGTH, WIDTH // HEADS)
+    whole = attend(handle, query, key, value, is_causal=True)
+    torch.testing.assert_close(attend(handle, query[:, :, -1:], key, value), whole[:, :, -1:])
+    with pytest.raises(ValueError, match="counts from the first key"):
+        attend(handle, query[:, :, -2:], key, value, is_causal=True)
+    with torch.enable_grad(), pytest.raises(ValueError, match="own tokens"):
+        attend(handle, query[:, :, -1:], key, value)
 
 
 def test_an_example_that_does_not_fit_is_refused():
