@@ -12,6 +12,7 @@ COMMANDS = {
         "sparse_prune.recipes.evaluate.cli",
         "perplexity, retrieval, KV bytes and speed, dense against pruned",
     ),
+    "layers": ("sparse_prune.recipes.layers.cli", "which attention layers of a model can be pruned, and why not"),
     "report": ("sparse_prune.recipes.run_report.cli", "one HTML page of a run, from its logs"),
 }
 """Name -> module whose `main(args)` runs it, and what it does."""

@@ -1,6 +1,18 @@
 """Attention access: how the layers of a model are reached."""
 
-from sparse_prune.attention.hf import attach, attached_layers, detach, find_layers, handle_of
+from sparse_prune.attention.access import attach, detach, find_layers, list_layers
+from sparse_prune.attention.found import FoundLayer, handle_of
+from sparse_prune.attention.hf import attached_layers
 from sparse_prune.attention.layer import CallShape, PrunableAttention
 
-__all__ = ["CallShape", "PrunableAttention", "attach", "attached_layers", "detach", "find_layers", "handle_of"]
+__all__ = [
+    "CallShape",
+    "FoundLayer",
+    "PrunableAttention",
+    "attach",
+    "attached_layers",
+    "detach",
+    "find_layers",
+    "handle_of",
+    "list_layers",
+]

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from sparse_prune.attention.found import FoundLayer, drop_handle, give_handle, handle_of, modules_of
 from sparse_prune.attention.layer import PrunableAttention
 from sparse_prune.kernels import AttentionOptions, block_sparse_attention
 from sparse_prune.pattern import BlockPattern
 
 IMPLEMENTATION = "sparse_prune"
-_HANDLE = "_prunable_attention"
 _CROSS = ("encoder_attn", "crossattention", "cross_attn", "EncDecAttention")
 _REFUSED = {
     "position_bias": "an additive position bias",
@@ -22,48 +23,34 @@ _REFUSED = {
 }
 
 
-def find_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Self-attention modules whose forward pass goes through the AttentionInterface, by qualified name."""
-    found = {}
-    for name, module in model.named_modules():
-        if _is_attention(type(module)) and not _is_cross(name, module):
-            found[name.replace("_orig_mod.", "")] = module
-    return found
-
-
-def attach(model: nn.Module) -> list[PrunableAttention]:
-    """Route every self-attention layer of the Hugging Face models inside `model` through a handle.
-
-    Calling it again returns the handles that are already there.
+def find(modules: dict[str, nn.Module]) -> Iterator[FoundLayer]:
+    """Attention modules whose forward pass goes through the AttentionInterface.
 
     Args:
-        model: Any module that contains one or more `transformers` models.
-
-    Raises:
-        ValueError: If there is no attention layer that can be reached; the message lists what was found.
+        modules: By qualified name.
     """
+    for name, module in modules.items():
+        if is_attention(type(module)):
+            config: Any = getattr(module, "config", None)
+            heads = getattr(config, "num_attention_heads", None)
+            kv_heads = getattr(config, "num_key_value_heads", None) or heads
+            causal = bool(getattr(module, "is_causal", False))
+            window = getattr(module, "sliding_window", None)
+            problem = _problem(name, module, heads)
+            yield FoundLayer(name, "transformers", module, heads, kv_heads, causal, window, problem)
+
+
+def attach(model: nn.Module, layers: list[FoundLayer]) -> list[PrunableAttention]:
+    """Route layers of the transformers models inside `model` through a handle each."""
     from transformers import AttentionInterface, PreTrainedModel
     from transformers.masking_utils import AttentionMaskInterface
 
-    layers = find_layers(model)
-    if not layers:
-        lookalikes = [name for name, module in model.named_modules() if "attention" in type(module).__name__.lower()]
-        raise ValueError(
-            "`model` must contain a transformers model with self-attention, got "
-            f"{type(model).__name__} with {lookalikes[:8] or 'no attention layers'}. "
-            "Use a model whose attention goes through transformers' AttentionInterface."
-        )
     AttentionInterface.register(IMPLEMENTATION, _attention_forward)
     AttentionMaskInterface.register(IMPLEMENTATION, _attention_mask)
-    for name, module in model.named_modules():
-        if isinstance(module, PreTrainedModel) and any(n.startswith(name.replace("_orig_mod.", "")) for n in layers):
+    for name, module in modules_of(model).items():
+        if isinstance(module, PreTrainedModel) and any(layer.name.startswith(name) for layer in layers):
             module.set_attn_implementation(IMPLEMENTATION)
-    return [_handle(name, module) for name, module in layers.items()]
-
-
-def handle_of(module: nn.Module) -> PrunableAttention | None:
-    """The handle on an attention module, if it was taken over."""
-    return vars(module).get(_HANDLE)
+    return [give_handle(layer) for layer in layers]
 
 
 def attached_layers(model: nn.Module) -> list[PrunableAttention]:
@@ -75,7 +62,8 @@ def attached_layers(model: nn.Module) -> list[PrunableAttention]:
     config: Any = getattr(model, "config", None)
     if config is None or getattr(config, "is_encoder_decoder", False):
         raise ValueError(f"`model` must be a transformers decoder, got {type(model).__name__}.")
-    modules = {getattr(module, "layer_idx", None): module for module in find_layers(model).values()}
+    found = [layer for layer in find(modules_of(model)) if layer.problem is None]
+    modules = {getattr(layer.module, "layer_idx", None): layer.module for layer in found}
     handles: dict[Any, PrunableAttention | None] = {index: handle_of(module) for index, module in modules.items()}
     wanted = range(config.get_text_config(decoder=True).num_hidden_layers)
     missing = [index for index in wanted if handles.get(index) is None]
@@ -84,24 +72,26 @@ def attached_layers(model: nn.Module) -> list[PrunableAttention]:
             f"`model` must have attention that was taken over in all its layers, got none in layers {missing[:8]}. "
             "Call `sparse_prune.attention.attach(model)` first; models with other layers are not supported."
         )
-    found = [handle for index in wanted if (handle := handles[index]) is not None]
-    bidirectional = [handle.name for handle in found if not handle.causal]
+    attached = [handle for index in wanted if (handle := handles[index]) is not None]
+    bidirectional = [handle.name for handle in attached if not handle.causal]
     if bidirectional:
         raise ValueError(f"`model` must be causal in all its layers, got bidirectional {bidirectional[:4]}.")
-    return found
+    return attached
 
 
 def detach(model: nn.Module) -> None:
-    """Give the model its own SDPA attention back."""
+    """Give transformers models their own SDPA attention back."""
     from transformers import PreTrainedModel
 
     for module in model.modules():
-        vars(module).pop(_HANDLE, None)
+        if is_attention(type(module)):
+            drop_handle(module)
         if isinstance(module, PreTrainedModel) and module.config._attn_implementation == IMPLEMENTATION:
             module.set_attn_implementation("sdpa")
 
 
-def _is_attention(kind: type[nn.Module]) -> bool:
+def is_attention(kind: type[nn.Module]) -> bool:
+    """Whether a class goes through the AttentionInterface."""
     if kind.__module__.startswith("torch."):
         return False
     try:
@@ -110,20 +100,17 @@ def _is_attention(kind: type[nn.Module]) -> bool:
         return False
 
 
+def _problem(name: str, module: nn.Module, heads: int | None) -> str | None:
+    if _is_cross(name, module):
+        return "cross-attention"
+    if getattr(module, "sinks", None) is not None:
+        return f"{_REFUSED['s_aux']} (`sinks`)"
+    return None if heads else "its config has no `num_attention_heads`"
+
+
 def _is_cross(name: str, module: nn.Module) -> bool:
     named = any(part in _CROSS for part in name.split("."))
     return named or "Cross" in type(module).__name__ or bool(getattr(module, "is_cross_attention", False))
-
-
-def _handle(name: str, module: nn.Module) -> PrunableAttention:
-    if _HANDLE not in vars(module):
-        config: Any = module.config
-        heads = config.num_attention_heads
-        kv_heads = getattr(config, "num_key_value_heads", None) or heads
-        handle = PrunableAttention(name, heads, kv_heads, causal=bool(getattr(module, "is_causal", False)))
-        setattr(module, _HANDLE, handle)
-    found: PrunableAttention = vars(module)[_HANDLE]
-    return found
 
 
 def _attention_mask(

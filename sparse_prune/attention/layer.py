@@ -86,6 +86,11 @@ class PrunableAttention:
         """Whether torch.compile can follow a call: the pattern is frozen and its kernels are operators of torch."""
         return self.mode == "sparse" and self.backend == "triton" and self.probe_block_size is None
 
+    @property
+    def idle(self) -> bool:
+        """Whether a call is the model's own: there is no pattern to apply and nothing to watch."""
+        return (self.mode == "dense" or self._pattern is None) and self.probe_block_size is None
+
     def pattern_at(self, q_len: int, kv_len: int) -> BlockPattern:
         """The pattern for a call's lengths, kept for the next call; only the latest lengths are."""
         assert self._pattern is not None

@@ -1,0 +1,88 @@
+"""W&B without surprises: offline where there is no account or no server, one row per step after a resume."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from pytorch_lightning.loggers import WandbLogger
+from pytorch_lightning.loggers.logger import rank_zero_experiment
+from typing_extensions import override
+
+log = logging.getLogger(__name__)
+
+
+class FallbackWandbLogger(WandbLogger):
+    """A `WandbLogger` that goes offline rather than stop a run, ask a question, or wait without end.
+
+    Without a configured account the run is kept on disk from the start; with one, a server that does not answer or
+    refuses has the same effect. `wandb sync` uploads such a run later as it was. `WANDB_MODE` and `offline=True` have
+    the last word. A server that fails in mid-run slows nothing; W&B's client says so at the end.
+
+    A run that is resumed from a checkpoint under its old `id` repeats the steps after the checkpoint; those that the
+    server has already are not sent again.
+
+    Args:
+        *args: As for `WandbLogger`.
+        init_timeout: Seconds to wait for the server at the start.
+        finish_timeout: Seconds to wait for uploads at the end; what was not uploaded stays on disk.
+        **kwargs: As for `WandbLogger`; `settings` replaces the two timeouts.
+
+    Raises:
+        ValueError: If a timeout is not positive.
+    """
+
+    def __init__(self, *args: Any, init_timeout: float = 30.0, finish_timeout: float = 120.0, **kwargs: Any) -> None:
+        for name, seconds in (("init_timeout", init_timeout), ("finish_timeout", finish_timeout)):
+            if not seconds > 0:
+                raise ValueError(f"`{name}` must be a positive number of seconds, got {seconds}.")
+        super().__init__(*args, **kwargs)
+        import wandb
+
+        timeouts = {"init_timeout": init_timeout, "finish_timeout": finish_timeout}
+        self._wandb_init.setdefault("settings", wandb.Settings(**timeouts))
+        self._resumed_at = -1  # last step that the server had when the run was taken up again
+
+    @property
+    @rank_zero_experiment
+    @override
+    def experiment(self) -> Any:
+        if self._experiment is not None:
+            return self._experiment
+        if not (self._offline or "WANDB_MODE" in os.environ or "mode" in self._wandb_init or _has_account()):
+            self._go_offline("No W&B account is configured")
+        try:
+            run = super().experiment
+        except Exception as error:  # the client raises its own kinds, one per way of failing
+            if self._wandb_init.get("mode") == "offline":
+                raise
+            self._go_offline(f"W&B cannot be reached ({str(error).splitlines()[0]})")
+            run = super().experiment
+        if getattr(run, "resumed", False):
+            self._resumed_at = int(run.summary.get("trainer/global_step", -1))
+        return run
+
+    def _go_offline(self, reason: str) -> None:
+        self._wandb_init["mode"] = "offline"
+        folder = os.path.join(self._wandb_init.get("dir") or ".", "wandb")
+        log.warning("%s: the run is kept in %s. `wandb sync` uploads it later.", reason, folder)
+
+    @override
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        run = self.experiment
+        if step is not None and step <= self._resumed_at:
+            if step < self._resumed_at:
+                return
+            # The step at which the old run broke off may have been logged in part.
+            metrics = {key: value for key, value in metrics.items() if run.summary.get(key) != value}
+            if not metrics:
+                return
+        super().log_metrics(metrics, step)
+
+
+def _has_account() -> bool:
+    import wandb
+
+    return bool(wandb.login(prompt=False, verify=False))

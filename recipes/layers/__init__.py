@@ -1,0 +1,1 @@
+"""Which attention layers of a model can be pruned: `sparse-prune layers MODEL`."""

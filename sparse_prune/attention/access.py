@@ -1,0 +1,105 @@
+"""The front of attention access: finds the layers of a model, whatever their kind, and takes them over."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from torch import nn
+
+from sparse_prune.attention import hf, mha, sdpa
+from sparse_prune.attention.found import FoundLayer, handle_of, modules_of
+from sparse_prune.attention.layer import PrunableAttention
+from sparse_prune.attention.trial import observing, run_example
+
+log = logging.getLogger(__name__)
+
+
+def list_layers(model: nn.Module, example: Any = None) -> list[FoundLayer]:
+    """Every attention layer of a model, with the reason where its connections cannot be pruned.
+
+    Args:
+        model: Any module.
+        example: An input: a tuple of arguments, a dict of keyword arguments, or the only argument. None: the model's
+            `example_input_array`, if it has one, as LightningModules do. The model runs on it once, in eval mode, if
+            it holds layers that are no transformers' and were not taken over yet. Without an example, modules
+            that call SDPA are tried alone, and `nn.MultiheadAttention` is taken for bidirectional self-attention.
+
+    Raises:
+        ValueError: If the model does not take the example.
+    """
+    modules = modules_of(model)
+    found = list(hf.find(modules))
+    mhas = mha.candidates(model)
+    callers = {name: module for name, module in sdpa.candidates(model).items() if not hf.is_attention(type(module))}
+    example = getattr(model, "example_input_array", None) if example is None else example
+    if example is None or all(handle_of(module) is not None for module in (*mhas.values(), *callers.values())):
+        found += [*mha.find(mhas, None), *sdpa.find(callers, None)]
+    else:
+        with mha.observing(model) as mha_calls, observing(model) as sdpa_calls:
+            run_example(model, example)
+        found += [*mha.find(mhas, mha_calls), *sdpa.find(callers, sdpa_calls)]
+    found += _unreached(modules, [layer.name for layer in found])
+    order = {name: index for index, name in enumerate(modules)}
+    return sorted(found, key=lambda layer: order[layer.name])
+
+
+def find_layers(model: nn.Module, example: Any = None) -> dict[str, nn.Module]:
+    """Attention modules whose connections can be pruned, by qualified name. `example` is as in `list_layers`."""
+    return {layer.name: layer.module for layer in list_layers(model, example) if layer.problem is None}
+
+
+def attach(model: nn.Module, example: Any = None) -> list[PrunableAttention]:
+    """Take over every self-attention layer that can be pruned; the model computes what it did.
+
+    Calling it again returns the handles that are already there.
+
+    Args:
+        model: Any module.
+        example: See `list_layers`.
+
+    Raises:
+        ValueError: If there is no attention layer that can be pruned; the message lists what was found.
+    """
+    layers = list_layers(model, example)
+    problems = [f"{layer.name!r}: {layer.problem}" for layer in layers if layer.problem is not None]
+    usable = [layer for layer in layers if layer.problem is None]
+    if not usable:
+        raise ValueError(
+            "`model` must contain self-attention that can be pruned, got "
+            f"{type(model).__name__} with {'; '.join(problems[:8]) or 'no attention layers'}. Use a model whose "
+            "attention goes through transformers' AttentionInterface, nn.MultiheadAttention or "
+            "F.scaled_dot_product_attention."
+        )
+    if problems:
+        log.warning("These attention layers stay dense: %s", "; ".join(problems))
+    kinds = {kind: [layer for layer in usable if layer.kind == kind] for kind in ("transformers", "mha", "sdpa")}
+    handles: dict[FoundLayer, PrunableAttention] = {}
+    for kind, attach_layers in (("transformers", hf.attach), ("mha", mha.attach), ("sdpa", sdpa.attach)):
+        if kinds[kind]:
+            handles.update(zip(kinds[kind], attach_layers(model, kinds[kind]), strict=True))
+    return [handles[layer] for layer in usable]
+
+
+def detach(model: nn.Module) -> None:
+    """Give every layer its own attention back."""
+    if any(hf.is_attention(type(module)) and handle_of(module) is not None for module in model.modules()):
+        hf.detach(model)
+    mha.detach(model)
+    sdpa.detach(model)
+
+
+def _unreached(modules: dict[str, nn.Module], found: list[str]) -> list[FoundLayer]:
+    """Modules that are called attention, the innermost of them, and were not found in any way."""
+    named = [name for name, module in modules.items() if "attention" in type(module).__name__.lower()]
+    problem = "computes attention in its own code, without SDPA or the AttentionInterface"
+    return [
+        FoundLayer(name, "unknown", modules[name], problem=problem)
+        for name in named
+        if not any(_holds(name, other) for other in named if other != name)
+        and not any(_holds(name, other) or _holds(other, name) for other in found)
+    ]
+
+
+def _holds(outer: str, inner: str) -> bool:
+    return outer == inner or not outer or inner.startswith(f"{outer}.")

@@ -1,0 +1,57 @@
+"""What was found out about an attention layer of a model, and the handle that it gets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from torch import nn
+
+from sparse_prune.attention.layer import PrunableAttention
+
+Kind = Literal["transformers", "mha", "sdpa", "unknown"]
+_HANDLE = "_prunable_attention"
+
+
+@dataclass(frozen=True, eq=False)
+class FoundLayer:
+    """An attention layer, and whether its connections can be pruned. None stands for what is not known."""
+
+    name: str
+    """Qualified name of the module in the model."""
+    kind: Kind
+    """How it is reached: transformers' AttentionInterface, `nn.MultiheadAttention`, a call of SDPA, or not at all."""
+    module: nn.Module = field(repr=False)
+    num_heads: int | None = None
+    num_kv_heads: int | None = None
+    causal: bool | None = None
+    window: int | None = None
+    """Tokens that a query sees back to, itself included, where the model says so."""
+    problem: str | None = None
+    """Why it cannot be pruned; None: it can."""
+
+
+def handle_of(module: nn.Module) -> PrunableAttention | None:
+    """The handle on an attention module, if it was taken over."""
+    return vars(module).get(_HANDLE)
+
+
+def give_handle(layer: FoundLayer) -> PrunableAttention:
+    """The module's handle, which stays on it until `drop_handle`."""
+    handle = handle_of(layer.module)
+    if handle is None:
+        assert layer.num_heads is not None
+        assert layer.num_kv_heads is not None
+        handle = PrunableAttention(layer.name, layer.num_heads, layer.num_kv_heads, causal=bool(layer.causal))
+        setattr(layer.module, _HANDLE, handle)
+    return handle
+
+
+def drop_handle(module: nn.Module) -> None:
+    """Forget the module's handle, if it has one."""
+    vars(module).pop(_HANDLE, None)
+
+
+def modules_of(model: nn.Module) -> dict[str, nn.Module]:
+    """All modules by qualified name, as they are called without torch.compile."""
+    return {".".join(part for part in name.split(".") if part != "_orig_mod"): m for name, m in model.named_modules()}

@@ -1,0 +1,218 @@
+"""Attention layers that are `nn.MultiheadAttention`, alone or in `nn.TransformerEncoder`.
+
+In eval mode torch computes these, and whole encoder layers, in operators that no Python sees. A layer that was taken
+over goes through its handle in every mode; nested tensors, into which an encoder packs padded batches, are off.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sparse_prune.attention.forward import replace_forward, restore_forward, run_original
+from sparse_prune.attention.found import FoundLayer, drop_handle, give_handle, handle_of, modules_of
+from sparse_prune.attention.layer import PrunableAttention
+from sparse_prune.attention.masks import is_bias, visible
+from sparse_prune.attention.sdpa import check_call
+from sparse_prune.attention.trial import Call, Calls, describe
+from sparse_prune.kernels import AttentionOptions
+
+_NESTED = "_nested_tensor_before_pruning"
+
+
+def candidates(model: nn.Module) -> dict[str, nn.MultiheadAttention]:
+    """Modules that compute as `nn.MultiheadAttention` does, by qualified name."""
+    return {
+        name: module
+        for name, module in modules_of(model).items()
+        if isinstance(module, nn.MultiheadAttention) and type(module).forward is nn.MultiheadAttention.forward
+    }
+
+
+def find(modules: dict[str, nn.MultiheadAttention], calls: Calls | None) -> Iterator[FoundLayer]:
+    """What is known about them.
+
+    Args:
+        modules: By qualified name.
+        calls: What a trial run of the model has shown; None: there was none, they are taken for bidirectional.
+    """
+    for name, module in modules.items():
+        handle, heads = handle_of(module), module.num_heads
+        made = None if calls is None else calls.get(name, [])
+        causal = handle.causal if handle is not None else any(call.causal for call in made or [])
+        problem = _problem(name, module) or (_call_problem(made) if handle is None else None)
+        yield FoundLayer(name, "mha", module, heads, heads, causal, problem=problem)
+
+
+def _problem(name: str, module: nn.MultiheadAttention) -> str | None:
+    if module.bias_k is not None or module.add_zero_attn:
+        return "adds keys of its own (`add_bias_kv`, `add_zero_attn`)"
+    if (module.kdim, module.vdim) != (module.embed_dim, module.embed_dim) or name.endswith("multihead_attn"):
+        return "cross-attention"  # `multihead_attn` is nn.TransformerDecoderLayer's name for it
+    return None
+
+
+def _call_problem(calls: list[Call] | None) -> str | None:
+    if calls is None:
+        return None
+    return calls[0].problem if calls else "it was not called in the trial run"
+
+
+@contextmanager
+def observing(model: nn.Module) -> Iterator[Calls]:
+    """Note the latest call of every module."""
+    calls: dict[str, list[Call]] = {}
+    hooks = []
+    for name, module in candidates(model).items():
+
+        def note(module: nn.Module, args: Any, kwargs: Any, name: str = name) -> None:
+            calls[name] = [_describe(*args, **kwargs)]
+
+        hooks.append(module.register_forward_pre_hook(note, with_kwargs=True))
+    try:
+        yield calls
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _describe(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **kwargs: Any) -> Call:
+    if query is not key or key is not value:
+        return Call(1, 1, False, "cross-attention")
+    tokens = torch.empty(1, 1, 2, 1, device="meta")  # the mask alone tells, not the tokens
+    return describe(tokens, tokens, tokens, _as_sdpa(attn_mask))
+
+
+def attach(model: nn.Module, layers: list[FoundLayer]) -> list[PrunableAttention]:
+    """Route the modules' calls through a handle each."""
+    taken = {layer.module for layer in layers}
+    for encoder in model.modules():
+        if (
+            isinstance(encoder, nn.TransformerEncoder)
+            and taken & set(encoder.modules())
+            and _NESTED not in vars(encoder)
+        ):
+            vars(encoder)[_NESTED] = encoder.use_nested_tensor
+            encoder.use_nested_tensor = False
+    for layer in layers:
+        replace_forward(layer.module, _forward)
+        if handle_of(layer.module) is None:
+            layer.module.register_forward_pre_hook(_no_fast_path)
+    return [give_handle(layer) for layer in layers]
+
+
+def detach(model: nn.Module) -> None:
+    """Give the modules their own attention back, and encoders their nested tensors."""
+    for module in model.modules():
+        if _NESTED in vars(module):
+            module.use_nested_tensor = vars(module).pop(_NESTED)
+    for module in candidates(model).values():
+        restore_forward(module)
+        drop_handle(module)
+        hooks = module._forward_pre_hooks
+        for key in [key for key, hook in hooks.items() if hook is _no_fast_path]:
+            del hooks[key]
+
+
+def _no_fast_path(module: nn.Module, args: Any) -> None:
+    """An encoder layer takes no fast path around a module that has a hook."""
+
+
+def _forward(module: nn.Module, own: Callable[..., Any] | None, *args: Any, **kwargs: Any) -> Any:
+    layer = handle_of(module)
+    forward = _routed if layer is not None and layer.traceable else _routed_eagerly
+    return forward(module, own, layer, *args, **kwargs)
+
+
+def _routed(module: Any, own: Any, layer: PrunableAttention | None, *args: Any, **kwargs: Any) -> Any:
+    if layer is None or layer.idle:
+        return run_original(module, own, *args, **kwargs)
+    return _attend(module, layer, *args, **kwargs)
+
+
+_routed_eagerly = torch.compiler.disable(_routed)  # type: ignore[no-untyped-call, unused-ignore]
+
+
+def _attend(
+    module: nn.MultiheadAttention,
+    layer: PrunableAttention,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_padding_mask: Tensor | None = None,
+    need_weights: bool = True,
+    attn_mask: Tensor | None = None,
+    average_attn_weights: bool = True,
+    is_causal: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """`nn.MultiheadAttention.forward` in the layer's mode. Weights are those without dropout."""
+    if query is not key or key is not value or query.is_nested:
+        raise ValueError(
+            f"Layer {layer.name!r} must attend to its own tokens, in padded tensors; got cross-attention or nested "
+            "tensors. Give an example input of the model (LightningModule.example_input_array, or `example`)."
+        )
+    tokens = query[None] if query.dim() == 2 else query if module.batch_first else query.transpose(0, 1)
+    batch, length, _ = tokens.shape
+    queries, keys, values = _project(module, tokens)
+    hidden, mask = _as_sdpa(key_padding_mask), _as_sdpa(attn_mask)
+    if mask is not None and mask.dim() == 3:
+        mask = torch.unflatten(mask, 0, (batch, module.num_heads))
+    if layer.probe_block_size is not None and hidden is not None and is_bias(hidden):
+        raise ValueError(f"Layer {layer.name!r} must get a `key_padding_mask` of True and False, got other values.")
+    check_call(layer, length, length, mask, False)
+    key_mask = None if hidden is None else visible(hidden).reshape(batch, length)
+    attn_mask = None if mask is None else visible(mask).reshape((1,) * (4 - mask.dim()) + mask.shape)
+    dropout = module.dropout if module.training else 0.0
+    options = AttentionOptions(
+        key_mask=key_mask,
+        attn_mask=None if is_causal and layer.causal else attn_mask,
+        dropout_p=dropout,
+        seed=int(torch.randint(2**62, ())) if dropout else None,
+    )
+    everything = AttentionOptions(key_mask=key_mask, attn_mask=attn_mask).token_mask(length, length, query.device)
+    output = layer.attend(
+        queries,
+        keys,
+        values,
+        options,
+        dense=lambda: F.scaled_dot_product_attention(queries, keys, values, everything, dropout),
+    )
+    output = F.linear(output.transpose(1, 2).flatten(2), module.out_proj.weight, module.out_proj.bias)
+    weights = _weights(layer, queries, keys, everything) if need_weights else None
+    if weights is not None and average_attn_weights:
+        weights = weights.mean(1)
+    if query.dim() == 2:
+        return output[0], None if weights is None else weights[0]
+    return output if module.batch_first else output.transpose(0, 1), weights
+
+
+def _project(module: nn.MultiheadAttention, tokens: Tensor) -> tuple[Tensor, ...]:
+    """Query, key and value, (batch, num_heads, length, head_dim) each."""
+    weight = module.in_proj_weight
+    if weight is None:
+        weight = torch.cat([module.q_proj_weight, module.k_proj_weight, module.v_proj_weight])
+    parts = F.linear(tokens, weight, module.in_proj_bias).chunk(3, -1)
+    return tuple(torch.unflatten(part, -1, (module.num_heads, -1)).transpose(1, 2) for part in parts)
+
+
+def _as_sdpa(mask: Tensor | None) -> Tensor | None:
+    """True means hidden in the boolean masks of `nn.MultiheadAttention`, and visible in those of SDPA."""
+    return ~mask if mask is not None and mask.dtype == torch.bool else mask
+
+
+def _weights(layer: PrunableAttention, query: Tensor, key: Tensor, mask: Tensor | None) -> Tensor:
+    """Attention probabilities under the layer's pattern, (batch, num_heads, length, length)."""
+    length = query.shape[2]
+    logits: Tensor = query @ key.transpose(2, 3) * query.shape[3] ** -0.5
+    if layer.mode != "dense" and layer.pattern is not None:
+        logits = logits.masked_fill(
+            ~layer.pattern_at(length, length).token_mask(length, length, query.device), -torch.inf
+        )
+    if mask is not None:
+        logits = logits.masked_fill(~mask, -torch.inf)
+    return logits.softmax(-1).nan_to_num(0.0)

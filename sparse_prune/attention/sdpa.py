@@ -1,0 +1,176 @@
+"""Attention layers that call `F.scaled_dot_product_attention` themselves: timm, torchtune, hand-written models.
+
+Their heads and whether they are causal are not read from attributes, which every library names in its own way, but
+seen in a trial run: of the whole model on an example, or of the module alone where it takes one tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from sparse_prune.attention.callers import can_call_sdpa
+from sparse_prune.attention.forward import replace_forward, restore_forward, run_original
+from sparse_prune.attention.found import FoundLayer, drop_handle, give_handle, handle_of, modules_of
+from sparse_prune.attention.layer import PrunableAttention
+from sparse_prune.attention.masks import hides_future, is_bias, split
+from sparse_prune.attention.trial import Call, Calls, observing, run_example
+from sparse_prune.kernels import AttentionOptions
+
+_LENGTH = 4  # tokens when a module is tried alone
+_EXAMPLE = "Give an example input of the model (LightningModule.example_input_array, or `example`)."
+
+
+def candidates(model: nn.Module) -> dict[str, nn.Module]:
+    """Modules that can call SDPA, by qualified name; those of transformers' AttentionInterface are among them."""
+    return {name: module for name, module in modules_of(model).items() if can_call_sdpa(module)}
+
+
+def find(modules: dict[str, nn.Module], calls: Calls | None) -> Iterator[FoundLayer]:
+    """What is known about modules that call SDPA.
+
+    Args:
+        modules: By qualified name.
+        calls: What a trial run of the model has shown; None: there was none, each is tried alone.
+    """
+    for name, module in modules.items():
+        handle = handle_of(module)
+        if handle is not None:
+            yield FoundLayer(name, "sdpa", module, handle.num_heads, handle.num_kv_heads, handle.causal)
+        elif calls is None:
+            yield _try_alone(name, module)
+        else:
+            yield _found(name, module, calls.get(name, []), "it made no call of SDPA in the trial run")
+
+
+def attach(model: nn.Module, layers: list[FoundLayer]) -> list[PrunableAttention]:
+    """Route the modules' calls of SDPA through a handle each."""
+    for layer in layers:
+        replace_forward(layer.module, _forward)
+    return [give_handle(layer) for layer in layers]
+
+
+def detach(model: nn.Module) -> None:
+    """Give the modules their own attention back."""
+    for module in model.modules():
+        restore_forward(module)
+        drop_handle(module)
+
+
+def _try_alone(name: str, module: nn.Module) -> FoundLayer:
+    first = next((child for child in module.modules() if isinstance(child, nn.Linear)), None)
+    if first is None:
+        return FoundLayer(name, "sdpa", module, problem=f"its input is not known. {_EXAMPLE}")
+    example = first.weight.new_ones(1, _LENGTH, first.in_features)
+    try:
+        with observing(module) as calls:
+            run_example(module, (example,))
+    except ValueError as error:
+        reason = f"{type(error.__cause__).__name__}: {error.__cause__}".splitlines()[0]
+        return FoundLayer(name, "sdpa", module, problem=f"cannot be run alone ({reason}). {_EXAMPLE}")
+    return _found(name, module, calls.get("", []), f"it made no call of SDPA when run alone. {_EXAMPLE}")
+
+
+def _found(name: str, module: nn.Module, calls: list[Call], uncalled: str) -> FoundLayer:
+    if not calls:
+        return FoundLayer(name, "sdpa", module, problem=uncalled)
+    call = calls[0]
+    problem = call.problem if len(calls) == 1 else f"calls SDPA {len(calls)} times in one forward pass"
+    return FoundLayer(name, "sdpa", module, call.num_heads, call.num_kv_heads, call.causal, problem=problem)
+
+
+class _Route(TorchFunctionMode):
+    """Sends calls of SDPA to a layer's handle, however the module has imported the function."""
+
+    def __init__(self, layer: PrunableAttention) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.scaled_dot_product_attention:
+            return attend(self.layer, *args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def _forward(module: nn.Module, own: Callable[..., Any] | None, *args: Any, **kwargs: Any) -> Any:
+    layer = handle_of(module)
+    # What still moves, probes or measures is not for a compiler to trace.
+    forward = _routed if layer is not None and layer.traceable else _routed_eagerly
+    return forward(module, own, layer, *args, **kwargs)
+
+
+def _routed(
+    module: nn.Module, own: Callable[..., Any] | None, layer: PrunableAttention | None, *args: Any, **kwargs: Any
+) -> Any:
+    if layer is None or layer.idle:
+        return run_original(module, own, *args, **kwargs)
+    with _Route(layer):
+        return run_original(module, own, *args, **kwargs)
+
+
+_routed_eagerly = torch.compiler.disable(_routed)  # type: ignore[no-untyped-call, unused-ignore]
+
+
+def attend(
+    layer: PrunableAttention,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """`F.scaled_dot_product_attention` in the layer's mode.
+
+    Values of masks are read where the layer is probed: there they must agree with what is known of the layer.
+
+    Raises:
+        ValueError: If the call is not of the kind that the layer was found with.
+    """
+
+    def dense() -> Tensor:
+        output: Tensor = F.scaled_dot_product_attention(
+            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        )
+        return output
+
+    q_len, kv_len = query.shape[2], key.shape[2]
+    check_call(layer, q_len, kv_len, attn_mask, is_causal)
+    key_mask, attn_mask_ = split(attn_mask, query.shape[0], kv_len)
+    seed = int(torch.randint(2**62, ())) if dropout_p else None
+    options = AttentionOptions(scale, key_mask, attn_mask_, dropout_p=dropout_p, seed=seed)
+    return layer.attend(query, key, value, options, dense=dense)
+
+
+def check_call(layer: PrunableAttention, q_len: int, kv_len: int, attn_mask: Tensor | None, is_causal: bool) -> None:
+    """A call must be of the kind that the layer was found with; a probed layer's mask is read for it."""
+    if q_len != kv_len and (is_causal or torch.is_grad_enabled()):
+        raise ValueError(
+            f"Layer {layer.name!r} must attend to its own tokens, got {q_len} queries and {kv_len} keys"
+            f"{' with is_causal=True, which SDPA counts from the first key' if is_causal else ''}. {_EXAMPLE}"
+        )
+    causal = is_causal
+    if attn_mask is not None:
+        causal = layer.causal
+        if layer.probe_block_size is not None:
+            if is_bias(attn_mask):
+                raise ValueError(
+                    f"Layer {layer.name!r} must get a mask of 0 and -inf, got other values. {_EXAMPLE} "
+                    "A bias of attention cannot be pruned."
+                )
+            causal = hides_future(attn_mask)
+    if causal != layer.causal and q_len > 1:
+        raise ValueError(
+            f"Layer {layer.name!r} was found {_kind(layer.causal)}, but is called {_kind(causal)}. {_EXAMPLE}"
+        )
+
+
+def _kind(causal: bool) -> str:
+    return "causal" if causal else "bidirectional"

@@ -1,0 +1,135 @@
+"""A trial run of a model: which of its modules call SDPA, and how."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map_only
+
+from sparse_prune.attention.found import modules_of
+from sparse_prune.attention.masks import hides_future, is_bias
+
+
+@dataclass(frozen=True)
+class Call:
+    """One attention call."""
+
+    num_heads: int
+    num_kv_heads: int
+    causal: bool
+    problem: str | None = None
+    """Why it cannot be pruned; None: it can."""
+
+
+Calls = Mapping[str, list[Call]]
+"""Module -> attention calls of its latest forward pass; calls of modules inside it are theirs."""
+
+
+@torch.no_grad()
+def run_example(model: nn.Module, example: Any) -> None:
+    """Run the model once in eval mode, outside of torch.compile, and leave it as it was.
+
+    Args:
+        model: Any module.
+        example: Its input: a tuple of arguments, a dict of keyword arguments, or the only argument.
+
+    Raises:
+        ValueError: If the model does not take the example.
+    """
+    training = {module: module.training for module in model.modules()}
+    parameter = next(model.parameters(), None)
+    if parameter is not None:
+        example = tree_map_only(Tensor, lambda tensor: tensor.to(parameter.device), example)
+    args = example if isinstance(example, tuple) else () if isinstance(example, dict) else (example,)
+    kwargs = example if isinstance(example, dict) else {}
+    try:
+        with torch.compiler.set_stance("force_eager"):
+            model.eval()(*args, **kwargs)
+    except Exception as error:
+        raise ValueError(
+            f"`example` must be an input of {type(model).__name__}: its forward failed with "
+            f"{type(error).__name__}: {error}. Give a tuple of arguments, a dict, or the only argument."
+        ) from error
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+
+
+@contextmanager
+def observing(model: nn.Module) -> Iterator[Calls]:
+    """Note calls of SDPA by the innermost module that makes them. What it yields is complete at the end."""
+    calls: dict[str, list[Call]] = {}
+    running: list[tuple[str, list[Call]]] = [("", [])]
+    hooks = []
+    for name, module in modules_of(model).items():
+
+        def enter(module: nn.Module, args: Any, name: str = name) -> None:
+            running.append((name, []))
+
+        def leave(module: nn.Module, args: Any, output: Any) -> None:
+            name, made = running.pop()
+            if made:
+                calls[name] = made
+
+        hooks += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
+    try:
+        with _Observer(running):
+            yield calls
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+class _Observer(TorchFunctionMode):
+    def __init__(self, running: list[tuple[str, list[Call]]]) -> None:
+        super().__init__()
+        self.running = running
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.scaled_dot_product_attention:
+            self.running[-1][1].append(describe(*args, **(kwargs or {})))
+        return func(*args, **(kwargs or {}))
+
+
+def describe(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    **kwargs: Any,
+) -> Call:
+    """What a call of SDPA with these arguments shows of its layer."""
+    causal = is_causal
+    problem = _shape_problem(query, key, value)
+    if problem is None and attn_mask is not None:
+        if attn_mask.is_meta:
+            problem = "its mask cannot be read on the meta device"
+        elif is_bias(attn_mask):
+            problem = "adds a bias to attention (a mask with other values than 0 and -inf)"
+        else:
+            causal = hides_future(attn_mask)
+    heads = (query.shape[1], key.shape[1]) if query.dim() == key.dim() == 4 else (1, 1)
+    return Call(*heads, causal, problem)
+
+
+def _shape_problem(query: Tensor, key: Tensor, value: Tensor) -> str | None:
+    if query.is_nested:
+        return "attends to nested tensors"
+    if query.dim() != 4:
+        return f"calls attention with {query.dim()} dimensions; 4 are needed: batch, heads, length, head_dim"
+    if query.shape[2] != key.shape[2]:
+        return f"cross-attention ({query.shape[2]} queries, {key.shape[2]} keys)"
+    if key.shape != value.shape:
+        return "its values have another size than its keys"
+    if query.shape[1] % key.shape[1] or query.shape[0] != key.shape[0]:
+        return "its keys are broadcast over samples or heads"
+    return None
