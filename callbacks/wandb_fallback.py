@@ -76,10 +76,15 @@ class FallbackWandbLogger(WandbLogger):
             if step < self._resumed_at:
                 return
             # The step at which the old run broke off may have been logged in part.
-            metrics = {key: value for key, value in metrics.items() if run.summary.get(key) != value}
+            metrics = {key: value for key, value in metrics.items() if _last(run.summary.get(key)) != value}
             if not metrics:
                 return
         super().log_metrics(metrics, step)
+
+
+def _last(summary: Any) -> Any:
+    """The last value; a key whose summary holds a minimum or a mean as well holds it by name."""
+    return summary.get("last") if hasattr(summary, "get") else summary
 
 
 def _has_account() -> bool:

@@ -86,5 +86,5 @@ SECTIONS = (
 """The dashboard, top to bottom."""
 
 AXIS = "trainer/global_step"
-COLUMNS = ("final/sparsity", "val/loss", "final/sparse_layers", "final/settled_layers", "time/tokens_per_second")
+COLUMNS = ("final/sparsity", "val/loss.last", "final/sparse_layers", "final/settled_layers")
 """Summary values beside the names of runs."""

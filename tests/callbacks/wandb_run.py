@@ -13,6 +13,15 @@ from sparse_prune.callbacks import FallbackWandbLogger, KernelSwap
 from tiny import TinyModule, batches, pruning, trainer
 
 
+class Pace(pl.Callback):
+    """Seconds from the first batch to the last."""
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if not hasattr(self, "start"):
+            self.start = time.perf_counter()
+        self.seconds = time.perf_counter() - self.start
+
+
 class Interruption(pl.Callback):
     """At a step, touches a file and waits until it is gone, or dies."""
 
@@ -34,7 +43,8 @@ if __name__ == "__main__":
         project="project", save_dir=folder, id=options.get("id"), init_timeout=3.0, finish_timeout=8.0
     )
     csv = CSVLogger(folder, name="csv", version=options.get("part", ""))
-    callbacks = [pruning(), KernelSwap("gather")]
+    pace = Pace()
+    callbacks = [pruning(), KernelSwap("gather"), pace]
     if "stop_at" in options:
         callbacks.append(Interruption(options["stop_at"], None))
     if "pause_at" in options:
@@ -42,9 +52,8 @@ if __name__ == "__main__":
     if "save_every" in options:
         callbacks.append(pl.callbacks.ModelCheckpoint(folder, save_top_k=-1, every_n_train_steps=options["save_every"]))
     changes = {"enable_checkpointing": "save_every" in options} | options.get("trainer", {})
-    module, start = TinyModule(), time.perf_counter()
+    module = TinyModule()
     fit = trainer(folder, callbacks, steps=12, logger=[wandb_logger, csv], val_check_interval=4, **changes)
     fit.fit(module, batches(), batches(4), ckpt_path=options.get("resume"))
-    seconds = time.perf_counter() - start
     if fit.is_global_zero:
-        (folder / f"result{options.get('part', '')}.json").write_text(json.dumps([module.losses, seconds]))
+        (folder / f"result{options.get('part', '')}.json").write_text(json.dumps([module.losses, pace.seconds]))

@@ -3,8 +3,6 @@ import os
 import re
 import subprocess
 import sys
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from threading import Thread
 
 import pytest
 from pytorch_lightning.loggers import CSVLogger
@@ -12,6 +10,7 @@ from sparse_prune.callbacks import KernelSwap, SparsityLogger
 from sparse_prune.recipes.dashboard.charts import AXIS, SECTIONS
 from sparse_prune.recipes.dashboard.cli import main, parse_target
 from tiny import TinyModule, batches, pruning, trainer
+from wandb_server import wandb_server
 
 pytest.importorskip("wandb_workspaces")
 CHARTS = [chart for section in SECTIONS for chart in section.charts]
@@ -108,38 +107,6 @@ def test_an_unclear_target_is_refused(given, capsys):
     assert "`target` must be ENTITY/PROJECT" in capsys.readouterr().err
 
 
-class Views(BaseHTTPRequestHandler):
-    """What `save` asks of W&B: who am I, which project, keep this view."""
-
-    def do_POST(self):
-        body = self.rfile.read(int(self.headers["Content-Length"]))
-        sent = json.loads(body) if self.path == "/graphql" else {"query": "telemetry"}
-        query, variables = sent["query"], sent.get("variables") or {}
-        if "upsertView" in query:
-            self.server.kept.append(variables)
-            view = {"id": "VIEW", "name": "nw-view", "displayName": "x", "description": "", "spec": variables["spec"]}
-            view |= {"project": {"id": "P", "name": "project", "entityName": "me"}}
-            data = {"upsertView": {"view": view, "inserted": True}}
-        elif "internalId" in query:
-            data = {"project": {"internalId": "UHJvamVjdA=="}}
-        elif "models" in query:
-            node = {"id": "P", "name": "project", "entityName": "me", "createdAt": "2026-01-01"}
-            node |= {"isBenchmark": False, "user": None}
-            edges = [{"node": node, "cursor": ""}]
-            data = {"models": {"edges": edges, "pageInfo": {"endCursor": "", "hasNextPage": False}}}
-        else:
-            data = {"viewer": {"id": "V", "entity": "me", "username": "me", "flags": "{}", "teams": {"edges": []}}}
-        body = json.dumps({"data": data}).encode()
-        self.send_response(200)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, *args):
-        pass
-
-
 @pytest.fixture
 def command(tmp_path):
     def run(url, *args):
@@ -151,21 +118,14 @@ def command(tmp_path):
 
 
 def test_it_saves_a_workspace_and_a_report(command):
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Views)
-    server.kept = []
-    Thread(target=server.serve_forever, daemon=True).start()
-    port = server.server_port
-    try:
-        done = command(f"http://127.0.0.1:{port}", "me/project/abc123", "--name", "Mine")
-    finally:
-        server.shutdown()
+    with wandb_server() as server:
+        done = command(server.url, "me/project/abc123", "--name", "Mine")
     assert done.returncode == 0, done.stderr
-    assert [view["type"] for view in server.kept] == ["project-view", "runs"]
-    assert [(view["entityName"], view["projectName"], view["displayName"]) for view in server.kept] == [
-        ("me", "project", "Mine")
-    ] * 2
-    assert all("abc123" in view["spec"] for view in server.kept)
-    assert [line.split("/me/project")[0] for line in done.stdout.split()] == [f"http://127.0.0.1:{port}"] * 2
+    assert [view["type"] for view in server.views] == ["project-view", "runs"]
+    for view in server.views:
+        assert (view["entityName"], view["projectName"], view["displayName"]) == ("me", "project", "Mine")
+        assert "abc123" in view["spec"]
+    assert [line.split("/me/project")[0] for line in done.stdout.split()] == [server.url] * 2
 
 
 @pytest.mark.slow
