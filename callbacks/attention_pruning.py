@@ -7,6 +7,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch.distributed as dist
+from pytorch_lightning.utilities.model_helpers import is_overridden
 from sparse_prune.callbacks.kernel_swap import KernelSwap
 from sparse_prune.callbacks.sparsity_logger import SparsityLogger
 from typing_extensions import override
@@ -72,17 +73,33 @@ class AttentionPruning(pl.Callback):
         )
         self.report: PruneReport | None = None
         """The latest decision."""
-        self._last_step = 0  # the optimizer step after which was last decided; 0 before the first
+        self._last_step = 0  # the latest optimizer step seen
+        self._scale = 1.0  # the gradient scale before the batch
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        if not self.pruner.layers:
-            self.pruner.attach(pl_module)
+        # What `configure_model` builds or shards is there only after it ran, which is after this hook.
+        if not is_overridden("configure_model", pl_module):
+            self._attach(pl_module)
         # Lightning walks this list while it calls `setup`: what stands right behind is set up next.
         position = trainer.callbacks.index(self) + 1  # type: ignore[attr-defined]
         for kind in (SparsityLogger, KernelSwap):
             if not any(isinstance(callback, kind) for callback in trainer.callbacks):  # type: ignore[attr-defined]
                 trainer.callbacks.insert(position, kind())  # type: ignore[attr-defined]
+
+    @override
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        self._attach(pl_module)
+
+    @override
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._attach(pl_module)
+
+    def _attach(self, pl_module: pl.LightningModule) -> None:
+        if not self.pruner.layers:
+            self.pruner.attach(pl_module)
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -98,7 +115,8 @@ class AttentionPruning(pl.Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        self.pruner.probe(trainer.global_step % self.every_n_steps == 0)
+        self._scale = _gradient_scale(trainer)
+        self.pruner.probe(self._due(trainer.global_step + 1))
 
     @override
     def on_train_batch_end(
@@ -106,9 +124,8 @@ class AttentionPruning(pl.Callback):
     ) -> None:
         self.pruner.probe(False)
         if trainer.global_step > self._last_step:
-            due = (trainer.global_step - 1) % self.every_n_steps == 0 and bool(self.pruner.open_layers)
             self._last_step = trainer.global_step
-            if due:
+            if self._due(trainer.global_step) and self.pruner.open_layers:
                 self._decide(trainer)
         if self.report is not None:
             # The bar shows these at every step, so they are logged at every step; they never reach a logger here.
@@ -119,14 +136,27 @@ class AttentionPruning(pl.Callback):
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         self.pruner.probe(False)
 
+    def _due(self, step: int) -> bool:
+        """Whether a decision falls on this optimizer step, or on an earlier one that had nothing to decide by."""
+        latest = step - (step - 1) % self.every_n_steps
+        return self.report is None or self.report.step < latest
+
     def _decide(self, trainer: pl.Trainer) -> None:
-        report = self.pruner.update(trainer.global_step, _sum_over_ranks if trainer.world_size > 1 else None)
-        if report is None:
-            raise RuntimeError(
-                "No attention layer ran in this training step, so there is nothing to prune by. "
-                "Call the attached model in `training_step`; its layers are " + ", ".join(self.pruner.layers) + "."
+        step = trainer.global_step
+        if _gradient_scale(trainer) < self._scale:
+            # The scaler found NaN or infinity, took no step and trains on: what was probed may be as bad.
+            self.pruner.forget()
+            return
+        report = self.pruner.update(step, _sum_over_ranks if trainer.world_size > 1 else None)
+        if report is not None:
+            self.report = report
+        elif (step - 1) % self.every_n_steps == 0:
+            log.warning(
+                "Step %d ran none of the layers %s: the decision waits for a step that does. "
+                "Call the attached model in `training_step`.",
+                step,
+                list(self.pruner.layers)[:4],
             )
-        self.report = report
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -138,6 +168,12 @@ class AttentionPruning(pl.Callback):
         self.pruner.load_state_dict(state_dict["pruner"])
         self._last_step = state_dict["last_step"]
         self.report = None if state_dict["report"] is None else PruneReport(**state_dict["report"])
+
+
+def _gradient_scale(trainer: pl.Trainer) -> float:
+    """What the loss is multiplied with; it falls when a step was skipped. 1 unless the precision is 16-mixed."""
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    return 1.0 if scaler is None else float(scaler.get_scale())
 
 
 def _sum_over_ranks(statistics: dict[str, BlockStatistics]) -> dict[str, BlockStatistics]:

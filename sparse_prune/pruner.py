@@ -172,6 +172,9 @@ class AttentionPruner:
 
         Returns:
             What was decided; None if nothing was probed.
+
+        Raises:
+            ValueError: If logits were NaN or infinite, on all ranks alike; the message names the layers.
         """
         found = {name: state.layer.take_statistics() for name, state in self.layers.items()}
         statistics = {name: seen for name, seen in found.items() if seen is not None}
@@ -179,6 +182,7 @@ class AttentionPruner:
             statistics = reduce(statistics)
         if not statistics:
             return None
+        _check_finite(statistics)
         for name, seen in statistics.items():
             self.layers[name].scores.update(seen)
             self.layers[name].mass.update(seen)
@@ -198,6 +202,11 @@ class AttentionPruner:
                 layer.probe_block_size = None
                 settled.append(layer.name)
         return self._report(step, threshold, requested, change, tuple(settled))
+
+    def forget(self) -> None:
+        """Drop what was probed since the last decision."""
+        for state in self.layers.values():
+            state.layer.take_statistics()
 
     def _select(self, states: list[LayerState], requested: float) -> tuple[list[BlockPattern], float]:
         layers = []
@@ -303,6 +312,15 @@ class AttentionPruner:
                 )
         for name, part in layers.items():
             _load_layer_state(self.layers[name], part)
+
+
+def _check_finite(statistics: Mapping[str, BlockStatistics]) -> None:
+    bad = [name for name, seen in statistics.items() if not torch.isfinite(seen.sums).all()]
+    if bad:
+        raise ValueError(
+            f"Layer {bad[0]!r}: attention logits must be finite, got NaN or infinity ({len(bad)} of {len(statistics)} "
+            "layers). Resume from an earlier checkpoint with a lower learning rate, or clip gradients."
+        )
 
 
 def _lengths(scores: Tensor, pattern: BlockPattern) -> tuple[int, int]:

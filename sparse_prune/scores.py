@@ -68,8 +68,8 @@ def probe_blocks(
         attn_mask: Boolean, broadcastable to (batch, num_heads, q_len, kv_len).
         softcap: Logits become softcap * tanh(logits / softcap).
 
-    Raises:
-        ValueError: If a query or key is NaN or infinite.
+    Returns:
+        NaN where a query or key is NaN or infinite.
     """
     batch, heads, q_len, head_dim = query.shape
     kv_heads, kv_len = key.shape[1], key.shape[2]
@@ -90,8 +90,6 @@ def probe_blocks(
             continue
         grouped = tile.reshape(batch, kv_heads, heads // kv_heads, stop - start, head_dim)
         logits = (grouped @ key_t[..., :seen]).float().flatten(1, 2)  # (batch, num_heads, rows, seen)
-        if not torch.isfinite(logits).all():
-            raise ValueError("Attention logits must be finite, got NaN or infinity. Lower the learning rate.")
         if softcap is not None:
             logits = softcap * torch.tanh(logits / softcap)
         mask = torch.ones(1, 1, stop - start, seen, dtype=torch.bool, device=query.device)

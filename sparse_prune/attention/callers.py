@@ -18,7 +18,8 @@ def can_call_sdpa(module: nn.Module) -> bool:
     Modules of torch itself are not looked at, nor those that the module calls.
     """
     forward = type(module).forward
-    if type(module).__module__.startswith("torch.") or not isinstance(forward, FunctionType):
+    # The module of the function, not of the class: `fully_shard` puts modules into classes of its own.
+    if not isinstance(forward, FunctionType) or forward.__module__.startswith("torch."):
         return False
     own = [value for value in vars(module).values() if isinstance(value, FunctionType)]
     return _mentions(forward, type(module), set()) or any(_mentions(f, type(module), set()) for f in own)

@@ -92,7 +92,8 @@ def detach(model: nn.Module) -> None:
 
 def is_attention(kind: type[nn.Module]) -> bool:
     """Whether a class goes through the AttentionInterface."""
-    if kind.__module__.startswith("torch."):
+    # `fully_shard` puts modules into classes of its own, which inherit the model's forward pass.
+    if kind.forward.__module__.startswith("torch."):
         return False
     try:
         return "ALL_ATTENTION_FUNCTIONS" in inspect.getsource(kind.forward)

@@ -101,18 +101,10 @@ class PrunableAttention:
         return self._at[q_len, kv_len]
 
     def take_statistics(self) -> BlockStatistics | None:
-        """What was collected, on the CPU; the handle forgets it.
-
-        Raises:
-            ValueError: If logits were NaN or infinite; the message names the layer.
-        """
+        """What was collected, on the CPU; the handle forgets it."""
         statistics, self.statistics = self.statistics, None
         if statistics is None:
             return None
-        if not torch.isfinite(statistics.sums).all():
-            raise ValueError(
-                f"Layer {self.name!r}: attention logits must be finite, got NaN or infinity. Lower the learning rate."
-            )
         return BlockStatistics(statistics.sums.cpu(), statistics.counts.cpu())
 
     def hand_over(self, packed: PackedKeys, key: Tensor) -> None:
@@ -191,10 +183,7 @@ class PrunableAttention:
                 self._probe(query, key, options, self.probe_block_size)
 
     def _probe(self, query: Tensor, key: Tensor, options: AttentionOptions, block_size: tuple[int, int]) -> None:
-        try:
-            seen = probe_attention(query.detach(), key.detach(), block_size, causal=self.causal, options=options)
-        except ValueError as error:
-            raise ValueError(f"Layer {self.name!r}: {error}") from error
+        seen = probe_attention(query.detach(), key.detach(), block_size, causal=self.causal, options=options)
         self.statistics = seen if self.statistics is None else self.statistics + seen
 
     def _attend_cached(self, query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions) -> Tensor:

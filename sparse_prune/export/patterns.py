@@ -57,6 +57,8 @@ def save_patterns(
     try:
         save_file(tensors, partial, metadata=metadata)
         os.replace(partial, target)
+    except SafetensorError as error:  # how safetensors reports a full disk
+        raise OSError(f"{target} could not be written: {error}") from error
     finally:
         partial.unlink(missing_ok=True)
     return target

@@ -52,7 +52,7 @@ def probe_attention(
 ) -> BlockStatistics:
     """Row-mass statistics of dense attention per block: by the Triton kernel on a GPU, else in torch.
 
-    On a GPU the sums stay there and nothing waits for them; if logits were not finite, neither are the sums.
+    On a GPU the sums stay there and nothing waits for them. If logits were not finite, neither are the sums.
 
     Args:
         query: (batch, num_heads, q_len, head_dim), after position encoding.
@@ -60,9 +60,6 @@ def probe_attention(
         block_size: Tokens per block side, (query, key).
         causal: Whether query i sees only keys up to i + kv_len - q_len.
         options: Masks, scale and soft cap.
-
-    Raises:
-        ValueError: If a query or key is NaN or infinite (in torch).
     """
     sides_fit = all(16 <= side <= 128 and not side & (side - 1) for side in block_size)
     if query.device.type == "cuda" and sides_fit and _triton_takes(query, block_size):

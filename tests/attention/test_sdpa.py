@@ -215,3 +215,10 @@ def test_swapped_model_compiles_without_a_graph_break():
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, dynamic=False, backend="aot_eager")
     torch.testing.assert_close(compiled(ids), model(ids))
+
+
+def test_module_in_a_class_of_torch_as_fully_shard_makes_them_is_found():
+    module = CausalSelfAttention(WIDTH, HEADS)
+    module.__class__ = type("FSDPCausalSelfAttention", (CausalSelfAttention,), {"__module__": "torch.distributed.fsdp"})
+    (handle,) = attach(module)
+    assert handle.num_heads == HEADS
