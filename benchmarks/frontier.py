@@ -28,8 +28,6 @@ from sparse_prune.recipes.causal_lm.cli import describe_machine
 from sparse_prune.recipes.causal_lm.data import TextDataModule
 from sparse_prune.recipes.causal_lm.module import CausalLMModule
 from sparse_prune.recipes.causal_lm.pretrained import load_tokenizer
-from torch import Tensor
-from torch.nn import functional as F
 from typing_extensions import override
 
 import sparse_prune as sp
@@ -78,7 +76,9 @@ class Method:
     """A way to get to a sparse model: the callbacks it trains with, for a plan, a sparsity and a seed."""
 
     callbacks: Callable[[Plan, float, int], list[pl.Callback]]
-    distilled: bool = False
+    module: type[CausalLMModule] = CausalLMModule
+    rate: float = 1.0
+    """Learning rate as a multiple of the plan's."""
 
 
 def gradual(
@@ -109,8 +109,14 @@ def fixed(kind: FixedKind) -> Callable[[Plan, float, int], list[pl.Callback]]:
     return lambda plan, sparsity, seed: [FixedPattern(kind, plan, 1.0 - sparsity, seed)]
 
 
+def nothing(plan: Plan, sparsity: float, seed: int) -> list[pl.Callback]:
+    """No pruning."""
+    return []
+
+
 METHODS = {
-    "dense": Method(lambda plan, sparsity, seed: []),
+    "dense": Method(nothing),
+    "dense, 3x learning rate": Method(nothing, rate=3.0),
     "at once, then fine-tuned": Method(at_once(last=False)),
     "fine-tuned, then at once": Method(at_once(last=True)),
     "gradual, cubic": Method(gradual()),
@@ -122,9 +128,12 @@ METHODS = {
     "gradual, short memory": Method(gradual(decay=0.5)),
     "gradual, ramp over all steps": Method(gradual(ramp=0.9)),
     "gradual, ramp over 30 %": Method(gradual(ramp=0.3)),
+    "gradual, no hysteresis": Method(gradual(constraints=sp.Constraints(hysteresis=0.0))),
     "gradual, strong hysteresis": Method(gradual(constraints=sp.Constraints(hysteresis=0.5))),
+    "gradual, diagonals shared": Method(gradual(constraints=sp.Constraints(share_diagonals=True))),
+    "gradual, row mass": Method(gradual(criterion="row_mass")),
+    "gradual, 3x learning rate": Method(gradual(), rate=3.0),
     "gradual, at least 10 % per head": Method(gradual(constraints=sp.Constraints(min_density=0.1))),
-    "gradual, distilled": Method(gradual(), distilled=True),
     "sink and window": Method(fixed("sink_and_window")),
     "BigBird": Method(fixed("bigbird")),
     "Longformer, dilated": Method(fixed("longformer_dilated")),
@@ -159,23 +168,11 @@ class FixedPattern(pl.Callback):
             layer.mode, layer.backend = "sparse", "triton" if self.plan.accelerator == "gpu" else "gather"
 
 
-class DistilledModule(CausalLMModule):
-    """Adds the divergence from what the same weights predict with all connections."""
-
-    @override
-    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-        with torch.no_grad(), all_connections(self.model):
-            wanted = self.model(input_ids=batch, use_cache=False).logits.float().log_softmax(-1)
-        out = self.model(input_ids=batch, labels=batch, use_cache=False)
-        found = out.logits.float().log_softmax(-1)
-        return torch.as_tensor(out.loss + F.kl_div(found, wanted, log_target=True, reduction="none").sum(-1).mean())
-
-
 def run(plan: Plan, method: Method, sparsity: float, seed: int, data: Data) -> dict[str, Any]:
     """Train once and test: one row."""
     pl.seed_everything(seed, verbose=False)
-    module = (DistilledModule if method.distilled else CausalLMModule)(
-        plan.model, learning_rate=plan.learning_rate, warmup_steps=2, train_only="self_attn"
+    module = method.module(
+        plan.model, learning_rate=method.rate * plan.learning_rate, warmup_steps=2, train_only="self_attn"
     )
     callbacks = method.callbacks(plan, sparsity, seed)
     with tempfile.TemporaryDirectory() as folder:
@@ -270,7 +267,7 @@ def main() -> None:
     for sparsity in chosen["sparsities"]:
         for seed in chosen["seeds"]:
             for name in given.only or METHODS:
-                asked = 0.0 if name == "dense" else sparsity
+                asked = 0.0 if METHODS[name].callbacks is nothing else sparsity
                 if (name, asked, seed) in done:
                     continue
                 row = {"method": name, "sparsity": asked, "seed": seed}
