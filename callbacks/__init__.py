@@ -8,4 +8,6 @@ from sparse_prune.callbacks.kernel_swap import KernelSwap, SwapEvent
 from sparse_prune.callbacks.sparsity_logger import SparsityLogger
 from sparse_prune.callbacks.wandb_fallback import FallbackWandbLogger
 
-__all__ = ["AttentionPruning", "FallbackWandbLogger", "KernelSwap", "SparsityLogger", "SwapEvent"]
+from sparse_prune.distillation import Distillation
+
+__all__ = ["AttentionPruning", "Distillation", "FallbackWandbLogger", "KernelSwap", "SparsityLogger", "SwapEvent"]

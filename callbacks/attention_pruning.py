@@ -8,10 +8,12 @@ from typing import Any
 import pytorch_lightning as pl
 import torch.distributed as dist
 from pytorch_lightning.utilities.model_helpers import is_overridden
+from sparse_prune.callbacks.distilling import DistilledStep
 from sparse_prune.callbacks.kernel_swap import KernelSwap
 from sparse_prune.callbacks.sparsity_logger import SparsityLogger
 from typing_extensions import override
 
+from sparse_prune.distillation import Distillation
 from sparse_prune.pruner import AttentionPruner, Criterion, PruneReport
 from sparse_prune.schedules import Schedule
 from sparse_prune.scores import BlockStatistics, Statistic
@@ -38,6 +40,7 @@ class AttentionPruning(pl.Callback):
         constraints: What pruning must respect.
         min_delta: Largest change of a pattern that counts as standing still (Jaccard distance).
         patience: Decisions in a row, after the schedule's end, that must stand still before a layer is frozen.
+        distillation: Let the dense model teach the pruned one while patterns move (docs/frontier.md). None: no teacher.
 
     Raises:
         ValueError: If an argument is out of range, before training starts.
@@ -56,10 +59,12 @@ class AttentionPruning(pl.Callback):
         constraints: Constraints | None = None,
         min_delta: float = 0.05,
         patience: int = 3,
+        distillation: Distillation | None = None,
     ) -> None:
         if every_n_steps < 1:
             raise ValueError(f"`every_n_steps` must be at least 1, got {every_n_steps}.")
         self.every_n_steps = every_n_steps
+        self.distillation = distillation
         self.pruner = AttentionPruner(
             sparsity=sparsity,
             threshold=threshold,
@@ -75,6 +80,7 @@ class AttentionPruning(pl.Callback):
         """The latest decision."""
         self._last_step = 0  # the latest optimizer step seen
         self._scale = 1.0  # the gradient scale before the batch
+        self._distilled: DistilledStep | None = None
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -96,6 +102,17 @@ class AttentionPruning(pl.Callback):
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._attach(pl_module)
+        if self.distillation is not None:
+            self._distilled = DistilledStep(pl_module, self.pruner, self.distillation)
+
+    @override
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._stop_teaching()
+
+    def _stop_teaching(self) -> None:
+        if self._distilled is not None:
+            self._distilled.remove()
+            self._distilled = None
 
     def _attach(self, pl_module: pl.LightningModule) -> None:
         if not self.pruner.layers:
@@ -135,6 +152,7 @@ class AttentionPruning(pl.Callback):
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         self.pruner.probe(False)
+        self._stop_teaching()
 
     def _due(self, step: int) -> bool:
         """Whether a decision falls on this optimizer step, or on an earlier one that had nothing to decide by."""

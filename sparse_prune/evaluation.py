@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 
 from sparse_prune.attention import PrunableAttention, find_layers, handle_of
+from sparse_prune.attention.connections import unpruned
 from sparse_prune.passkey import needle_prompt, passkey_prompt, retrieves
 
 MakeCache = Callable[[], Any]
@@ -128,15 +129,8 @@ def fresh_cache(model: Any) -> Any:
 @contextmanager
 def all_connections(model: Any) -> Iterator[None]:
     """The same weights with nothing pruned, for a while."""
-    handles = handles_of(model)
-    modes = [handle.mode for handle in handles]
-    try:
-        for handle in handles:
-            handle.mode = "dense"
+    with unpruned(handles_of(model)):
         yield
-    finally:
-        for handle, mode in zip(handles, modes, strict=True):
-            handle.mode = mode
 
 
 def handles_of(model: Any) -> list[PrunableAttention]:

@@ -13,7 +13,7 @@ ORDER = [
     {"sparse_prune.kernels"},
     {"sparse_prune.attention"},
     {"sparse_prune.pruner", "sparse_prune.cache", "sparse_prune.passkey"},
-    {"sparse_prune.export", "sparse_prune.evaluation", "sparse_prune.retrieval_heads"},
+    {"sparse_prune.export", "sparse_prune.evaluation", "sparse_prune.retrieval_heads", "sparse_prune.distillation"},
     {"sparse_prune.callbacks"},
     {"sparse_prune.recipes"},
     {"sparse_prune.__main__"},

@@ -1,0 +1,88 @@
+"""Adds the divergence from the dense model to the loss of a LightningModule's training step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+import pytorch_lightning as pl
+from torch import Tensor, nn
+
+from sparse_prune.distillation import DenseTeacher, Distillation
+from sparse_prune.pruner import AttentionPruner
+
+
+class DistilledStep:
+    """Stands in for a module's `training_step` until `remove`.
+
+    The step itself runs as it is, and logs what it logs; the divergence is added to the loss that it returns, so that
+    accumulation, loss scaling and every strategy treat it as part of the loss. Logged as `prune/divergence`.
+
+    Args:
+        pl_module: Its model was attached to the pruner.
+        pruner: Tells which layers have lost connections.
+        settings: Weight, temperature, and when to stop.
+
+    Raises:
+        ValueError: If the module optimizes by itself, or the module that gives the logits cannot be told.
+    """
+
+    def __init__(self, pl_module: pl.LightningModule, pruner: AttentionPruner, settings: Distillation) -> None:
+        if not pl_module.automatic_optimization:
+            raise ValueError(
+                f"`distillation` needs automatic optimization, got {type(pl_module).__name__}, which optimizes itself. "
+                "Add `DenseTeacher.loss` to your own loss instead (sparse_prune.distillation)."
+            )
+        handles = [state.layer for state in pruner.layers.values()]
+        module = _teacher_module(pl_module, list(pruner.layers), settings.module)
+        self.pl_module, self.pruner, self.settings = pl_module, pruner, settings
+        self.teacher = DenseTeacher(module, handles, settings.temperature)
+        step = pl_module.training_step
+        pl_module.training_step = wraps(step)(lambda *args, **kwargs: self._run(step, *args, **kwargs))  # type: ignore[method-assign]
+
+    def remove(self) -> None:
+        """Give the module its own step back."""
+        vars(self.pl_module).pop("training_step", None)
+
+    @property
+    def active(self) -> bool:
+        """Whether connections are missing, and the ramp goes on or `after_ramp` is set."""
+        lacking = any(state.layer.mode != "dense" for state in self.pruner.layers.values())
+        return lacking and (self.settings.after_ramp or bool(self.pruner.open_layers))
+
+    def _run(self, step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if not self.active:
+            return step(*args, **kwargs)
+        with self.teacher.watch():
+            output = step(*args, **kwargs)
+        divergence = self.teacher.loss()
+        if output is None or divergence is None:
+            return output
+        self.pl_module.log("prune/divergence", divergence.detach())
+        if isinstance(output, Tensor):
+            return output + self.settings.weight * divergence
+        return {**output, "loss": output["loss"] + self.settings.weight * divergence}
+
+
+def _teacher_module(pl_module: pl.LightningModule, layers: list[str], wanted: str | None) -> nn.Module:
+    modules: dict[str, nn.Module] = dict(pl_module.named_modules())
+    if wanted is not None:
+        if wanted not in modules:
+            raise ValueError(
+                f"`Distillation.module` must name a module of {type(pl_module).__name__}, got {wanted!r}. Its children "
+                f"are {[name for name, _ in pl_module.named_children()]}."
+            )
+        return modules[wanted]
+    holding = [child for name, child in pl_module.named_children() if all(_below(layer, name) for layer in layers)]
+    if len(holding) != 1:
+        raise ValueError(
+            f"`Distillation.module` must be given for {type(pl_module).__name__}: none of its children "
+            f"{[name for name, _ in pl_module.named_children()]} holds all attention layers. Name the module that ends "
+            "with the logits."
+        )
+    return holding[0]
+
+
+def _below(layer: str, module: str) -> bool:
+    return layer == module or layer.startswith(f"{module}.")

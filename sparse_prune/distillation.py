@@ -1,0 +1,124 @@
+"""Distillation from the dense model: the same weights with all connections teach those that have lost some.
+
+Self-distillation needs no second model in memory. DMS trains KV eviction by the logits of the dense model in the same
+way (arXiv:2506.05345); there the teacher's weights are the original ones, here they are the student's of the moment.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sparse_prune.attention import PrunableAttention
+from sparse_prune.attention.connections import unpruned
+
+
+@dataclass(frozen=True, kw_only=True)
+class Distillation:
+    """How much the dense model teaches.
+
+    Raises:
+        ValueError: If a number is not positive.
+    """
+
+    weight: float = 1.0
+    """What the divergence is multiplied with before it is added to the loss."""
+    temperature: float = 1.0
+    """Logits of both are divided by it; the divergence is multiplied by its square (arXiv:1503.02531)."""
+    after_ramp: bool = False
+    """Go on after all layers have settled. Every step then pays for a dense forward pass: the run gains less speed."""
+    module: str | None = None
+    """Qualified name, in the LightningModule, of the module whose output is the logits or has them as `logits`. None
+    takes the child that holds all attention layers."""
+
+    def __post_init__(self) -> None:
+        for name in ("weight", "temperature"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"`{name}` must be positive, got {getattr(self, name)}.")
+
+
+def divergence(student: Tensor, teacher: Tensor, temperature: float = 1.0, mask: Tensor | None = None) -> Tensor:
+    """Kullback-Leibler divergence of the student's distribution from the teacher's, in nats, averaged over positions.
+
+    Args:
+        student: Logits, (..., classes).
+        teacher: Logits, (..., classes).
+        temperature: Divides both; the result is multiplied by its square.
+        mask: (...), zero where a position does not count.
+    """
+    found = (student.float() / temperature).log_softmax(-1)
+    wanted = (teacher.float() / temperature).log_softmax(-1)
+    per_position = F.kl_div(found, wanted, log_target=True, reduction="none").sum(-1) * temperature**2
+    if mask is None:
+        return per_position.mean()
+    weights = mask.to(per_position.dtype)
+    return (per_position * weights).sum() / weights.sum().clamp_min(1.0)
+
+
+class DenseTeacher:
+    """Watches the calls of a model and repeats them with all connections.
+
+    Args:
+        module: Its output is the logits, or has them as `logits`. An `attention_mask` of the shape of the logits
+            without classes, given by keyword, tells which positions count.
+        handles: The model's attention layers.
+        temperature: See `divergence`.
+    """
+
+    def __init__(self, module: nn.Module, handles: Iterable[PrunableAttention], temperature: float = 1.0) -> None:
+        self.module, self.handles, self.temperature = module, list(handles), temperature
+        self._calls: list[tuple[tuple[Any, ...], dict[str, Any], Tensor]] = []
+
+    @contextmanager
+    def watch(self) -> Iterator[None]:
+        """Inside, calls of the module are remembered for `loss`."""
+        self._calls = []
+        hook = self.module.register_forward_hook(self._remember, with_kwargs=True)
+        try:
+            yield
+        finally:
+            hook.remove()
+
+    def _remember(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if torch.is_grad_enabled():
+            self._calls.append((args, kwargs, _logits(output)))
+
+    def loss(self) -> Tensor | None:
+        """Mean divergence over the watched calls, which are forgotten; None if there were none."""
+        calls, self._calls = self._calls, []
+        found = []
+        for args, kwargs, student in calls:
+            with torch.no_grad(), unpruned(self.handles), _evaluating(self.module):
+                teacher = _logits(self.module(*args, **kwargs))
+            mask = kwargs.get("attention_mask")
+            fits = isinstance(mask, Tensor) and mask.shape == student.shape[:-1]
+            found.append(divergence(student, teacher, self.temperature, mask if fits else None))
+        return torch.stack(found).mean() if found else None
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Without dropout, for a while."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _logits(output: Any) -> Tensor:
+    logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
+    if not isinstance(logits, Tensor):
+        raise ValueError(
+            "`Distillation.module` must name a module whose output is a tensor of logits or has `logits`, got "
+            f"{type(output).__name__}. Name the module that ends with the classes."
+        )
+    return logits
