@@ -17,23 +17,27 @@ import os
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from sparse_prune.callbacks import AttentionPruning, KernelSwap
+from sparse_prune.callbacks import AttentionPruning, Distillation, KernelSwap
 from sparse_prune.recipes.causal_lm.cli import describe_machine
 from sparse_prune.recipes.causal_lm.data import TextDataModule
 from sparse_prune.recipes.causal_lm.module import CausalLMModule
 from sparse_prune.recipes.causal_lm.pretrained import load_tokenizer
+from torch import Tensor
 from typing_extensions import override
 
 import sparse_prune as sp
 from sparse_prune.attention import attach
-from sparse_prune.evaluation import all_connections, retrieval
+from sparse_prune.evaluation import retrieval
 from sparse_prune.fixed_patterns import FixedKind, fixed_pattern
+from sparse_prune.pruner import LayerState
 
 PRESETS: dict[str, dict[str, Any]] = {
     "cpu": {"length": 512, "steps": 24, "seeds": [0, 1], "sparsities": [0.7, 0.5], "tests": 4, "prompts": 2},
@@ -92,6 +96,26 @@ def gradual(
     return make
 
 
+def layerwise(lead: float) -> Callable[[Plan, float, int], list[pl.Callback]]:
+    """Every layer has the same sparsity, the last one up to 1 + lead times as early as the first."""
+
+    def make(plan: Plan, sparsity: float, seed: int) -> list[pl.Callback]:
+        callbacks = gradual()(plan, sparsity, seed)
+        assert isinstance(callbacks[0], AttentionPruning)
+        pruner = callbacks[0].pruner
+        of_all = pruner._select
+
+        def select_each(states: list[LayerState], requested: float) -> tuple[list[sp.BlockPattern], float]:
+            shares = [min(requested * (1.0 + lead * i / (len(states) - 1)), sparsity) for i in range(len(states))]
+            found = [of_all([state], share) for state, share in zip(states, shares, strict=True)]
+            return [pattern for patterns, _ in found for pattern in patterns], max(threshold for _, threshold in found)
+
+        pruner._select = select_each  # type: ignore[method-assign]
+        return callbacks
+
+    return make
+
+
 def at_once(last: bool) -> Callable[[Plan, float, int], list[pl.Callback]]:
     """All pruning in one decision: the first, with the rest of the run to adapt, or the last, with none."""
 
@@ -107,6 +131,32 @@ def at_once(last: bool) -> Callable[[Plan, float, int], list[pl.Callback]]:
 def fixed(kind: FixedKind) -> Callable[[Plan, float, int], list[pl.Callback]]:
     """A pattern that looks at no score, in force from the first step."""
     return lambda plan, sparsity, seed: [FixedPattern(kind, plan, 1.0 - sparsity, seed)]
+
+
+class ConcentratedModule(CausalLMModule):
+    """Adds a price on attention that spreads over many blocks: 1 - the sum of squared row mass, in [0, 1]."""
+
+    price, block = 0.3, 16
+
+    @override
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        found: list[Tensor] = []
+        with ExitStack() as stack:
+            for handle in attach(self):
+                handle.attend = partial(self._watched, handle.attend, found)  # type: ignore[method-assign]
+                stack.callback(vars(handle).pop, "attend")
+            loss = super().training_step(batch, batch_idx)
+        return loss + self.price * torch.stack(found).mean()
+
+    def _watched(
+        self, attend: Callable[..., Tensor], found: list[Tensor], query: Tensor, key: Tensor, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        shared = key.repeat_interleave(query.shape[1] // key.shape[1], 1)
+        logits = (query @ shared.mT).float() / query.shape[-1] ** 0.5
+        hidden = torch.ones(logits.shape[-2:], dtype=torch.bool).triu(1)
+        mass = logits.masked_fill(hidden, -torch.inf).softmax(-1).unflatten(-1, (-1, self.block)).sum(-1)
+        found.append((1.0 - mass.square().sum(-1)).mean())
+        return attend(query, key, *args, **kwargs)
 
 
 def nothing(plan: Plan, sparsity: float, seed: int) -> list[pl.Callback]:
@@ -133,6 +183,11 @@ METHODS = {
     "gradual, diagonals shared": Method(gradual(constraints=sp.Constraints(share_diagonals=True))),
     "gradual, row mass": Method(gradual(criterion="row_mass")),
     "gradual, 3x learning rate": Method(gradual(), rate=3.0),
+    "gradual, same sparsity in every layer": Method(layerwise(lead=0.0)),
+    "gradual, last layers first": Method(layerwise(lead=1.0)),
+    "gradual, distilled during the ramp": Method(gradual(distillation=Distillation())),
+    "gradual, distilled throughout": Method(gradual(distillation=Distillation(after_ramp=True))),
+    "gradual, attention concentrated": Method(gradual(), module=ConcentratedModule),
     "gradual, at least 10 % per head": Method(gradual(constraints=sp.Constraints(min_density=0.1))),
     "sink and window": Method(fixed("sink_and_window")),
     "BigBird": Method(fixed("bigbird")),

@@ -1,0 +1,135 @@
+"""Plot and tables of docs/frontier.md, from what benchmarks/frontier.py wrote.
+
+    python benchmarks/frontier_page.py benchmarks/results/frontier_cpu.json
+
+Replaces what stands between `<!-- NAME -->` and `<!-- end -->` in the page, where NAME is a result file's stem, and
+draws docs/frontier/NAME.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+BASE = "gradual, cubic"
+"""What variants are compared with."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """One method at one sparsity: rows of all its seeds, beside those of the dense run and of `BASE`."""
+
+    method: str
+    sparsity: float
+    rows: Sequence[Mapping[str, Any]]
+    dense: Mapping[int, float]
+    """Seed -> loss of the dense fine-tune."""
+    base: Mapping[int, float]
+    """Seed -> loss of `BASE` at this sparsity."""
+
+    @property
+    def rises(self) -> list[float]:
+        """Loss over that of the dense fine-tune of the same seed, less 1."""
+        return [row["loss"] / self.dense[row["seed"]] - 1.0 for row in self.rows]
+
+    @property
+    def verdict(self) -> str:
+        """Whether every seed, or none, ended below `BASE`."""
+        better = [row["loss"] < self.base[row["seed"]] for row in self.rows if row["seed"] in self.base]
+        if self.method in ("dense", BASE) or not better:
+            return ""
+        return "better" if all(better) else "mixed" if any(better) else "worse"
+
+    def line(self) -> str:
+        """Row of the table."""
+        loss, achieved, passkey, needle = (
+            mean(row[key] for row in self.rows) for key in ("loss", "achieved", "passkey", "needle")
+        )
+        rises = " / ".join(f"{rise:+.2%}" for rise in self.rises)
+        return (
+            f"| {self.method} | {achieved:.1%} | {loss:.4f} | {rises} | {passkey:.0%} | {needle:.0%} | {self.verdict} |"
+        )
+
+
+def results(rows: Sequence[Mapping[str, Any]]) -> list[Result]:
+    """By sparsity, then by loss."""
+    dense = {row["seed"]: row["loss"] for row in rows if row["method"] == "dense"}
+    found = []
+    for sparsity in sorted({row["sparsity"] for row in rows}):
+        here = [row for row in rows if row["sparsity"] == sparsity]
+        base = {row["seed"]: row["loss"] for row in here if row["method"] == BASE}
+        methods = dict.fromkeys(row["method"] for row in here)
+        group = [
+            Result(method, sparsity, [row for row in here if row["method"] == method], dense, base)
+            for method in methods
+        ]
+        found += sorted(group, key=lambda result: mean(row["loss"] for row in result.rows))
+    return found
+
+
+def table(found: Sequence[Result], setup: Mapping[str, Any]) -> str:
+    """Markdown: the settings in a sentence, then a line per result."""
+    lines = "\n".join(result.line() for result in found)
+    return (
+        f"{setup['length']} tokens, blocks of {setup['block_size']}, {setup['steps']} optimizer steps at "
+        f"{setup['learning_rate']:g}, loss on {setup['tests']} held-out sequences, {setup['prompts per depth']} "
+        f"passkeys and needles at each of {len(setup['depths'])} depths; {setup['machine']}; {setup['versions']}.\n\n"
+        "| method | pruned | loss | over dense, per seed | passkey | needle | against gradual, cubic |\n"
+        f"| --- | ---: | ---: | ---: | ---: | ---: | --- |\n{lines}\n"
+    )
+
+
+def draw(found: Sequence[Result], path: Path) -> None:
+    """A panel per sparsity: a dot per method and seed."""
+    from matplotlib.figure import Figure
+
+    sparsities = sorted({result.sparsity for result in found if result.sparsity > 0})
+    tallest = max(sum(result.sparsity == s for result in found) for s in sparsities)
+    figure = Figure(figsize=(1.5 + 5.5 * len(sparsities), 1.3 + 0.28 * tallest), layout="constrained")
+    for index, sparsity in enumerate(sparsities):
+        here = [result for result in found if result.sparsity == sparsity][::-1]
+        axes = figure.add_subplot(1, len(sparsities), index + 1)
+        axes.set(title=f"{sparsity:.0%} pruned", xlabel="loss over the dense fine-tune, %")
+        for place, result in enumerate(here):
+            kind = "#1d4e89" if result.method.startswith("gradual") else "#d1495b"
+            rises = [100 * rise for rise in result.rises]
+            axes.plot(rises, [place] * len(rises), "o", color=kind, alpha=0.8)
+        axes.set_yticks(range(len(here)), [result.method for result in here])
+        axes.grid(axis="x", alpha=0.3)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+
+
+def replace_between(page: str, name: str, text: str) -> str:
+    """The page with `text` between its markers.
+
+    Raises:
+        ValueError: If the page has no such markers.
+    """
+    pattern = re.compile(rf"(<!-- {re.escape(name)} -->\n).*?(<!-- end -->)", re.DOTALL)
+    if not pattern.search(page):
+        raise ValueError(f"The page must hold `<!-- {name} -->` and `<!-- end -->` on lines of their own. Add them.")
+    return pattern.sub(lambda found: f"{found[1]}{text}{found[2]}", page)
+
+
+def main() -> None:
+    """Parse arguments, draw, rewrite the page."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=Path, nargs="+")
+    parser.add_argument("--page", type=Path, default=Path(__file__).parents[1] / "docs" / "frontier.md")
+    given = parser.parse_args()
+    for file in given.results:
+        saved = json.loads(file.read_text())
+        found = results(saved["rows"])
+        draw(found, given.page.parent / "frontier" / f"{file.stem}.png")
+        given.page.write_text(replace_between(given.page.read_text(), file.stem, table(found, saved["setup"])))
+
+
+if __name__ == "__main__":
+    main()

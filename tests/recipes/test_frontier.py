@@ -1,0 +1,76 @@
+"""The scripts behind docs/frontier.md: every method runs, goes on where it stopped, and fills the page."""
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+METHODS = runpy.run_path(str(BENCHMARKS / "frontier.py"))["METHODS"]
+
+
+def run(monkeypatch, script, *arguments):
+    monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
+    runpy.run_path(str(BENCHMARKS / script), run_name="__main__")
+
+
+@pytest.mark.slow
+def test_every_method_runs_and_a_broken_off_command_goes_on(tiny_model, tmp_path, monkeypatch, capsys):
+    output = tmp_path / "found.json"
+    sizes = ["--length", "256", "--steps", "3", "--sparsities", "0.5", "--seeds", "0", "--tests", "1", "--prompts", "1"]
+    command = ["frontier.py", "--model", tiny_model, *sizes, "--output", output]
+    run(monkeypatch, *command, "--only", "dense")
+    run(monkeypatch, *command)
+    rows = json.loads(output.read_text())["rows"]
+    assert [row["method"] for row in rows] == list(METHODS)
+    assert capsys.readouterr().out.count("{'method': 'dense',") == 1
+    for row in rows:
+        expected = 0.0 if row["method"].startswith("dense") else 0.5
+        assert row["achieved"] == pytest.approx(expected, abs=0.05), row
+        assert 0 < row["loss"] < 10, row
+    losses = {row["method"]: row["loss"] for row in rows}
+    assert len(set(losses.values())) > len(losses) / 2  # the methods differ
+
+
+def rows(seed):
+    return [
+        {"method": method, "sparsity": sparsity, "seed": seed, "achieved": sparsity, "loss": loss, "passkey": 0.5}
+        | {"needle": 1.0}
+        for method, sparsity, loss in [
+            ("dense", 0.0, 2.0),
+            ("gradual, cubic", 0.7, 2.1),
+            ("gradual, good", 0.7, 2.05),
+            ("gradual, bad", 0.7, 2.2),
+            ("gradual, odd", 0.7, 2.1 + (0.01 if seed else -0.01)),
+        ]
+    ]
+
+
+def test_the_page_shows_results_in_order_and_keeps_its_text(tmp_path, monkeypatch):
+    setup = {"length": 512, "block_size": 16, "steps": 24, "learning_rate": 1e-4, "tests": 4, "prompts per depth": 2}
+    setup |= {"depths": [0.1, 0.9], "machine": "a machine", "versions": "torch 0"}
+    (tmp_path / "found.json").write_text(json.dumps({"setup": setup, "rows": rows(0) + rows(1)}))
+    page = tmp_path / "frontier.md"
+    page.write_text("before\n<!-- found -->\nold\n<!-- end -->\nafter\n")
+    run(monkeypatch, "frontier_page.py", tmp_path / "found.json", "--page", page)
+    text = page.read_text()
+    assert text.startswith("before\n<!-- found -->\n512 tokens, blocks of 16, 24 optimizer steps at 0.0001")
+    assert text.endswith("<!-- end -->\nafter\n")
+    assert "old" not in text
+    lines = [line for line in text.splitlines() if line.startswith("| ")]
+    assert lines[2:] == [
+        "| dense | 0.0% | 2.0000 | +0.00% / +0.00% | 50% | 100% |  |",
+        "| gradual, good | 70.0% | 2.0500 | +2.50% / +2.50% | 50% | 100% | better |",
+        "| gradual, cubic | 70.0% | 2.1000 | +5.00% / +5.00% | 50% | 100% |  |",
+        "| gradual, odd | 70.0% | 2.1000 | +4.50% / +5.50% | 50% | 100% | mixed |",
+        "| gradual, bad | 70.0% | 2.2000 | +10.00% / +10.00% | 50% | 100% | worse |",
+    ]
+    assert (tmp_path / "frontier" / "found.png").stat().st_size > 1000
+
+
+def test_a_page_without_markers_is_refused():
+    replace_between = runpy.run_path(str(BENCHMARKS / "frontier_page.py"))["replace_between"]
+    with pytest.raises(ValueError, match="must hold `<!-- found -->`"):
+        replace_between("nothing here", "found", "text")
