@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sparse_prune.recipes.causal_lm.cli import describe_machine
 from sparse_prune.recipes.causal_lm.data import TextDataModule
-from sparse_prune.recipes.causal_lm.pretrained import load_model, load_tokenizer
+from sparse_prune.recipes.causal_lm.pretrained import load_model
+from sparse_prune.recipes.finetune.machine import describe_machine
+from sparse_prune.recipes.finetune.pretrained import load_tokenizer
 
 from sparse_prune import AttentionPruner, BlockStatistics, ConstantSchedule, Constraints
 from sparse_prune.export import save_pretrained

@@ -26,10 +26,10 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from sparse_prune.callbacks import AttentionPruning, Distillation, KernelSwap
-from sparse_prune.recipes.causal_lm.cli import describe_machine
 from sparse_prune.recipes.causal_lm.data import TextDataModule
 from sparse_prune.recipes.causal_lm.module import CausalLMModule
-from sparse_prune.recipes.causal_lm.pretrained import load_tokenizer
+from sparse_prune.recipes.finetune.machine import describe_machine
+from sparse_prune.recipes.finetune.pretrained import load_tokenizer
 from torch import Tensor
 from typing_extensions import override
 

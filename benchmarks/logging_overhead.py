@@ -20,7 +20,7 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.loggers import CSVLogger, Logger, WandbLogger
 from sparse_prune.callbacks import AttentionPruning, KernelSwap, SparsityLogger
-from sparse_prune.recipes.causal_lm.cli import describe_machine
+from sparse_prune.recipes.finetune.machine import describe_machine
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 

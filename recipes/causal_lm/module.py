@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import re
-
-import pytorch_lightning as pl
-import torch
-from pytorch_lightning.utilities.types import OptimizerLRSchedulerConfig
-from sparse_prune.recipes.causal_lm.pretrained import load_model, load_tokenizer
+from sparse_prune.recipes.causal_lm.pretrained import load_model
+from sparse_prune.recipes.finetune.module import FineTuneModule
+from sparse_prune.recipes.finetune.pretrained import load_tokenizer
 from torch import Tensor
 from typing_extensions import override
 
 from sparse_prune.passkey import passkey_accuracy
 
 
-class CausalLMModule(pl.LightningModule):
+class CausalLMModule(FineTuneModule):
     """Fine-tunes a causal language model by next-token prediction.
 
     Logs train/loss, val/loss and test/loss (nats per token), and val/passkey_accuracy if asked for.
 
     Args:
-        model: As `load_model` takes it.
+        model: As `locate` takes it (sparse_prune.recipes.finetune.pretrained).
         learning_rate: Peak of AdamW's rate; warmed up linearly, then constant.
         warmup_steps: Optimizer steps of warm-up.
         weight_decay: AdamW's decay.
@@ -42,27 +39,13 @@ class CausalLMModule(pl.LightningModule):
         gradient_checkpointing: bool = False,
         passkey_prompts: int = 0,
     ) -> None:
-        super().__init__()
-        if learning_rate <= 0:
-            raise ValueError(f"`learning_rate` must be positive, got {learning_rate}.")
-        if warmup_steps < 0 or passkey_prompts < 0:
-            raise ValueError(
-                f"`warmup_steps` and `passkey_prompts` must be at least 0, got {warmup_steps}, {passkey_prompts}."
-            )
+        if passkey_prompts < 0:
+            raise ValueError(f"`passkey_prompts` must be at least 0, got {passkey_prompts}.")
+        super().__init__(load_model(model).train(), learning_rate, warmup_steps, weight_decay, train_only)
         self.save_hyperparameters()
-        self.model = load_model(model).train()
         self.tokenizer = load_tokenizer(model) if passkey_prompts else None
         if gradient_checkpointing:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
-        if train_only is not None:
-            self._freeze_all_but(train_only)
-
-    def _freeze_all_but(self, train_only: str) -> None:
-        names = [name for name, _ in self.model.named_parameters()]
-        if not any(re.search(train_only, name) for name in names):
-            raise ValueError(f"`train_only` must match parameter names such as {names[:4]}, got {train_only!r}.")
-        for name, parameter in self.model.named_parameters():
-            parameter.requires_grad_(re.search(train_only, name) is not None)
 
     def _loss(self, input_ids: Tensor) -> Tensor:
         longest = getattr(self.model.config, "max_position_embeddings", None)
@@ -90,13 +73,3 @@ class CausalLMModule(pl.LightningModule):
     @override
     def test_step(self, batch: Tensor, batch_idx: int) -> None:
         self.log("test/loss", self._loss(batch), sync_dist=True)
-
-    @override
-    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.AdamW(
-            trained, lr=self.hparams["learning_rate"], weight_decay=self.hparams["weight_decay"]
-        )
-        warmup = max(1, self.hparams["warmup_steps"])
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / warmup))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

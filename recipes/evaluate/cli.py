@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sparse_prune.recipes.causal_lm.cli import describe_machine
 from sparse_prune.recipes.causal_lm.data import TextDataModule
-from sparse_prune.recipes.causal_lm.pretrained import load_model, load_tokenizer
+from sparse_prune.recipes.causal_lm.pretrained import load_model
 from sparse_prune.recipes.evaluate.report import EvaluationReport, LengthResult
+from sparse_prune.recipes.finetune.machine import describe_machine
+from sparse_prune.recipes.finetune.pretrained import load_tokenizer
 
 from sparse_prune.evaluation import all_connections, cache_cost, fresh_cache, handles_of, mean_loss, retrieval
 from sparse_prune.export import load

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from sparse_prune.recipes.causal_lm.report import write_whole
+from sparse_prune.recipes.finetune.report import write_whole
 
 from sparse_prune.evaluation import CacheCost
 

@@ -5,7 +5,7 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import ModelCheckpoint
 from sparse_prune.callbacks import KernelSwap
-from sparse_prune.recipes.causal_lm.data import ResumableDataLoader
+from sparse_prune.recipes.finetune.loader import ResumableDataLoader
 from tiny import LENGTH, pruning, trainer
 from torch import nn
 from torch.nn import functional as F

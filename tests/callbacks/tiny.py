@@ -3,7 +3,7 @@
 import pytorch_lightning as pl
 import torch
 from sparse_prune.callbacks import AttentionPruning
-from sparse_prune.recipes.causal_lm.data import ResumableDataLoader
+from sparse_prune.recipes.finetune.loader import ResumableDataLoader
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from sparse_prune import Constraints, CubicSchedule

@@ -5,9 +5,11 @@ import pytest
 import torch
 import yaml
 from sparse_prune.recipes.causal_lm.cli import main
-from sparse_prune.recipes.causal_lm.data import ResumableDataLoader, TextDataModule, load_documents
+from sparse_prune.recipes.causal_lm.data import TextDataModule, load_documents
 from sparse_prune.recipes.causal_lm.module import CausalLMModule
-from sparse_prune.recipes.causal_lm.pretrained import load_model, load_tokenizer
+from sparse_prune.recipes.causal_lm.pretrained import load_model
+from sparse_prune.recipes.finetune.loader import ResumableDataLoader
+from sparse_prune.recipes.finetune.pretrained import load_tokenizer
 
 from sparse_prune.attention import attach
 from sparse_prune.export import PATTERN_FILE, load, load_patterns, read_pattern_file
@@ -140,7 +142,7 @@ def config(tiny_model, text, tmp_path):
                 "init_args": {"save_dir": str(tmp_path / "run"), "name": "", "version": ""},
             },
             "callbacks": [
-                {"class_path": "sparse_prune.recipes.causal_lm.history.RunHistory"},
+                {"class_path": "sparse_prune.recipes.finetune.history.RunHistory"},
                 {
                     "class_path": "sparse_prune.callbacks.AttentionPruning",
                     "init_args": {
@@ -183,6 +185,8 @@ def test_fit_ends_with_a_report(config, tmp_path, monkeypatch, capsys, precision
     assert report["cache"]["dense"]["kv_bytes"] == 2 * 2 * 2 * 256 * 8 * 4  # both, layers, KV heads, head_dim, float32
     assert report["cache"]["pruned"]["kv_bytes"] < report["cache"]["dense"]["kv_bytes"]
     assert "The KV cache of 256 tokens takes" in text
+    assert report["quality"].keys() == report["dense"]["quality"].keys() == {"passkey accuracy"}
+    assert "- Passkey accuracy 0.0%, dense fine-tune 0.0%." in text
     assert (run / "report.png").read_bytes().startswith(b"\x89PNG")
     assert len(load_patterns(run / "attention_pattern.safetensors")) == 2
     assert "Held-out loss" in capsys.readouterr().out
@@ -192,7 +196,7 @@ def test_fit_ends_with_a_report(config, tmp_path, monkeypatch, capsys, precision
     assert load_tokenizer(str(tmp_path / "exported")).eos_token == "<eos>"
 
 
-@pytest.mark.parametrize("name", ["quickstart", "smollm2_8k_gpu"])
+@pytest.mark.parametrize("name", ["quickstart", "small_cache_8k", "smollm2_8k_gpu"])
 def test_shipped_configs_parse(name, capsys, monkeypatch):
     with pytest.raises(SystemExit) as done:
         main(["fit", "--config", name, "--print_config"])

@@ -3,9 +3,10 @@ import sys
 
 import pytest
 import torch
-from sparse_prune.recipes.causal_lm.pretrained import load_model, load_tokenizer
+from sparse_prune.recipes.causal_lm.pretrained import load_model
 from sparse_prune.recipes.evaluate.cli import evaluate, lengths_around, main, sparsity_of
 from sparse_prune.recipes.evaluate.report import EvaluationReport, LengthResult
+from sparse_prune.recipes.finetune.pretrained import load_tokenizer
 from transformers import DynamicCache
 
 from sparse_prune import AttentionPruner, ConstantSchedule, Constraints

@@ -1,6 +1,7 @@
 import pytest
 import torch
-from sparse_prune.recipes.causal_lm.pretrained import load_model, load_tokenizer
+from sparse_prune.recipes.causal_lm.pretrained import load_model
+from sparse_prune.recipes.finetune.pretrained import load_tokenizer
 
 from sparse_prune import AttentionPruner, ConstantSchedule, Constraints
 from sparse_prune.attention import attach

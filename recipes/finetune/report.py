@@ -6,13 +6,13 @@ import json
 import os
 import statistics
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from sparse_prune.callbacks import SwapEvent
 from sparse_prune.callbacks.atlas import LayerView, draw_atlas
-from sparse_prune.recipes.causal_lm.history import StepRecord
+from sparse_prune.recipes.finetune.history import StepRecord
 
 from sparse_prune.evaluation import CacheCost
 from sparse_prune.pattern import BlockPattern
@@ -23,10 +23,11 @@ class DenseRun:
     """The same fine-tune without pruning."""
 
     loss_before: float
-    """Test loss before any training, nats per token."""
+    """Test loss before any training, in nats."""
     loss_after: float
     records: list[StepRecord]
-    passkey: float | None
+    quality: Mapping[str, float] = field(default_factory=dict)
+    """As in `RunReport`."""
 
 
 @dataclass(frozen=True)
@@ -55,14 +56,15 @@ class RunReport:
     setup: Mapping[str, Any]
     """Model, lengths, versions, machine: what is needed to run it again."""
     loss: float
-    """Test loss of the pruned model, nats per token."""
+    """Test loss of the pruned model, in nats: per token for language models, per example for classifiers."""
     sparsity: float
-    passkey: float | None
     layers: list[str]
     records: list[StepRecord]
     events: list[SwapEvent]
     patterns: Mapping[str, BlockPattern]
     savings: Mapping[str, float]
+    quality: Mapping[str, float] = field(default_factory=dict)
+    """What else tells how good the model is, name -> share in [0, 1]: accuracy, passkeys found."""
     dense: DenseRun | None = None
     cache: CacheComparison | None = None
 
@@ -81,7 +83,7 @@ class RunReport:
             "setup": dict(self.setup),
             "loss": self.loss,
             "sparsity": self.sparsity,
-            "passkey": self.passkey,
+            "quality": dict(self.quality),
             "step_seconds": self.step_seconds(),
             "verdicts": self.verdicts(),
             "savings": dict(self.savings),
@@ -142,15 +144,10 @@ class RunReport:
         by_layer = {event.layer: event for event in self.events}
         rows = "\n".join(_layer_row(name, self.patterns.get(name), by_layer.get(name)) for name in self.layers)
         savings = "\n".join(f"| {key} | {value:.4g} |" for key, value in self.savings.items())
-        passkey = ""
-        if self.passkey is not None:
-            dense = (
-                f", dense fine-tune {self.dense.passkey:.0%}" if self.dense and self.dense.passkey is not None else ""
-            )
-            passkey = f"- Passkey accuracy {self.passkey:.0%}{dense}.\n"
         verdicts = "".join(f"- {line}\n" for line in self.verdicts())
+        quality = "".join(f"- {self._quality_line(name, value)}\n" for name, value in self.quality.items())
         return (
-            f"# Attention pruning report\n\n{verdicts}{passkey}\n![Run](report.png)\n\n"
+            f"# Attention pruning report\n\n{verdicts}{quality}\n![Run](report.png)\n\n"
             f"## Step time\n\n| phase | median s |\n| --- | ---: |\n{times}\n\n"
             f"## Estimated savings\n\n| what | value |\n| --- | ---: |\n{savings}\n\n"
             "## Layers\n\n| layer | sparsity | settled at | now | dense ms | sparse ms |\n"
@@ -158,12 +155,17 @@ class RunReport:
             f"## Setup\n\n| what | value |\n| --- | --- |\n{setup}\n"
         )
 
+    def _quality_line(self, name: str, value: float) -> str:
+        dense = self.dense.quality.get(name) if self.dense is not None else None
+        beside = "" if dense is None else f", dense fine-tune {dense:.1%}"
+        return f"{name.capitalize()} {value:.1%}{beside}."
+
     def _draw(self, path: Path) -> None:
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=(15, 12), layout="constrained")
         grid = figure.add_gridspec(3, 2, height_ratios=(1, 1, 1.9))
-        loss = figure.add_subplot(grid[0, 0], title="Training loss", xlabel="step", ylabel="nats per token")
+        loss = figure.add_subplot(grid[0, 0], title="Training loss", xlabel="step", ylabel="nats")
         if self.dense is not None:
             loss.plot(*_curve(self.dense.records, "loss"), label="dense", color="#9aa3b2")
         loss.plot(*_curve(self.records, "loss"), label="pruned", color="#1d4e89")
