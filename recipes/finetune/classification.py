@@ -1,0 +1,178 @@
+"""The base of the recipes that tell classes apart: module and data."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from sparse_prune.recipes.finetune.loader import ResumableDataLoader
+from sparse_prune.recipes.finetune.module import FineTuneModule
+from torch import Tensor
+from torch.nn import functional as F
+from torchmetrics.classification import MulticlassAccuracy
+from typing_extensions import override
+
+Example = dict[str, Tensor]
+"""Inputs by name, and `labels`, int64, ()."""
+SPLITS = ("train", "val", "test")
+
+
+class ClassificationModule(FineTuneModule):
+    """Trains a classifier by cross-entropy; logs loss (nats per example) and accuracy of validation and test.
+
+    Args:
+        model: What is trained.
+        num_classes: Classes.
+        learning_rate: As for `FineTuneModule`, like the rest.
+        warmup_steps: Optimizer steps.
+        weight_decay: AdamW's decay.
+        train_only: Regular expression.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        num_classes: int,
+        learning_rate: float,
+        warmup_steps: int,
+        weight_decay: float,
+        train_only: str | None,
+    ) -> None:
+        super().__init__(model, learning_rate, warmup_steps, weight_decay, train_only)
+        if num_classes < 2:
+            raise ValueError(f"`num_classes` must be at least 2, got {num_classes}. Give examples of more classes.")
+        self.accuracy = torch.nn.ModuleDict(
+            {split: MulticlassAccuracy(num_classes, average="micro") for split in ("val", "test")}
+        )
+
+    def logits(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Of a batch without its labels, (batch, num_classes)."""
+        return torch.as_tensor(self.model(**batch).logits)
+
+    @override
+    def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
+        loss, _, _ = self._loss(batch)
+        self.log("train/loss", loss, prog_bar=True)
+        return loss
+
+    @override
+    def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
+        self._watch(batch, "val")
+
+    @override
+    def test_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
+        self._watch(batch, "test")
+
+    def _watch(self, batch: Mapping[str, Tensor], split: str) -> None:
+        loss, logits, labels = self._loss(batch)
+        accuracy = self.accuracy[split]
+        accuracy(logits, labels)
+        self.log(f"{split}/loss", loss, prog_bar=True, sync_dist=True, batch_size=len(labels))
+        self.log(f"{split}/accuracy", accuracy, prog_bar=True, batch_size=len(labels))
+
+    def _loss(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        labels = batch["labels"]
+        logits = self.logits({name: value for name, value in batch.items() if name != "labels"})
+        return F.cross_entropy(logits.float(), labels), logits, labels
+
+
+class ClassificationDataModule(pl.LightningDataModule, ABC):
+    """Examples in three splits; a new order of the training examples per seed, the same in every epoch.
+
+    Args:
+        batch_size: Examples per batch.
+        counts: Split -> most examples.
+        seed: Order of the examples.
+
+    Raises:
+        ValueError: If a count is not positive.
+    """
+
+    def __init__(self, batch_size: int, counts: Mapping[str, int], seed: int) -> None:
+        super().__init__()
+        wanted = {"batch_size": batch_size} | {f"{split}_examples": counts[split] for split in SPLITS}
+        for name, value in wanted.items():
+            if value < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {value}.")
+        self.batch_size, self.counts, self.seed = batch_size, dict(counts), seed
+        self.examples: dict[str, list[Example]] = {}
+        """Split -> examples."""
+
+    @property
+    @abstractmethod
+    def num_classes(self) -> int:
+        """Classes, known before `setup`."""
+
+    @abstractmethod
+    def make(self, split: str, count: int) -> list[Example]:
+        """Up to `count` examples of a split, in order."""
+
+    @override
+    def setup(self, stage: str) -> None:
+        if self.examples:
+            return
+        for split in SPLITS:
+            self.examples[split] = self.make(split, self.counts[split])
+            if not self.examples[split]:
+                raise ValueError(f"The {split} split must hold at least one example, got none. Give more data.")
+        random.Random(self.seed).shuffle(self.examples["train"])
+
+    def _loader(self, split: str) -> ResumableDataLoader:
+        return ResumableDataLoader(self.examples[split], batch_size=self.batch_size)  # type: ignore[arg-type]
+
+    @override
+    def train_dataloader(self) -> ResumableDataLoader:
+        return self._loader("train")
+
+    @override
+    def val_dataloader(self) -> ResumableDataLoader:
+        return self._loader("val")
+
+    @override
+    def test_dataloader(self) -> ResumableDataLoader:
+        return self._loader("test")
+
+
+def split_by_name(names: Sequence[str], held_out_share: float) -> dict[str, list[str]]:
+    """Split -> names, by the order of their hashes: validation and test get `held_out_share` each, at least one.
+
+    Args:
+        names: Of documents or examples; at least three.
+        held_out_share: In (0, 0.5).
+
+    Raises:
+        ValueError: If the share is out of range or there are fewer than three names.
+    """
+    if not 0.0 < held_out_share < 0.5:
+        raise ValueError(f"`held_out_share` must lie in (0, 0.5), got {held_out_share}.")
+    if len(names) < len(SPLITS):
+        raise ValueError(f"Every class must have at least 3 documents, got {list(names)}. Give more.")
+    ordered = sorted(names, key=lambda name: hashlib.sha256(name.encode()).digest())
+    held = max(1, round(held_out_share * len(ordered)))
+    return {"val": ordered[:held], "test": ordered[held : 2 * held], "train": ordered[2 * held :]}
+
+
+def hub_rows(name: str, columns: tuple[str, str]) -> tuple[Any, str, str]:
+    """The training split of a hub data set, and the names of its input and label columns.
+
+    Args:
+        name: `NAME[:CONFIG[:INPUT[:LABEL]]]`.
+        columns: Input and label column where the name gives none.
+
+    Raises:
+        ValueError: If there is no such column; the message lists what there is.
+    """
+    from datasets import load_dataset
+
+    data_set, config, *given = [*name.split(":"), "", "", ""][:4]
+    found = [one or other for one, other in zip(given, columns, strict=True)]
+    rows = load_dataset(data_set, config or None, split="train")
+    for column in found:
+        if column not in rows.column_names:
+            raise ValueError(f"`data` must name columns of {data_set!r} ({rows.column_names}), got {column!r}.")
+    return rows, found[0], found[1]

@@ -1,0 +1,163 @@
+"""Labelled text, padded to one length."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sysconfig
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+
+import torch
+from sparse_prune.recipes.finetune.classification import (
+    ClassificationDataModule,
+    Example,
+    hub_rows,
+    split_by_name,
+)
+from sparse_prune.recipes.finetune.pretrained import load_tokenizer
+from typing_extensions import override
+
+_SKIPPED = {"site-packages", "test", "tests", "idlelib", "lib2to3", "encodings", "__pycache__"}
+_STDLIB_CLASSES = 8
+Documents = dict[str, dict[str, str]]
+"""Label -> name -> text."""
+
+
+class LabelledTextDataModule(ClassificationDataModule):
+    """Chunks of labelled documents. Whole documents are held out; classes take turns, so that they are balanced.
+
+    Args:
+        tokenizer: A model, as `locate` takes it.
+        data: "stdlib" (from which of the largest packages of the Python standard library do these lines come?), a .csv
+            or .jsonl file with the columns text and label, or `hub:NAME[:CONFIG[:TEXT[:LABEL]]]` for the training split
+            of a hub data set.
+        max_length: Tokens of an example, special tokens included. Shorter ones are padded.
+        batch_size: Examples per batch.
+        train_examples: Most examples to train on.
+        val_examples: Most examples of the validation documents.
+        test_examples: Most examples of the test documents.
+        chunks_per_document: Most examples of one document; the rest of a longer one is left out.
+        held_out_share: Share of a class's documents in validation and in test, each, in (0, 0.5).
+        seed: Order of the training examples.
+
+    Raises:
+        FileNotFoundError: If the file is not there.
+        ValueError: If a number is out of range, a column is missing, or a class has fewer than three documents.
+    """
+
+    def __init__(
+        self,
+        tokenizer: str,
+        data: str = "stdlib",
+        max_length: int = 256,
+        batch_size: int = 16,
+        train_examples: int = 2000,
+        val_examples: int = 200,
+        test_examples: int = 400,
+        chunks_per_document: int = 16,
+        held_out_share: float = 0.15,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(batch_size, {"train": train_examples, "val": val_examples, "test": test_examples}, seed)
+        for name, value in (("max_length", max_length), ("chunks_per_document", chunks_per_document)):
+            if value < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {value}.")
+        self.tokenizer_name, self.data, self.max_length = tokenizer, data, max_length
+        self.chunks_per_document, self.held_out_share = chunks_per_document, held_out_share
+
+    @cached_property
+    def documents(self) -> Documents:
+        """Label -> name -> text."""
+        return load_labelled(self.data)
+
+    @property
+    @override
+    def num_classes(self) -> int:
+        return len(self.documents)
+
+    @override
+    def make(self, split: str, count: int) -> list[Example]:
+        tokenizer = load_tokenizer(self.tokenizer_name)
+        queues = []
+        for label, documents in enumerate(self.documents.values()):
+            names = split_by_name(list(documents), self.held_out_share)[split]
+            queues.append(self._examples(tokenizer, [documents[name] for name in names], label))
+        found: list[Example] = []
+        while queues and len(found) < count:
+            rounds = [(queue, next(queue, None)) for queue in queues]
+            queues = [queue for queue, example in rounds if example is not None]
+            found += [example for _, example in rounds if example is not None]
+        return found[:count]
+
+    def _examples(self, tokenizer: object, texts: list[str], label: int) -> Iterator[Example]:
+        """Chunks of a class's documents, one of each document in turn."""
+        queues = [islice(self._chunks(tokenizer, text), self.chunks_per_document) for text in texts]
+        while queues:
+            rounds = [(queue, next(queue, None)) for queue in queues]
+            queues = [queue for queue, chunk in rounds if chunk is not None]
+            for _, chunk in rounds:
+                if chunk is not None:
+                    yield chunk | {"labels": torch.tensor(label)}
+
+    def _chunks(self, tokenizer: object, text: str) -> Iterator[Example]:
+        encoded = tokenizer(  # type: ignore[operator]
+            text,
+            max_length=self.max_length,
+            truncation=True,
+            padding="max_length",
+            return_overflowing_tokens=True,
+            return_tensors="pt",
+            verbose=False,
+        )
+        for ids, mask in zip(encoded["input_ids"], encoded["attention_mask"], strict=True):
+            yield {"input_ids": ids, "attention_mask": mask}
+
+
+def load_labelled(data: str) -> Documents:
+    """Label -> name -> text; see `LabelledTextDataModule` for what `data` may be. Labels are in order of their names."""
+    if data == "stdlib":
+        found = _stdlib()
+    elif data.startswith("hub:"):
+        rows, text, label = hub_rows(data.removeprefix("hub:"), ("text", "label"))
+        found = _by_label([(str(row[label]), row[text]) for row in rows])
+    else:
+        found = _by_label(_read(Path(data).expanduser()))
+    return dict(sorted(found.items()))
+
+
+def _by_label(rows: list[tuple[str, str]]) -> Documents:
+    found: Documents = defaultdict(dict)
+    for index, (label, text) in enumerate(rows):
+        if text.strip():
+            found[label][str(index)] = text
+    return found
+
+
+def _read(path: Path) -> list[tuple[str, str]]:
+    if path.suffix not in (".csv", ".jsonl"):
+        raise ValueError(f"`data` must be 'stdlib', hub:NAME, or a .csv or .jsonl file, got {str(path)!r}.")
+    if not path.is_file():
+        raise FileNotFoundError(f"`data` must be an existing file, got {str(path)!r}. Check the path.")
+    with open(path, newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file)) if path.suffix == ".csv" else [json.loads(line) for line in file if line.strip()]
+    for number, row in enumerate(rows, start=1):
+        if "text" not in row or "label" not in row:
+            raise ValueError(f"`data` must have the columns text and label, got {sorted(row)} in row {number}.")
+    return [(str(row["label"]), str(row["text"])) for row in rows]
+
+
+def _stdlib() -> Documents:
+    """The packages with the most files."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    files = [f.relative_to(root) for f in root.rglob("*.py") if not _SKIPPED & set(f.relative_to(root).parts)]
+    largest = Counter(f.parts[0] for f in files if len(f.parts) > 1).most_common(_STDLIB_CLASSES)
+    found: Documents = {package: {} for package, _ in largest}
+    for file in sorted(files):
+        text = (root / file).read_text(encoding="utf-8", errors="replace")
+        if file.parts[0] in found and text.strip():
+            found[file.parts[0]][str(file)] = text
+    return found

@@ -1,0 +1,1 @@
+"""Image classification: a vision transformer, pretrained or from scratch."""
