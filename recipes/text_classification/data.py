@@ -143,7 +143,9 @@ def _read(path: Path) -> list[tuple[str, str]]:
     if not path.is_file():
         raise FileNotFoundError(f"`data` must be an existing file, got {str(path)!r}. Check the path.")
     with open(path, newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file)) if path.suffix == ".csv" else [json.loads(line) for line in file if line.strip()]
+        rows = (
+            list(csv.DictReader(file)) if path.suffix == ".csv" else [json.loads(line) for line in file if line.strip()]
+        )
     for number, row in enumerate(rows, start=1):
         if "text" not in row or "label" not in row:
             raise ValueError(f"`data` must have the columns text and label, got {sorted(row)} in row {number}.")

@@ -1,0 +1,1 @@
+"""The command that lists the recipes, copies one for editing, and runs one."""

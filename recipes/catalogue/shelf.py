@@ -1,0 +1,64 @@
+"""The recipes that are there, and copies of them."""
+
+from __future__ import annotations
+
+import ast
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+
+_PACKAGE = "sparse_prune.recipes"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A package with a command line and configurations."""
+
+    name: str
+    folder: Path
+    description: str
+    """First line of the package's docstring."""
+    configs: tuple[str, ...]
+
+    @property
+    def package(self) -> str:
+        """What `python -m` runs."""
+        return f"{_PACKAGE}.{self.name}"
+
+
+def recipes() -> dict[str, Recipe]:
+    """Name -> recipe."""
+    found = {}
+    for folder in sorted(Path(str(files(_PACKAGE))).iterdir()):
+        configs = tuple(sorted(path.stem for path in folder.glob("*.yaml")))
+        if configs and (folder / "cli.py").is_file():
+            docstring = ast.get_docstring(ast.parse((folder / "__init__.py").read_text(encoding="utf-8"))) or ""
+            found[folder.name] = Recipe(folder.name, folder, docstring.partition("\n")[0], configs)
+    return found
+
+
+def copy(recipe: Recipe, target: Path) -> list[Path]:
+    """Copy code and configurations into a new folder, a package of that name that imports its own modules.
+
+    Args:
+        recipe: What to copy.
+        target: The new folder; its name is the new package's.
+
+    Returns:
+        The files written.
+
+    Raises:
+        FileExistsError: If the folder is there already.
+        ValueError: If its name cannot be a package's.
+    """
+    if not target.name.isidentifier():
+        raise ValueError(f"`folder` must end in a name that Python can import, got {target.name!r}. Try my_recipe.")
+    if target.exists():
+        raise FileExistsError(f"`folder` must not exist yet, got {str(target)!r}. Name another, or remove it.")
+    target.mkdir(parents=True)
+    written = []
+    for source in sorted([*recipe.folder.glob("*.py"), *recipe.folder.glob("*.yaml")]):
+        text = source.read_text(encoding="utf-8").replace(recipe.package, target.name)
+        (target / source.name).write_text(text, encoding="utf-8")
+        written.append(target / source.name)
+    return written

@@ -1,0 +1,68 @@
+"""The Lightning module: a vision transformer with a classification head."""
+
+from __future__ import annotations
+
+import torch
+from sparse_prune.recipes.finetune.classification import ClassificationModule
+from sparse_prune.recipes.finetune.pretrained import locate
+
+
+class VisionModule(ClassificationModule):
+    """Fine-tunes `AutoModelForImageClassification`, or trains a ViT from scratch.
+
+    Args:
+        num_classes: Classes; the data's.
+        image_size: Pixels per side; the data's.
+        model: As `locate` takes it (sparse_prune.recipes.finetune.pretrained); the head is new where it does not fit.
+            None trains a ViT of the next four numbers from scratch.
+        patch_size: Pixels per side of a patch.
+        width: Size of the hidden state.
+        layers: Layers.
+        heads: Attention heads per layer.
+        learning_rate: Peak of AdamW's rate; warmed up linearly, then constant.
+        warmup_steps: Optimizer steps of warm-up.
+        weight_decay: AdamW's decay.
+        train_only: Regular expression; parameters whose name it does not match are frozen. None trains all.
+
+    Raises:
+        ValueError: If `image_size` is not the model's own, or not a multiple of `patch_size`.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        image_size: int,
+        model: str | None = None,
+        patch_size: int = 4,
+        width: int = 64,
+        layers: int = 4,
+        heads: int = 4,
+        learning_rate: float = 1e-3,
+        warmup_steps: int = 0,
+        weight_decay: float = 0.01,
+        train_only: str | None = None,
+    ) -> None:
+        from transformers import AutoModelForImageClassification, ViTConfig, ViTForImageClassification
+
+        if model is None:
+            if image_size % patch_size:
+                raise ValueError(f"`image_size` must be a multiple of `patch_size`, got {image_size} and {patch_size}.")
+            config = ViTConfig(
+                image_size=image_size,
+                patch_size=patch_size,
+                hidden_size=width,
+                intermediate_size=4 * width,
+                num_hidden_layers=layers,
+                num_attention_heads=heads,
+                num_labels=num_classes,
+            )
+            vit = ViTForImageClassification(config)
+        else:
+            where, options = locate(model)
+            vit = AutoModelForImageClassification.from_pretrained(
+                where, dtype=torch.float32, num_labels=num_classes, ignore_mismatched_sizes=True, **options
+            )
+            if getattr(vit.config, "image_size", image_size) != image_size:
+                raise ValueError(f"`data.image_size` must be {vit.config.image_size} for {model}, got {image_size}.")
+        super().__init__(vit.train(), num_classes, learning_rate, warmup_steps, weight_decay, train_only)
+        self.save_hyperparameters()
