@@ -46,9 +46,8 @@ class ClassificationModule(FineTuneModule):
         super().__init__(model, learning_rate, warmup_steps, weight_decay, train_only)
         if num_classes < 2:
             raise ValueError(f"`num_classes` must be at least 2, got {num_classes}. Give examples of more classes.")
-        self.accuracy = torch.nn.ModuleDict(
-            {split: MulticlassAccuracy(num_classes, average="micro") for split in ("val", "test")}
-        )
+        self.val_accuracy = MulticlassAccuracy(num_classes, average="micro")
+        self.test_accuracy = MulticlassAccuracy(num_classes, average="micro")
 
     def logits(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Of a batch without its labels, (batch, num_classes)."""
@@ -62,15 +61,14 @@ class ClassificationModule(FineTuneModule):
 
     @override
     def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
-        self._watch(batch, "val")
+        self._watch(batch, "val", self.val_accuracy)
 
     @override
     def test_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
-        self._watch(batch, "test")
+        self._watch(batch, "test", self.test_accuracy)
 
-    def _watch(self, batch: Mapping[str, Tensor], split: str) -> None:
+    def _watch(self, batch: Mapping[str, Tensor], split: str, accuracy: MulticlassAccuracy) -> None:
         loss, logits, labels = self._loss(batch)
-        accuracy = self.accuracy[split]
         accuracy(logits, labels)
         self.log(f"{split}/loss", loss, prog_bar=True, sync_dist=True, batch_size=len(labels))
         self.log(f"{split}/accuracy", accuracy, prog_bar=True, batch_size=len(labels))

@@ -61,6 +61,13 @@ class FineTuneCLI(LightningCLI):
         """What the report says of model and data, from the configuration of `fit`."""
         return {}
 
+    def before_fit(self) -> None:
+        """The run and its dense twin start with the same random numbers, whatever was drawn before."""
+        self._seed()
+
+    def _seed(self) -> None:
+        pl.seed_everything(int(self.config["fit"]["seed_everything"] or 0), verbose=False)
+
     def after_fit(self) -> None:
         """Test, repeat the run without pruning if asked, and write the report."""
         if not self.trainer.is_global_zero or self.trainer.interrupted:
@@ -98,7 +105,7 @@ class FineTuneCLI(LightningCLI):
         return tested.pop("loss"), tested | quality
 
     def _dense_run(self, folder: Path) -> DenseRun:
-        pl.seed_everything(int(self.config["fit"]["seed_everything"] or 0))
+        self._seed()
         # The command line adds entries of its own to the hyperparameters.
         given = {name: value for name, value in self.model.hparams.items() if not name.startswith("_")}
         module = type(self.model)(**given)
@@ -121,6 +128,7 @@ class FineTuneCLI(LightningCLI):
             **settings, callbacks=[history], logger=logger, enable_checkpointing=False, log_every_n_steps=1
         )
         before, _ = self._test(trainer, module)
+        self._seed()
         trainer.fit(module, datamodule=self.datamodule)
         after, quality = self._test(trainer, module)
         return DenseRun(before, after, history.records, quality)

@@ -84,9 +84,7 @@ def _read(folder: Path, split: str, count: int) -> list[tuple[tuple[str, ...], i
             tokens = tuple(token for token in (row.get("Source") or "").split() if token not in "()")
             unknown = [token for token in tokens if token not in VOCABULARY]
             if unknown or not tokens or not (row.get("Target") or "").isdigit():
-                raise ValueError(
-                    f"{path} must hold ListOps in Source and a digit in Target, got {row} in line {number}."
-                )
+                raise ValueError(f"{path} must hold ListOps in Source, a digit in Target, got line {number}: {row}.")
             found.append((tokens, int(row["Target"])))
             if len(found) == count:
                 break

@@ -1,8 +1,8 @@
 """Expressions of ListOps, by the rules that Long Range Arena publishes.
 
-Nested lists of digits under MIN, MAX, MED (the median, rounded down) and SM (the sum modulo 10). An element is a list with
-probability 0.25, above the deepest level, and has 2 to `max_args` elements (arXiv:2011.04006, section 2.2.1, and the generator
-lra_benchmarks/data/listops.py of the benchmark's repository; the task is of arXiv:1804.06028).
+Nested lists of digits under MIN, MAX, MED (the median, rounded down) and SM (the sum modulo 10). An element is a list
+with probability 0.25, above the deepest level; a list has 2 to `max_args` elements (arXiv:2011.04006 and its generator,
+lra_benchmarks/data/listops.py in github.com/google-research/long-range-arena; the task is of arXiv:1804.06028).
 """
 
 from __future__ import annotations
@@ -58,7 +58,8 @@ def generate(count: int, rules: Rules, seed: int) -> list[tuple[tuple[str, ...],
         rules: Their bounds.
         seed: The same seed gives the same expressions.
     """
-    chance, found = random.Random(seed), {}
+    chance = random.Random(seed)
+    found: dict[tuple[str, ...], int] = {}
     while len(found) < count:
         tokens: list[str] = []
         try:

@@ -83,4 +83,4 @@ class ListOpsModule(ClassificationModule):
 
     @override
     def logits(self, batch: Mapping[str, Tensor]) -> Tensor:
-        return self(batch["input_ids"])
+        return self.forward(batch["input_ids"])

@@ -118,7 +118,7 @@ class LabelledTextDataModule(ClassificationDataModule):
 
 
 def load_labelled(data: str) -> Documents:
-    """Label -> name -> text; see `LabelledTextDataModule` for what `data` may be. Labels are in order of their names."""
+    """Label -> name -> text, labels in order; see `LabelledTextDataModule` for what `data` may be."""
     if data == "stdlib":
         found = _stdlib()
     elif data.startswith("hub:"):

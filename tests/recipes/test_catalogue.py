@@ -1,0 +1,73 @@
+"""`sparse-prune recipes`: list, copy, run."""
+
+import subprocess
+import sys
+
+import pytest
+from sparse_prune.recipes.catalogue import cli
+from sparse_prune.recipes.catalogue.shelf import copy, recipes
+
+from sparse_prune.__main__ import main
+
+
+def test_every_recipe_is_listed_with_its_configurations(capsys):
+    main(["recipes"])
+    printed = capsys.readouterr().out
+    assert list(recipes()) == ["causal_lm", "long_range", "text_classification", "vision"]
+    for recipe in recipes().values():
+        assert f"{recipe.name}\n  {recipe.description}" in printed
+        assert recipe.description.endswith(".")
+        assert "quickstart" in recipe.configs
+        for name in recipe.configs:
+            assert name in printed
+
+
+def test_a_copy_is_what_runs(tmp_path, capsys):
+    main(["recipes", "copy", "long_range", str(tmp_path / "mine")])
+    assert "python -m mine fit --config quickstart" in capsys.readouterr().out
+    module = tmp_path / "mine" / "module.py"
+    assert "sparse_prune.recipes.long_range" not in module.read_text()
+    module.write_text(module.read_text().replace("classes = 10", "classes = 10; print('edited')"))
+    (tmp_path / "mine" / "quickstart.yaml").write_text(
+        (tmp_path / "mine" / "quickstart.yaml").read_text().replace("max_steps: 300", "max_steps: 1")
+    )
+    command = [sys.executable, "-m", "mine", "fit", "--config", "quickstart", "--compare_dense", "false"]
+    sizes = [
+        "--data.train_examples",
+        "16",
+        "--data.val_examples",
+        "4",
+        "--data.test_examples",
+        "4",
+        "--trainer.logger",
+        "false",
+    ]
+    done = subprocess.run([*command, *sizes], cwd=tmp_path, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "edited" in done.stdout
+    assert "Report: " in done.stdout
+
+
+def test_a_copy_overwrites_nothing(tmp_path, capsys):
+    recipe = recipes()["vision"]
+    (tmp_path / "there").mkdir()
+    with pytest.raises(FileExistsError, match="must not exist yet"):
+        copy(recipe, tmp_path / "there")
+    with pytest.raises(ValueError, match="a name that Python can import, got 'my-recipe'"):
+        copy(recipe, tmp_path / "my-recipe")
+    with pytest.raises(SystemExit):
+        main(["recipes", "copy", "vision", str(tmp_path / "there")])
+    assert "must not exist yet" in capsys.readouterr().err
+
+
+def test_run_hands_over_to_the_recipe(capsys):
+    with pytest.raises(SystemExit) as done:
+        cli.main(["run", "vision", "--config", "quickstart", "--trainer.max_steps", "7", "--print_config"])
+    assert done.value.code in (0, None)
+    assert "max_steps: 7" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        cli.main(["run", "nothing", "--config", "quickstart"])
+    assert "invalid choice: 'nothing'" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        cli.main(["list", "--what"])
+    assert "unrecognized arguments: --what" in capsys.readouterr().err

