@@ -4,10 +4,19 @@ if __name__ != "sparse_prune.callbacks":
     raise ImportError("Import this package as `sparse_prune.callbacks`, after `pip install -e .`.")
 
 from sparse_prune.callbacks.attention_pruning import AttentionPruning
+from sparse_prune.callbacks.checkpoints import newest_checkpoint
 from sparse_prune.callbacks.kernel_swap import KernelSwap, SwapEvent
 from sparse_prune.callbacks.sparsity_logger import SparsityLogger
 from sparse_prune.callbacks.wandb_fallback import FallbackWandbLogger
 
 from sparse_prune.distillation import Distillation
 
-__all__ = ["AttentionPruning", "Distillation", "FallbackWandbLogger", "KernelSwap", "SparsityLogger", "SwapEvent"]
+__all__ = [
+    "AttentionPruning",
+    "Distillation",
+    "FallbackWandbLogger",
+    "KernelSwap",
+    "SparsityLogger",
+    "SwapEvent",
+    "newest_checkpoint",
+]

@@ -6,6 +6,7 @@ from sparse_prune.recipes.causal_lm.pretrained import load_model
 from sparse_prune.recipes.finetune.module import FineTuneModule
 from sparse_prune.recipes.finetune.pretrained import load_tokenizer
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from typing_extensions import override
 
 from sparse_prune.passkey import passkey_accuracy
@@ -24,6 +25,7 @@ class CausalLMModule(FineTuneModule):
         train_only: Regular expression; parameters whose name it does not match are frozen. None trains all.
         gradient_checkpointing: Recompute activations in the backward pass.
         passkey_prompts: Passkey prompts per validation, each as long as a validation sequence. 0: none.
+        compile: Compile the model with torch.compile; the graph breaks at attention until a layer is swapped to Triton.
 
     Raises:
         ValueError: If a value is out of range or `train_only` matches nothing.
@@ -38,6 +40,7 @@ class CausalLMModule(FineTuneModule):
         train_only: str | None = None,
         gradient_checkpointing: bool = False,
         passkey_prompts: int = 0,
+        compile: bool = False,
     ) -> None:
         if passkey_prompts < 0:
             raise ValueError(f"`passkey_prompts` must be at least 0, got {passkey_prompts}.")
@@ -46,6 +49,18 @@ class CausalLMModule(FineTuneModule):
         self.tokenizer = load_tokenizer(model) if passkey_prompts else None
         if gradient_checkpointing:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
+
+    @override
+    def configure_model(self) -> None:
+        """Under `ModelParallelStrategy`, shard every layer, then the rest (FSDP2); compile what is then there."""
+        mesh = self.device_mesh["data_parallel"] if self.device_mesh is not None else None
+        if mesh is not None and not isinstance(self.model, FSDPModule):
+            kinds = set(getattr(self.model, "_no_split_modules", None) or ())
+            for layer in [module for module in self.model.modules() if type(module).__name__ in kinds]:
+                fully_shard(layer, mesh=mesh)
+            fully_shard(self.model, mesh=mesh)
+        if self.hparams["compile"] and self.model._compiled_call_impl is None:
+            self.model.compile()
 
     def _loss(self, input_ids: Tensor) -> Tensor:
         longest = getattr(self.model.config, "max_position_embeddings", None)
