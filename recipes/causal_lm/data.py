@@ -12,7 +12,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from sparse_prune.recipes.finetune.loader import ResumableDataLoader
+from sparse_prune.recipes.finetune.loader import ResumableDataLoader, loader_of
 from sparse_prune.recipes.finetune.pretrained import load_tokenizer
 from torch import Tensor
 from typing_extensions import override
@@ -103,7 +103,7 @@ class TextDataModule(pl.LightningDataModule):
         return torch.tensor(tokens[: found * self.context_length]).view(found, self.context_length)
 
     def _loader(self, split: str) -> ResumableDataLoader:
-        return ResumableDataLoader(self.sequences[split], batch_size=self.batch_size)  # type: ignore[arg-type]
+        return loader_of(self, self.sequences[split], self.batch_size)
 
     @override
     def train_dataloader(self) -> ResumableDataLoader:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from sparse_prune.recipes.finetune.loader import ResumableDataLoader
+from sparse_prune.recipes.finetune.loader import ResumableDataLoader, loader_of
 from sparse_prune.recipes.finetune.module import FineTuneModule
 from torch import Tensor
 from torch.nn import functional as F
@@ -121,7 +121,7 @@ class ClassificationDataModule(pl.LightningDataModule, ABC):
         random.Random(self.seed).shuffle(self.examples["train"])
 
     def _loader(self, split: str) -> ResumableDataLoader:
-        return ResumableDataLoader(self.examples[split], batch_size=self.batch_size)  # type: ignore[arg-type]
+        return loader_of(self, self.examples[split], self.batch_size)
 
     @override
     def train_dataloader(self) -> ResumableDataLoader:
