@@ -102,12 +102,11 @@ def probe_blocks(
         if attn_mask is not None:
             mask = mask & attn_mask.expand(-1, -1, q_len, kv_len)[:, :, start:stop, :seen]
         weights = torch.softmax(logits.masked_fill(~mask, torch.finfo(torch.float32).min), -1) * mask
-        padded = F.pad(weights, (0, num_blocks(seen, block_kv) * block_kv - seen))
-        mass = (
-            padded.view(batch, heads, stop - start, -1, block_kv).sum(-1).double()
-        )  # (batch, num_heads, rows, kv_blocks)
+        width = num_blocks(seen, block_kv)
+        padded = F.pad(weights, (0, width * block_kv - seen))
+        # (batch, num_heads, rows, width); every size is given, for a batch may be empty
+        mass = padded.view(batch, heads, stop - start, width, block_kv).sum(-1).double()
         valid = mask.any(-1).any(1).expand(batch, -1)  # (batch, rows)
-        width = mass.shape[-1]
         sums[0, :, row, :width] = mass.sum((0, 2))
         sums[1, :, row, :width] = mass.square().sum((0, 2))
         sums[2, :, row, :width] = mass.amax(2).sum(0)

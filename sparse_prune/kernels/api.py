@@ -119,6 +119,8 @@ def block_sparse_attention(
         raise ValueError(f"`backend` must be one of {sorted(BACKENDS)}, got {backend!r}.")
     options = options or AttentionOptions()
     _check(query, key, value, pattern, options)
+    if not query.shape[0]:  # no sequences, nothing to tile: the reference takes any shape
+        backend = "reference"
     return BACKENDS[backend](query, key, value, pattern, options)
 
 

@@ -5,8 +5,10 @@ import resource
 
 import pytest
 import torch
+from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.plugins.precision import MixedPrecision
-from sparse_prune.callbacks import KernelSwap
+from sparse_prune.callbacks import KernelSwap, newest_checkpoint
+from test_other_models import LanguageModule
 from tiny import LENGTH, TinyModule, batches, pruning, trainer
 from torch.utils.data import DataLoader
 
@@ -129,3 +131,41 @@ def test_full_disk_is_reported_and_training_goes_on(tmp_path, caplog):
     assert "No frame of the pattern history was written" in caplog.text
     assert "patterns were not written" in caplog.text
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+def test_a_batch_of_no_sequences_is_nothing_to_decide_by(tmp_path):
+    """transformers' models refuse such a batch themselves; those that take it go on, probed, masked and sparse."""
+
+    class Empty(LanguageModule):
+        def training_step(self, batch, batch_idx):
+            if self.trainer.global_step not in (0, 3, 11):
+                return super().training_step(batch, batch_idx)
+            return self.model(batch[:0, :-1]).sum() * 0.0
+
+    data = torch.randint(0, 32, (64, LENGTH + 1), generator=torch.Generator().manual_seed(1))
+    callback = pruning()
+    fit = trainer(tmp_path, [callback, KernelSwap("gather")])
+    fit.fit(Empty(), DataLoader(data, batch_size=2))
+    assert fit.global_step == 12
+    assert callback.pruner.total_sparsity == pytest.approx(0.4, abs=0.01)
+    for state in callback.pruner.layers.values():
+        assert state.layer.mode == "sparse"
+        assert torch.isfinite(state.scores.value()[:, state.layer.pattern.possible]).all()
+
+
+def test_a_checkpoint_that_does_not_fit_on_the_disk_ends_the_run_and_leaves_the_one_before(tmp_path):
+    saver = ModelCheckpoint(tmp_path / "kept", save_top_k=-1, every_n_train_steps=2, filename="{step}")
+    first = trainer(tmp_path, [pruning(), KernelSwap("gather"), saver], steps=2, enable_checkpointing=True)
+    first.fit(TinyModule(), batches())
+    whole = (tmp_path / "kept" / "step=2.ckpt").read_bytes()
+    saver = ModelCheckpoint(tmp_path / "kept", save_top_k=-1, every_n_train_steps=2, filename="{step}")
+    run = trainer(tmp_path, [pruning(), KernelSwap("gather"), saver], steps=4, enable_checkpointing=True)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            run.fit(TinyModule(), batches(), ckpt_path=tmp_path / "kept" / "step=2.ckpt")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert newest_checkpoint(tmp_path / "kept").name == "step=2.ckpt"
+    assert (tmp_path / "kept" / "step=2.ckpt").read_bytes() == whole
