@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
+from sparse_prune.export.folder import whole_folder
+
 _PACKAGE = "sparse_prune.recipes"
 
 
@@ -55,10 +57,9 @@ def copy(recipe: Recipe, target: Path) -> list[Path]:
         raise ValueError(f"`folder` must end in a name that Python can import, got {target.name!r}. Try my_recipe.")
     if target.exists():
         raise FileExistsError(f"`folder` must not exist yet, got {str(target)!r}. Name another, or remove it.")
-    target.mkdir(parents=True)
-    written = []
-    for source in sorted([*recipe.folder.glob("*.py"), *recipe.folder.glob("*.yaml")]):
-        text = source.read_text(encoding="utf-8").replace(recipe.package, target.name)
-        (target / source.name).write_text(text, encoding="utf-8")
-        written.append(target / source.name)
-    return written
+    sources = sorted([*recipe.folder.glob("*.py"), *recipe.folder.glob("*.yaml")])
+    with whole_folder(target) as folder:
+        for source in sources:
+            text = source.read_text(encoding="utf-8").replace(recipe.package, target.name)
+            (folder / source.name).write_text(text, encoding="utf-8")
+    return [target / source.name for source in sources]

@@ -10,9 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import pytorch_lightning as pl
 import torch
-from sparse_prune.recipes.finetune.loader import ResumableDataLoader, loader_of
+from sparse_prune.recipes.finetune.loader import SplitDataModule
 from sparse_prune.recipes.finetune.pretrained import load_tokenizer
 from torch import Tensor
 from typing_extensions import override
@@ -21,7 +20,7 @@ _HUB = "hub:"
 _SKIPPED = {"site-packages", "test", "tests", "idlelib", "lib2to3", "__pycache__"}
 
 
-class TextDataModule(pl.LightningDataModule):
+class TextDataModule(SplitDataModule):
     """Documents, split by name into training, validation and test, joined by the end-of-text token and cut.
 
     Whole documents are held out, so no sequence of one split continues a document of another.
@@ -54,15 +53,15 @@ class TextDataModule(pl.LightningDataModule):
         held_out_share: float = 0.1,
         seed: int = 0,
     ) -> None:
-        super().__init__()
-        counts = {"context_length": context_length, "batch_size": batch_size, "train_sequences": train_sequences}
+        super().__init__(batch_size)
+        counts = {"context_length": context_length, "train_sequences": train_sequences}
         for name, value in (counts | {"val_sequences": val_sequences, "test_sequences": test_sequences}).items():
             if value < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {value}.")
         if not 0.0 < held_out_share < 0.5:
             raise ValueError(f"`held_out_share` must lie in (0, 0.5), got {held_out_share}.")
         self.tokenizer_name, self.text = tokenizer, text
-        self.context_length, self.batch_size = context_length, batch_size
+        self.context_length = context_length
         self.wanted = {"train": train_sequences, "val": val_sequences, "test": test_sequences}
         self.held_out_share, self.seed = held_out_share, seed
         self.sequences: dict[str, Tensor] = {}
@@ -102,20 +101,9 @@ class TextDataModule(pl.LightningDataModule):
             )
         return torch.tensor(tokens[: found * self.context_length]).view(found, self.context_length)
 
-    def _loader(self, split: str) -> ResumableDataLoader:
-        return loader_of(self, self.sequences[split], self.batch_size)
-
     @override
-    def train_dataloader(self) -> ResumableDataLoader:
-        return self._loader("train")
-
-    @override
-    def val_dataloader(self) -> ResumableDataLoader:
-        return self._loader("val")
-
-    @override
-    def test_dataloader(self) -> ResumableDataLoader:
-        return self._loader("test")
+    def examples_of(self, split: str) -> Tensor:
+        return self.sequences[split]
 
 
 def load_documents(text: str | list[str]) -> dict[str, str]:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import random
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import pytorch_lightning as pl
 import torch
-from sparse_prune.recipes.finetune.loader import ResumableDataLoader, loader_of
+from sparse_prune.recipes.finetune.loader import SplitDataModule
 from sparse_prune.recipes.finetune.module import FineTuneModule
 from torch import Tensor
 from torch.nn import functional as F
@@ -79,7 +78,7 @@ class ClassificationModule(FineTuneModule):
         return F.cross_entropy(logits.float(), labels), logits, labels
 
 
-class ClassificationDataModule(pl.LightningDataModule, ABC):
+class ClassificationDataModule(SplitDataModule):
     """Examples in three splits; a new order of the training examples per seed, the same in every epoch.
 
     Args:
@@ -92,12 +91,11 @@ class ClassificationDataModule(pl.LightningDataModule, ABC):
     """
 
     def __init__(self, batch_size: int, counts: Mapping[str, int], seed: int) -> None:
-        super().__init__()
-        wanted = {"batch_size": batch_size} | {f"{split}_examples": counts[split] for split in SPLITS}
-        for name, value in wanted.items():
-            if value < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {value}.")
-        self.batch_size, self.counts, self.seed = batch_size, dict(counts), seed
+        super().__init__(batch_size)
+        for split in SPLITS:
+            if counts[split] < 1:
+                raise ValueError(f"`{split}_examples` must be at least 1, got {counts[split]}.")
+        self.counts, self.seed = dict(counts), seed
         self.examples: dict[str, list[Example]] = {}
         """Split -> examples."""
 
@@ -120,20 +118,9 @@ class ClassificationDataModule(pl.LightningDataModule, ABC):
                 raise ValueError(f"The {split} split must hold at least one example, got none. Give more data.")
         random.Random(self.seed).shuffle(self.examples["train"])
 
-    def _loader(self, split: str) -> ResumableDataLoader:
-        return loader_of(self, self.examples[split], self.batch_size)
-
     @override
-    def train_dataloader(self) -> ResumableDataLoader:
-        return self._loader("train")
-
-    @override
-    def val_dataloader(self) -> ResumableDataLoader:
-        return self._loader("val")
-
-    @override
-    def test_dataloader(self) -> ResumableDataLoader:
-        return self._loader("test")
+    def examples_of(self, split: str) -> list[Example]:
+        return self.examples[split]
 
 
 def split_by_name(names: Sequence[str], held_out_share: float) -> dict[str, list[str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from itertools import islice
 from typing import Any
@@ -35,16 +36,45 @@ class ResumableDataLoader(DataLoader[Tensor]):
         self._skip = state["served"]
 
 
-def loader_of(data: pl.LightningDataModule, examples: Any, batch_size: int) -> ResumableDataLoader:
-    """Examples in their order. Processes share them in turns, so that n of them take together what one would take.
+class SplitDataModule(pl.LightningDataModule, ABC):
+    """Data in the splits "train", "val" and "test", loaded in their order.
 
-    Left alone, Lightning would shuffle what it hands to several processes.
+    Processes share the examples in turns, so that n of them take together what one would take; left alone, Lightning
+    would shuffle what it hands to several processes.
 
     Args:
-        data: Tells by its trainer how many processes there are.
-        examples: What is loaded.
         batch_size: Examples per batch and process.
+
+    Raises:
+        ValueError: If it is not positive.
     """
-    shares = data.trainer.distributed_sampler_kwargs if data.trainer is not None else None
-    sampler = DistributedSampler(examples, shuffle=False, **shares) if shares is not None else None
-    return ResumableDataLoader(examples, batch_size=batch_size, sampler=sampler)
+
+    def __init__(self, batch_size: int) -> None:
+        super().__init__()
+        if batch_size < 1:
+            raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
+        self.batch_size = batch_size
+
+    @abstractmethod
+    def examples_of(self, split: str) -> Any:
+        """What a loader takes, after `setup`."""
+
+    def _loader(self, split: str) -> ResumableDataLoader:
+        examples = self.examples_of(split)
+        shares = self.trainer.distributed_sampler_kwargs if self.trainer is not None else None
+        sampler: DistributedSampler[Any] | None = None
+        if shares is not None:
+            sampler = DistributedSampler(examples, shuffle=False, **shares)
+        return ResumableDataLoader(examples, batch_size=self.batch_size, sampler=sampler)
+
+    @override
+    def train_dataloader(self) -> ResumableDataLoader:
+        return self._loader("train")
+
+    @override
+    def val_dataloader(self) -> ResumableDataLoader:
+        return self._loader("val")
+
+    @override
+    def test_dataloader(self) -> ResumableDataLoader:
+        return self._loader("test")

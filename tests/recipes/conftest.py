@@ -5,7 +5,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "callbacks"))
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "callbacks")]
 
 
 @pytest.fixture(scope="session")

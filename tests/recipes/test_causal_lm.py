@@ -4,6 +4,7 @@ import sys
 import pytest
 import torch
 import yaml
+from settings import pruning_callbacks, run_settings
 from sparse_prune.recipes.causal_lm.cli import main
 from sparse_prune.recipes.causal_lm.data import TextDataModule, load_documents
 from sparse_prune.recipes.causal_lm.module import CausalLMModule
@@ -121,45 +122,11 @@ def test_passkey_accuracy_wants_every_token(tiny_model, wrong):
 
 @pytest.fixture
 def config(tiny_model, text, tmp_path):
-    settings = {
-        "seed_everything": 0,
-        "compare_dense": True,
-        "export": str(tmp_path / "exported"),
-        "model": {"model": tiny_model, "learning_rate": 1e-3, "passkey_prompts": 1},
-        "data": {"text": text, "context_length": 256, "train_sequences": 20, "val_sequences": 1, "test_sequences": 1},
-        "trainer": {
-            "accelerator": "cpu",
-            "max_steps": 8,
-            "val_check_interval": 8,
-            "check_val_every_n_epoch": None,
-            "num_sanity_val_steps": 0,
-            "log_every_n_steps": 1,
-            "enable_checkpointing": False,
-            "enable_progress_bar": False,
-            "default_root_dir": str(tmp_path / "run"),
-            "logger": {
-                "class_path": "pytorch_lightning.loggers.CSVLogger",
-                "init_args": {"save_dir": str(tmp_path / "run"), "name": "", "version": ""},
-            },
-            "callbacks": [
-                {"class_path": "sparse_prune.recipes.finetune.history.RunHistory"},
-                {
-                    "class_path": "sparse_prune.callbacks.AttentionPruning",
-                    "init_args": {
-                        "sparsity": {
-                            "class_path": "sparse_prune.CubicSchedule",
-                            "init_args": {"final": 0.5, "end_step": 3},
-                        },
-                        "block_size": 32,
-                        "every_n_steps": 1,
-                        "min_delta": 0.5,
-                        "patience": 1,
-                    },
-                },
-                {"class_path": "sparse_prune.callbacks.KernelSwap", "init_args": {"backend": "gather"}},
-            ],
-        },
-    }
+    model = {"model": tiny_model, "learning_rate": 1e-3, "passkey_prompts": 1}
+    data = {"text": text, "context_length": 256, "train_sequences": 20, "val_sequences": 1, "test_sequences": 1}
+    more = {"compare_dense": True, "export": str(tmp_path / "exported")}
+    settings = run_settings(tmp_path / "run", model, data, pruning_callbacks(block=32, final=0.5), **more)
+    settings["trainer"] |= {"val_check_interval": 8, "check_val_every_n_epoch": None}
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(settings))
     return path

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from settings import pruning_callbacks, run_settings
 from sparse_prune.recipes.finetune.classification import split_by_name
 from sparse_prune.recipes.long_range.cli import main as long_range
 from sparse_prune.recipes.long_range.data import CLS, PAD, VOCABULARY, ListOpsDataModule
@@ -202,43 +203,8 @@ def test_padding_does_not_change_what_the_encoder_says():
 
 
 def config(folder, model, data, block, steps=8, **more):
-    settings = {
-        "seed_everything": 0,
-        "compare_dense": True,
-        "model": model,
-        "data": data,
-        "trainer": {
-            "accelerator": "cpu",
-            "max_steps": steps,
-            "num_sanity_val_steps": 0,
-            "log_every_n_steps": 1,
-            "enable_checkpointing": False,
-            "enable_progress_bar": False,
-            "default_root_dir": str(folder / "run"),
-            "logger": {
-                "class_path": "pytorch_lightning.loggers.CSVLogger",
-                "init_args": {"save_dir": str(folder / "run"), "name": "", "version": ""},
-            },
-            "callbacks": [
-                {"class_path": "sparse_prune.recipes.finetune.history.RunHistory"},
-                {
-                    "class_path": "sparse_prune.callbacks.AttentionPruning",
-                    "init_args": {
-                        "sparsity": {
-                            "class_path": "sparse_prune.CubicSchedule",
-                            "init_args": {"final": 0.4, "end_step": 3},
-                        },
-                        "block_size": block,
-                        "every_n_steps": 1,
-                        "min_delta": 0.5,
-                        "patience": 1,
-                    },
-                },
-                {"class_path": "sparse_prune.callbacks.KernelSwap", "init_args": {"backend": "gather"}},
-            ],
-        },
-        **more,
-    }
+    callbacks = pruning_callbacks(block, final=0.4)
+    settings = run_settings(folder / "run", model, data, callbacks, steps, compare_dense=True, **more)
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(settings))
     return path
