@@ -124,8 +124,13 @@ def test_offline_wandb_run_holds_metrics_pictures_artifact_and_summary(tmp_path,
     assert artifacts[-1] == {"latest", "final"}
     assert all(aliases == {"latest"} for aliases in artifacts[:-1])
     assert len(artifacts) >= 2
-    assert metrics["val/loss"].summary.min
-    assert "trainer/global_step" in metrics
+    for key, wanted in sparsity_logger.SUMMARIES.items():
+        summaries = {name for name in ("min", "max", "mean", "last") if getattr(metrics[key].summary, name)}
+        assert summaries == set(wanted.split(","))
+        assert metrics[key].step_metric == "trainer/global_step"
+    # Every other key: W&B's client matches this one.
+    assert metrics["*"].step_metric == "trainer/global_step"
+    assert metrics["*"].options.step_sync
 
 
 def test_speed_is_what_the_steps_took(tmp_path):
@@ -136,6 +141,17 @@ def test_speed_is_what_the_steps_took(tmp_path):
     for row in speeds:
         # Two batches of two sequences of 64 tokens make a step.
         assert row["time/tokens_per_second"] == pytest.approx(256 / row["time/step_seconds"], rel=1e-6)
+
+
+def test_swaps_are_marked_on_the_curves_of_the_speed(tmp_path):
+    fit(tmp_path, CSVLogger(tmp_path, name="", version=""))
+    rows = read_csv(tmp_path)
+    swaps = {row["step"] for row in rows if "swap/sparse_layers" in row}
+    assert swaps
+    for key in ("time/step_seconds", "time/tokens_per_second"):
+        speed = {row["step"]: row[key] for row in rows if key in row}
+        marks = {row["step"]: row[f"{key}_at_swap"] for row in rows if f"{key}_at_swap" in row}
+        assert marks == {step: speed[step] for step in swaps}
 
 
 def test_the_table_has_a_row_per_head(tmp_path):
