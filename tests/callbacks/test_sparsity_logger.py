@@ -1,5 +1,6 @@
 import json
 import logging
+import time
 
 import pytest
 import torch
@@ -96,20 +97,30 @@ def read_leveldb_log(path, block=2**15):
             record = b""
 
 
+def read_wandb_file(path, seconds=30.0):
+    """The records of a finished run. W&B's client writes the last block a moment after `finish` returns."""
+    from wandb.proto import wandb_internal_pb2
+
+    deadline = time.monotonic() + seconds
+    while True:
+        records = [wandb_internal_pb2.Record() for _ in (found := list(read_leveldb_log(path)))]
+        for record, data in zip(records, found, strict=True):
+            record.ParseFromString(data)
+        if any(record.WhichOneof("record_type") == "exit" for record in records) or time.monotonic() > deadline:
+            return records
+        time.sleep(0.1)
+
+
 @pytest.mark.slow
 def test_offline_wandb_run_holds_metrics_pictures_artifact_and_summary(tmp_path, monkeypatch):
     pytest.importorskip("wandb")
-    from wandb.proto import wandb_internal_pb2
-
     monkeypatch.setenv("WANDB_SILENT", "true")
     logger = WandbLogger(project="test", save_dir=tmp_path, offline=True)
     fit(tmp_path, logger, val_check_interval=4)
     logger.experiment.finish()
     (file,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
     keys, summary, artifacts, metrics = set(), set(), [], {}
-    for data in read_leveldb_log(file):
-        record = wandb_internal_pb2.Record()
-        record.ParseFromString(data)
+    for record in read_wandb_file(file):
         keys |= {item.key or "/".join(item.nested_key) for item in record.history.item}
         summary |= {item.key or "/".join(item.nested_key) for item in record.summary.update}
         for artifact in (record.request.log_artifact.artifact, record.artifact):

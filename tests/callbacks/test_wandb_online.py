@@ -134,7 +134,6 @@ def test_a_server_that_fails_in_mid_run_slows_and_loses_nothing(whole, tmp_path,
             (tmp_path / "paused").unlink()
 
         Thread(target=disturb, daemon=True).start()
-        # The client asks again for longer than the one second that is allowed on top of an undisturbed run.
         output, losses, waited = run(tmp_path, server.url, id="broken", pause_at=4, upload_seconds=2.0, finish=4.0)
         assert losses == whole[2], output
         assert waited < whole[3] + 1.0

@@ -122,14 +122,8 @@ def test_a_run_without_patterns_or_twin_still_has_a_page(tmp_path):
 def test_a_browser_draws_it(run, tmp_path):
     main([str(run[0]), "--output", str(tmp_path / "page.html")])
     assert BROWSER, "CI must install Chromium: see .ci/run"
-    quiet = [
-        "disable-quic",
-        "no-first-run",
-        "disable-background-networking",
-        "disable-component-update",
-        "disable-sync",
-    ]
-    headless = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", *(f"--{flag}" for flag in quiet)]
+    headless = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
+    headless += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
     headless += ["--virtual-time-budget=3000", "--host-resolver-rules=MAP * ~NOTFOUND"]
     headless += [f"--user-data-dir={tmp_path / 'profile'}"]
     page = (tmp_path / "page.html").as_uri()
