@@ -103,9 +103,7 @@ def read_wandb_file(path, seconds=30.0):
 
     deadline = time.monotonic() + seconds
     while True:
-        records = [wandb_internal_pb2.Record() for _ in (found := list(read_leveldb_log(path)))]
-        for record, data in zip(records, found, strict=True):
-            record.ParseFromString(data)
+        records = [wandb_internal_pb2.Record.FromString(data) for data in read_leveldb_log(path)]
         if any(record.WhichOneof("record_type") == "exit" for record in records) or time.monotonic() > deadline:
             return records
         time.sleep(0.1)
