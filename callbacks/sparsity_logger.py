@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 import pytorch_lightning as pl
 from pytorch_lightning.loggers import Logger, TensorBoardLogger, WandbLogger
 from pytorch_lightning.utilities import rank_zero_only
-from sparse_prune.callbacks.atlas import LEGEND, Picture, draw_layer, views
+from sparse_prune.callbacks.atlas import LEGEND, LayerView, Picture, draw_layer, views
 from sparse_prune.callbacks.atlas_frame import framed_atlas
 from sparse_prune.callbacks.kernel_swap import KernelSwap, SwapEvent, find_pruning
 from sparse_prune.callbacks.pattern_history import save_frame
@@ -139,10 +139,9 @@ class SparsityLogger(pl.Callback):
             log.warning("No frame of the pattern history was written at step %d: %r", trainer.global_step, error)
         if self.images and any(_takes_pictures(logger) for logger in trainer.loggers):
             scores = {name: pruner.layers[name].scores.value() for name in patterns}
-            picture = framed_atlas(views(patterns, scores, self._drawn))
+            layers, step = views(patterns, scores, self._drawn), _step(trainer)
             self._drawn = {name: pattern.keep for name, pattern in patterns.items()}
-            log_picture = partial(_log_image, key="patterns/atlas", picture=picture, step=_step(trainer))
-            self._each(trainer, partial(log_picture, caption=LEGEND))
+            self._each(trainer, partial(_log_atlas, layers=layers, step=step))
 
     def _draw(self, trainer: pl.Trainer, patterns: dict[str, BlockPattern], index: dict[str, int]) -> None:
         if self.images and trainer.is_global_zero:
@@ -331,6 +330,11 @@ def _log_image(logger: Logger, key: str, picture: Picture, step: int, caption: s
         logger.log_image(key, [picture], step=step, caption=[caption])
     elif isinstance(logger, TensorBoardLogger):
         logger.experiment.add_image(key, picture, step, dataformats="HWC")
+
+
+def _log_atlas(logger: Logger, layers: Sequence[LayerView], step: int) -> None:
+    if _takes_pictures(logger):
+        _log_image(logger, "patterns/atlas", framed_atlas(layers), step, LEGEND)
 
 
 def _describe_metrics(logger: Logger) -> None:

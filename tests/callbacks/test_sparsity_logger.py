@@ -1,5 +1,6 @@
 import json
 import logging
+import sys
 import time
 
 import pytest
@@ -236,6 +237,13 @@ def test_failing_logger_is_reported_once_and_stops_nothing(tmp_path, caplog):
     assert set().union(*read_csv(tmp_path)) >= EXPECTED - {"val/loss"}
 
 
+def test_missing_pillow_stops_nothing(tmp_path, monkeypatch, caplog):
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    callback = fit(tmp_path, TensorBoardLogger(tmp_path, name="", version=""))
+    assert not callback.pruner.open_layers
+    assert caplog.text.count("TensorBoardLogger failed and gets no more sparsity logs") == 1
+
+
 def test_no_logger_is_fine(tmp_path):
     assert fit(tmp_path, False).report is not None
 
@@ -253,7 +261,6 @@ def test_savings_follow_from_the_pattern():
 
 def test_importing_needs_no_wandb():
     import subprocess
-    import sys
 
     code = "import sys; sys.modules['wandb'] = None; import sparse_prune, sparse_prune.callbacks; print('ok')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
