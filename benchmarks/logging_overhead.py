@@ -32,14 +32,19 @@ LAYERS, HEADS, KV_HEADS, BLOCKS, BLOCK = 30, 9, 3, 32, 64
 
 
 class TimedLogger(SparsityLogger):
-    """Adds up what its hooks take."""
+    """Adds up what its hooks take: metrics, pictures, history; and the end of a run, patterns and table included."""
 
-    seconds = 0.0
+    seconds = end_seconds = 0.0
 
     def on_train_batch_end(self, *args: Any) -> None:
         start = time.perf_counter()
         super().on_train_batch_end(*args)
         self.seconds += time.perf_counter() - start
+
+    def on_fit_end(self, *args: Any) -> None:
+        start = time.perf_counter()
+        super().on_fit_end(*args)
+        self.end_seconds = time.perf_counter() - start
 
 
 class Made(pl.LightningModule):
@@ -68,7 +73,7 @@ class Made(pl.LightningModule):
 
 
 def measure(steps: int, kind: str) -> dict[str, float]:
-    """Milliseconds per step and per decision."""
+    """Milliseconds per step and per decision, seconds at the end, and the step of which that is 1 %, in seconds."""
     pruning, logger = AttentionPruning(LinearSchedule(final=0.7, end_step=10 * steps)), TimedLogger()
     with tempfile.TemporaryDirectory() as folder:
         loggers: list[Logger] = [CSVLogger(folder, name="", version="")]
@@ -82,7 +87,12 @@ def measure(steps: int, kind: str) -> dict[str, float]:
         if kind == "wandb":
             loggers[-1].experiment.finish()
     decisions = -(-steps // pruning.every_n_steps)
-    return {"ms_per_step": 1e3 * logger.seconds / steps, "ms_per_decision": 1e3 * logger.seconds / decisions}
+    return {
+        "ms_per_step": 1e3 * logger.seconds / steps,
+        "ms_per_decision": 1e3 * logger.seconds / decisions,
+        "end_seconds": logger.end_seconds,
+        "one_percent_of_seconds": 100 * logger.seconds / steps,
+    }
 
 
 def main() -> None:

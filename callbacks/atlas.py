@@ -21,6 +21,8 @@ KEPT = (29, 78, 137)
 KEPT_STRONG = (8, 32, 72)
 REGROWN = (240, 150, 40)
 LOST = (222, 120, 140)
+LEAST = 1e-12
+"""Scores below it look like it: the colour scale is logarithmic."""
 
 LEGEND = (
     "A column per layer, a row per head; in each, query blocks downwards, key blocks to the right. "
@@ -79,24 +81,31 @@ def views(
     return [LayerView(pattern, scores.get(name), before.get(name)) for name, pattern in patterns.items()]
 
 
+def score_range(layers: Sequence[LayerView]) -> tuple[float, float] | None:
+    """Lowest and highest score of a kept block: the ends of the colour scale. None where no scores are known."""
+    kept = [v.scores.cpu()[v.pattern.keep].float().numpy() for v in layers if v.scores is not None and _fits(v)]
+    known = np.concatenate([part[np.isfinite(part)] for part in kept]) if kept else np.zeros(0, dtype=np.float32)
+    if not known.size:
+        return None
+    return max(float(known.min()), LEAST), max(float(known.max()), LEAST)
+
+
+def _fits(view: LayerView) -> bool:
+    return view.scores is not None and view.scores.shape == view.pattern.keep.shape
+
+
 def _strengths(layers: Sequence[LayerView]) -> list[np.ndarray[Any, np.dtype[np.float32]] | None]:
     """Scores on one scale for the whole picture, in [0, 1]: their logarithm between the kept blocks' extremes."""
-    logs = [None if v.scores is None else np.log(np.maximum(v.scores.float().cpu().numpy(), 1e-12)) for v in layers]
-    kept = [
-        log[view.pattern.keep.numpy()]
-        for log, view in zip(logs, layers, strict=True)
-        if log is not None and log.shape == tuple(view.pattern.keep.shape)
-    ]
-    finite = np.concatenate([k[np.isfinite(k)] for k in kept]) if kept else np.zeros(0, dtype=np.float32)
-    if not finite.size:
+    ends = score_range(layers)
+    if ends is None:
         return [None] * len(layers)
-    low, high = float(finite.min()), float(finite.max())
+    low, high = np.log(ends)
     span = max(high - low, 1e-6)
     return [
-        None
-        if log is None or log.shape != tuple(view.pattern.keep.shape)
-        else np.clip((log - low) / span, 0.0, 1.0).astype(np.float32)
-        for log, view in zip(logs, layers, strict=True)
+        np.clip((np.log(np.maximum(v.scores.float().cpu().numpy(), LEAST)) - low) / span, 0.0, 1.0).astype(np.float32)
+        if v.scores is not None and _fits(v)
+        else None
+        for v in layers
     ]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,8 @@ from typing import Any
 import pytorch_lightning as pl
 from pytorch_lightning.loggers import Logger, TensorBoardLogger, WandbLogger
 from pytorch_lightning.utilities import rank_zero_only
-from sparse_prune.callbacks.atlas import LEGEND, Picture, draw_atlas, draw_layer, views
+from sparse_prune.callbacks.atlas import LEGEND, LayerView, Picture, draw_layer, views
+from sparse_prune.callbacks.atlas_frame import framed_atlas
 from sparse_prune.callbacks.kernel_swap import KernelSwap, SwapEvent, find_pruning
 from sparse_prune.callbacks.pattern_history import save_frame
 from sparse_prune.callbacks.uploads import Uploads
@@ -38,8 +39,8 @@ class SparsityLogger(pl.Callback):
     Shares are in [0, 1]. Keys: prune/threshold, prune/requested, sparsity/total, sparsity/layer_NN,
     settle/change_layer_NN, settle/min_delta (the line under which a layer settles), mass/kept, mass/kept_layer_NN,
     swap/layer_NN (1 = sparse, 0 = back to dense), swap/sparse_layers, time/step_seconds and time/tokens_per_second
-    (of this process, every `Trainer.log_every_n_steps`), savings/attention_flops, savings/attention_flops_share,
-    savings/kv_bytes, savings/kv_share.
+    (of this process, every `Trainer.log_every_n_steps`; with _at_swap the last of them again, to mark swaps on the
+    curve), savings/attention_flops, savings/attention_flops_share, savings/kv_bytes, savings/kv_share.
 
     W&B and TensorBoard also get pictures: patterns/atlas (all layers and heads: scores, kept, pruned and regrown
     blocks) while patterns move, patterns/layer_NN when a layer settles and at the end. W&B gets the table
@@ -97,6 +98,7 @@ class SparsityLogger(pl.Callback):
         fresh = swaps[self._logged_swaps :]
         if fresh:
             metrics |= swap_metrics(fresh, swaps, index) | {"sparsity/total": pruner.total_sparsity}
+            metrics |= self._clock.at_swap()
             self._logged_swaps = len(swaps)
             settled = {event.layer for event in fresh}
             self._draw(trainer, {n: p for n, p in pruner.patterns.items() if n in settled}, index)
@@ -137,10 +139,9 @@ class SparsityLogger(pl.Callback):
             log.warning("No frame of the pattern history was written at step %d: %r", trainer.global_step, error)
         if self.images and any(_takes_pictures(logger) for logger in trainer.loggers):
             scores = {name: pruner.layers[name].scores.value() for name in patterns}
-            picture = draw_atlas(views(patterns, scores, self._drawn))
+            layers, step = views(patterns, scores, self._drawn), _step(trainer)
             self._drawn = {name: pattern.keep for name, pattern in patterns.items()}
-            log_picture = partial(_log_image, key="patterns/atlas", picture=picture, step=_step(trainer))
-            self._each(trainer, partial(log_picture, caption=LEGEND))
+            self._each(trainer, partial(_log_atlas, layers=layers, step=step))
 
     def _draw(self, trainer: pl.Trainer, patterns: dict[str, BlockPattern], index: dict[str, int]) -> None:
         if self.images and trainer.is_global_zero:
@@ -200,6 +201,7 @@ class _StepClock:
         self._seconds = 0.0
         self._tokens = 0
         self._step: int | None = None  # optimizer step at the last log
+        self._last: dict[str, float] = {}  # what was logged then
 
     def start(self) -> None:
         self._start = time.perf_counter()
@@ -216,9 +218,16 @@ class _StepClock:
         steps = trainer.global_step - self._step
         if steps < max(1, trainer.log_every_n_steps) or not self._seconds:  # type: ignore[attr-defined]
             return {}
-        metrics = {"time/step_seconds": self._seconds / steps, "time/tokens_per_second": self._tokens / self._seconds}
+        self._last = {
+            "time/step_seconds": self._seconds / steps,
+            "time/tokens_per_second": self._tokens / self._seconds,
+        }
         self._step, self._seconds, self._tokens = trainer.global_step, 0.0, 0
-        return metrics
+        return self._last.copy()
+
+    def at_swap(self) -> dict[str, float]:
+        """The last speed again under keys of its own: marks of the swap on the curves of the speed."""
+        return {f"{key}_at_swap": value for key, value in self._last.items()}
 
 
 def decision_metrics(report: PruneReport, index: dict[str, int], min_delta: float) -> dict[str, float]:
@@ -321,6 +330,11 @@ def _log_image(logger: Logger, key: str, picture: Picture, step: int, caption: s
         logger.log_image(key, [picture], step=step, caption=[caption])
     elif isinstance(logger, TensorBoardLogger):
         logger.experiment.add_image(key, picture, step, dataformats="HWC")
+
+
+def _log_atlas(logger: Logger, layers: Sequence[LayerView], step: int) -> None:
+    if _takes_pictures(logger):
+        _log_image(logger, "patterns/atlas", framed_atlas(layers), step, LEGEND)
 
 
 def _describe_metrics(logger: Logger) -> None:

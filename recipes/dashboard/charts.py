@@ -22,6 +22,8 @@ class Chart:
     top: float | None = None
     """End of the y axis, which then starts at 0."""
     log: bool = False
+    marks: tuple[str, ...] = ()
+    """Those of `keys` that are events: points instead of lines."""
 
 
 @dataclass(frozen=True)
@@ -72,9 +74,19 @@ SECTIONS = (
         "Speed and savings",
         "What did it save? A step gets faster where layers are swapped; FLOPs and KV bytes are estimates.",
         (
-            Chart("Step time", ("time/step_seconds",), unit="s"),
+            Chart(
+                "Step time (points: layers swapped)",
+                ("time/step_seconds", "time/step_seconds_at_swap"),
+                unit="s",
+                marks=("time/step_seconds_at_swap",),
+            ),
             Chart("Layers on sparse kernels over time", ("swap/sparse_layers",), unit="layers"),
-            Chart("Tokens per second", ("time/tokens_per_second",), unit="tokens/s"),
+            Chart(
+                "Tokens per second (points: layers swapped)",
+                ("time/tokens_per_second", "time/tokens_per_second_at_swap"),
+                unit="tokens/s",
+                marks=("time/tokens_per_second_at_swap",),
+            ),
             Chart(
                 "Share saved", ("savings/attention_flops_share", "savings/kv_share"), unit="share, estimate", top=1.0
             ),

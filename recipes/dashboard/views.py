@@ -48,7 +48,7 @@ def workspace(target: Target, name: str) -> ws.Workspace:
     sections = [
         ws.Section(
             name=section.name,
-            panels=[panel(chart) for chart in section.charts],
+            panels=[panel(chart, target.shown) for chart in section.charts],
             is_open=True,
             layout_settings=ws.SectionLayoutSettings(columns=1 if section.name == "Patterns" else 3, rows=2),
             panel_settings=ws.SectionPanelSettings(x_axis=AXIS),
@@ -79,7 +79,7 @@ def report(target: Target, title: str, online: bool = True) -> wr.Report:
     blocks: list[Any] = [wr.TableOfContents()]
     for section in SECTIONS:
         runs = wr.Runset(**where, name="Runs", filters=target.filters)
-        grid = wr.PanelGrid(runsets=[runs], panels=list(_laid_out(section.charts)))
+        grid = wr.PanelGrid(runsets=[runs], panels=list(_laid_out(section.charts, target.shown)))
         blocks += [wr.H2(section.name), wr.P(section.question), grid]
     return wr.Report(
         entity=target.entity,
@@ -91,8 +91,8 @@ def report(target: Target, title: str, online: bool = True) -> wr.Report:
     )
 
 
-def panel(chart: Chart) -> Any:
-    """A chart as W&B's panel."""
+def panel(chart: Chart, runs: Sequence[str] = ()) -> Any:
+    """A chart as W&B's panel; W&B styles a line per run, so marks are points only for `runs` that are named."""
     if chart.kind == "number":
         return wr.ScalarChart(title=chart.title, metric=wr.SummaryMetric(chart.keys[0]))
     if chart.kind == "pictures":
@@ -108,16 +108,17 @@ def panel(chart: Chart) -> Any:
         title_y=chart.unit,
         range_y=(0.0, chart.top) if chart.top is not None else (None, None),
         log_y=chart.log or None,
+        line_marks={f"{run}:{key}": "points" for run in runs for key in chart.marks} or None,
     )
 
 
-def _laid_out(charts: Sequence[Chart]) -> Iterator[Any]:
+def _laid_out(charts: Sequence[Chart], runs: Sequence[str]) -> Iterator[Any]:
     """Panels with their places: three to a row, pictures and tables over the whole width."""
     x = y = 0
     for chart in charts:
         wide = chart.kind in ("pictures", "table")
         width, height = (WIDTH, 16) if wide else (WIDTH // 3, 4 if chart.kind == "number" else 8)
-        placed = panel(chart)
+        placed = panel(chart, runs)
         placed.layout = wr.Layout(x=x, y=y, w=width, h=height)
         yield placed
         x += width

@@ -116,6 +116,11 @@ def _charts(logs: RunLogs) -> list[dict[str, Any]]:
                 ("KV cache", metrics.get("savings/kv_share", []), "second"),
             ],
         ),
+        (
+            "Attention FLOPs saved", "per pass, estimate",
+            [("saved", metrics.get("savings/attention_flops", []), "main")],
+        ),
+        ("KV cache saved", "bytes, estimate", [("saved", metrics.get("savings/kv_bytes", []), "main")]),
     ]  # fmt: skip
     charts = []
     for title, unit, lines in wanted:

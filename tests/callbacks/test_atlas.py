@@ -1,7 +1,8 @@
 import numpy as np
 import torch
 from sparse_prune.callbacks import atlas
-from sparse_prune.callbacks.atlas import LayerView, draw_atlas, draw_layer, views
+from sparse_prune.callbacks.atlas import LayerView, draw_atlas, draw_layer, score_range, views
+from sparse_prune.callbacks.atlas_frame import BOTTOM, LEFT, TOP, framed_atlas
 
 from sparse_prune import BlockPattern
 
@@ -52,3 +53,32 @@ def test_thirty_layers_of_nine_heads_fit_on_a_screen():
     height, width, _ = draw_atlas([LayerView(layer)] * 30).shape
     assert height < 700
     assert width < 2100
+
+
+def test_the_scale_goes_from_the_lowest_to_the_highest_kept_score():
+    now = pattern([1, 1], [1, 0], causal=False)
+    scores = torch.tensor([[[0.01, 0.9], [torch.inf, 5.0]]])
+    assert score_range(views({"a": now}, {"a": scores})) == (np.float32(0.01), np.float32(0.9))
+    assert score_range(views({"a": now})) is None
+    assert score_range(views({"a": now}, {"a": torch.ones(1, 3, 3)})) is None
+
+
+def test_the_frame_keeps_the_atlas_and_adds_numbers_and_the_colour_scale():
+    layers = [LayerView(BlockPattern.dense(3, 256, 256, 8, True), torch.rand(3, 32, 32) + 0.1)] * 12
+    bare, framed = draw_atlas(layers), framed_atlas(layers)
+    height, width, _ = bare.shape
+    assert framed.shape == (TOP + height + BOTTOM, LEFT + width, 3)
+    assert (framed[TOP : TOP + height, LEFT : LEFT + width] == bare).all()
+    for number in range(12):  # each layer and each head has its number
+        assert framed[:TOP, LEFT + number * 66 : LEFT + number * 66 + 64].min() < 200
+    for number in range(3):
+        assert framed[TOP + number * 66 : TOP + number * 66 + 64, :LEFT].min() < 200
+    below = framed[TOP + height :].reshape(-1, 3).tolist()
+    for colour in (atlas.KEPT_WEAK, atlas.KEPT_STRONG, atlas.PRUNED, atlas.REGROWN, atlas.LOST):
+        assert below.count(list(colour)) >= 10
+
+
+def test_the_frame_of_unknown_scores_and_of_few_or_no_layers():
+    kept = framed_atlas([LayerView(pattern([1, 0], [1, 1]))])
+    assert list(atlas.KEPT) in kept[-BOTTOM:].reshape(-1, 3).tolist()
+    assert framed_atlas([]).shape[0] == TOP + 1 + BOTTOM

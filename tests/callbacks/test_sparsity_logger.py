@@ -1,5 +1,7 @@
 import json
 import logging
+import sys
+import time
 
 import pytest
 import torch
@@ -96,20 +98,28 @@ def read_leveldb_log(path, block=2**15):
             record = b""
 
 
+def read_wandb_file(path, seconds=30.0):
+    """The records of a finished run. W&B's client writes the last block a moment after `finish` returns."""
+    from wandb.proto import wandb_internal_pb2
+
+    deadline = time.monotonic() + seconds
+    while True:
+        records = [wandb_internal_pb2.Record.FromString(data) for data in read_leveldb_log(path)]
+        if any(record.WhichOneof("record_type") == "exit" for record in records) or time.monotonic() > deadline:
+            return records
+        time.sleep(0.1)
+
+
 @pytest.mark.slow
 def test_offline_wandb_run_holds_metrics_pictures_artifact_and_summary(tmp_path, monkeypatch):
     pytest.importorskip("wandb")
-    from wandb.proto import wandb_internal_pb2
-
     monkeypatch.setenv("WANDB_SILENT", "true")
     logger = WandbLogger(project="test", save_dir=tmp_path, offline=True)
     fit(tmp_path, logger, val_check_interval=4)
     logger.experiment.finish()
     (file,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
     keys, summary, artifacts, metrics = set(), set(), [], {}
-    for data in read_leveldb_log(file):
-        record = wandb_internal_pb2.Record()
-        record.ParseFromString(data)
+    for record in read_wandb_file(file):
         keys |= {item.key or "/".join(item.nested_key) for item in record.history.item}
         summary |= {item.key or "/".join(item.nested_key) for item in record.summary.update}
         for artifact in (record.request.log_artifact.artifact, record.artifact):
@@ -124,8 +134,13 @@ def test_offline_wandb_run_holds_metrics_pictures_artifact_and_summary(tmp_path,
     assert artifacts[-1] == {"latest", "final"}
     assert all(aliases == {"latest"} for aliases in artifacts[:-1])
     assert len(artifacts) >= 2
-    assert metrics["val/loss"].summary.min
-    assert "trainer/global_step" in metrics
+    for key, wanted in sparsity_logger.SUMMARIES.items():
+        summaries = {name for name in ("min", "max", "mean", "last") if getattr(metrics[key].summary, name)}
+        assert summaries == set(wanted.split(","))
+        assert metrics[key].step_metric == "trainer/global_step"
+    # Every other key: W&B's client matches this one.
+    assert metrics["*"].step_metric == "trainer/global_step"
+    assert metrics["*"].options.step_sync
 
 
 def test_speed_is_what_the_steps_took(tmp_path):
@@ -136,6 +151,17 @@ def test_speed_is_what_the_steps_took(tmp_path):
     for row in speeds:
         # Two batches of two sequences of 64 tokens make a step.
         assert row["time/tokens_per_second"] == pytest.approx(256 / row["time/step_seconds"], rel=1e-6)
+
+
+def test_swaps_are_marked_on_the_curves_of_the_speed(tmp_path):
+    fit(tmp_path, CSVLogger(tmp_path, name="", version=""))
+    rows = read_csv(tmp_path)
+    swaps = {row["step"] for row in rows if "swap/sparse_layers" in row}
+    assert swaps
+    for key in ("time/step_seconds", "time/tokens_per_second"):
+        speed = {row["step"]: row[key] for row in rows if key in row}
+        marks = {row["step"]: row[f"{key}_at_swap"] for row in rows if f"{key}_at_swap" in row}
+        assert marks == {step: speed[step] for step in swaps}
 
 
 def test_the_table_has_a_row_per_head(tmp_path):
@@ -211,6 +237,13 @@ def test_failing_logger_is_reported_once_and_stops_nothing(tmp_path, caplog):
     assert set().union(*read_csv(tmp_path)) >= EXPECTED - {"val/loss"}
 
 
+def test_missing_pillow_stops_nothing(tmp_path, monkeypatch, caplog):
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    callback = fit(tmp_path, TensorBoardLogger(tmp_path, name="", version=""))
+    assert not callback.pruner.open_layers
+    assert caplog.text.count("TensorBoardLogger failed and gets no more sparsity logs") == 1
+
+
 def test_no_logger_is_fine(tmp_path):
     assert fit(tmp_path, False).report is not None
 
@@ -228,7 +261,6 @@ def test_savings_follow_from_the_pattern():
 
 def test_importing_needs_no_wandb():
     import subprocess
-    import sys
 
     code = "import sys; sys.modules['wandb'] = None; import sparse_prune, sparse_prune.callbacks; print('ok')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

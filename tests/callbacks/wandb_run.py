@@ -9,17 +9,23 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import pytorch_lightning as pl
 from pytorch_lightning.loggers import CSVLogger
-from sparse_prune.callbacks import FallbackWandbLogger, KernelSwap
+from sparse_prune.callbacks import FallbackWandbLogger, KernelSwap, sparsity_logger
 from tiny import TinyModule, batches, pruning, trainer
 
 
+def idle_clock():
+    """Seconds in which this thread neither ran nor stood in line for a core: a busy machine adds nothing to them."""
+    ran, queued, _ = map(int, Path("/proc/thread-self/schedstat").read_text().split())
+    return time.perf_counter() - (ran + queued) / 1e9
+
+
 class Pace(pl.Callback):
-    """Seconds from the first batch to the last."""
+    """Seconds for which the training stood still, waiting for something, from the first batch to the last."""
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         if not hasattr(self, "start"):
-            self.start = time.perf_counter()
-        self.seconds = time.perf_counter() - self.start
+            self.start = idle_clock()
+        self.waited = idle_clock() - self.start
 
 
 class Interruption(pl.Callback):
@@ -39,8 +45,13 @@ class Interruption(pl.Callback):
 
 if __name__ == "__main__":
     folder, options = Path(sys.argv[1]), json.loads(sys.argv[2])
+    sparsity_logger.UPLOAD_SECONDS = options.get("upload_seconds", sparsity_logger.UPLOAD_SECONDS)
     wandb_logger = FallbackWandbLogger(
-        project="project", save_dir=folder, id=options.get("id"), init_timeout=3.0, finish_timeout=8.0
+        project="project",
+        save_dir=folder,
+        id=options.get("id"),
+        init_timeout=3.0,
+        finish_timeout=options.get("finish", 8.0),
     )
     csv = CSVLogger(folder, name="csv", version=options.get("part", ""))
     pace = Pace()
@@ -56,4 +67,4 @@ if __name__ == "__main__":
     fit = trainer(folder, callbacks, steps=12, logger=[wandb_logger, csv], val_check_interval=4, **changes)
     fit.fit(module, batches(), batches(4), ckpt_path=options.get("resume"))
     if fit.is_global_zero:
-        (folder / f"result{options.get('part', '')}.json").write_text(json.dumps([module.losses, pace.seconds]))
+        (folder / f"result{options.get('part', '')}.json").write_text(json.dumps([module.losses, pace.waited]))

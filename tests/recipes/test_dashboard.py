@@ -38,7 +38,8 @@ def test_every_logged_number_has_a_chart_and_every_chart_a_number(tmp_path):
     )
     header = (tmp_path / "csv" / "metrics.csv").read_text().splitlines()[0].split(",")
     logged = {key for key in header if key.split("/")[0] in ("prune", "sparsity", "settle", "mass", "swap", "savings")}
-    logged |= {"time/step_seconds", "time/tokens_per_second"}
+    logged |= {key for key in header if key.startswith("time/")}
+    assert {"time/step_seconds_at_swap", "time/tokens_per_second_at_swap"} <= logged
     numbers = [chart for chart in CHARTS if chart.kind in ("lines", "number")]
     for key in logged:
         assert any(key in chart.keys or chart.pattern and re.fullmatch(chart.pattern, key) for chart in numbers), key
@@ -69,6 +70,24 @@ def test_a_run_is_shown_beside_its_baseline(specification):
         assert '["abc123", "def456", "dense1"]' in json.dumps(part)
     whole = json.dumps(specification("me/project", "--baseline", "dense1"))
     assert '["dense1"]' not in whole.replace("pinnedRuns", "")
+
+
+def test_swaps_are_points_on_the_curves_of_the_speed(specification):
+    spec = specification("me/project/abc123", "--baseline", "dense1")
+    lines = {panel["config"]["chartTitle"]: panel["config"] for panel in panels_of(spec) if "Line" in panel["viewType"]}
+    for title, key in (("Step time", "time/step_seconds"), ("Tokens per second", "time/tokens_per_second")):
+        (config,) = (config for name, config in lines.items() if name.startswith(f"{title} ("))
+        assert config["metrics"] == [key, f"{key}_at_swap"]
+        assert config["overrideMarks"]["abc123:" + f"{key}_at_swap"] == "points"
+        assert f"abc123:{key}" not in config["overrideMarks"]
+
+
+def test_losses_of_the_dense_run_stand_in_the_same_charts(specification):
+    spec = specification("me/project/abc123", "--baseline", "dense1")
+    assert spec["workspace"]["spec"]["section"]["panelBankConfig"]
+    charts = {p["config"]["chartTitle"]: p["config"] for p in panels_of(spec) if "Line" in p["viewType"]}
+    assert (charts["Training loss"]["metrics"], charts["Held-out loss"]["metrics"]) == (["train/loss"], ["val/loss"])
+    assert '["abc123", "dense1"]' in json.dumps(spec["workspace"])
 
 
 def test_the_report_lays_panels_out_without_gaps_or_overlap(specification):

@@ -1,6 +1,7 @@
 """A run's page: right numbers, nothing fetched, drawn by a real browser."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -44,7 +45,10 @@ def test_the_page_holds_the_run(run):
     page = render(read_run(folder))
     data = data_of(page)
     charts = {chart["title"]: chart for chart in data["charts"]}
-    assert {"Loss", "Sparsity", "Sparsity per layer", "Change per layer", "Step time"} <= charts.keys()
+    assert {"Loss", "Sparsity", "Sparsity per layer", "Change per layer", "Step time", "Speed"} <= charts.keys()
+    assert {"Attention FLOPs saved", "KV cache saved"} <= charts.keys()
+    assert data["swaps"] == sorted({row["settled"] for row in data["table"]["rows"]})
+    assert {line["name"] for line in charts["Loss"]["lines"]} >= {"pruned, validation", "dense, validation"}
     assert [line["name"] for line in charts["Loss"]["lines"]][:2] == ["dense, training", "pruned, training"]
     assert charts["Sparsity"]["lines"][1]["points"][-1][1] == pytest.approx(callback.pruner.total_sparsity)
     assert data["facts"][0][1] == f"{callback.pruner.total_sparsity:.1%}"
@@ -114,11 +118,14 @@ def test_a_run_without_patterns_or_twin_still_has_a_page(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(BROWSER is None, reason="needs Chromium")
+@pytest.mark.skipif(BROWSER is None and os.environ.get("CI") != "true", reason="needs Chromium")
 def test_a_browser_draws_it(run, tmp_path):
     main([str(run[0]), "--output", str(tmp_path / "page.html")])
-    headless = [BROWSER, "--headless=new", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=3000"]
-    headless += [f"--user-data-dir={tmp_path / 'profile'}", "--host-resolver-rules=MAP * ~NOTFOUND"]
+    assert BROWSER, "CI must install Chromium: see .ci/run"
+    headless = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
+    headless += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
+    headless += ["--virtual-time-budget=3000", "--host-resolver-rules=MAP * ~NOTFOUND"]
+    headless += [f"--user-data-dir={tmp_path / 'profile'}"]
     page = (tmp_path / "page.html").as_uri()
     done = subprocess.run([*headless, "--dump-dom", page], capture_output=True, text=True, timeout=120)
     assert 'data-ready="yes"' in done.stdout, done.stderr[-2000:]
