@@ -12,7 +12,7 @@ STEPS = {
     "threshold": "one for all layers\nand heads",
     "pattern": "blocks below it go,\nothers come back",
     "settle": "a layer's pattern\nstands still: frozen",
-    "swap": "measured: sparse\nkernel, or dense again",
+    "swap": "measured: sparse\nkernel or dense",
     "export": "patterns beside\nthe model's files",
 }
 WIDTH, GAP = 2.5, 0.6
@@ -42,7 +42,7 @@ for left, right in zip(names, names[1:], strict=False):
         arrow((x0 - WIDTH / 4, y0 - 0.8), (x1 + WIDTH / 2, y1 + 0.8))
 (x0, y0), (x1, y1) = centres["pattern"], centres["probe"]
 arrow((x0, y0 + 0.8), (x1, y1 + 0.8), bend=0.16)
-axes.text((x0 + x1) / 2, 2.15, "every `every_n_steps` optimizer steps", ha="center", color="0.25", fontsize=10)
+axes.text((x0 + x1) / 2, 2.15, "every_n_steps optimizer steps", ha="center", color="0.25", fontsize=10)
 axes.set(xlim=(-0.1, 4 * WIDTH + 3 * GAP + 0.1), ylim=(-3.8, 2.6))
 axes.axis("off")
 save(figure, "loop.svg")

@@ -27,7 +27,7 @@ def draw(axes: plt.Axes, values: torch.Tensor, title: str) -> None:
 
 def legend(figure: plt.Figure, *entries: tuple[str, str]) -> None:
     patches = [Patch(facecolor=colour, edgecolor="0.7", label=text) for colour, text in entries]
-    figure.legend(handles=patches, loc="lower center", bbox_to_anchor=(0.5, -0.06), ncols=len(patches), frameon=False)
+    figure.legend(handles=patches, loc="lower center", bbox_to_anchor=(0.5, -0.1), ncols=len(patches), frameon=False)
 
 
 def blocks(pattern: BlockPattern) -> torch.Tensor:

@@ -22,7 +22,7 @@ for schedule in SCHEDULES:
     axes.plot(range(1001), [schedule(step) for step in range(1001)], label=type(schedule).__name__, linewidth=2)
 axes.set(xlabel="optimizer step", ylabel="requested share of pruned blocks", xlim=(0, 1000), ylim=(0, 0.75))
 axes.axvspan(800, 1000, color="0.94")
-axes.text(900, 0.05, "patterns settle", ha="center", color="0.35")
+axes.text(900, 0.05, "settling", ha="center", color="0.35")
 axes.grid(alpha=0.3)
 axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False)
 save(figure, "schedules.svg")
