@@ -1,12 +1,15 @@
 """The documentation's code runs, and its reference is whole. Links and anchors are checked by `make docs`."""
 
+import ast
 import importlib
 import re
 from pathlib import Path
 
 import pytest
+import yaml
 
-DOCS = Path(__file__).parents[1] / "docs"
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
 
 
 def code_blocks(page):
@@ -52,3 +55,45 @@ def test_the_reference_names_what_can_be_imported():
 def referenced():
     pages = "".join(page.read_text() for page in sorted((DOCS / "api").glob("*.md")))
     return re.findall(r"^::: (\S+)$", pages, re.MULTILINE)
+
+
+def test_every_error_in_troubleshooting_is_one_of_the_library():
+    known = list(messages())
+    tables = re.findall(
+        r"^\| Message begins.*?\n\n", (DOCS / "troubleshooting.md").read_text(), re.DOTALL | re.MULTILINE
+    )
+    first_cells = [row.split(" | ")[0] for table in tables for row in table.strip().splitlines()[2:]]
+    quotes = [quote for cell in first_cells for _, quote in re.findall(r"(`+) ?(.+?) ?\1(?!`)", cell)]
+    assert len(quotes) > 30
+    for quote in quotes:
+        wanted = re.compile(".*".join(map(re.escape, quote.split("..."))), re.DOTALL)
+        assert any(wanted.search(message) for message in known), quote
+
+
+def messages():
+    """All texts in the library's code, with what is filled in left out."""
+    for folder in ("sparse_prune", "callbacks", "recipes"):
+        for file in (ROOT / folder).rglob("*.py"):
+            for node in ast.walk(ast.parse(file.read_text())):
+                if isinstance(node, ast.JoinedStr):
+                    yield "".join(part.value if isinstance(part, ast.Constant) else "" for part in node.values)
+                elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                    yield node.value
+
+
+def test_the_site_asks_no_other_server():
+    settings = yaml.safe_load((ROOT / "mkdocs.yml").read_text())
+    assert settings["theme"]["font"] is False  # else fonts come from a server
+    assert not {"extra_javascript", "repo_url"} & set(settings)
+    for page in DOCS.rglob("*.md"):
+        assert not re.search(
+            r"!\[[^]]*\]\(\w+://|<(?:img|script|link|iframe)\b|^```mermaid", page.read_text(), re.MULTILINE
+        ), page
+
+
+@pytest.mark.parametrize("level", ["not_found", "anchors"])
+def test_dead_links_stop_the_build(level):
+    settings = yaml.safe_load((ROOT / "mkdocs.yml").read_text())
+    assert settings["validation"]["links"][level] == "warn"
+    assert re.search(r"^docs:.*\n\t.*mkdocs build --strict$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert "make lint docs" in (ROOT / ".ci" / "run").read_text()
