@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test lint types
+.PHONY: quickstart test lint types docs installed
 
 # The pinned torch first, alone: pip must not pick another build for a later requirement.
 .venv/done: pyproject.toml constraints.txt
@@ -20,8 +20,13 @@ lint: .venv/done types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# mypy cannot follow an editable install of mapped packages: it reads an installed copy.
-types: .venv/done
+# Neither mypy nor mkdocstrings can follow an editable install of mapped packages: they read an installed copy.
+installed: .venv/done
 	rm -rf .typed build
 	$(BIN)/pip install -q --disable-pip-version-check --no-deps --target .typed .
+
+types: installed
 	cd .typed && ../$(BIN)/mypy --config-file ../pyproject.toml -p sparse_prune
+
+docs: installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

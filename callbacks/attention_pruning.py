@@ -76,6 +76,7 @@ class AttentionPruning(pl.Callback):
             min_delta=min_delta,
             patience=patience,
         )
+        """The loop without a Trainer: layers, patterns, total sparsity."""
         self.report: PruneReport | None = None
         """The latest decision."""
         self._last_step = 0  # the latest optimizer step seen

@@ -24,7 +24,9 @@ class SwapEvent:
     """What became of a settled layer."""
 
     step: int
+    """Optimizer step of the swap."""
     layer: str
+    """Qualified name of the layer."""
     backend: str
     """The backend taken; "dense" if it was no faster and the layer got all its connections back."""
     sparsity: float

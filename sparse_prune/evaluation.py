@@ -30,7 +30,9 @@ class CacheCost:
     kv_bytes: int
     """By which the prefill made the allocator's live bytes grow, with only the cache held on to."""
     prefill_tokens_per_s: float
+    """Tokens of the prompt per second."""
     decode_tokens_per_s: float
+    """Tokens per second after the prompt, one at a time."""
 
 
 @torch.no_grad()
@@ -116,7 +118,11 @@ def cache_cost(model: Any, sequence: Tensor, make_cache: MakeCache, decode: int,
 
 
 def fresh_cache(model: Any) -> Any:
-    """An empty cache as the model wants it: one that evicts if the model has patterns in force."""
+    """An empty cache as the model wants it: a `PatternCache` if it has patterns in force, else a `DynamicCache`.
+
+    Args:
+        model: A transformers decoder.
+    """
     from transformers import DynamicCache
 
     from sparse_prune.cache import PatternCache
@@ -128,7 +134,11 @@ def fresh_cache(model: Any) -> Any:
 
 @contextmanager
 def all_connections(model: Any) -> Iterator[None]:
-    """The same weights with nothing pruned, for a while."""
+    """The same weights with nothing pruned, for as long as the `with` block runs.
+
+    Args:
+        model: A model with patterns; one without stays as it is.
+    """
     with unpruned(handles_of(model)):
         yield
 

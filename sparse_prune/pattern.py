@@ -90,7 +90,15 @@ class BlockPattern:
     def dense(
         cls, num_heads: int, q_len: int, kv_len: int, block_size: int | tuple[int, int], causal: bool
     ) -> BlockPattern:
-        """The pattern that keeps everything."""
+        """The pattern that keeps everything.
+
+        Args:
+            num_heads: Query heads.
+            q_len: Query tokens.
+            kv_len: Key tokens.
+            block_size: Tokens per block side, or (query, key).
+            causal: Whether query i sees only keys up to i + kv_len - q_len.
+        """
         sides = check_block_size(block_size)
         possible = possible_blocks(q_len, kv_len, sides, causal)
         return cls(possible.expand(num_heads, -1, -1).clone(), sides, causal, q_len, kv_len)
@@ -145,6 +153,10 @@ class BlockPattern:
           their distance from the diagonal. A head whose last row is dense stays dense. Bidirectional
           patterns take the distances from their middle row, which looks both ways.
         - With fewer queries than keys (a chunk of a longer sequence) the queries are the last ones.
+
+        Args:
+            q_len: Query tokens.
+            kv_len: Key tokens.
 
         Raises:
             ValueError: If there are more queries than keys in a causal pattern, or if the queries do not
@@ -254,6 +266,11 @@ class BlockPattern:
 
     def token_mask(self, q_len: int, kv_len: int, device: torch.device | str = "cpu") -> Tensor:
         """Element mask for queries that are the last `q_len` of `kv_len` positions (or all of them).
+
+        Args:
+            q_len: Query tokens.
+            kv_len: Key tokens.
+            device: Of the mask.
 
         Returns:
             Boolean, (num_heads, q_len, kv_len), True = may attend.

@@ -65,6 +65,7 @@ class PruneReport:
     """What one decision did. Shares are in [0, 1]."""
 
     step: int
+    """Optimizer steps taken."""
     threshold: float
     """Cut-off on scores in force."""
     requested: float
@@ -72,9 +73,11 @@ class PruneReport:
     sparsity: float
     """Share of possible blocks pruned, over all layers and heads."""
     layer_sparsity: dict[str, float]
+    """Layer -> share of its possible blocks pruned."""
     change: dict[str, float]
     """Layer -> change of the pattern at this decision (Jaccard distance)."""
     mass_kept: dict[str, float]
+    """Layer -> share of dense attention probability that falls into kept blocks."""
     settled: tuple[str, ...] = ()
     """Layers that settled at this decision."""
 
@@ -103,6 +106,7 @@ class AttentionPruner:
     decay: float = 0.9
     """Decay of the score average per probe, in [0, 1)."""
     constraints: Constraints = field(default_factory=Constraints)
+    """What pruning must respect."""
     min_delta: float = 0.05
     """Largest change of a pattern that counts as standing still."""
     patience: int = 3
@@ -134,6 +138,9 @@ class AttentionPruner:
 
     def attach(self, model: nn.Module) -> None:
         """Find the attention layers of a model and take them over.
+
+        Args:
+            model: Any module; its `example_input_array`, if it has one, is the example of `attention.attach`.
 
         Raises:
             ValueError: If there are none, or if a protected layer or head does not exist.
@@ -252,12 +259,27 @@ class AttentionPruner:
         return 1.0 - sum(pattern.kept_blocks for pattern in known) / possible if possible else 0.0
 
     def swap(self, name: str, backend: str) -> None:
-        """Let a settled layer skip its pruned blocks from now on."""
+        """Let a settled layer skip its pruned blocks from now on.
+
+        Args:
+            name: Qualified name of the layer.
+            backend: One of `sparse_prune.kernels.BACKENDS`.
+
+        Raises:
+            ValueError: If the layer has not settled.
+        """
         self._settled(name).layer.backend = backend
         self._settled(name).layer.mode = "sparse"
 
     def restore(self, name: str) -> None:
-        """Give a settled layer all its connections back: it gains nothing from losing them."""
+        """Give a settled layer all its connections back: it gains nothing from losing them.
+
+        Args:
+            name: Qualified name of the layer.
+
+        Raises:
+            ValueError: If the layer has not settled.
+        """
         state = self._settled(name)
         pattern = state.layer.pattern
         assert pattern is not None

@@ -65,11 +65,13 @@ class LayerScores:
     """One layer's part in the selection."""
 
     name: str
+    """Qualified name of the layer."""
     scores: Tensor
     """(num_heads, q_blocks, kv_blocks)."""
     pattern: BlockPattern
     """The pattern in force, of the same shape."""
     num_kv_heads: int
+    """Key and value heads; they divide the query heads."""
     frozen: bool = False
     """Whether the pattern is settled and must not move."""
 
@@ -101,6 +103,12 @@ def select(
 
     Sparsity counts the possible blocks of all given layers, protected and frozen ones included. Where the
     constraints keep more than it allows, every free block goes and the achieved sparsity stays below.
+
+    Args:
+        layers: Scores and patterns in force.
+        constraints: What stays whatever it scores, and how scores are changed before the cut.
+        threshold: Cut-off on scores, at least 0: blocks below it go.
+        sparsity: Share of possible blocks to prune, in [0, 1].
 
     Returns:
         The patterns, and the threshold in force.

@@ -45,7 +45,15 @@ def list_layers(model: nn.Module, example: Any = None) -> list[FoundLayer]:
 
 
 def find_layers(model: nn.Module, example: Any = None) -> dict[str, nn.Module]:
-    """Attention modules whose connections can be pruned, by qualified name. `example` is as in `list_layers`."""
+    """Attention modules whose connections can be pruned, by qualified name.
+
+    Args:
+        model: Any module.
+        example: An input, as in `list_layers`.
+
+    Raises:
+        ValueError: If the model does not take the example.
+    """
     return {layer.name: layer.module for layer in list_layers(model, example) if layer.problem is None}
 
 
@@ -82,7 +90,11 @@ def attach(model: nn.Module, example: Any = None) -> list[PrunableAttention]:
 
 
 def detach(model: nn.Module) -> None:
-    """Give every layer its own attention back."""
+    """Give every layer its own attention back.
+
+    Args:
+        model: As it was given to `attach`. One that was not taken over stays as it is.
+    """
     if any(hf.is_attention(type(module)) and handle_of(module) is not None for module in model.modules()):
         hf.detach(model)
     mha.detach(model)

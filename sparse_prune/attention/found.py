@@ -22,9 +22,13 @@ class FoundLayer:
     kind: Kind
     """How it is reached: transformers' AttentionInterface, `nn.MultiheadAttention`, a call of SDPA, or not at all."""
     module: nn.Module = field(repr=False)
+    """The module itself."""
     num_heads: int | None = None
+    """Query heads."""
     num_kv_heads: int | None = None
+    """Key and value heads."""
     causal: bool | None = None
+    """Whether queries see only keys up to themselves."""
     window: int | None = None
     """Tokens that a query sees back to, itself included, where the model says so."""
     problem: str | None = None
@@ -32,7 +36,11 @@ class FoundLayer:
 
 
 def handle_of(module: nn.Module) -> PrunableAttention | None:
-    """The handle on an attention module, if it was taken over."""
+    """The handle on an attention module, if it was taken over.
+
+    Args:
+        module: The attention module, not the model around it.
+    """
     return vars(module).get(_HANDLE)
 
 

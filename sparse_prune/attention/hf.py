@@ -56,6 +56,9 @@ def attach(model: nn.Module, layers: list[FoundLayer]) -> list[PrunableAttention
 def attached_layers(model: nn.Module) -> list[PrunableAttention]:
     """Handles of a decoder that was taken over, one per layer, in the order of its cache.
 
+    Args:
+        model: A transformers model.
+
     Raises:
         ValueError: If the model is no decoder, or if not every layer of its cache has a handle and is causal.
     """

@@ -30,11 +30,17 @@ class CallShape(NamedTuple):
     """Shape of an attention call, enough to time its like."""
 
     batch: int
+    """Samples."""
     q_len: int
+    """Query tokens."""
     kv_len: int
+    """Key tokens."""
     head_dim: int
+    """Channels of a head."""
     dtype: torch.dtype
+    """Of query, key and value."""
     device: torch.device
+    """On which they lie."""
 
 
 @dataclass(eq=False)
@@ -48,9 +54,13 @@ class PrunableAttention:
     name: str
     """Qualified name of the module in the model."""
     num_heads: int
+    """Query heads."""
     num_kv_heads: int
+    """Key and value heads."""
     causal: bool
+    """Whether queries see only keys up to themselves."""
     mode: Mode = "dense"
+    """How the layer computes: "dense", "masked" or "sparse", as above."""
     backend: str = "sdpa"
     """Backend of the sparse mode."""
     masked_backend: str | None = None
@@ -92,7 +102,12 @@ class PrunableAttention:
         return (self.mode == "dense" or self._pattern is None) and self.probe_block_size is None
 
     def pattern_at(self, q_len: int, kv_len: int) -> BlockPattern:
-        """The pattern for a call's lengths, kept for the next call; only the latest lengths are."""
+        """The pattern for a call's lengths, kept for the next call; only the latest lengths are.
+
+        Args:
+            q_len: Query tokens.
+            kv_len: Key tokens.
+        """
         assert self._pattern is not None
         if (q_len, kv_len) not in self._at:
             if len(self._at) == _LENGTHS_KEPT:

@@ -24,6 +24,7 @@ from sparse_prune.pruner import AttentionPruner
 log = logging.getLogger(__name__)
 
 PATTERN_FILE = "attention_pattern.safetensors"
+"""Name of the file that holds the patterns, beside the model's own files."""
 _HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
 _SHAPE = ("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "hidden_size", "vocab_size")
 

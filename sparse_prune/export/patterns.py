@@ -65,12 +65,26 @@ def save_patterns(
 
 
 def load_patterns(path: str | os.PathLike[str]) -> dict[str, BlockPattern]:
-    """The patterns that `save_patterns` wrote; errors as in `read_pattern_file`."""
+    """The patterns that `save_patterns` wrote.
+
+    Args:
+        path: The file.
+
+    Returns:
+        Layer -> pattern.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is not such a file, of another version or rule, cut short or altered.
+    """
     return read_pattern_file(path)[0]
 
 
 def read_pattern_file(path: str | os.PathLike[str]) -> tuple[dict[str, BlockPattern], dict[str, Any]]:
     """Read what `save_patterns` wrote: patterns and header. Nothing in the file is executed.
+
+    Args:
+        path: The file.
 
     Raises:
         FileNotFoundError: If there is no such file.

@@ -38,12 +38,21 @@ BACKENDS = {
 
 
 def skipping_backends(device: torch.device) -> tuple[str, ...]:
-    """Backends that skip pruned blocks on a device, for a measurement to choose from."""
+    """Backends that skip pruned blocks on a device, for a measurement to choose from.
+
+    Args:
+        device: Where the layer runs.
+    """
     return ("triton", "flex", "gather") if device.type == "cuda" else ("gather",)
 
 
 def moving_backend(query: Tensor, block_size: tuple[int, int]) -> str:
-    """The skipping backend for a pattern that still moves: its tables must be cheap to rebuild."""
+    """The skipping backend for a pattern that still moves: its tables must be cheap to rebuild.
+
+    Args:
+        query: (batch, num_heads, q_len, head_dim).
+        block_size: Tokens per block side, (query, key).
+    """
     return "triton" if query.device.type == "cuda" and _triton_takes(query, block_size) else "gather"
 
 
