@@ -43,7 +43,7 @@ SECTIONS = (
             Chart("Pruned", ("sparsity/total",), kind="number"),
             Chart("Layers on sparse kernels", ("swap/sparse_layers",), kind="number"),
             Chart("KV cache that can go", ("savings/kv_share",), kind="number"),
-            Chart("Training loss", ("train/loss",), unit="loss"),
+            Chart("Training loss", ("train/loss", "dense/train_loss"), unit="loss"),
             Chart("Held-out loss", ("val/loss",), unit="loss"),
             Chart("Share of blocks pruned", ("prune/requested", "sparsity/total"), unit="share", top=1.0),
         ),

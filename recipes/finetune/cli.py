@@ -131,6 +131,10 @@ class FineTuneCLI(LightningCLI):
         self._seed()
         trainer.fit(module, datamodule=self.datamodule)
         after, quality = self._test(trainer, module)
+        for own in self.trainer.loggers:  # beside the pruned run's loss, in the same chart
+            for record in history.records:
+                own.log_metrics({"dense/train_loss": record.loss}, step=record.step - 1)
+            own.save()
         return DenseRun(before, after, history.records, quality)
 
     def _setup(self) -> dict[str, Any]:

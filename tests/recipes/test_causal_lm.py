@@ -1,3 +1,4 @@
+import csv
 import json
 import sys
 
@@ -155,6 +156,11 @@ def test_fit_ends_with_a_report(config, tmp_path, monkeypatch, capsys, precision
     assert report["quality"].keys() == report["dense"]["quality"].keys() == {"passkey accuracy"}
     assert "- Passkey accuracy 0.0%, dense fine-tune 0.0%." in text
     assert (run / "report.png").read_bytes().startswith(b"\x89PNG")
+    with open(run / "metrics.csv", newline="") as file:
+        twin = {
+            int(row["step"]): float(row["dense/train_loss"]) for row in csv.DictReader(file) if row["dense/train_loss"]
+        }
+    assert twin == {r["step"] - 1: pytest.approx(r["loss"], rel=1e-5) for r in report["dense"]["records"]}
     assert len(load_patterns(run / "attention_pattern.safetensors")) == 2
     assert "Held-out loss" in capsys.readouterr().out
     model, (patterns, header) = load(tmp_path / "exported"), read_pattern_file(tmp_path / "exported" / PATTERN_FILE)
