@@ -40,7 +40,7 @@ from sparse_prune.fixed_patterns import FixedKind, fixed_pattern
 from sparse_prune.pruner import LayerState
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "cpu": {"length": 512, "steps": 24, "seeds": [0, 1], "sparsities": [0.7, 0.5], "tests": 4, "prompts": 2},
+    "cpu": {"length": 512, "steps": 12, "seeds": [0, 1], "sparsities": [0.7], "tests": 4, "prompts": 1},
     "gpu": {
         "length": 8192,
         "steps": 500,

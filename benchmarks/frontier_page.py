@@ -79,7 +79,7 @@ def table(found: Sequence[Result], setup: Mapping[str, Any]) -> str:
     return (
         f"{setup['length']} tokens, blocks of {setup['block_size']}, {setup['steps']} optimizer steps at "
         f"{setup['learning_rate']:g}, loss on {setup['tests']} held-out sequences, {setup['prompts per depth']} "
-        f"passkeys and needles at each of {len(setup['depths'])} depths; {setup['machine']}; {setup['versions']}.\n\n"
+        f"passkey(s) and needle(s) at each of {len(setup['depths'])} depths; {setup['machine']}; {setup['versions']}.\n\n"
         "| method | pruned | loss | over dense, per seed | passkey | needle | against gradual, cubic |\n"
         f"| --- | ---: | ---: | ---: | ---: | ---: | --- |\n{lines}\n"
     )
