@@ -19,6 +19,8 @@ from typing import Any
 
 BASE = "gradual, cubic"
 """What variants are compared with."""
+MARGIN = 1e-3
+"""Changes of the loss up to this share of it are no change."""
 
 
 @dataclass(frozen=True)
@@ -40,11 +42,13 @@ class Result:
 
     @property
     def verdict(self) -> str:
-        """Whether every seed, or none, ended below `BASE`."""
-        better = [row["loss"] < self.base[row["seed"]] for row in self.rows if row["seed"] in self.base]
-        if self.method in ("dense", BASE) or not better:
+        """Whether every seed ended below `BASE` by more than `MARGIN`, or every one above it."""
+        changes = [row["loss"] / self.base[row["seed"]] - 1.0 for row in self.rows if row["seed"] in self.base]
+        if self.method in ("dense", BASE) or not changes:
             return ""
-        return "better" if all(better) else "mixed" if any(better) else "worse"
+        if all(change < -MARGIN for change in changes):
+            return "better"
+        return "worse" if all(change > MARGIN for change in changes) else "mixed"
 
     def line(self) -> str:
         """Row of the table."""
@@ -79,7 +83,8 @@ def table(found: Sequence[Result], setup: Mapping[str, Any]) -> str:
     return (
         f"{setup['length']} tokens, blocks of {setup['block_size']}, {setup['steps']} optimizer steps at "
         f"{setup['learning_rate']:g}, loss on {setup['tests']} held-out sequences, {setup['prompts per depth']} "
-        f"passkey(s) and needle(s) at each of {len(setup['depths'])} depths; {setup['machine']}; {setup['versions']}.\n\n"
+        f"passkey(s) and needle(s) at each of {len(setup['depths'])} depths; {setup['machine']}; "
+        f"{setup['versions']}.\n\n"
         "| method | pruned | loss | over dense, per seed | passkey | needle | against gradual, cubic |\n"
         f"| --- | ---: | ---: | ---: | ---: | ---: | --- |\n{lines}\n"
     )
