@@ -5,7 +5,6 @@ from __future__ import annotations
 import glob
 import hashlib
 import random
-import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,11 +12,11 @@ from typing import Any
 import torch
 from sparse_prune.recipes.finetune.loader import SplitDataModule
 from sparse_prune.recipes.finetune.pretrained import load_tokenizer
+from sparse_prune.recipes.finetune.sources import hub_rows, stdlib_sources
 from torch import Tensor
 from typing_extensions import override
 
 _HUB = "hub:"
-_SKIPPED = {"site-packages", "test", "tests", "idlelib", "lib2to3", "__pycache__"}
 
 
 class TextDataModule(SplitDataModule):
@@ -113,10 +112,10 @@ def load_documents(text: str | list[str]) -> dict[str, str]:
         ValueError: If nothing is found.
     """
     if isinstance(text, str) and text.startswith(_HUB):
-        return _hub_documents(text.removeprefix(_HUB))
+        rows, (column,) = hub_rows(text.removeprefix(_HUB), ["text"], "text")
+        return {str(index): row for index, row in enumerate(rows[column]) if row.strip()}
     if text == "stdlib":
-        root = Path(sysconfig.get_paths()["stdlib"])
-        files = {str(f.relative_to(root)): f for f in root.rglob("*.py") if not _SKIPPED & set(f.parts)}
+        files = stdlib_sources()
     else:
         files = {str(file): file for entry in ([text] if isinstance(text, str) else text) for file in _files(entry)}
     documents = {name: file.read_text(encoding="utf-8", errors="replace") for name, file in files.items()}
@@ -134,14 +133,3 @@ def _files(entry: str) -> list[Path]:
     if path.is_dir():
         return sorted(file for file in path.rglob("*") if file.is_file())
     return [Path(found) for found in sorted(glob.glob(str(path), recursive=True)) if Path(found).is_file()]
-
-
-def _hub_documents(name: str) -> dict[str, str]:
-    from datasets import load_dataset
-
-    data_set, config, column = [*name.split(":"), "", ""][:3]
-    rows = load_dataset(data_set, config or None, split="train")
-    column = column or "text"
-    if column not in rows.column_names:
-        raise ValueError(f"`text` must name a column of {data_set!r} ({rows.column_names}), got {column!r}.")
-    return {str(index): row for index, row in enumerate(rows[column]) if row.strip()}

@@ -140,24 +140,3 @@ def split_by_name(names: Sequence[str], held_out_share: float) -> dict[str, list
     ordered = sorted(names, key=lambda name: hashlib.sha256(name.encode()).digest())
     held = max(1, round(held_out_share * len(ordered)))
     return {"val": ordered[:held], "test": ordered[held : 2 * held], "train": ordered[2 * held :]}
-
-
-def hub_rows(name: str, columns: tuple[str, str]) -> tuple[Any, str, str]:
-    """The training split of a hub data set, and the names of its input and label columns.
-
-    Args:
-        name: `NAME[:CONFIG[:INPUT[:LABEL]]]`.
-        columns: Input and label column where the name gives none.
-
-    Raises:
-        ValueError: If there is no such column; the message lists what there is.
-    """
-    from datasets import load_dataset
-
-    data_set, config, *given = [*name.split(":"), "", "", ""][:4]
-    found = [one or other for one, other in zip(given, columns, strict=True)]
-    rows = load_dataset(data_set, config or None, split="train")
-    for column in found:
-        if column not in rows.column_names:
-            raise ValueError(f"`data` must name columns of {data_set!r} ({rows.column_names}), got {column!r}.")
-    return rows, found[0], found[1]

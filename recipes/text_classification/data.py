@@ -4,24 +4,23 @@ from __future__ import annotations
 
 import csv
 import json
-import sysconfig
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cached_property
-from itertools import islice
+from itertools import islice, zip_longest
 from pathlib import Path
 
 import torch
 from sparse_prune.recipes.finetune.classification import (
     ClassificationDataModule,
     Example,
-    hub_rows,
     split_by_name,
 )
 from sparse_prune.recipes.finetune.pretrained import load_tokenizer
+from sparse_prune.recipes.finetune.sources import hub_rows, stdlib_sources
 from typing_extensions import override
 
-_SKIPPED = {"site-packages", "test", "tests", "idlelib", "lib2to3", "encodings", "__pycache__"}
+_TABLES = "encodings"  # a package of tables, not of text
 _STDLIB_CLASSES = 8
 Documents = dict[str, dict[str, str]]
 """Label -> name -> text."""
@@ -82,26 +81,16 @@ class LabelledTextDataModule(ClassificationDataModule):
     @override
     def make(self, split: str, count: int) -> list[Example]:
         tokenizer = load_tokenizer(self.tokenizer_name)
-        queues = []
+        classes = []
         for label, documents in enumerate(self.documents.values()):
             names = split_by_name(list(documents), self.held_out_share)[split]
-            queues.append(self._examples(tokenizer, [documents[name] for name in names], label))
-        found: list[Example] = []
-        while queues and len(found) < count:
-            rounds = [(queue, next(queue, None)) for queue in queues]
-            queues = [queue for queue, example in rounds if example is not None]
-            found += [example for _, example in rounds if example is not None]
-        return found[:count]
+            classes.append(self._examples(tokenizer, [documents[name] for name in names], label))
+        return list(islice(_in_turns(classes), count))
 
     def _examples(self, tokenizer: object, texts: list[str], label: int) -> Iterator[Example]:
         """Chunks of a class's documents, one of each document in turn."""
-        queues = [islice(self._chunks(tokenizer, text), self.chunks_per_document) for text in texts]
-        while queues:
-            rounds = [(queue, next(queue, None)) for queue in queues]
-            queues = [queue for queue, chunk in rounds if chunk is not None]
-            for _, chunk in rounds:
-                if chunk is not None:
-                    yield chunk | {"labels": torch.tensor(label)}
+        chunks = [islice(self._chunks(tokenizer, text), self.chunks_per_document) for text in texts]
+        return (chunk | {"labels": torch.tensor(label)} for chunk in _in_turns(chunks))
 
     def _chunks(self, tokenizer: object, text: str) -> Iterator[Example]:
         encoded = tokenizer(  # type: ignore[operator]
@@ -117,12 +106,18 @@ class LabelledTextDataModule(ClassificationDataModule):
             yield {"input_ids": ids, "attention_mask": mask}
 
 
+def _in_turns(queues: Sequence[Iterator[Example]]) -> Iterator[Example]:
+    """One of each, round after round, until all are empty."""
+    for taken in zip_longest(*queues):
+        yield from (example for example in taken if example is not None)
+
+
 def load_labelled(data: str) -> Documents:
     """Label -> name -> text, labels in order; see `LabelledTextDataModule` for what `data` may be."""
     if data == "stdlib":
         found = _stdlib()
     elif data.startswith("hub:"):
-        rows, text, label = hub_rows(data.removeprefix("hub:"), ("text", "label"))
+        rows, (text, label) = hub_rows(data.removeprefix("hub:"), ["text", "label"], "data")
         found = _by_label([(str(row[label]), row[text]) for row in rows])
     else:
         found = _by_label(_read(Path(data).expanduser()))
@@ -154,12 +149,11 @@ def _read(path: Path) -> list[tuple[str, str]]:
 
 def _stdlib() -> Documents:
     """The packages with the most files."""
-    root = Path(sysconfig.get_paths()["stdlib"])
-    files = [f.relative_to(root) for f in root.rglob("*.py") if not _SKIPPED & set(f.relative_to(root).parts)]
-    largest = Counter(f.parts[0] for f in files if len(f.parts) > 1).most_common(_STDLIB_CLASSES)
+    files = {name: file for name, file in stdlib_sources().items() if _TABLES not in Path(name).parts}
+    largest = Counter(Path(name).parts[0] for name in files if len(Path(name).parts) > 1).most_common(_STDLIB_CLASSES)
     found: Documents = {package: {} for package, _ in largest}
-    for file in sorted(files):
-        text = (root / file).read_text(encoding="utf-8", errors="replace")
-        if file.parts[0] in found and text.strip():
-            found[file.parts[0]][str(file)] = text
+    for name, file in sorted(files.items()):
+        text = file.read_text(encoding="utf-8", errors="replace")
+        if Path(name).parts[0] in found and text.strip():
+            found[Path(name).parts[0]][name] = text
     return found

@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from sparse_prune.recipes.finetune.classification import ClassificationDataModule, Example, hub_rows, split_by_name
+from sparse_prune.recipes.finetune.classification import ClassificationDataModule, Example, split_by_name
+from sparse_prune.recipes.finetune.sources import hub_rows
 from torch import Tensor
 from torch.nn import functional as F
 from typing_extensions import override
@@ -110,7 +111,7 @@ def load_images(data: str) -> Images:
         for image, label in zip(digits.images, digits.target, strict=True):
             found.setdefault(str(label), []).append(image / 16.0)
     elif data.startswith("hub:"):
-        rows, image, label = hub_rows(data.removeprefix("hub:"), ("image", "label"))
+        rows, (image, label) = hub_rows(data.removeprefix("hub:"), ["image", "label"], "data")
         for row in rows:
             found.setdefault(str(row[label]), []).append(row[image])
     else:

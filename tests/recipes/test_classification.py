@@ -293,3 +293,21 @@ def test_minilm_loads_from_its_package_with_a_new_head():
     random.seed(0)
     norms = module.model.bert.embeddings.word_embeddings.weight.norm(dim=-1)
     assert norms.std() > 0.05  # trained, not freshly drawn
+
+
+class Rows(list):
+    column_names = ("words", "text", "label")
+
+
+def test_rows_of_the_hub_are_found_by_their_columns(monkeypatch):
+    rows, asked = Rows([{"words": "hello", "text": "x", "label": 1}]), []
+    monkeypatch.setattr(
+        "datasets.load_dataset", lambda name, config, split: asked.append((name, config, split)) or rows
+    )
+    assert load_labelled("hub:me/data:small:words") == {"1": {"0": "hello"}}
+    assert load_labelled("hub:me/data") == {"1": {"0": "x"}}
+    assert asked == [("me/data", "small", "train"), ("me/data", None, "train")]
+    with pytest.raises(
+        ValueError, match=r"`data` must name a column of 'me/data' .*'words', 'text', 'label'.*got 'none'"
+    ):
+        load_labelled("hub:me/data::text:none")
