@@ -18,7 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -94,6 +94,22 @@ def gradual(
         return _pruning(plan, schedule(final=sparsity, end_step=round(ramp * plan.steps)), **changes)
 
     return make
+
+
+def calm_after_ramp(plan: Plan, sparsity: float, seed: int) -> list[pl.Callback]:
+    """Hysteresis only once the schedule has ended: during the ramp, early decisions get no credit."""
+    callbacks = gradual()(plan, sparsity, seed)
+    assert isinstance(callbacks[0], AttentionPruning)
+    pruner = callbacks[0].pruner
+    update, after = pruner.update, pruner.constraints
+
+    def update_calmly(step: int, reduce: Any = None) -> Any:
+        moving = step < pruner.schedule.end_step
+        pruner.constraints = replace(after, hysteresis=0.0) if moving else after
+        return update(step, reduce)
+
+    pruner.update = update_calmly  # type: ignore[method-assign]
+    return callbacks
 
 
 def layerwise(lead: float) -> Callable[[Plan, float, int], list[pl.Callback]]:
@@ -179,6 +195,7 @@ METHODS = {
     "gradual, ramp over all steps": Method(gradual(ramp=0.9)),
     "gradual, ramp over 30 %": Method(gradual(ramp=0.3)),
     "gradual, no hysteresis": Method(gradual(constraints=sp.Constraints(hysteresis=0.0))),
+    "gradual, hysteresis after the ramp": Method(calm_after_ramp),
     "gradual, strong hysteresis": Method(gradual(constraints=sp.Constraints(hysteresis=0.5))),
     "gradual, diagonals shared": Method(gradual(constraints=sp.Constraints(share_diagonals=True))),
     "gradual, row mass": Method(gradual(criterion="row_mass")),

