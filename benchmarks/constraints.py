@@ -26,7 +26,7 @@ from sparse_prune.retrieval_heads import retrieval_heads, retrieval_scores
 
 def variants(protected: dict[str, tuple[int, ...]]) -> dict[str, Constraints]:
     """Name -> constraints to compare."""
-    groups, diagonals = {"share_kv_groups": True}, {"share_kv_groups": True, "share_diagonals": True}
+    groups, diagonals = {"share_kv_groups": True}, {"share_kv_groups": True, "share_diagonals": 1.0}
     return {
         "none": Constraints(),
         "groups": Constraints(**groups),

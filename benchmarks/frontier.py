@@ -197,7 +197,7 @@ METHODS = {
     "gradual, no hysteresis": Method(gradual(constraints=sp.Constraints(hysteresis=0.0))),
     "gradual, hysteresis after the ramp": Method(calm_after_ramp),
     "gradual, strong hysteresis": Method(gradual(constraints=sp.Constraints(hysteresis=0.5))),
-    "gradual, diagonals shared": Method(gradual(constraints=sp.Constraints(share_diagonals=True))),
+    "gradual, diagonals shared": Method(gradual(constraints=sp.Constraints(share_diagonals=1.0))),
     "gradual, row mass": Method(gradual(criterion="row_mass")),
     "gradual, 3x learning rate": Method(gradual(), rate=3.0),
     "gradual, same sparsity in every layer": Method(layerwise(lead=0.0)),

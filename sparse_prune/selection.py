@@ -31,9 +31,11 @@ class Constraints:
     """Smallest share of possible blocks that every head keeps, in [0, 1]."""
     share_kv_groups: bool = False
     """Give the query heads of one KV head one pattern, by their largest score: needed to free KV cache."""
-    share_diagonals: bool = False
-    """Give blocks at the same distance from the diagonal one score, the largest; sink columns apart. Patterns are then
-    the same at every length, and a head's reach is what it earns anywhere."""
+    share_diagonals: float = 0.0
+    """How much blocks at the same distance from the diagonal share their scores, in [0, 1]; sink columns apart. A block
+    scores the geometric mean of its own score, with weight 1 - share_diagonals, and the largest one on its diagonal.
+    Single blocks are known from few samples, diagonals from many (docs/frontier.md). 1: patterns are bands, the same at
+    every length, and a head's reach is what it earns anywhere."""
     reach_price: float = 0.0
     """Divide the score of a block by 1 + reach_price * distance, where distance is its distance from the diagonal as a
     share of the longest. A KV cache must hold all that a head reaches back over, so heads reach far only where they
@@ -54,6 +56,8 @@ class Constraints:
             raise ValueError(f"`recent_blocks` must be at least 1 (the diagonal), got {self.recent_blocks}.")
         if not 0.0 <= self.min_density <= 1.0:
             raise ValueError(f"`min_density` must lie in [0, 1], got {self.min_density}.")
+        if not 0.0 <= self.share_diagonals <= 1.0:
+            raise ValueError(f"`share_diagonals` must lie in [0, 1], got {self.share_diagonals}.")
         if not 0.0 <= self.reach_price < float("inf"):
             raise ValueError(f"`reach_price` must be at least 0 and finite, got {self.reach_price}.")
         if self.hysteresis < 0.0:
@@ -156,7 +160,7 @@ def _effective(layer: LayerScores, constraints: Constraints) -> Tensor:
         group = pattern.num_heads // layer.num_kv_heads
         scores = scores.view(-1, group, *scores.shape[1:]).amax(1).repeat_interleave(group, 0)
     if constraints.share_diagonals:
-        scores = _shared_diagonals(scores, pattern, constraints.sink_blocks)
+        scores = _shared_diagonals(scores, pattern, constraints.sink_blocks, constraints.share_diagonals)
     if constraints.reach_price:
         distance = _distance(pattern)
         scores = scores / (1.0 + constraints.reach_price * distance / max(int(distance.max()), 1))
@@ -180,8 +184,8 @@ def _distance(pattern: BlockPattern) -> Tensor:
     return torch.clamp(torch.maximum(first - col, col - last), min=0)
 
 
-def _shared_diagonals(scores: Tensor, pattern: BlockPattern, sink_blocks: int) -> Tensor:
-    """The largest known score of a head at each distance, where it is possible and no sink."""
+def _shared_diagonals(scores: Tensor, pattern: BlockPattern, sink_blocks: int, weight: float) -> Tensor:
+    """Scores drawn toward the largest known one of their head at their distance; sinks keep theirs."""
     first, last = _standing(pattern)
     col = torch.arange(scores.shape[2])
     shared = pattern.possible & (col >= sink_blocks)
@@ -194,8 +198,11 @@ def _shared_diagonals(scores: Tensor, pattern: BlockPattern, sink_blocks: int) -
     largest.scatter_reduce_(1, index.expand(len(scores), -1), known, "amax")
     # A diagonal of which nothing is known yet stays unknown.
     largest = torch.where(largest == -torch.inf, torch.inf, largest)
+    diagonal = largest[:, index]
+    # A block of which nothing is known yet scores as its diagonal does.
+    own = torch.where(flat.isinf(), diagonal, flat)
     scores = scores.clone()
-    scores[:, shared] = largest[:, index]
+    scores[:, shared] = own ** (1.0 - weight) * diagonal**weight
     return scores
 
 

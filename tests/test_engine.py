@@ -242,7 +242,7 @@ def test_shared_diagonals_share_their_largest_score(block, causal):
     dense = BlockPattern.dense(2, 64, 64, block, causal)
     scores = torch.rand(dense.keep.shape, generator=torch.Generator().manual_seed(3))
     layer = LayerScores("a", scores, dense, num_kv_heads=2)
-    pattern = select([layer], Constraints(share_diagonals=True), sparsity=0.5)[0][0]
+    pattern = select([layer], Constraints(share_diagonals=1.0), sparsity=0.5)[0][0]
     assert 0.2 < pattern.sparsity < 0.6
     rows, cols = range(pattern.keep.shape[1]), range(1, pattern.keep.shape[2])
     seen = {}
@@ -263,10 +263,24 @@ def test_shared_diagonals_share_their_largest_score(block, causal):
     assert min(kept) >= max(dropped)
 
 
+def test_half_shared_diagonals_score_the_geometric_mean():
+    layer = _layer()
+    layer.scores[:] = 0.25
+    layer.scores[0, 15, 5], layer.scores[0, 12, 1] = 1.0, 0.04  # one diagonal: 15 - 5 = 10 lies apart from 12 - 1 = 11
+    layer.scores[0, 11, 1], layer.scores[0, 14, 4] = 0.09, 0.16  # at 10: sqrt(1.0 * 0.09) = 0.3, sqrt(1.0 * 0.16) = 0.4
+    keep = select([layer], Constraints(share_diagonals=0.5, hysteresis=0.0), threshold=0.35)[0][0].keep
+    assert [bool(keep[0, row, row - 10]) for row in (11, 12, 13, 14, 15)] == [False, True, True, True, True]
+    assert not keep[0, 13, 2]  # at 11: sqrt(0.25 * 0.25)
+    assert not keep[1, 12, 2]  # another head
+    for wrong in (-0.1, 1.1):
+        with pytest.raises(ValueError, match="`share_diagonals`"):
+            Constraints(share_diagonals=wrong)
+
+
 def test_diagonal_of_which_nothing_is_known_stays():
     layer = _layer()
     layer.scores[:, 8:] = torch.inf
-    keep = select([layer], Constraints(share_diagonals=True), threshold=2.0)[0][0].keep
+    keep = select([layer], Constraints(share_diagonals=1.0), threshold=2.0)[0][0].keep
     assert keep[:, 15, 1:9].all()  # at distances that the first eight rows have at the sink only
     assert not keep[:, 15, 9:15].any()
 
