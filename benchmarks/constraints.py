@@ -9,15 +9,11 @@ holds after the prompt, a share of all key blocks per KV head.
 from __future__ import annotations
 
 import argparse
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from one_shot import evaluate, parser, save
-from sparse_prune.recipes.causal_lm.data import TextDataModule
-from sparse_prune.recipes.causal_lm.pretrained import load_model
-from sparse_prune.recipes.finetune.pretrained import load_tokenizer
+from one_shot import evaluate, load, parser, probe, prune, save
 
 from sparse_prune import AttentionPruner, BlockStatistics, ConstantSchedule, Constraints
 from sparse_prune.export import save_pretrained
@@ -56,19 +52,16 @@ def kv_share(pruner: AttentionPruner, length: int) -> float:
 
 def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """One row for the dense model, then one per variant and sparsity."""
-    counts = {"train_sequences": arguments.probes, "val_sequences": arguments.sequences}
-    data = TextDataModule(arguments.model, context_length=arguments.length, test_sequences=1, **counts)
-    data.setup("fit")
-    model, tokenizer = load_model(arguments.model).eval(), load_tokenizer(arguments.model)
+    model, tokenizer, sequences = load(arguments)
     watcher = AttentionPruner(sparsity=ConstantSchedule(final=0.5), block_size=arguments.block_size)
     watcher.attach(model)
-    seen = _statistics(watcher, model, data.sequences["train"], arguments.statistics)
+    seen = _statistics(watcher, model, sequences["train"], arguments.statistics)
     wanted = arguments.only or list(variants({}))
     protected: dict[str, tuple[int, ...]] = {}
     if any("retrieval" in name for name in wanted):
         scores = retrieval_scores(model, tokenizer, arguments.length // 2, prompts=2)
         protected = retrieval_heads(scores, arguments.protected_share)
-    found = evaluate(model, tokenizer, data.sequences["val"], arguments.prompts)
+    found = evaluate(model, tokenizer, sequences["val"], arguments.prompts)
     rows: list[dict[str, Any]] = [
         {"constraints": "dense", "sparsity": 0.0, "kv_share": 1.0, "kv_share_4x": 1.0, **found}
     ]
@@ -77,16 +70,12 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         if name not in wanted:
             continue
         for sparsity in arguments.sparsities:
-            pruner = replace(watcher, sparsity=ConstantSchedule(final=sparsity), constraints=constraints)
-            pruner.attach(model)
-            for layer, state in pruner.layers.items():
-                state.layer.pattern, state.layer.mode, state.layer.statistics = None, "dense", seen[layer]
-            pruner.update(step=1)
+            pruner = prune(watcher, model, seen, sparsity, constraints=constraints)
             shares = {
                 "kv_share": kv_share(pruner, arguments.length),
                 "kv_share_4x": kv_share(pruner, 4 * arguments.length),
             }
-            found = evaluate(model, tokenizer, data.sequences["val"], arguments.prompts)
+            found = evaluate(model, tokenizer, sequences["val"], arguments.prompts)
             rows.append({"constraints": name, "sparsity": pruner.total_sparsity, **shares, **found})
             print(rows[-1], flush=True)
             if arguments.export:
@@ -102,13 +91,7 @@ def _statistics(
     if file is not None and file.exists():
         saved = torch.load(file, weights_only=True)
         return {name: BlockStatistics(sums, counts) for name, (sums, counts) in saved.items()}
-    watcher.probe(True)
-    with torch.no_grad():
-        for sequence in sequences:
-            model(input_ids=sequence[None], use_cache=False)
-    watcher.probe(False)
-    found = {name: state.layer.take_statistics() for name, state in watcher.layers.items()}
-    seen = {name: part for name, part in found.items() if part is not None}
+    seen = probe(watcher, model, sequences)
     if file is not None:
         torch.save({name: (part.sums, part.counts) for name, part in seen.items()}, file)
     return seen

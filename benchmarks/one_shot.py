@@ -1,16 +1,21 @@
-"""What the benchmarks that prune once share: their options, their tests, their output."""
+"""What the benchmarks that prune once share: options, model and data, probing, pruning, tests, output."""
 
 from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from sparse_prune.recipes.causal_lm.data import TextDataModule
+from sparse_prune.recipes.causal_lm.pretrained import load_model
 from sparse_prune.recipes.finetune.machine import describe_machine
+from sparse_prune.recipes.finetune.pretrained import load_tokenizer
 from torch import Tensor
 
+from sparse_prune import AttentionPruner, BlockStatistics, ConstantSchedule
 from sparse_prune.passkey import passkey_accuracy
 
 
@@ -26,6 +31,37 @@ def parser(description: str | None, *, probes: int, sequences: int, prompts: int
     made.add_argument("--prompts", type=int, default=prompts, help="passkey prompts, at evenly spread depths")
     made.add_argument("--output", type=Path, help="JSON file")
     return made
+
+
+def load(arguments: argparse.Namespace) -> tuple[Any, Any, dict[str, Tensor]]:
+    """Model in eval mode, tokenizer, and sequences to score blocks by ("train") and to test on ("val")."""
+    counts = {"train_sequences": arguments.probes, "val_sequences": arguments.sequences}
+    data = TextDataModule(arguments.model, context_length=arguments.length, test_sequences=1, **counts)
+    data.setup("fit")
+    return load_model(arguments.model).eval(), load_tokenizer(arguments.model), data.sequences
+
+
+@torch.no_grad()
+def probe(watcher: AttentionPruner, model: Any, sequences: Tensor) -> dict[str, BlockStatistics]:
+    """Layer -> statistics over the sequences, by a pruner that is attached to the model."""
+    watcher.probe(True)
+    for sequence in sequences:
+        model(input_ids=sequence[None], use_cache=False)
+    watcher.probe(False)
+    found = {name: state.layer.take_statistics() for name, state in watcher.layers.items()}
+    return {name: part for name, part in found.items() if part is not None}
+
+
+def prune(
+    watcher: AttentionPruner, model: Any, seen: dict[str, BlockStatistics], sparsity: float, **changes: Any
+) -> AttentionPruner:
+    """A pruner like `watcher` but for the changes, after its only decision, by what was seen."""
+    pruner = replace(watcher, sparsity=ConstantSchedule(final=sparsity), **changes)
+    pruner.attach(model)
+    for name, state in pruner.layers.items():
+        state.layer.pattern, state.layer.mode, state.layer.statistics = None, "dense", seen[name]
+    pruner.update(step=1)
+    return pruner
 
 
 @torch.no_grad()

@@ -13,10 +13,7 @@ import argparse
 from typing import Any
 
 import torch
-from one_shot import evaluate, parser, save
-from sparse_prune.recipes.causal_lm.data import TextDataModule
-from sparse_prune.recipes.causal_lm.pretrained import load_model
-from sparse_prune.recipes.finetune.pretrained import load_tokenizer
+from one_shot import evaluate, load, parser, save
 from torch import Tensor
 
 from sparse_prune import BlockPattern, Constraints
@@ -125,18 +122,15 @@ def prune(model: Any, scores: dict[str, Tensor], length: int, block_size: int, s
 
 def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """One row for the dense model, then one per candidate and sparsity."""
-    counts = {"train_sequences": arguments.probes, "val_sequences": arguments.sequences}
-    data = TextDataModule(arguments.model, context_length=arguments.length, test_sequences=1, **counts)
-    data.setup("fit")
-    model, tokenizer = load_model(arguments.model).eval(), load_tokenizer(arguments.model)
-    candidates = record(model, data.sequences["train"], arguments.block_size)
-    found = evaluate(model, tokenizer, data.sequences["val"], arguments.prompts)
+    model, tokenizer, sequences = load(arguments)
+    candidates = record(model, sequences["train"], arguments.block_size)
+    found = evaluate(model, tokenizer, sequences["val"], arguments.prompts)
     rows = [{"score": "dense", "sparsity": 0.0, **found}]
     print(rows[-1], flush=True)
     for name, scores in candidates.items():
         for sparsity in arguments.sparsities:
             achieved = prune(model, scores, arguments.length, arguments.block_size, sparsity)
-            found = evaluate(model, tokenizer, data.sequences["val"], arguments.prompts)
+            found = evaluate(model, tokenizer, sequences["val"], arguments.prompts)
             rows.append({"score": name, "sparsity": achieved, **found})
             print(rows[-1], flush=True)
     return rows
