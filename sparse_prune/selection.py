@@ -40,6 +40,10 @@ class Constraints:
     """Divide the score of a block by 1 + reach_price * distance, where distance is its distance from the diagonal as a
     share of the longest. A KV cache must hold all that a head reaches back over, so heads reach far only where they
     earn it. 0: reach is free."""
+    fill_reach: bool = False
+    """Keep every block between the diagonal and the furthest block that a row keeps, sinks apart. The KV cache holds them
+    anyway, so at the same cache the model attends to more. Counted as kept: the same cache is reached at a lower
+    sparsity (docs/constraints.md)."""
     regrow: bool = True
     """Let pruned blocks come back when their score has risen."""
     hysteresis: float = 0.1
@@ -174,7 +178,19 @@ def _effective(layer: LayerScores, constraints: Constraints) -> Tensor:
         forced |= (
             torch.zeros_like(possible, dtype=torch.bool).scatter_(1, possible.topk(floor).indices, True).view_as(forced)
         )
-    return scores.masked_fill(forced, torch.inf).masked_fill(~pattern.possible, -torch.inf)
+    scores = scores.masked_fill(forced, torch.inf).masked_fill(~pattern.possible, -torch.inf)
+    return _filled(scores, pattern, constraints.sink_blocks) if constraints.fill_reach else scores
+
+
+def _filled(scores: Tensor, pattern: BlockPattern, sink_blocks: int) -> Tensor:
+    """Scores that do not fall toward the diagonal: each at least the largest one further away in its row, sinks apart."""
+    first, last = _standing(pattern)
+    col = torch.arange(scores.shape[2])
+    before = pattern.possible & (col >= sink_blocks) & (col < first)
+    after = pattern.possible & (col > last)
+    rising = scores.masked_fill(~before, -torch.inf).cummax(-1).values
+    falling = scores.masked_fill(~after, -torch.inf).flip(-1).cummax(-1).values.flip(-1)
+    return torch.where(before, rising, torch.where(after, falling, scores))
 
 
 def _distance(pattern: BlockPattern) -> Tensor:

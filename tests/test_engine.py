@@ -277,6 +277,37 @@ def test_half_shared_diagonals_score_the_geometric_mean():
             Constraints(share_diagonals=wrong)
 
 
+@pytest.mark.parametrize("block", [(4, 4), (8, 4), (4, 8)])
+@pytest.mark.parametrize("causal", [True, False])
+def test_filled_reach_keeps_all_up_to_the_furthest_and_no_further(block, causal):
+    dense = BlockPattern.dense(2, 64, 64, block, causal)
+    scores = torch.rand(dense.keep.shape, generator=torch.Generator().manual_seed(4))
+    layer = LayerScores("a", scores, dense, num_kv_heads=2)
+    holes = select([layer], Constraints(), threshold=0.8)[0][0]
+    filled = select([layer], Constraints(fill_reach=True), threshold=0.8)[0][0]
+    assert not (holes.keep & ~filled.keep).any()
+    for head, row in itertools.product(range(2), range(dense.keep.shape[1])):
+        kept = holes.keep[head, row, 1:].nonzero()[:, 0] + 1
+        if len(kept):
+            stands = (max(row * block[0] // block[1], 1), ((row + 1) * block[0] - 1) // block[1])
+            start, end = min(int(kept[0]), stands[0]), max(int(kept[-1]), stands[1])
+            assert filled.keep[head, row, 1:].nonzero()[:, 0].tolist() == list(range(start - 1, end))
+    assert filled.kept_blocks > 1.2 * holes.kept_blocks
+    assert torch.equal(filled.keep[:, :, 0], holes.keep[:, :, 0])  # sinks stand apart
+
+
+def test_filled_reach_keeps_more_at_the_same_cache():
+    layer = _layer()
+    rows, cols = torch.arange(16)[:, None], torch.arange(16)
+    layer.scores[:, (rows - cols) % 3 == 1] *= 0.1
+    bands = {"share_kv_groups": True, "share_diagonals": 1.0, "reach_price": 3.0}
+    holes = select([layer], Constraints(**bands), threshold=0.5)[0][0]
+    filled = select([layer], Constraints(**bands, fill_reach=True), threshold=0.5)[0][0]
+    assert filled.kept_blocks > holes.kept_blocks
+    for length in (61, 64, 128):
+        assert torch.equal(filled.needed_after(length), holes.needed_after(length))
+
+
 def test_diagonal_of_which_nothing_is_known_stays():
     layer = _layer()
     layer.scores[:, 8:] = torch.inf
