@@ -22,20 +22,23 @@ from sparse_prune.retrieval_heads import retrieval_heads, retrieval_scores
 
 def variants(protected: dict[str, tuple[int, ...]]) -> dict[str, Constraints]:
     """Name -> constraints to compare."""
-    groups, diagonals = {"share_kv_groups": True}, {"share_kv_groups": True, "share_diagonals": 1.0}
+    alone: dict[str, Any] = {"share_diagonals": 0.0}
+    groups = alone | {"share_kv_groups": True}
+    bands = groups | {"share_diagonals": 1.0}
+    protect = {"protected_heads": protected}
     return {
-        "none": Constraints(),
+        "none": Constraints(**alone),
         "groups": Constraints(**groups),
-        "price 30": Constraints(reach_price=30.0),
-        "diagonals": Constraints(share_diagonals=True),
+        "price 30": Constraints(**alone, reach_price=30.0),
+        "diagonals, half": Constraints(share_diagonals=0.5),
+        "diagonals": Constraints(share_diagonals=1.0),
         "groups, price 3": Constraints(**groups, reach_price=3.0),
         "groups, price 30": Constraints(**groups, reach_price=30.0),
-        "groups, diagonals": Constraints(**diagonals),
-        "groups, diagonals, price 3": Constraints(**diagonals, reach_price=3.0),
-        "retrieval heads protected": Constraints(protected_heads=protected),
-        "groups, diagonals, price 3, retrieval heads protected": Constraints(
-            **diagonals, reach_price=3.0, protected_heads=protected
-        ),
+        "groups, diagonals": Constraints(**bands),
+        "groups, diagonals, price 3": Constraints(**bands, reach_price=3.0),
+        "groups, diagonals, price 3, filled": Constraints(**bands, reach_price=3.0, fill_reach=True),
+        "retrieval heads protected": Constraints(**alone, **protect),
+        "groups, diagonals, price 3, retrieval heads protected": Constraints(**bands, reach_price=3.0, **protect),
     }
 
 

@@ -85,6 +85,11 @@ class Method:
     """Learning rate as a multiple of the plan's."""
 
 
+def alone(**changes: Any) -> sp.Constraints:
+    """Constraints under which every block stands for itself: what the methods here are compared with."""
+    return sp.Constraints(share_diagonals=0.0, **changes)
+
+
 def gradual(
     schedule: type[sp.Schedule] = sp.CubicSchedule, ramp: float = 0.6, **changes: Any
 ) -> Callable[[Plan, float, int], list[pl.Callback]]:
@@ -138,7 +143,7 @@ def at_once(last: bool) -> Callable[[Plan, float, int], list[pl.Callback]]:
     def make(plan: Plan, sparsity: float, seed: int) -> list[pl.Callback]:
         begin = plan.last_decision if last else 1
         # The rest of the run keeps the pattern of the one decision.
-        frozen = sp.Constraints(regrow=False)
+        frozen = alone(regrow=False)
         return _pruning(plan, sp.ConstantSchedule(final=sparsity, begin_step=begin), constraints=frozen)
 
     return make
@@ -195,9 +200,9 @@ METHODS = {
     "gradual, long memory": Method(gradual(decay=0.99)),
     "gradual, ramp over all steps": Method(gradual(ramp=0.9)),
     "gradual, ramp over 30 %": Method(gradual(ramp=0.3)),
-    "gradual, no hysteresis": Method(gradual(constraints=sp.Constraints(hysteresis=0.0))),
+    "gradual, no hysteresis": Method(gradual(constraints=alone(hysteresis=0.0))),
     "gradual, hysteresis after the ramp": Method(calm_after_ramp),
-    "gradual, strong hysteresis": Method(gradual(constraints=sp.Constraints(hysteresis=0.5))),
+    "gradual, strong hysteresis": Method(gradual(constraints=alone(hysteresis=0.5))),
     "gradual, diagonals shared": Method(gradual(constraints=sp.Constraints(share_diagonals=1.0))),
     "gradual, diagonals half shared": Method(gradual(constraints=sp.Constraints(share_diagonals=0.5))),
     "gradual, row mass": Method(gradual(criterion="row_mass")),
@@ -207,7 +212,7 @@ METHODS = {
     "gradual, distilled during the ramp": Method(gradual(distillation=Distillation())),
     "gradual, distilled throughout": Method(gradual(distillation=Distillation(after_ramp=True))),
     "gradual, attention concentrated": Method(gradual(), module=ConcentratedModule),
-    "gradual, at least 10 % per head": Method(gradual(constraints=sp.Constraints(min_density=0.1))),
+    "gradual, at least 10 % per head": Method(gradual(constraints=alone(min_density=0.1))),
     "sink and window": Method(fixed("sink_and_window")),
     "BigBird": Method(fixed("bigbird")),
     "Longformer, dilated": Method(fixed("longformer_dilated")),
@@ -216,6 +221,7 @@ METHODS = {
 
 
 def _pruning(plan: Plan, schedule: sp.Schedule, **changes: Any) -> list[pl.Callback]:
+    changes.setdefault("constraints", alone())
     pruning = AttentionPruning(schedule, block_size=plan.block_size, every_n_steps=plan.every, **changes)
     # A backend by name: which one runs does not change the values, and nothing is given back.
     return [pruning, KernelSwap("triton" if plan.accelerator == "gpu" else "gather")]

@@ -114,7 +114,7 @@ def prune(model: Any, scores: dict[str, Tensor], length: int, block_size: int, s
         LayerScores(layer.name, scores[layer.name].float(), pattern, layer.num_kv_heads)
         for layer, pattern in zip(layers, dense, strict=True)
     ]
-    patterns, _ = select(parts, Constraints(), sparsity=sparsity)
+    patterns, _ = select(parts, Constraints(share_diagonals=0.0), sparsity=sparsity)
     for layer, pattern in zip(layers, patterns, strict=True):
         layer.pattern, layer.mode = pattern, "masked"
     return 1.0 - sum(p.kept_blocks for p in patterns) / sum(p.possible_count for p in patterns)

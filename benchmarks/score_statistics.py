@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from one_shot import evaluate, load, parser, probe, prune, save
 
-from sparse_prune import ConstantSchedule
+from sparse_prune import ConstantSchedule, Constraints
 from sparse_prune.pruner import AttentionPruner
 from sparse_prune.scores import STATISTICS
 
@@ -25,7 +25,8 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         {"statistic": "dense", "sparsity": 0.0, **evaluate(model, tokenizer, sequences["val"], arguments.prompts)}
     ]
     print(rows[-1], flush=True)
-    watcher = AttentionPruner(sparsity=ConstantSchedule(final=0.5), block_size=arguments.block_size)
+    alone = Constraints(share_diagonals=0.0)
+    watcher = AttentionPruner(sparsity=ConstantSchedule(final=0.5), block_size=arguments.block_size, constraints=alone)
     watcher.attach(model)
     seen = probe(watcher, model, sequences["train"])
     for statistic in STATISTICS:

@@ -31,19 +31,19 @@ class Constraints:
     """Smallest share of possible blocks that every head keeps, in [0, 1]."""
     share_kv_groups: bool = False
     """Give the query heads of one KV head one pattern, by their largest score: needed to free KV cache."""
-    share_diagonals: float = 0.0
+    share_diagonals: float = 0.5
     """How much blocks at the same distance from the diagonal share their scores, in [0, 1]; sink columns apart. A block
     scores the geometric mean of its own score, with weight 1 - share_diagonals, and the largest one on its diagonal.
-    Single blocks are known from few samples, diagonals from many (docs/frontier.md). 1: patterns are bands, the same at
-    every length, and a head's reach is what it earns anywhere."""
+    Single blocks are known from few samples, diagonals from many (docs/frontier.md). 0: every block stands for itself.
+    1: patterns are bands, the same at every length, and a head's reach is what it earns anywhere."""
     reach_price: float = 0.0
     """Divide the score of a block by 1 + reach_price * distance, where distance is its distance from the diagonal as a
     share of the longest. A KV cache must hold all that a head reaches back over, so heads reach far only where they
     earn it. 0: reach is free."""
     fill_reach: bool = False
-    """Keep every block between the diagonal and the furthest block that a row keeps, sinks apart. The KV cache holds them
-    anyway, so at the same cache the model attends to more. Counted as kept: the same cache is reached at a lower
-    sparsity (docs/constraints.md)."""
+    """Keep every block between the diagonal and the furthest one that a row keeps; sinks stand apart. The KV cache holds
+    what lies between anyway, so the model attends to more at the same cache, which is reached at a lower sparsity
+    (docs/constraints.md)."""
     regrow: bool = True
     """Let pruned blocks come back when their score has risen."""
     hysteresis: float = 0.1
@@ -183,7 +183,7 @@ def _effective(layer: LayerScores, constraints: Constraints) -> Tensor:
 
 
 def _filled(scores: Tensor, pattern: BlockPattern, sink_blocks: int) -> Tensor:
-    """Scores that do not fall toward the diagonal: each at least the largest one further away in its row, sinks apart."""
+    """Scores that never fall toward the diagonal: each is the largest of its own and those behind it; sinks apart."""
     first, last = _standing(pattern)
     col = torch.arange(scores.shape[2])
     before = pattern.possible & (col >= sink_blocks) & (col < first)

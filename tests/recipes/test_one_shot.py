@@ -81,7 +81,7 @@ def test_a_block_of_everything_moves_nothing(record, model, tokens):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("script", "variants"), [("score_candidates", 10), ("score_statistics", 3), ("constraints", 10)]
+    ("script", "variants"), [("score_candidates", 10), ("score_statistics", 3), ("constraints", 12)]
 )
 def test_the_scripts_run(tiny_model, tmp_path, monkeypatch, script, variants):
     sizes = ["--length", "256", "--sparsities", "0.5", "--probes", "1", "--sequences", "1", "--prompts", "1"]
