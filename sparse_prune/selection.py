@@ -41,9 +41,9 @@ class Constraints:
     share of the longest. A KV cache must hold all that a head reaches back over, so heads reach far only where they
     earn it. 0: reach is free."""
     fill_reach: bool = False
-    """Keep every block between the diagonal and the furthest one that a row keeps; sinks stand apart. The KV cache holds
-    what lies between anyway, so the model attends to more at the same cache, which is reached at a lower sparsity
-    (docs/constraints.md)."""
+    """Keep every block between the diagonal and the furthest one that a row keeps; sinks stand apart. The KV cache
+    holds what lies between anyway, so the model attends to more at the same cache, which is reached at a lower
+    sparsity (docs/constraints.md)."""
     regrow: bool = True
     """Let pruned blocks come back when their score has risen."""
     hysteresis: float = 0.1
