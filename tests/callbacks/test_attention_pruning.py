@@ -255,7 +255,7 @@ def test_threshold_schedule_prunes_what_scores_below_it(tmp_path):
         statistic="mean",
         block_size=8,
         every_n_steps=1,
-        constraints=Constraints(hysteresis=0.0, sink_blocks=0),
+        constraints=Constraints(hysteresis=0.0, sink_blocks=0, share_diagonals=0.0),
     )
     trainer(tmp_path, [callback, KernelSwap("gather")], steps=8).fit(TinyModule(), batches())
     assert callback.report.threshold == 0.2
@@ -268,7 +268,7 @@ def test_threshold_schedule_prunes_what_scores_below_it(tmp_path):
 
 
 def test_row_mass_keeps_the_share_it_promises(tmp_path):
-    constraints = Constraints(hysteresis=0.0, sink_blocks=0)
+    constraints = Constraints(hysteresis=0.0, sink_blocks=0, share_diagonals=0.0)
     callback = AttentionPruning(
         threshold=LinearSchedule(final=0.3, end_step=4),
         criterion="row_mass",
