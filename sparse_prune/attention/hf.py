@@ -234,12 +234,12 @@ def _refuse(handle: PrunableAttention, mask: Tensor | None, kwargs: dict[str, An
 
 
 def _expand(key_mask: Tensor, causal: bool) -> Tensor:
-    """(batch, 1, length, length) mask for SDPA. Padded queries see themselves, so that no row is empty."""
+    """The (batch, 1, length, length) mask that transformers makes of the padding for SDPA."""
     length = key_mask.shape[1]
     mask = key_mask[:, None, None, :].expand(-1, 1, length, -1)
     if causal:
         mask = mask & torch.ones(length, length, dtype=torch.bool, device=mask.device).tril()
-    return mask | torch.eye(length, dtype=torch.bool, device=mask.device)
+    return mask
 
 
 def _softcapped(query: Tensor, key: Tensor, value: Tensor, causal: bool, options: AttentionOptions) -> Tensor:

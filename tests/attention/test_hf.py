@@ -1,6 +1,8 @@
 import pytest
 import torch
 from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
     BertConfig,
     BertModel,
     Gemma2Config,
@@ -81,6 +83,7 @@ def test_full_pattern_computes_what_the_model_computed(name, padding):
         set_patterns(handles, mode)
         found = model(ids, attention_mask=mask)[0]
         torch.testing.assert_close(found[mask.bool()], expected[mask.bool()], atol=1e-4, rtol=1e-4)
+        assert mode != "dense" or torch.equal(found, expected)  # padding's own outputs too
     detach(model)
     assert torch.equal(model(ids, attention_mask=mask)[0], expected)
 
@@ -95,6 +98,21 @@ def test_sparse_equals_masked_and_differs_from_dense(name):
         outputs[mode] = model(ids)[0]
     torch.testing.assert_close(outputs["sparse"], outputs["masked"], atol=1e-4, rtol=1e-4)
     assert (outputs["dense"] - outputs["masked"]).abs().max() > 1e-2
+
+
+@torch.no_grad()
+def test_cross_attention_sees_no_padding_when_source_and_target_are_equally_long():
+    torch.manual_seed(0)
+    size = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    model = BartForConditionalGeneration(BartConfig(vocab_size=50, init_std=0.3, **size, **heads)).eval()
+    inputs = {"input_ids": tokens(), "attention_mask": torch.ones(2, LENGTH), "decoder_input_ids": tokens().flip(1)}
+    inputs["attention_mask"][:, 4:] = 0
+    expected = model(**inputs).logits
+    assert [handle.causal for handle in attach(model)] == [False, True]
+    assert torch.equal(model(**inputs).logits, expected)
+    inputs["input_ids"][:, 4:] = 3
+    assert torch.equal(model(**inputs).logits, expected)
 
 
 def test_vision_transformer_is_reached():
