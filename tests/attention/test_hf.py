@@ -15,6 +15,7 @@ from transformers import (
     MistralForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
+    StaticCache,
     ViTConfig,
     ViTModel,
 )
@@ -163,6 +164,32 @@ def test_generation_with_a_cache_equals_generation_without():
     settings = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
     cached = model.generate(ids, use_cache=True, **settings)
     assert torch.equal(cached, model.generate(ids, use_cache=False, **settings))
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("padding", [False, True])
+@pytest.mark.parametrize("mode", ["dense", "sparse"])
+@torch.no_grad()
+def test_generation_with_a_static_cache_equals_generation_without(name, padding, mode):
+    model, ids = make(name), tokens()
+    mask = torch.ones_like(ids)
+    mask[0, : 5 * padding] = 0
+    set_patterns(attach(model), mode, density=0.3)
+    settings = {"attention_mask": mask, "max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
+    expected = model.generate(ids, use_cache=False, **settings)
+    assert torch.equal(model.generate(ids, cache_implementation="static", **settings), expected)
+
+
+@pytest.mark.parametrize("room", [0, 1, 20])
+@pytest.mark.parametrize("chunks", [[LENGTH], [1, LENGTH - 1], [10, 1, LENGTH - 11]])
+@torch.no_grad()
+def test_chunks_with_a_static_cache_equal_the_whole(room, chunks):
+    model, ids = make("llama"), tokens()
+    set_patterns(attach(model), "sparse", density=0.3)
+    whole = model(ids, use_cache=False).logits
+    cache = StaticCache(config=model.config, max_cache_len=LENGTH + room)
+    found = [model(chunk, past_key_values=cache).logits for chunk in ids.split(chunks, 1)]
+    torch.testing.assert_close(torch.cat(found, 1), whole, atol=1e-4, rtol=1e-4)
 
 
 def test_attaching_twice_gives_the_same_handles():
