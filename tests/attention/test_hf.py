@@ -5,6 +5,7 @@ from transformers import (
     BartForConditionalGeneration,
     BertConfig,
     BertModel,
+    DynamicCache,
     Gemma2Config,
     Gemma2ForCausalLM,
     GPT2Config,
@@ -190,6 +191,32 @@ def test_chunks_with_a_static_cache_equal_the_whole(room, chunks):
     cache = StaticCache(config=model.config, max_cache_len=LENGTH + room)
     found = [model(chunk, past_key_values=cache).logits for chunk in ids.split(chunks, 1)]
     torch.testing.assert_close(torch.cat(found, 1), whole, atol=1e-4, rtol=1e-4)
+
+
+def test_decoding_between_training_steps_is_not_probed():
+    model, ids = make("llama"), tokens()
+    handle = attach(model)[0]
+    handle.probe_block_size = (BLOCK, BLOCK)
+    cache = model(ids, use_cache=True).past_key_values
+    seen, shape = handle.statistics, handle.last_shape
+    assert seen.sums.shape == (3, 4, 3, 3)
+    with torch.no_grad():
+        model(ids[:, :1], past_key_values=cache)
+        model(ids[:, :9], past_key_values=cache)
+    assert handle.statistics is seen
+    assert handle.last_shape is shape
+
+
+def test_training_with_a_prefix_is_refused_at_the_first_probe():
+    model, ids = make("llama"), tokens()
+    handles = attach(model)
+    prefix = [tuple(torch.randn(2, 2, 3, 8, requires_grad=True) for _ in "kv") for _ in handles]
+    model(ids, past_key_values=DynamicCache(prefix))
+    for handle in handles:
+        assert handle.last_shape is None
+        handle.probe_block_size = (BLOCK, BLOCK)
+    with pytest.raises(ValueError, match=r"layers\.0\.self_attn.*own tokens.*24 queries and 27 keys"):
+        model(ids, past_key_values=DynamicCache(prefix))
 
 
 def test_attaching_twice_gives_the_same_handles():
