@@ -41,6 +41,8 @@ class CallShape(NamedTuple):
     """Of query, key and value."""
     device: torch.device
     """On which they lie."""
+    options: AttentionOptions = AttentionOptions()
+    """What else the call asked for; of its masks the shapes alone, on the meta device."""
 
 
 @dataclass(eq=False)
@@ -195,7 +197,8 @@ class PrunableAttention:
         batch, _, q_len, head_dim = query.shape
         kv_len = key.shape[2]
         if q_len == kv_len:
-            self.last_shape = CallShape(batch, q_len, kv_len, head_dim, value.dtype, query.device)
+            shapes = options.with_masks(lambda mask: mask.to("meta"))
+            self.last_shape = CallShape(batch, q_len, kv_len, head_dim, value.dtype, query.device, shapes)
             if self.probe_block_size is not None:
                 self._probe(query, key, options, self.probe_block_size)
         elif self.probe_block_size is not None and torch.is_grad_enabled():  # without gradients it is a decoding step
