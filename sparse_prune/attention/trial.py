@@ -65,7 +65,7 @@ def run_example(model: nn.Module, example: Any) -> None:
 
 
 def _converted(parameter: Tensor, tensor: Tensor) -> Tensor:
-    """An input on the parameter's device and, if it is floating-point, in its precision, as trainers convert batches."""
+    """An input on the parameter's device and, if floating-point, in its precision, as trainers convert batches."""
     return tensor.to(parameter.device, parameter.dtype if tensor.is_floating_point() else tensor.dtype)
 
 
