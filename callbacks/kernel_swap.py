@@ -92,9 +92,9 @@ class KernelSwap(pl.Callback):
         if self.backend != "auto" or layer.last_shape is None:
             return SwapEvent(step, layer.name, "gather" if self.backend == "auto" else self.backend, sparsity)
         times = time_attention(layer, skipping_backends(layer.last_shape.device), tuned=self.tune)
-        winner = min(times, key=times.__getitem__)  # "dense" stands first: a draw goes to it
+        winner = min(times, key=times.__getitem__, default="dense")  # "dense" stands first: a draw goes to it
         sparse = min((ms for name, ms in times.items() if name != "dense"), default=None)
-        return SwapEvent(step, layer.name, winner, sparsity, times["dense"], sparse, times)
+        return SwapEvent(step, layer.name, winner, sparsity, times.get("dense"), sparse, times)
 
     @override
     def state_dict(self) -> dict[str, Any]:

@@ -127,16 +127,52 @@ def _attention_mask(
     attention_mask: Tensor | None = None,
     **kwargs: Any,
 ) -> Tensor | None:
-    """Key padding alone stays (batch, kv_len); everything else becomes a (batch, 1, q_len, kv_len) mask."""
-    from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
+    """The mask of a call: (batch, kv_len) if it is padding alone, else (batch, 1, q_len, kv_len); None hides nothing.
+
+    Masks for a static cache end with the latest key: from their width `_attention_forward` knows how many keys count.
+    """
+    from transformers.masking_utils import causal_mask_function
 
     mask_function = causal_mask_function if mask_function is None else mask_function
+    room = _room(q_length, kv_length, int(q_offset), kv_offset, mask_function)
+    if room:
+        kv_length, kwargs["allow_is_causal_skip"] = kv_length - room, False
+    mask = _mask(batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, **kwargs)
+    if mask is None and room:
+        return torch.ones(batch_size, kv_length, dtype=torch.bool, device=kwargs.get("device"))
+    return mask
+
+
+def _room(q_length: int, kv_length: int, q_offset: int, kv_offset: int, mask_function: Any) -> int:
+    """Places of a static cache that wait for keys after the last query."""
+    from transformers.masking_utils import bidirectional_mask_function
+
+    end = q_offset + q_length
+    room = kv_offset + kv_length - end
+    # Cross-attention may have more keys than queries too, but its queries see them.
+    if room <= 0 or mask_function is bidirectional_mask_function:
+        return 0
+    return 0 if mask_function(*torch.tensor([0, 0, end - 1, end])) else room
+
+
+def _mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int,
+    kv_offset: int,
+    mask_function: Any,
+    attention_mask: Tensor | None,
+    **kwargs: Any,
+) -> Tensor | None:
+    from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
+
     plain = mask_function is causal_mask_function or mask_function is bidirectional_mask_function
     if plain and q_length == kv_length and not kv_offset:
+        padding = None if attention_mask is None else attention_mask[:, :kv_length].bool()
         # A tracer cannot look into the mask: it takes padding that hides nothing along.
-        if attention_mask is None or (not torch.compiler.is_compiling() and bool(attention_mask.all())):
+        if padding is None or (not torch.compiler.is_compiling() and bool(padding.all())):
             return None
-        padding = attention_mask[:, -kv_length:].bool()
         if padding.shape[1] == kv_length:
             return padding
     mask: Tensor | None = sdpa_mask(
@@ -154,6 +190,8 @@ def _attention_forward(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """An attention function as the AttentionInterface wants it; returns (batch, q_len, num_heads, head_dim)."""
+    if attention_mask is not None and attention_mask.shape[-1] < key.shape[2]:  # the room of a static cache
+        key, value = key[:, :, : attention_mask.shape[-1]], value[:, :, : attention_mask.shape[-1]]
     handle = handle_of(module)
     traceable = handle is not None and handle.traceable and query.shape[2] == key.shape[2]
     # What still moves, probes or measures is not for a compiler to trace.
@@ -234,12 +272,12 @@ def _refuse(handle: PrunableAttention, mask: Tensor | None, kwargs: dict[str, An
 
 
 def _expand(key_mask: Tensor, causal: bool) -> Tensor:
-    """(batch, 1, length, length) mask for SDPA. Padded queries see themselves, so that no row is empty."""
+    """The (batch, 1, length, length) mask that transformers makes of the padding for SDPA."""
     length = key_mask.shape[1]
     mask = key_mask[:, None, None, :].expand(-1, 1, length, -1)
     if causal:
         mask = mask & torch.ones(length, length, dtype=torch.bool, device=mask.device).tril()
-    return mask | torch.eye(length, dtype=torch.bool, device=mask.device)
+    return mask
 
 
 def _softcapped(query: Tensor, key: Tensor, value: Tensor, causal: bool, options: AttentionOptions) -> Tensor:

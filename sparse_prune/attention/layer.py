@@ -41,6 +41,8 @@ class CallShape(NamedTuple):
     """Of query, key and value."""
     device: torch.device
     """On which they lie."""
+    options: AttentionOptions = AttentionOptions()
+    """What else the call asked for; of its masks the shapes alone, on the meta device."""
 
 
 @dataclass(eq=False)
@@ -190,12 +192,20 @@ class PrunableAttention:
         """Remember the shape of a training call, and probe it if asked to."""
         # A checkpointed layer runs again inside the backward pass: it was probed and counted the first time.
         first_run = torch._C._current_graph_task_id() == -1  # type: ignore[attr-defined, unused-ignore]
-        if first_run and (torch.is_grad_enabled() or self.probe_block_size is not None):
-            self.last_shape = CallShape(
-                query.shape[0], query.shape[2], key.shape[2], query.shape[3], value.dtype, query.device
-            )
+        if not first_run or not (torch.is_grad_enabled() or self.probe_block_size is not None):
+            return
+        batch, _, q_len, head_dim = query.shape
+        kv_len = key.shape[2]
+        if q_len == kv_len:
+            shapes = options.with_masks(lambda mask: mask.to("meta"))
+            self.last_shape = CallShape(batch, q_len, kv_len, head_dim, value.dtype, query.device, shapes)
             if self.probe_block_size is not None:
                 self._probe(query, key, options, self.probe_block_size)
+        elif self.probe_block_size is not None and torch.is_grad_enabled():  # without gradients it is a decoding step
+            raise ValueError(
+                f"Layer {self.name!r} must attend to its own tokens in training, got {q_len} queries and {kv_len} "
+                "keys. Train without `past_key_values`: patterns hold no prefix and no cached keys."
+            )
 
     def _probe(self, query: Tensor, key: Tensor, options: AttentionOptions, block_size: tuple[int, int]) -> None:
         seen = probe_attention(query.detach(), key.detach(), block_size, causal=self.causal, options=options)

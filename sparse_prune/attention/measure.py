@@ -1,61 +1,64 @@
-"""Timing a layer's attention, dense against sparse, on its own shapes."""
+"""Timing a layer's attention, dense against sparse, on calls like its own."""
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from sparse_prune.attention.layer import PrunableAttention
-from sparse_prune.kernels import block_sparse_attention
+from sparse_prune.kernels import AttentionOptions, block_sparse_attention
+from sparse_prune.pattern import BlockPattern
 
 log = logging.getLogger(__name__)
+_T = TypeVar("_T")
 
 
 def time_attention(
     layer: PrunableAttention, backends: Sequence[str], repeats: int = 3, tuned: bool = False
 ) -> dict[str, float]:
-    """Milliseconds of a forward and backward pass on the layer's last training shape, with its pattern.
+    """Milliseconds of a forward and backward pass like the layer's last training call, with its pattern.
 
     All take turns, and of each the fastest turn counts: what else runs on a machine can only make a clock run longer,
-    and seldom hits all turns of one candidate alone.
+    and seldom hits all turns of one candidate alone. A candidate that fails, for want of memory say, is left out.
 
     Args:
         layer: It has a pattern and has seen a training call.
-        backends: To measure beside dense SDPA.
+        backends: To measure beside dense attention.
         repeats: Turns.
         tuned: Find the backends' launch configurations first, where they have any.
 
     Returns:
-        "dense" and every backend that takes the layer's shape and blocks -> milliseconds.
+        "dense" and every backend that can do the call -> milliseconds.
     """
-    query, key, value = inputs = _inputs(layer)
-    pattern = layer.pattern_at(query.shape[2], key.shape[2])
-    group = layer.num_heads // layer.num_kv_heads
+    if tuned:
+        backends = list(_each(layer, backends, tune))
+    times = _each(layer, ["dense", *backends], _time)  # first runs build tables and compile
+    turns = []
+    for _ in range(repeats):
+        times = _each(layer, times, _time)
+        turns.append(times)
+    return {name: min(turn[name] for turn in turns) for name in times}
 
-    def dense() -> Tensor:
-        keys, values = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
-        return torch.as_tensor(F.scaled_dot_product_attention(query, keys, values, is_causal=layer.causal))
 
-    calls = {"dense": partial(_milliseconds, dense, inputs)}
+def _each(
+    layer: PrunableAttention, backends: Iterable[str], work: Callable[[PrunableAttention, str], _T]
+) -> dict[str, _T]:
+    """What `work` gives for every backend, without those that fail: a measurement must not end a run."""
+    results = {}
     for backend in backends:
-        attend = partial(block_sparse_attention, query, key, value, pattern, backend=backend)
         try:
-            if tuned:
-                tune(layer, backend)
-            _milliseconds(attend, inputs)  # what a backend refuses it refuses before it runs
-        except ValueError as error:
-            log.info("%s: not measured with %s: %s", layer.name, backend, error)
-        else:
-            calls[backend] = partial(_milliseconds, attend, inputs)
-    calls["dense"]()  # first runs build tables and compile
-    turns = [{name: call() for name, call in calls.items()} for _ in range(repeats)]
-    return {name: min(turn[name] for turn in turns) for name in calls}
+            results[backend] = work(layer, backend)
+        except Exception as error:
+            level = logging.INFO if isinstance(error, ValueError) else logging.WARNING  # a refusal is no accident
+            log.log(level, "%s: not measured with %s: %s: %s", layer.name, backend, type(error).__name__, error)
+    return results
 
 
 def tune(layer: PrunableAttention, backend: str) -> None:
@@ -74,9 +77,47 @@ def tune(layer: PrunableAttention, backend: str) -> None:
     tune_kernels(query, key, value, layer.pattern_at(query.shape[2], key.shape[2]))
 
 
+def _time(layer: PrunableAttention, backend: str) -> float:
+    inputs = _inputs(layer)
+    return _milliseconds(_attention(layer, backend, *inputs), inputs)
+
+
+def _attention(
+    layer: PrunableAttention, backend: str, query: Tensor, key: Tensor, value: Tensor
+) -> Callable[[], Tensor]:
+    """The layer's attention with a backend, or "dense", as a model computes it without a pattern."""
+    q_len, kv_len, options = query.shape[2], key.shape[2], _options(layer)
+    if backend != "dense":
+        pattern = layer.pattern_at(q_len, kv_len)
+        return partial(block_sparse_attention, query, key, value, pattern, options, backend=backend)
+    if options.softcap is not None:  # SDPA has none
+        everything = BlockPattern.dense(layer.num_heads, q_len, kv_len, max(q_len, kv_len), layer.causal)
+        return partial(block_sparse_attention, query, key, value, everything, options, backend="reference")
+    group = layer.num_heads // layer.num_kv_heads
+    mask = options.token_mask(q_len, kv_len, query.device)
+    if mask is not None and layer.causal:
+        mask = mask & torch.ones(q_len, kv_len, dtype=torch.bool, device=query.device).tril()
+
+    def dense() -> Tensor:
+        keys, values = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
+        causal = layer.causal and mask is None
+        return torch.as_tensor(
+            F.scaled_dot_product_attention(query, keys, values, mask, options.dropout_p, causal, scale=options.scale)
+        )
+
+    return dense
+
+
+def _options(layer: PrunableAttention) -> AttentionOptions:
+    """What the last call asked for, with masks that hide nothing: time follows their shapes, not their values."""
+    assert layer.last_shape is not None
+    device = layer.last_shape.device
+    return layer.last_shape.options.with_masks(lambda mask: torch.ones_like(mask, device=device))
+
+
 def _inputs(layer: PrunableAttention) -> tuple[Tensor, Tensor, Tensor]:
     assert layer.last_shape is not None
-    batch, q_len, kv_len, head_dim, dtype, device = layer.last_shape
+    batch, q_len, kv_len, head_dim, dtype, device, _ = layer.last_shape
     generator = torch.Generator(device).manual_seed(0)
 
     def random(heads: int, length: int) -> Tensor:

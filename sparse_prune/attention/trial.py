@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -38,15 +39,16 @@ def run_example(model: nn.Module, example: Any) -> None:
 
     Args:
         model: Any module.
-        example: Its input: a tuple of arguments, a dict of keyword arguments, or the only argument.
+        example: Its input: a tuple of arguments, a dict of keyword arguments, or the only argument. Tensors in it are
+            converted to the device and the precision of the model's first floating-point parameter.
 
     Raises:
         ValueError: If the model does not take the example.
     """
     training = {module: module.training for module in model.modules()}
-    parameter = next(model.parameters(), None)
+    parameter = next((p for p in model.parameters() if p.is_floating_point()), None)
     if parameter is not None:
-        example = tree_map_only(Tensor, lambda tensor: tensor.to(parameter.device), example)
+        example = tree_map_only(Tensor, partial(_converted, parameter), example)
     args = example if isinstance(example, tuple) else () if isinstance(example, dict) else (example,)
     kwargs = example if isinstance(example, dict) else {}
     try:
@@ -60,6 +62,11 @@ def run_example(model: nn.Module, example: Any) -> None:
     finally:
         for module, mode in training.items():
             module.training = mode
+
+
+def _converted(parameter: Tensor, tensor: Tensor) -> Tensor:
+    """An input on the parameter's device and, if floating-point, in its precision, as trainers convert batches."""
+    return tensor.to(parameter.device, parameter.dtype if tensor.is_floating_point() else tensor.dtype)
 
 
 @contextmanager

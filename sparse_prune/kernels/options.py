@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -43,6 +44,19 @@ class AttentionOptions:
             raise ValueError(f"`softcap` must be positive, got {self.softcap}. Leave it out for no cap.")
         if self.window is not None and self.window < 1:
             raise ValueError(f"`window` must be at least 1 token, got {self.window}. Leave it out for no window.")
+
+    def with_masks(self, change: Callable[[Tensor], Tensor]) -> AttentionOptions:
+        """The same options with changed masks.
+
+        Args:
+            change: Gives another tensor of the same shape for each of `key_mask`, `attn_mask` and `documents`.
+        """
+
+        def changed(mask: Tensor | None) -> Tensor | None:
+            return None if mask is None else change(mask)
+
+        key_mask, attn_mask, documents = changed(self.key_mask), changed(self.attn_mask), changed(self.documents)
+        return replace(self, key_mask=key_mask, attn_mask=attn_mask, documents=documents)
 
     def token_mask(self, q_len: int, kv_len: int, device: torch.device) -> Tensor | None:
         """All masks as one, boolean, broadcastable to (batch, num_heads, q_len, kv_len); None if nothing is hidden.

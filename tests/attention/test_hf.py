@@ -1,8 +1,11 @@
 import pytest
 import torch
 from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
     BertConfig,
     BertModel,
+    DynamicCache,
     Gemma2Config,
     Gemma2ForCausalLM,
     GPT2Config,
@@ -13,6 +16,7 @@ from transformers import (
     MistralForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
+    StaticCache,
     ViTConfig,
     ViTModel,
 )
@@ -81,6 +85,7 @@ def test_full_pattern_computes_what_the_model_computed(name, padding):
         set_patterns(handles, mode)
         found = model(ids, attention_mask=mask)[0]
         torch.testing.assert_close(found[mask.bool()], expected[mask.bool()], atol=1e-4, rtol=1e-4)
+        assert mode != "dense" or torch.equal(found, expected)  # padding's own outputs too
     detach(model)
     assert torch.equal(model(ids, attention_mask=mask)[0], expected)
 
@@ -95,6 +100,21 @@ def test_sparse_equals_masked_and_differs_from_dense(name):
         outputs[mode] = model(ids)[0]
     torch.testing.assert_close(outputs["sparse"], outputs["masked"], atol=1e-4, rtol=1e-4)
     assert (outputs["dense"] - outputs["masked"]).abs().max() > 1e-2
+
+
+@torch.no_grad()
+def test_cross_attention_sees_no_padding_when_source_and_target_are_equally_long():
+    torch.manual_seed(0)
+    size = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    model = BartForConditionalGeneration(BartConfig(vocab_size=50, init_std=0.3, **size, **heads)).eval()
+    inputs = {"input_ids": tokens(), "attention_mask": torch.ones(2, LENGTH), "decoder_input_ids": tokens().flip(1)}
+    inputs["attention_mask"][:, 4:] = 0
+    expected = model(**inputs).logits
+    assert [handle.causal for handle in attach(model)] == [False, True]
+    assert torch.equal(model(**inputs).logits, expected)
+    inputs["input_ids"][:, 4:] = 3
+    assert torch.equal(model(**inputs).logits, expected)
 
 
 def test_vision_transformer_is_reached():
@@ -145,6 +165,58 @@ def test_generation_with_a_cache_equals_generation_without():
     settings = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
     cached = model.generate(ids, use_cache=True, **settings)
     assert torch.equal(cached, model.generate(ids, use_cache=False, **settings))
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("padding", [False, True])
+@pytest.mark.parametrize("mode", ["dense", "sparse"])
+@torch.no_grad()
+def test_generation_with_a_static_cache_equals_generation_without(name, padding, mode):
+    model, ids = make(name), tokens()
+    mask = torch.ones_like(ids)
+    mask[0, : 5 * padding] = 0
+    set_patterns(attach(model), mode, density=0.3)
+    settings = {"attention_mask": mask, "max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
+    expected = model.generate(ids, use_cache=False, **settings)
+    assert torch.equal(model.generate(ids, cache_implementation="static", **settings), expected)
+
+
+@pytest.mark.parametrize("room", [0, 1, 20])
+@pytest.mark.parametrize("chunks", [[LENGTH], [1, LENGTH - 1], [10, 1, LENGTH - 11]])
+@torch.no_grad()
+def test_chunks_with_a_static_cache_equal_the_whole(room, chunks):
+    model, ids = make("llama"), tokens()
+    set_patterns(attach(model), "sparse", density=0.3)
+    whole = model(ids, use_cache=False).logits
+    cache = StaticCache(config=model.config, max_cache_len=LENGTH + room)
+    found = [model(chunk, past_key_values=cache).logits for chunk in ids.split(chunks, 1)]
+    torch.testing.assert_close(torch.cat(found, 1), whole, atol=1e-4, rtol=1e-4)
+
+
+def test_decoding_between_training_steps_is_not_probed():
+    model, ids = make("llama"), tokens()
+    handle = attach(model)[0]
+    handle.probe_block_size = (BLOCK, BLOCK)
+    cache = model(ids, use_cache=True).past_key_values
+    seen, shape = handle.statistics, handle.last_shape
+    assert seen.sums.shape == (3, 4, 3, 3)
+    with torch.no_grad():
+        model(ids[:, :1], past_key_values=cache)
+        model(ids[:, :9], past_key_values=cache)
+    assert handle.statistics is seen
+    assert handle.last_shape is shape
+
+
+def test_training_with_a_prefix_is_refused_at_the_first_probe():
+    model, ids = make("llama"), tokens()
+    handles = attach(model)
+    prefix = [tuple(torch.randn(2, 2, 3, 8, requires_grad=True) for _ in "kv") for _ in handles]
+    model(ids, past_key_values=DynamicCache(prefix))
+    for handle in handles:
+        assert handle.last_shape is None
+        handle.probe_block_size = (BLOCK, BLOCK)
+    with pytest.raises(ValueError, match=r"layers\.0\.self_attn.*own tokens.*24 queries and 27 keys"):
+        model(ids, past_key_values=DynamicCache(prefix))
 
 
 def test_attaching_twice_gives_the_same_handles():

@@ -150,6 +150,13 @@ def test_an_example_shows_what_a_module_alone_does_not():
     assert found(module) == [("", HEADS, 2, True, None)]
 
 
+def test_an_example_takes_the_precision_of_the_model():
+    module = MaskedAttention().bfloat16()
+    module.example_input_array = (inputs(), torch.full((LENGTH, LENGTH), -torch.inf).triu(1))
+    assert found(module) == [("", HEADS, 2, True, None)]
+    assert found(NanoGPT().bfloat16(), tokens())[0][-1] is None  # token numbers stay integers
+
+
 @pytest.mark.parametrize(
     ("module", "reason"), [(Twice(), "2 times"), (Cross(), "cross-attention"), (nn.Identity(), None)]
 )

@@ -301,3 +301,11 @@ def test_swap_takes_the_fastest_backend(tmp_path, monkeypatch):
     del times["triton"], times["gather"]
     event = KernelSwap()._event(layer, 7)
     assert (event.backend, event.sparse_ms) == ("dense", None)
+
+
+@pytest.mark.parametrize(("times", "backend"), [({}, "dense"), ({"gather": 2.0}, "gather")])
+def test_swap_decides_when_candidates_could_not_be_measured(tmp_path, monkeypatch, times, backend):
+    layer = _settled_layer(tmp_path)
+    monkeypatch.setattr(kernel_swap, "time_attention", lambda layer, backends, tuned: dict(times))
+    event = KernelSwap()._event(layer, 7)
+    assert (event.backend, event.dense_ms, event.sparse_ms) == (backend, None, times.get("gather"))
