@@ -85,9 +85,9 @@ def test_retrieval_tells_depths_apart(tiny_model):
     assert retrieval(Reader(1000), tokenizer, 500, (0.1, 0.9), 2) == [1.0, 1.0]
     assert retrieval(Reader(250), tokenizer, 500, (0.1, 0.9), 2) == [0.0, 1.0]
     assert retrieval(Reader(250), tokenizer, 500, (0.1, 0.9), 2, haystack) == [0.0, 1.0]
-    prompt, answer = needle_prompt(tokenizer, haystack, 500, 12345, 0.5)
-    assert len(prompt) == 500
-    assert tokenizer.decode(prompt[-answer:]).replace(" ", "") == "12345"
+    prompt = needle_prompt(tokenizer, haystack, 500, 12345, 0.5)
+    assert len(prompt.tokens) == 500
+    assert tokenizer.decode(prompt.tokens[prompt.answer.start :]).replace(" ", "") == "12345"
     with pytest.raises(ValueError, match="haystack"):
         needle_prompt(tokenizer, [], 500, 12345, 0.5)
 
