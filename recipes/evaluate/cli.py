@@ -95,7 +95,7 @@ def main(args: list[str] | None = None) -> None:
     measure |= {"tokenizer": tokenizer, "tokens": data.sequences["test"], "lengths": lengths}
     pruned = evaluate(model, **measure)
     if given.dense:
-        twin = load_model(given.dense).to(device=given.device, dtype=model.dtype).eval()
+        twin = load_model(given.dense, model.dtype).to(given.device).eval()
         plain = evaluate(twin, **measure)
     else:
         with all_connections(model):

@@ -152,6 +152,21 @@ def test_command_writes_table_data_and_picture(exported, tiny_model, tmp_path, m
     assert table.splitlines()[4] in capsys.readouterr().out
 
 
+def test_dense_twin_keeps_its_rotary_frequencies(exported, tiny_model, tmp_path, monkeypatch):
+    seen = []
+
+    def watch(model, **measure):
+        seen.append({name: tensor.dtype for name, tensor in (*model.named_parameters(), *model.named_buffers())})
+        return [result(128, 1.0, 1, 1.0)]
+
+    monkeypatch.setattr("sparse_prune.recipes.evaluate.cli.evaluate", watch)
+    main(f"{exported} --dense {tiny_model} --dtype bfloat16 --lengths 128 --output {tmp_path} --device cpu".split())
+    pruned, dense = seen
+    assert dense == pruned
+    assert dense["model.rotary_emb.inv_freq"] == torch.float32
+    assert dense["lm_head.weight"] == torch.bfloat16
+
+
 def test_unknown_command_names_those_there_are(capsys):
     with pytest.raises(SystemExit):
         command_line(["prune"])
