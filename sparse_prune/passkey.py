@@ -119,7 +119,8 @@ def _hide(
     room = length - len(needle) - len(question) - len(answer)
     if room < 0:
         raise ValueError(
-            f"`length` must be at least {length - room} tokens for needle and question, got {length}. Raise it."
+            f"`length` must be at least {length - room} tokens for needle and question, got {length}. "
+            "Raise it, or ask for no prompts."
         )
     text = (list(filler) * (room // len(filler) + 1))[:room]
     place = int(depth * room)
