@@ -68,7 +68,9 @@ class PatternLayer(CacheLayerMixin):  # type: ignore[misc]
         self.evicted_at = 0
         """Length at the latest eviction: the cache cannot go back behind it."""
         self.record_past = False
-        """Evict nothing until the next `crop`."""
+        """Evict nothing: what comes may be taken back."""
+        self.judged_at: int | None = None
+        """Length at the latest `crop` while recording; None before the first one."""
         self.buckets: tuple[Bucket, ...] = ()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PatternLayer:
@@ -94,6 +96,9 @@ class PatternLayer(CacheLayerMixin):  # type: ignore[misc]
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         start, new = self.length, key_states.shape[2]
+        if self.judged_at is not None and start > self.judged_at:
+            # No `crop` judged the latest tokens: they were no candidates.
+            self.record_past = False
         block = self.pattern.block_size[1]
         if not start:
             # The first queries attend to keys that came with them: what is stored is already what lasts.
@@ -118,15 +123,16 @@ class PatternLayer(CacheLayerMixin):  # type: ignore[misc]
             self._evict()
         return key_states, value_states
 
-    def _evict(self, room: int = 0, copy: bool = False) -> None:
+    def _evict(self, room: int = 0, copy: bool = False, judged: bool = False) -> None:
         """Copy what lasts into tensors of its own, with room for more tokens; what does not last is freed.
 
-        Where everything lasts nothing is copied unless `copy` says so.
+        Where everything lasts nothing is copied unless `copy` says so. While recording everything lasts, unless all
+        tokens are `judged`.
         """
         block = self.pattern.block_size[1]
         held = num_blocks(self.length, block)
         lasting = torch.ones(self.handle.num_kv_heads, held, dtype=torch.bool)
-        if not self.record_past:
+        if judged or not self.record_past:
             lasting = torch.unflatten(self.pattern.needed_after(self.length), 0, (self.handle.num_kv_heads, -1)).any(1)
             if self.handle.sliding_window is not None:
                 lasting &= (torch.arange(held) + 1) * block > self.length - self.handle.sliding_window + 1
@@ -175,8 +181,12 @@ class PatternLayer(CacheLayerMixin):  # type: ignore[misc]
         return -1
 
     def activate_past_recording(self) -> None:
-        """Evict nothing until the next `crop`, so that it can go back: assisted decoding wants this."""
-        self.record_past = True
+        """Evict nothing until the next `crop`, so that it can go back: assisted decoding wants this.
+
+        It asks once and crops after every call. So what one call brings can be taken back after a `crop` too; once a
+        call comes without a `crop` before it, recording has ended.
+        """
+        self.record_past, self.judged_at = True, None
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last tokens; after `activate_past_recording`, evict what may now go.
@@ -202,12 +212,11 @@ class PatternLayer(CacheLayerMixin):  # type: ignore[misc]
         after = num_blocks(self.length, self.pattern.block_size[1])
         if after < before:
             self.buckets = tuple(self._shortened(bucket, after) for bucket in self.buckets)
-        if self.record_past and self.length:
-            recording, self.record_past = self.record_past, False
-            self._evict()
-            self.record_past = recording
-        elif not self.length:
+        if not self.length:
             self.reset()
+        elif self.record_past:
+            self._evict(judged=True)
+            self.judged_at = self.length
 
     def _shortened(self, bucket: Bucket, blocks: int) -> Bucket:
         """Without the blocks from `blocks` on, of which every head holds all."""
@@ -220,6 +229,7 @@ class PatternLayer(CacheLayerMixin):  # type: ignore[misc]
     def reset(self) -> None:
         """Forget everything."""
         self.length, self.evicted_at, self.buckets, self.is_initialized = 0, 0, (), False
+        self.record_past, self.judged_at = False, None
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Follow the beams."""

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from sparse_prune.attention import PrunableAttention, find_layers, handle_of
 from sparse_prune.attention.connections import unpruned
-from sparse_prune.passkey import needle_prompt, passkey_prompt, retrieves
+from sparse_prune.passkey import Prompt, needle_prompt, passkey_prompt, retrieves
 
 MakeCache = Callable[[], Any]
 
@@ -67,26 +67,52 @@ def retrieval(
 
     Args:
         model: A transformers causal language model.
-        tokenizer: Its tokenizer.
+        tokenizer: Its tokenizer; it and the rest as in `retrieval_prompts`.
         length: Tokens per prompt, answer included.
         depths: Where to hide, in [0, 1]; 0 is the start.
         prompts: Keys per depth.
         haystack: Tokens of a text to hide a needle in; None hides a passkey in filler.
         seed: Of the keys.
+
+    Raises:
+        ValueError: As in `retrieval_prompts`.
     """
-    digits, shares = random.Random(seed), []
-    for depth in depths:
-        right = 0
-        for _ in range(prompts):
-            key = digits.randrange(10_000, 100_000)
-            prompt = (
-                passkey_prompt(tokenizer, length, key, depth)
-                if haystack is None
-                else needle_prompt(tokenizer, haystack, length, key, depth)
-            )
-            right += retrieves(model, *prompt)
-        shares.append(right / prompts)
-    return shares
+    rows = retrieval_prompts(tokenizer, length, depths, prompts, haystack, seed)
+    return [sum(retrieves(model, prompt) for prompt in row) / prompts for row in rows]
+
+
+def retrieval_prompts(
+    tokenizer: Any,
+    length: int,
+    depths: Sequence[float],
+    prompts: int,
+    haystack: Sequence[int] | None = None,
+    seed: int = 0,
+) -> list[list[Prompt]]:
+    """What `retrieval` asks, by depth.
+
+    Args:
+        tokenizer: A transformers tokenizer.
+        length: Tokens per prompt, answer included.
+        depths: Where to hide, in [0, 1]; 0 is the start.
+        prompts: Keys per depth; at least 1.
+        haystack: Tokens of a text to hide a needle in; None hides a passkey in filler.
+        seed: Of the keys.
+
+    Raises:
+        ValueError: If `prompts` or a depth is out of range, or a prompt does not fit `length`.
+    """
+    if prompts < 1:
+        raise ValueError(f"`prompts` must be at least 1, got {prompts}.")
+    digits = random.Random(seed)
+
+    def prompt(depth: float) -> Prompt:
+        key = digits.randrange(10_000, 100_000)
+        if haystack is None:
+            return passkey_prompt(tokenizer, length, key, depth)
+        return needle_prompt(tokenizer, haystack, length, key, depth)
+
+    return [[prompt(depth) for _ in range(prompts)] for depth in depths]
 
 
 @torch.no_grad()

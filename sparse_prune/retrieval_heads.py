@@ -16,7 +16,9 @@ _BLOCK = 32
 
 @torch.no_grad()
 def retrieval_scores(model: Any, tokenizer: Any, length: int, prompts: int = 4, seed: int = 0) -> dict[str, Tensor]:
-    """How strongly each head looks up a hidden key: the largest attention that a row of the answer's block gives it.
+    """How strongly each head looks up a hidden key: the largest attention that a row of the answer gives the needle.
+
+    Rows and needle count by blocks of 32 tokens.
 
     Heads that copy from far back are few and decide about retrieval (Wu et al., arXiv:2404.15574); DuoAttention
     (arXiv:2410.10819) finds them by training gates, here the probe of block statistics sees them at once.
@@ -42,15 +44,13 @@ def retrieval_scores(model: Any, tokenizer: Any, length: int, prompts: int = 4, 
     try:
         for index in range(prompts):
             key, depth = digits.randrange(10_000, 100_000), (index + 0.5) / prompts
-            tokens, answer = passkey_prompt(tokenizer, length, key, depth)
-            # Where the same prompt with another key differs, the key stands.
-            other, _ = passkey_prompt(tokenizer, length, (key + 44_445 - 10_000) % 90_000 + 10_000, depth)
-            differs = [i for i, pair in enumerate(zip(tokens, other, strict=True)) if pair[0] != pair[1]]
-            places = sorted({i // _BLOCK for i in differs if i < length - answer})
-            rows = sorted({i // _BLOCK for i in range(length - answer - 1, length - 1)})
+            prompt = passkey_prompt(tokenizer, length, key, depth)
+            places = sorted({place // _BLOCK for place in prompt.needle})
+            # The row before a token is the one that predicts it.
+            rows = sorted({(place - 1) // _BLOCK for place in prompt.answer})
             for handle in handles:
                 handle.probe_block_size, handle.statistics = (_BLOCK, _BLOCK), None
-            model(input_ids=torch.tensor([tokens], device=model.device), use_cache=False)
+            model(input_ids=torch.tensor([prompt.tokens], device=model.device), use_cache=False)
             for handle in handles:
                 assert handle.statistics is not None
                 largest, _ = handle.statistics.of("max")

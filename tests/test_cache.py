@@ -166,6 +166,32 @@ def test_assisted_decoding_gives_what_greedy_decoding_gives(seed):
 
 
 @torch.no_grad()
+def test_a_chat_that_goes_on_after_assisted_decoding_evicts_again():
+    model, assistant, ids = make(), make(), tokens(batch=1)
+    sizes, sequences = [], []
+    for helper in ({}, {"assistant_model": assistant}):
+        cache = PatternCache(model)
+        answer = model.generate(ids, past_key_values=cache, max_new_tokens=40, **helper, **GREEDY)
+        question = torch.cat([answer, tokens(6, 1, seed=4)], 1)
+        sequences.append(model.generate(question, past_key_values=cache, max_new_tokens=120, **GREEDY))
+        sizes.append(cache.nbytes())
+    assert torch.equal(*sequences)
+    assert sizes[0] == sizes[1]
+
+
+@torch.no_grad()
+def test_a_reset_cache_evicts_from_the_start():
+    model, ids = make(), tokens(batch=1)
+    cache, fresh = PatternCache(model), PatternCache(model)
+    cache.activate_past_recording()
+    model(ids, past_key_values=cache)
+    cache.reset()
+    for each in (cache, fresh):
+        model(ids, past_key_values=each)
+    assert cache.nbytes() == fresh.nbytes()
+
+
+@torch.no_grad()
 def test_crop_goes_back_as_far_as_nothing_is_missing():
     model, ids = make(), tokens(64, 1)
     whole = model(ids, use_cache=False).logits

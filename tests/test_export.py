@@ -5,6 +5,7 @@ import shutil
 import huggingface_hub
 import pytest
 import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
@@ -194,7 +195,7 @@ def test_plain_transformers_reads_the_dense_model(tmp_path):
     torch.testing.assert_close(logits(plain), logits(model), atol=1e-5, rtol=1e-5)
 
 
-def test_foreign_altered_and_missing_files_are_refused(tmp_path):
+def test_foreign_altered_and_missing_files_are_refused(tmp_path, monkeypatch):
     path = save_pretrained(pruned()[0], tmp_path / "model")
     other = save_pretrained(pruned(seed=1)[0], tmp_path / "other")
     copy = shutil.copytree(path, tmp_path / "copy")
@@ -215,6 +216,14 @@ def test_foreign_altered_and_missing_files_are_refused(tmp_path):
         load(path)
     with pytest.raises(FileNotFoundError, match="existing folder"):
         load(tmp_path / "none")
+
+    def offline(*args, **given):
+        raise LocalEntryNotFoundError("ConnectError: Name or service not known")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
+    with pytest.raises(FileNotFoundError, match=r"existing folder or hub repository, got 'runs/typo'") as refused:
+        load("runs/typo")
+    assert "ConnectError" in str(refused.value.__cause__)
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match=PATTERN_FILE):
         load(tmp_path / "empty")
@@ -269,6 +278,48 @@ def test_a_new_export_replaces_the_old_one_and_keeps_what_others_put_there(tmp_p
     assert torch.equal(logits(load(path)), logits(model))
     assert (path / "README.md").read_text() == "mine"
     assert os.listdir(tmp_path) == ["model"]
+
+
+@pytest.mark.parametrize("exchange", [True, False])
+def test_a_link_to_a_folder_stays_a_link(tmp_path, monkeypatch, exchange):
+    if not exchange:
+        monkeypatch.setattr(folder, "_exchange", lambda one, other: False)
+    (tmp_path / "large").mkdir()
+    link = tmp_path / "link"
+    link.symlink_to("large")
+    for seed in (0, 1):  # into the empty folder, and over an earlier export
+        model, _ = pruned(seed=seed)
+        assert torch.equal(logits(load(save_pretrained(model, link))), logits(model))
+        assert torch.equal(logits(load(link)), logits(model))
+        assert link.is_symlink()
+        assert (tmp_path / "large" / PATTERN_FILE).is_file()
+        assert sorted(os.listdir(tmp_path)) == ["large", "link"]
+
+
+def test_a_compiled_model_is_saved_as_what_it_wraps(tmp_path):
+    model, pruner = pruned()
+    loaded = load(save_pretrained(torch.compile(model), tmp_path / "model", pruner=pruner))
+    assert torch.equal(logits(loaded), logits(model))
+
+
+class Mine(LlamaForCausalLM):
+    """A class that transformers does not know."""
+
+
+class Adapted(Mine):
+    """As adapters of PEFT wrap a model."""
+
+    def merge_and_unload(self):
+        raise NotImplementedError
+
+
+@pytest.mark.parametrize(("kind", "remedy"), [(Mine, "save_patterns"), (Adapted, "merge_and_unload")])
+def test_a_model_that_could_not_be_loaded_again_is_refused_before_anything_is_written(tmp_path, kind, remedy):
+    model, _ = pruned()
+    model.__class__ = kind
+    with pytest.raises(ValueError, match=rf"class of transformers.*{kind.__name__}.*{remedy}"):
+        save_pretrained(model, tmp_path / "model")
+    assert not os.listdir(tmp_path)
 
 
 @pytest.mark.parametrize("exchange", [True, False])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import glob
 import hashlib
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -71,38 +71,63 @@ class TextDataModule(SplitDataModule):
         if self.sequences:
             return
         tokenizer = load_tokenizer(self.tokenizer_name)
-        documents = load_documents(self.text)
-        names = sorted(documents)
-        random.Random(self.seed).shuffle(names)
+        splits = split_documents(load_documents(self.text), self.held_out_share, self.seed)
         for split, count in self.wanted.items():
-            mine = [name for name in names if self._split(name) == split]
-            self.sequences[split] = self._cut(tokenizer, (documents[name] for name in mine), count, split)
-
-    def _split(self, name: str) -> str:
-        """By a hash of the document's name: stable when documents are added."""
-        place = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big") / 2**32
-        if place < self.held_out_share:
-            return "val"
-        return "test" if place < 2 * self.held_out_share else "train"
-
-    def _cut(self, tokenizer: Any, documents: Iterator[str], count: int, split: str) -> Tensor:
-        """Tokenise only as many documents as are needed."""
-        tokens: list[int] = []
-        for document in documents:
-            if len(tokens) >= count * self.context_length:
-                break
-            tokens += [*tokenizer(document, verbose=False)["input_ids"], tokenizer.eos_token_id]
-        found = min(count, len(tokens) // self.context_length)
-        if not found:
-            raise ValueError(
-                f"`text` must hold at least {self.context_length} tokens for the {split} split, got {len(tokens)}. "
-                "Give more documents, or lower `context_length`."
-            )
-        return torch.tensor(tokens[: found * self.context_length]).view(found, self.context_length)
+            purpose = f"for the {split} split"
+            self.sequences[split] = cut(tokenizer, splits[split], self.context_length, count, purpose, "context_length")
 
     @override
     def examples_of(self, split: str) -> Tensor:
         return self.sequences[split]
+
+
+def split_documents(documents: Mapping[str, str], held_out_share: float = 0.1, seed: int = 0) -> dict[str, list[str]]:
+    """Documents as "train", "val" and "test", shuffled; a document stays in its split when others are added.
+
+    Args:
+        documents: Name -> document.
+        held_out_share: Share of documents in validation and in test, each, in (0, 0.5).
+        seed: Order of the documents.
+    """
+    names = sorted(documents)
+    random.Random(seed).shuffle(names)
+    splits: dict[str, list[str]] = {"train": [], "val": [], "test": []}
+    for name in names:
+        place = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big") / 2**32
+        split = "val" if place < held_out_share else "test" if place < 2 * held_out_share else "train"
+        splits[split].append(documents[name])
+    return splits
+
+
+def cut(tokenizer: Any, documents: Iterable[str], length: int, count: int, purpose: str, argument: str) -> Tensor:
+    """Documents joined by the end-of-text token, as sequences of one length; only as many are read as are needed.
+
+    Args:
+        tokenizer: A transformers tokenizer.
+        documents: In their order.
+        length: Tokens per sequence.
+        count: Sequences; fewer if there is not so much text.
+        purpose: What errors say that the text is for.
+        argument: What errors call the length.
+
+    Returns:
+        int64, (sequences, length).
+
+    Raises:
+        ValueError: If there is not one sequence.
+    """
+    tokens: list[int] = []
+    for document in documents:
+        if len(tokens) >= count * length:
+            break
+        tokens += [*tokenizer(document, verbose=False)["input_ids"], tokenizer.eos_token_id]
+    found = min(count, len(tokens) // length)
+    if not found:
+        raise ValueError(
+            f"`text` must hold at least {length} tokens {purpose}, got {len(tokens)}. "
+            f"Give more documents, or lower `{argument}`."
+        )
+    return torch.tensor(tokens[: found * length]).view(found, length)
 
 
 def load_documents(text: str | list[str]) -> dict[str, str]:

@@ -8,8 +8,12 @@ import torch
 from sparse_prune.recipes.finetune.pretrained import locate
 
 
-def load_model(model: str) -> Any:
-    """A causal language model in float32; arguments and errors as in `locate`.
+def load_model(model: str, dtype: torch.dtype = torch.float32) -> Any:
+    """A causal language model; `model` and further errors as in `locate`.
+
+    Args:
+        model: What to load.
+        dtype: Of the parameters. Casting a loaded model would cast rotary frequencies as well, which loading does not.
 
     Raises:
         OSError: If the hub does not have the model or cannot be reached.
@@ -17,4 +21,4 @@ def load_model(model: str) -> Any:
     from transformers import AutoModelForCausalLM
 
     where, options = locate(model)
-    return AutoModelForCausalLM.from_pretrained(where, dtype=torch.float32, **options)
+    return AutoModelForCausalLM.from_pretrained(where, dtype=dtype, **options)

@@ -4,19 +4,28 @@ from __future__ import annotations
 
 import argparse
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from sparse_prune.recipes.causal_lm.data import TextDataModule
 from sparse_prune.recipes.causal_lm.pretrained import load_model
+from sparse_prune.recipes.evaluate.lengths import check_lengths, lengths_around
 from sparse_prune.recipes.evaluate.report import EvaluationReport, LengthResult
+from sparse_prune.recipes.evaluate.text import held_out
 from sparse_prune.recipes.finetune.machine import describe_machine
 from sparse_prune.recipes.finetune.pretrained import load_tokenizer
 
-from sparse_prune.evaluation import all_connections, cache_cost, fresh_cache, handles_of, mean_loss, retrieval
+from sparse_prune.evaluation import (
+    all_connections,
+    cache_cost,
+    fresh_cache,
+    handles_of,
+    mean_loss,
+    retrieval,
+    retrieval_prompts,
+)
 from sparse_prune.export import load
 
 log = logging.getLogger(__name__)
@@ -43,7 +52,15 @@ def evaluate(
         prompts: Keys per depth; 0 leaves retrieval out.
         decode: Tokens to decode.
         chunk: Tokens per forward pass.
+
+    Raises:
+        ValueError: If something is out of range; nothing was measured then.
     """
+    check_lengths(model, lengths, decode)
+    text = tokens[0].tolist()
+    if prompts:
+        for haystack in (None, text):
+            retrieval_prompts(tokenizer, min(lengths), depths, prompts, haystack)
     make_cache = partial(fresh_cache, model)
     results = []
     for length in lengths:
@@ -51,52 +68,27 @@ def evaluate(
         sequences = tokens[:, :whole].reshape(-1, length)
         loss = mean_loss(model, sequences, make_cache, chunk)
         keys = retrieval(model, tokenizer, length, depths, prompts) if prompts else []
-        needles = retrieval(model, tokenizer, length, depths, prompts, tokens[0].tolist()) if prompts else []
+        needles = retrieval(model, tokenizer, length, depths, prompts, text) if prompts else []
         cost = cache_cost(model, sequences[0], make_cache, decode, chunk)
         results.append(LengthResult(length, loss, keys, needles, cost))
         log.info("%s", results[-1])
     return results
 
 
-def lengths_around(model: Any) -> list[int]:
-    """Half, once, twice and four times the length that the patterns were learned at, as far as positions reach."""
-    learned = max((handle.pattern.kv_len for handle in handles_of(model) if handle.pattern is not None), default=0)
-    if not learned:
-        raise ValueError("`lengths` must be given for a model without patterns, got none.")
-    longest = getattr(model.config, "max_position_embeddings", None) or 4 * learned
-    return [length for length in (learned // 2, learned, 2 * learned, 4 * learned) if 0 < length <= longest]
-
-
 def main(args: list[str] | None = None) -> None:
     """Parse arguments, measure, write evaluation.md, .json and .png, print the table."""
-    parser = argparse.ArgumentParser(prog="sparse-prune evaluate", description=__doc__)
-    parser.add_argument("model", help="folder or hub repository that sparse_prune.export wrote")
-    parser.add_argument("--dense", help="dense fine-tune to compare with; default: the same weights, nothing pruned")
-    parser.add_argument("--text", default="stdlib", help="held-out text as the causal_lm recipe takes it: stdlib, ...")
-    parser.add_argument("--lengths", type=int, nargs="+", help="default: 1/2, 1, 2 and 4 times the learned length")
-    parser.add_argument("--sequences", type=int, default=2, help="sequences of the longest length for the loss")
-    parser.add_argument("--depths", type=float, nargs="+", default=[0.1, 0.5, 0.9], help="where needles lie, 0 to 1")
-    parser.add_argument("--prompts", type=int, default=2, help="passkeys and needles per length and depth; 0: none")
-    parser.add_argument("--decode", type=int, default=32, help="tokens to decode for the speed")
-    parser.add_argument("--chunk", type=int, default=1024, help="tokens per forward pass")
-    parser.add_argument("--dtype", help="bfloat16, float16 or float32; default: as saved")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--output", type=Path, default=Path("runs/evaluate"), help="folder for the report")
-    given = parser.parse_args(args)
+    given = _parser().parse_args(args)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     options = {"dtype": getattr(torch, given.dtype)} if given.dtype else {}
     model, tokenizer = load(given.model, **options).to(given.device), load_tokenizer(given.model)
-    lengths = given.lengths or lengths_around(model)
-    data = TextDataModule(
-        given.model, given.text, max(lengths), train_sequences=1, val_sequences=1, test_sequences=given.sequences
-    )
-    data.setup("test")
+    twin = load_model(given.dense, model.dtype).eval() if given.dense else None
+    lengths = given.lengths or lengths_around(model, given.decode)
+    tokens = held_out(tokenizer, given.text, max(lengths), given.sequences)
     measure = {name: getattr(given, name) for name in ("depths", "prompts", "decode", "chunk")}
-    measure |= {"tokenizer": tokenizer, "tokens": data.sequences["test"], "lengths": lengths}
+    measure |= {"tokenizer": tokenizer, "tokens": tokens, "lengths": lengths}
     pruned = evaluate(model, **measure)
-    if given.dense:
-        twin = load_model(given.dense).to(device=given.device, dtype=model.dtype).eval()
-        plain = evaluate(twin, **measure)
+    if twin is not None:
+        plain = evaluate(twin.to(given.device), **measure)
     else:
         with all_connections(model):
             plain = evaluate(model, **measure)
@@ -104,7 +96,7 @@ def main(args: list[str] | None = None) -> None:
         "model": given.model,
         "dense model": given.dense or "the same weights, nothing pruned",
         "text": given.text,
-        "sequences of the longest length": len(data.sequences["test"]),
+        "sequences of the longest length": len(tokens),
         "prompts per depth": given.prompts,
         "dtype": str(model.dtype),
         "device": given.device,
@@ -122,3 +114,44 @@ def sparsity_of(model: Any) -> float:
     possible = sum(pattern.possible_count for pattern in patterns)
     kept = sum(p.kept_blocks if h.mode != "dense" else p.possible_count for p, h in zip(patterns, handles, strict=True))
     return 1.0 - kept / possible if possible else 0.0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="sparse-prune evaluate", description=__doc__)
+    parser.add_argument("model", help="folder or hub repository that sparse_prune.export wrote")
+    parser.add_argument("--dense", help="dense fine-tune to compare with; default: the same weights, nothing pruned")
+    parser.add_argument(
+        "--text",
+        default="stdlib",
+        help="file, folder or glob, all of it; of stdlib or hub:NAME the documents that the causal_lm recipe holds out",
+    )
+    count = _at_least(1)
+    parser.add_argument(
+        "--lengths", type=_at_least(2), nargs="+", help="default: 1/2, 1, 2 and 4 times the learned length"
+    )
+    parser.add_argument("--sequences", type=count, default=2, help="sequences of the longest length for the loss")
+    parser.add_argument("--depths", type=_share, nargs="+", default=[0.1, 0.5, 0.9], help="where needles lie, 0 to 1")
+    parser.add_argument(
+        "--prompts", type=_at_least(0), default=2, help="passkeys and needles per length and depth; 0: none"
+    )
+    parser.add_argument("--decode", type=count, default=32, help="tokens to decode for the speed")
+    parser.add_argument("--chunk", type=count, default=1024, help="tokens per forward pass")
+    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help="default: as saved")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--output", type=Path, default=Path("runs/evaluate"), help="folder for the report")
+    return parser
+
+
+def _at_least(least: int) -> Callable[[str], int]:
+    def number(text: str) -> int:
+        if int(text) < least:
+            raise argparse.ArgumentTypeError(f"must be at least {least}, got {text}")
+        return int(text)
+
+    return number
+
+
+def _share(text: str) -> float:
+    if not 0.0 <= float(text) <= 1.0:
+        raise argparse.ArgumentTypeError(f"must lie in [0, 1], got {text}")
+    return float(text)

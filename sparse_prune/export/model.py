@@ -42,15 +42,16 @@ def save_pretrained(
     others have put there stay. Any transformers program can read it as a dense model; `load` gives the pruned one.
 
     Args:
-        model: A transformers model with patterns.
-        folder: New, empty, or an earlier export.
+        model: A transformers model with patterns, compiled or not.
+        folder: New, empty, or an earlier export; a link to a folder stays one.
         pruner: What pruned it, for the header: schedule, settings and a summary of the scores.
         tokenizer: To be saved with it.
 
     Raises:
-        ValueError: If no layer has a pattern, or `folder` holds something else.
+        ValueError: If no layer has a pattern, `load` could not make the model again, or `folder` holds something else.
     """
-    target = Path(os.path.abspath(folder))
+    model = _loadable(model)
+    target = Path(folder).resolve()
     patterns, layers = _state(model)
     recover(target)
     foreign = target.exists() and (not target.is_dir() or any(target.iterdir()))
@@ -121,7 +122,13 @@ def load(
     if verify:
         _verify(folder, header["files"])
     settings = {"dtype": "auto", "trust_remote_code": False, **options, "use_safetensors": True}
-    model = _model_class(header["model"]["class"]).from_pretrained(folder, **settings)
+    kind = _model_class(header["model"]["class"])
+    if kind is None:
+        raise ValueError(
+            f"The exported model must be of a class of transformers, got {header['model']['class']!r}. "
+            "Update transformers."
+        )
+    model = kind.from_pretrained(folder, **settings)
     _compare("class", header["model"], identity(model))
     _cast_buffers(model, header["buffers"])
     _apply(model, patterns, header["attention"], backend)
@@ -176,6 +183,20 @@ def identity(model: Any) -> dict[str, Any]:
     config = model.config.get_text_config(decoder=True) if hasattr(model.config, "get_text_config") else model.config
     shape = {name: getattr(config, name, None) for name in _SHAPE}
     return {"class": type(model).__name__, "model_type": model.config.model_type, **shape}
+
+
+def _loadable(model: Any) -> Any:
+    """The model as `load` makes it again: without the wrapper of torch.compile."""
+    model = getattr(model, "_orig_mod", model)
+    kind = type(model)
+    if _model_class(kind.__name__) is not kind:
+        merging = "Merge its adapters first: `model = model.merge_and_unload()`."
+        plain = "Give the transformers model itself, or save the patterns alone with `save_patterns`."
+        raise ValueError(
+            f"`model` must be of a class of transformers, so that `load` can make it again, got "
+            f"{kind.__module__}.{kind.__qualname__}. {merging if hasattr(model, 'merge_and_unload') else plain}"
+        )
+    return model
 
 
 def _state(model: Any) -> tuple[dict[str, BlockPattern], dict[str, dict[str, Any]]]:
@@ -254,7 +275,7 @@ def _carry_over(old: Path, new: Path) -> None:
 
 
 def _fetch(name: str, revision: str | None, token: str | None) -> Path:
-    folder = Path(name).expanduser()
+    folder = Path(name).expanduser().resolve()
     if folder.is_dir():
         return folder
     if previous(folder).is_dir():
@@ -262,8 +283,15 @@ def _fetch(name: str, revision: str | None, token: str | None) -> Path:
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise FileNotFoundError(f"`name` must be an existing folder, got {name!r}. Check the path.")
     from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    return Path(snapshot_download(name, revision=revision, token=token, allow_patterns=_HUB_FILES))
+    try:
+        return Path(snapshot_download(name, revision=revision, token=token, allow_patterns=_HUB_FILES))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
+        raise FileNotFoundError(
+            f"`name` must be an existing folder or hub repository, got {name!r}, which is no folder here and which the "
+            "hub did not give. Check the path, or the repository, `revision`, `token` and the network."
+        ) from error
 
 
 def _verify(folder: Path, files: Mapping[str, str]) -> None:
@@ -281,12 +309,11 @@ def _verify(folder: Path, files: Mapping[str, str]) -> None:
 
 
 def _model_class(name: str) -> Any:
+    """Transformers' model class of that name; None if there is none."""
     import transformers
 
     found = getattr(transformers, name, None)
-    if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)):
-        raise ValueError(f"The exported model must be of a class of transformers, got {name!r}. Update transformers.")
-    return found
+    return found if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel) else None
 
 
 def _compare(what: str, expected: Mapping[str, Any], found: Mapping[str, Any]) -> None:

@@ -92,12 +92,20 @@ def test_train_only_freezes_the_rest(tiny_model):
 def test_passkey_prompt_has_its_length_and_its_needle(tiny_model):
     tokenizer = load_tokenizer(tiny_model)
     for depth in (0.0, 0.5, 1.0):
-        tokens, answer = passkey_prompt(tokenizer, 400, 12345, depth)
-        assert len(tokens) == 400
-        assert tokenizer.decode(tokens[-answer:]).replace(" ", "") == "12345"
-        assert tokenizer.decode(tokens[:-answer]).replace(" ", "").count("12345") == 2
+        prompt = passkey_prompt(tokenizer, 400, 12345, depth)
+        text = {
+            name: tokenizer.decode([prompt.tokens[place] for place in places]).replace(" ", "")
+            for name, places in (("all", range(400)), ("needle", prompt.needle), ("answer", prompt.answer))
+        }
+        assert len(prompt.tokens) == prompt.answer.stop == 400
+        assert text["answer"] == "12345"
+        assert text["needle"] == "Thepasskeyis12345.Rememberit.12345isthepasskey."
+        assert text["all"].count("12345") == 3
     with pytest.raises(ValueError, match="length"):
         passkey_prompt(tokenizer, 20, 12345, 0.5)
+    for depth in (-0.5, 1.5):
+        with pytest.raises(ValueError, match=r"`depth` must lie in \[0, 1\]"):
+            passkey_prompt(tokenizer, 400, 12345, depth)
 
 
 class Oracle(torch.nn.Module):

@@ -3,14 +3,18 @@ import sys
 
 import pytest
 import torch
+from sparse_prune.recipes.causal_lm.data import split_documents
 from sparse_prune.recipes.causal_lm.pretrained import load_model
-from sparse_prune.recipes.evaluate.cli import evaluate, lengths_around, main, sparsity_of
+from sparse_prune.recipes.evaluate.cli import evaluate, main, sparsity_of
+from sparse_prune.recipes.evaluate.lengths import lengths_around
 from sparse_prune.recipes.evaluate.report import EvaluationReport, LengthResult
+from sparse_prune.recipes.evaluate.text import held_out
 from sparse_prune.recipes.finetune.pretrained import load_tokenizer
-from transformers import DynamicCache
+from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, OPTConfig, OPTForCausalLM
 
-from sparse_prune import AttentionPruner, ConstantSchedule, Constraints
+from sparse_prune import AttentionPruner, BlockPattern, ConstantSchedule, Constraints
 from sparse_prune.__main__ import main as command_line
+from sparse_prune.attention import attach
 from sparse_prune.cache import PatternCache
 from sparse_prune.evaluation import CacheCost, all_connections, cache_cost, mean_loss, retrieval
 from sparse_prune.export import load, save_pretrained
@@ -85,9 +89,9 @@ def test_retrieval_tells_depths_apart(tiny_model):
     assert retrieval(Reader(1000), tokenizer, 500, (0.1, 0.9), 2) == [1.0, 1.0]
     assert retrieval(Reader(250), tokenizer, 500, (0.1, 0.9), 2) == [0.0, 1.0]
     assert retrieval(Reader(250), tokenizer, 500, (0.1, 0.9), 2, haystack) == [0.0, 1.0]
-    prompt, answer = needle_prompt(tokenizer, haystack, 500, 12345, 0.5)
-    assert len(prompt) == 500
-    assert tokenizer.decode(prompt[-answer:]).replace(" ", "") == "12345"
+    prompt = needle_prompt(tokenizer, haystack, 500, 12345, 0.5)
+    assert len(prompt.tokens) == 500
+    assert tokenizer.decode(prompt.tokens[prompt.answer.start :]).replace(" ", "") == "12345"
     with pytest.raises(ValueError, match="haystack"):
         needle_prompt(tokenizer, [], 500, 12345, 0.5)
 
@@ -103,6 +107,77 @@ def test_lengths_stand_around_the_learned_one(exported, tiny_model):
     with all_connections(model):
         assert sparsity_of(model) == 0
     assert sparsity_of(load_model(tiny_model)) == 0
+
+
+def learned_positions(kind):
+    """A model with a table of 256 positions and patterns that keep everything."""
+    if kind == "gpt2":
+        model = GPT2LMHeadModel(GPT2Config(vocab_size=98, n_embd=16, n_layer=2, n_head=2, n_positions=256))
+    else:
+        sizes = {"vocab_size": 98, "hidden_size": 16, "word_embed_proj_dim": 16, "ffn_dim": 16, "num_hidden_layers": 2}
+        model = OPTForCausalLM(OPTConfig(**sizes, num_attention_heads=2, max_position_embeddings=256))
+    for handle in attach(model.eval()):
+        handle.pattern = BlockPattern.dense(2, 256, 256, 32, True)
+    return model
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "opt"])
+def test_lengths_leave_room_to_decode_in_a_table_of_positions(tiny_model, monkeypatch, kind):
+    monkeypatch.setattr("sparse_prune.evaluation.live_bytes", lambda device: 0)  # takes seconds
+    model, settings = learned_positions(kind), {"depths": [0.5], "prompts": 0, "decode": 4}
+    lengths = lengths_around(model, decode=4)
+    assert lengths == [128, 251]
+    results = evaluate(model, load_tokenizer(tiny_model), tokens(251), lengths, **settings)
+    assert [part.length for part in results] == lengths
+    with pytest.raises(ValueError, match=r"`lengths` must be at most 251, got 256: .* table of 256 positions"):
+        evaluate(model, load_tokenizer(tiny_model), tokens(256), [128, 256], **settings)
+    with pytest.raises(ValueError, match="`decode` must be at most 253"):
+        lengths_around(model, decode=300)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "depths", "named"),
+    [([256, 64], [0.5], "`length` must be at least 1"), ([256], [1.5], "`depth` must lie")],
+)
+def test_what_cannot_be_asked_is_refused_before_anything_is_measured(tiny_model, monkeypatch, lengths, depths, named):
+    monkeypatch.setattr("sparse_prune.recipes.evaluate.cli.mean_loss", lambda *args: pytest.fail("measured"))
+    with pytest.raises(ValueError, match=named):
+        evaluate(load_model(tiny_model).eval(), load_tokenizer(tiny_model), tokens(256), lengths, depths, prompts=2)
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ("--prompts -1", "--prompts: must be at least 0, got -1"),
+        ("--depths 0.5 1.5", "--depths: must lie in [0, 1], got 1.5"),
+        ("--depths -0.5", "--depths: must lie in [0, 1], got -0.5"),
+        ("--dtype bf16", "--dtype: invalid choice: 'bf16'"),
+        ("--decode 0", "--decode: must be at least 1, got 0"),
+        ("--lengths 0", "--lengths: must be at least 2, got 0"),
+    ],
+)
+def test_options_out_of_range_are_refused_by_name(options, named, capsys):
+    with pytest.raises(SystemExit):
+        main(["model", *options.split()])
+    assert named in capsys.readouterr().err
+
+
+def test_files_are_held_out_whole_and_collections_by_their_split(tiny_model, tmp_path, monkeypatch):
+    tokenizer = load_tokenizer(tiny_model)
+    for name in ("a", "b", "c"):
+        (tmp_path / f"{name}.txt").write_text(name * 99)
+    everything = held_out(tokenizer, str(tmp_path), 100, 5)
+    assert tokenizer.decode(everything[:, 0]).replace(" ", "") == "abc"
+    assert held_out(tokenizer, str(tmp_path / "b.txt"), 50, 5).shape == (2, 50)
+    with pytest.raises(ValueError, match=r"at least 301 tokens to evaluate on, got 300\. .*`lengths`"):
+        held_out(tokenizer, str(tmp_path), 301, 1)
+    documents = {str(index): f"{index:03d}" for index in range(300)}
+    monkeypatch.setattr("sparse_prune.recipes.evaluate.text.load_documents", lambda text: documents)
+    splits = split_documents(documents)
+    for text in ("stdlib", "hub:some"):
+        ids = held_out(tokenizer, text, 4, 300)
+        assert [tokenizer.decode(part[:3]).replace(" ", "") for part in ids] == splits["test"]
+    assert 10 < len(splits["test"]) < 60
 
 
 def test_evaluate_of_a_plain_model_needs_no_patterns(tiny_model):
@@ -131,11 +206,8 @@ def test_report_puts_dense_beside_pruned(tmp_path):
 
 @pytest.mark.parametrize("twin", [False, True])
 def test_command_writes_table_data_and_picture(exported, tiny_model, tmp_path, monkeypatch, capsys, twin):
-    text = tmp_path / "text"
-    text.mkdir()
-    for index in range(100):
-        (text / f"{index}.txt").write_text(f"number {index} " * 30)
-    output = tmp_path / "out"
+    text, output = tmp_path / "text.txt", tmp_path / "out"
+    text.write_text("\n".join(f"number {index}" for index in range(30)))
     options = f"{exported} --text {text} --lengths 128 256 --sequences 1 --depths 0.5 --prompts 1 --decode 2"
     options += f" --output {output} --device cpu" + (f" --dense {tiny_model}" if twin else "")
     monkeypatch.setattr(sys, "argv", ["sparse-prune", "evaluate", *options.split()])
@@ -150,6 +222,23 @@ def test_command_writes_table_data_and_picture(exported, tiny_model, tmp_path, m
     table = (output / "evaluation.md").read_text()
     assert f"({data['ratios'][1]['kv_bytes']:.2f}x smaller)" in table
     assert table.splitlines()[4] in capsys.readouterr().out
+
+
+def test_dense_twin_keeps_its_rotary_frequencies(exported, tiny_model, tmp_path, monkeypatch):
+    seen = []
+
+    def watch(model, **measure):
+        seen.append({name: tensor.dtype for name, tensor in (*model.named_parameters(), *model.named_buffers())})
+        return [result(128, 1.0, 1, 1.0)]
+
+    monkeypatch.setattr("sparse_prune.recipes.evaluate.cli.evaluate", watch)
+    (tmp_path / "text").write_text("some " * 60)
+    options = f"--text {tmp_path / 'text'} --dtype bfloat16 --lengths 128 --output {tmp_path / 'out'} --device cpu"
+    main(f"{exported} --dense {tiny_model} {options}".split())
+    pruned, dense = seen
+    assert dense == pruned
+    assert dense["model.rotary_emb.inv_freq"] == torch.float32
+    assert dense["lm_head.weight"] == torch.bfloat16
 
 
 def test_unknown_command_names_those_there_are(capsys):

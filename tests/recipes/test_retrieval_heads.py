@@ -1,3 +1,5 @@
+import re
+
 import pytest
 import torch
 from sparse_prune.recipes.causal_lm.pretrained import load_model
@@ -9,17 +11,36 @@ from sparse_prune.passkey import passkey_prompt
 from sparse_prune.retrieval_heads import retrieval_heads, retrieval_scores
 
 
+class Merging:
+    """Characters are tokens, but even numbers come in pairs of digits: how long a key is depends on the key."""
+
+    def __init__(self, characters):
+        self.characters = characters
+
+    def __call__(self, text, **options):
+        tokens = []
+        for part in re.split(r"(\d+)", text):
+            merged = part.isdigit() and int(part) % 2 == 0
+            pairs = [2 + int(part[i : i + 2]) % 96 for i in range(0, len(part), 2)] if merged else []
+            tokens += pairs or self.characters(part, **options)["input_ids"]
+        return {"input_ids": tokens}
+
+
+@pytest.mark.parametrize("key", [12345, 12346])
+@pytest.mark.parametrize("merging", [False, True])
 @torch.no_grad()
-def test_scores_are_the_attention_that_the_answer_gives_to_the_block_of_the_key(tiny_model, monkeypatch):
+def test_scores_are_the_attention_that_the_answer_gives_to_the_blocks_of_the_needle(
+    tiny_model, monkeypatch, merging, key
+):
     model, tokenizer = load_model(tiny_model).eval(), load_tokenizer(tiny_model)
-    keys = iter([12345])
-    monkeypatch.setattr("random.Random.randrange", lambda *args: next(keys))
+    tokenizer = Merging(tokenizer) if merging else tokenizer
+    monkeypatch.setattr("random.Random.randrange", lambda *args: key)
     found = retrieval_scores(model, tokenizer, 320, prompts=1)
-    tokens, answer = passkey_prompt(tokenizer, 320, 12345, 0.5)
-    key = tokens[-5:]
-    places = [i for i in range(320 - answer - 1) if tokens[i : i + 5] == key]
-    assert len(places) == 2  # the needle tells the key twice
-    blocks = sorted({(place + offset) // 32 for place in places for offset in range(5)})
+    tokens = passkey_prompt(tokenizer, 320, key, 0.5).tokens
+    hidden = f" The pass key is {key}. Remember it. {key} is the pass key. "
+    needle = tokenizer(hidden, add_special_tokens=False)["input_ids"]
+    (start,) = [i for i in range(320) if tokens[i : i + len(needle)] == needle]
+    blocks = list(range(start // 32, (start + len(needle) - 1) // 32 + 1))
     model.set_attn_implementation("eager")
     attentions = model(torch.tensor([tokens]), output_attentions=True).attentions
     for name, weights in zip(found, attentions, strict=True):

@@ -1,0 +1,76 @@
+"""The lengths to evaluate at: which to take, and which a model can do."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from sparse_prune.evaluation import handles_of
+
+
+def lengths_around(model: Any, decode: int = 32) -> list[int]:
+    """Half, once, twice and four times the length that the patterns were learned at, as far as positions reach.
+
+    Where the model has a table of positions, what is decoded behind the longest length has its place in it.
+
+    Args:
+        model: A transformers causal language model with patterns.
+        decode: Tokens to decode.
+
+    Raises:
+        ValueError: If there are no patterns, or decoding leaves no room for a prompt.
+    """
+    learned = max((handle.pattern.kv_len for handle in handles_of(model) if handle.pattern is not None), default=0)
+    if not learned:
+        raise ValueError("`lengths` must be given for a model without patterns, got none.")
+    longest = getattr(model.config, "max_position_embeddings", None) or 4 * learned
+    lengths = {length for length in (learned // 2, learned, 2 * learned, 4 * learned) if 0 < length <= longest}
+    room = longest_prompt(model, decode)
+    return sorted(lengths if room is None else {min(length, room) for length in lengths})
+
+
+def check_lengths(model: Any, lengths: Sequence[int], decode: int) -> None:
+    """Refuse lengths that a model has no positions for, and those without a token to predict.
+
+    Args:
+        model: A transformers causal language model.
+        lengths: Tokens.
+        decode: Tokens to decode.
+
+    Raises:
+        ValueError: If a length is out of range.
+    """
+    if min(lengths) < 2:
+        raise ValueError(f"`lengths` must be at least 2 tokens, got {min(lengths)}. Raise it.")
+    room = longest_prompt(model, decode)
+    if room is not None and max(lengths) > room:
+        raise ValueError(
+            f"`lengths` must be at most {room}, got {max(lengths)}: the model has a table of {room + decode + 1} "
+            f"positions, and {decode + 1} tokens are decoded. Lower it, or `decode`."
+        )
+
+
+def longest_prompt(model: Any, decode: int) -> int | None:
+    """Tokens that leave room to decode in the model's table of positions; None if it computes positions for any length.
+
+    Args:
+        model: A transformers causal language model.
+        decode: Tokens to decode; one more warms up.
+
+    Raises:
+        ValueError: If decoding leaves no room for a prompt.
+    """
+    longest: int | None = getattr(model.config, "max_position_embeddings", None)
+    words = model.get_input_embeddings()
+    tables = [module.weight for module in model.modules() if isinstance(module, nn.Embedding) and module is not words]
+    tables += [buffer for buffer in model.buffers() if buffer.ndim == 2]
+    # OPT's table has two rows more than there are positions.
+    if longest is None or not any(longest <= len(table) <= longest + 2 for table in tables):
+        return None
+    if decode > longest - 3:
+        raise ValueError(
+            f"`decode` must be at most {longest - 3}: the model has {longest} positions, got {decode}. Lower it."
+        )
+    return longest - decode - 1
