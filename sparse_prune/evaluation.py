@@ -97,7 +97,7 @@ def cache_cost(model: Any, sequence: Tensor, make_cache: MakeCache, decode: int,
         model: A transformers causal language model.
         sequence: Tokens, (length,).
         make_cache: An empty cache.
-        decode: Tokens to decode for the time per token; at least 1.
+        decode: Tokens to decode for the time per token; at least 1. One more comes before them, to warm up.
         chunk: Tokens per forward pass of the prefill.
     """
     cache, inputs = make_cache(), sequence[None].to(model.device)

@@ -40,6 +40,28 @@ def locate(model: str) -> tuple[str, dict[str, str]]:
     return str(path) if path.is_dir() else model, {}
 
 
+def longest_input(model: Any) -> int | None:
+    """Tokens that a transformers model has positions for; None if its configuration names no limit."""
+    longest: int | None = getattr(model.config, "max_position_embeddings", None)
+    return longest if longest is not None and longest > 0 else None
+
+
+def check_length(model: Any, length: int, argument: str) -> None:
+    """Refuse inputs that a transformers model has no positions for.
+
+    Args:
+        model: The model.
+        length: Tokens.
+        argument: What set the length.
+
+    Raises:
+        ValueError: If the model's positions end before.
+    """
+    longest = longest_input(model)
+    if longest is not None and length > longest:
+        raise ValueError(f"`{argument}` must be at most {longest}, the model's own, got {length}. Lower it.")
+
+
 def load_tokenizer(model: str) -> Any:
     """The tokenizer of a model; arguments and errors as in `locate`."""
     from transformers import AutoTokenizer

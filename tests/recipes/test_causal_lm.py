@@ -3,15 +3,17 @@ import json
 import sys
 
 import pytest
+import pytorch_lightning as pl
 import torch
 import yaml
 from settings import pruning_callbacks, run_settings
-from sparse_prune.recipes.causal_lm.cli import main
+from sparse_prune.recipes.causal_lm.cli import CausalLMCLI, main
 from sparse_prune.recipes.causal_lm.data import TextDataModule, load_documents
 from sparse_prune.recipes.causal_lm.module import CausalLMModule
 from sparse_prune.recipes.causal_lm.pretrained import load_model
 from sparse_prune.recipes.finetune.loader import ResumableDataLoader
 from sparse_prune.recipes.finetune.pretrained import load_tokenizer
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from sparse_prune.attention import attach
 from sparse_prune.export import PATTERN_FILE, load, load_patterns, read_pattern_file
@@ -167,6 +169,77 @@ def test_fit_ends_with_a_report(config, tmp_path, monkeypatch, capsys, precision
     assert {handle.name: handle.mode for handle in attach(model)} == dict.fromkeys(patterns, "sparse")
     assert set(header["scores"]) == set(header["settled_at"]) == set(patterns)
     assert load_tokenizer(str(tmp_path / "exported")).eos_token == "<eos>"
+
+
+def fit(config, monkeypatch, *more):
+    """The report of a short run without passkeys."""
+    short = ["--trainer.max_steps", "3", "--model.passkey_prompts", "0", "--trainer.limit_val_batches", "0"]
+    monkeypatch.setattr(sys, "argv", ["causal_lm", "fit", "--config", str(config), *short, *more])
+    main()
+    return json.loads((config.parent / "run" / "report.json").read_text())
+
+
+ALONE = ("--compare_dense", "false", "--export", "null")
+
+
+def test_what_would_fail_after_the_training_is_refused_before_it(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(pl.Trainer, "fit", lambda *args, **options: pytest.fail("trained"))
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match=r"`export` must be new, empty or an earlier export, got '.*foreign'"):
+        fit(config, monkeypatch, "--export", str(tmp_path / "foreign"))
+    settings = yaml.safe_load(config.read_text())
+    callbacks = settings["trainer"]["callbacks"]
+    for missing in callbacks:
+        settings["trainer"]["callbacks"] = [callback for callback in callbacks if callback is not missing]
+        config.write_text(yaml.safe_dump(settings))
+        with pytest.raises(ValueError, match=f"must hold a {missing['class_path'].rpartition('.')[2]} for the report"):
+            fit(config, monkeypatch)
+
+
+def test_generation_is_measured_within_learned_positions(config, tiny_model, tmp_path, monkeypatch):
+    sizes = {"vocab_size": 98, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 256}
+    GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=1, eos_token_id=1)).save_pretrained(tmp_path / "gpt2")
+    load_tokenizer(tiny_model).save_pretrained(tmp_path / "gpt2")
+    monkeypatch.setattr("sparse_prune.evaluation.live_bytes", lambda device: 0)  # takes seconds
+    report = fit(config, monkeypatch, *ALONE, "--model.model", str(tmp_path / "gpt2"))
+    assert report["cache"]["length"] == 256 - 17
+
+
+def test_a_failed_measurement_leaves_the_rest_of_the_report(config, monkeypatch, caplog):
+    def fail(*args):
+        raise RuntimeError("no room")
+
+    monkeypatch.setattr(CausalLMCLI, "cache", fail)
+    monkeypatch.setattr(CausalLMCLI, "_dense_run", fail)
+    report = fit(config, monkeypatch)
+    assert report["cache"] is None
+    assert report["dense"] is None
+    assert report["loss"] > 0
+    for what in ("the KV cache", "the dense run"):
+        assert f"The report goes without {what}, because measuring it failed." in caplog.text
+    assert "RuntimeError: no room" in caplog.text
+
+
+def test_the_dense_twin_is_trained_alike(config, monkeypatch):
+    def look(module):
+        trainer, (optimizer,) = module.trainer, module.trainer.optimizers
+        found = {name: getattr(trainer, name) for name in ("num_training_batches", "gradient_clip_algorithm")}
+        found |= {"steps": trainer.global_step, "min_steps": trainer.min_steps, "tested": trainer.limit_test_batches}
+        schedulers = [type(one.scheduler).__name__ for one in trainer.lr_scheduler_configs]
+        seen.append(found | {"optimizer": type(optimizer).__name__, "rate": optimizer.defaults["lr"], "by": schedulers})
+
+    seen = []
+    monkeypatch.setattr(CausalLMModule, "on_train_end", look)
+    monkeypatch.setattr(CausalLMCLI, "cache", lambda self: None)
+    rules = ["--optimizer", "SGD", "--optimizer.lr", "0.5", "--lr_scheduler", "StepLR", "--lr_scheduler.step_size", "1"]
+    limits = ["--trainer.limit_train_batches", "2", "--trainer.limit_test_batches", "1", "--trainer.min_steps", "2"]
+    limits += ["--trainer.gradient_clip_val", "1", "--trainer.gradient_clip_algorithm", "value"]
+    fit(config, monkeypatch, *rules, *limits)
+    run, twin = seen
+    assert run == twin
+    assert (run["optimizer"], run["rate"], run["by"]) == ("SGD", 0.5, ["StepLR"])
+    assert (run["num_training_batches"], run["tested"], run["min_steps"]) == (2, 1, 2)
 
 
 @pytest.mark.parametrize("name", ["quickstart", "small_cache_8k", "smollm2_8k_gpu"])
