@@ -1,6 +1,8 @@
 import csv
 import json
 import sys
+import time
+from types import SimpleNamespace
 
 import pytest
 import pytorch_lightning as pl
@@ -11,6 +13,7 @@ from sparse_prune.recipes.causal_lm.cli import CausalLMCLI, main
 from sparse_prune.recipes.causal_lm.data import TextDataModule, load_documents
 from sparse_prune.recipes.causal_lm.module import CausalLMModule
 from sparse_prune.recipes.causal_lm.pretrained import load_model
+from sparse_prune.recipes.finetune.history import RunHistory
 from sparse_prune.recipes.finetune.loader import ResumableDataLoader
 from sparse_prune.recipes.finetune.pretrained import load_tokenizer
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -72,6 +75,40 @@ def test_loader_resumes_in_the_middle_of_an_epoch():
         b.tolist() for b in ResumableDataLoader(torch.arange(10), batch_size=2)
     ]
     assert [b.tolist() for b in other][0] == [0, 1]
+
+
+class Countdown(pl.LightningModule):
+    """Whose loss is the number of its batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+
+    def training_step(self, batch, batch_idx):
+        return self.weight.sum() * 0 + batch.sum()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def test_history_holds_one_mean_per_optimizer_step(tmp_path):
+    history, quiet = RunHistory(), dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar"), False)
+    options = {"accelerator": "cpu", "max_epochs": 1, "accumulate_grad_batches": 4, "default_root_dir": tmp_path}
+    loader = torch.utils.data.DataLoader(torch.arange(10.0))
+    pl.Trainer(**options, **quiet, callbacks=[history]).fit(Countdown(), loader)
+    # The epoch ends with a step of the two batches that are left.
+    assert [(record.step, record.loss) for record in history.records] == [(1, 1.5), (2, 5.5), (3, 8.5)]
+
+
+def test_step_times_hold_what_the_gpu_had_still_to_do(monkeypatch):
+    work = iter([0.0, 0.05])
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: time.sleep(next(work)))
+    trainer = SimpleNamespace(global_step=1, accumulate_grad_batches=1, callbacks=[])
+    module, history = SimpleNamespace(device=torch.device("cuda")), RunHistory()
+    history.on_train_batch_start(trainer, module, None, 0)
+    history.on_train_batch_end(trainer, module, {"loss": torch.tensor(1.0)}, None, 0)
+    assert history.records[0].seconds >= 0.05
+    assert not list(work)
 
 
 def test_wrong_models_are_refused(tmp_path):
