@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from importlib.resources import files
 from pathlib import Path
@@ -25,6 +25,7 @@ from sparse_prune.export import check_folder, save_pretrained
 
 log = logging.getLogger(__name__)
 _Found = TypeVar("_Found")
+_CONFIG = ("--config", "-c")
 
 
 class FineTuneCLI(LightningCLI):
@@ -66,7 +67,8 @@ class FineTuneCLI(LightningCLI):
     def before_fit(self) -> None:
         """Refuse what could only fail after the training. Start with the random numbers that the dense twin gets."""
         if self.trainer.world_size == 1:
-            for kind in (RunHistory, AttentionPruning, KernelSwap):
+            # AttentionPruning adds a KernelSwap where there is none.
+            for kind in (RunHistory, AttentionPruning):
                 _callback(self.trainer, kind)
             if self._export_folder is not None:
                 check_folder(self._export_folder, "export")
@@ -176,13 +178,28 @@ def run(
         package: Where the recipe's configurations lie, as its `__package__` says.
         args: Command line; None takes that of the process.
     """
-    given = list(sys.argv[1:] if args is None else args)
-    for index, (flag, name) in enumerate(zip(given, given[1:], strict=False), start=1):
-        shipped = files(package) / f"{name}.yaml"
-        if flag == "--config" and not Path(name).exists() and shipped.is_file():
-            given[index] = str(shipped)
+    given = _find_configs(sys.argv[1:] if args is None else args, package)
     logging.getLogger("sparse_prune").setLevel(logging.INFO)
     cli(module, data, args=given, save_config_kwargs={"overwrite": True})
+
+
+def _find_configs(args: Sequence[str], package: str) -> list[str]:
+    """The command line with paths in the place of the names of shipped configurations."""
+    found: list[str] = []
+    for arg in args:
+        flag, equals, name = arg.partition("=")
+        if equals and flag in _CONFIG:
+            found.append(f"{flag}={_find_config(name, package)}")
+        elif found and found[-1] in _CONFIG:
+            found.append(_find_config(arg, package))
+        else:
+            found.append(arg)
+    return found
+
+
+def _find_config(name: str, package: str) -> str:
+    shipped = files(package) / f"{name}.yaml"
+    return str(shipped) if not Path(name).exists() and shipped.is_file() else name
 
 
 def _attempt(what: str, measure: Callable[[], _Found]) -> _Found | None:

@@ -102,7 +102,7 @@ def _values(image: Any) -> np.ndarray[Any, Any]:
 
 
 def load_images(data: str) -> Images:
-    """Label -> images; see `ImageDataModule` for what `data` may be. Labels are in the order of their numbers as classes."""
+    """Label -> images; see `ImageDataModule` for what `data` may be. They are in the order of the classes."""
     found: Images = {}
     if data == "digits":
         from sklearn.datasets import load_digits
