@@ -76,7 +76,7 @@ class FineTuneCLI(LightningCLI):
 
     @property
     def _export_folder(self) -> str | None:
-        return self.config["fit"]["export"] if self.exportable else None
+        return (self.config["fit"]["export"] or None) if self.exportable else None
 
     def _seed(self) -> None:
         pl.seed_everything(int(self.config["fit"]["seed_everything"] or 0), verbose=False)
