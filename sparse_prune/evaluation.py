@@ -123,23 +123,23 @@ def cache_cost(model: Any, sequence: Tensor, make_cache: MakeCache, decode: int,
         model: A transformers causal language model.
         sequence: Tokens, (length,).
         make_cache: An empty cache.
-        decode: Tokens to decode for the time per token; at least 1.
+        decode: Tokens to decode for the time per token; at least 1. One more comes before them, to warm up.
         chunk: Tokens per forward pass of the prefill.
     """
     cache, inputs = make_cache(), sequence[None].to(model.device)
     # The first call at a length makes what later ones find: tables of patterns, the device's kernels.
     _prefill(model, inputs, make_cache(), chunk)
     before = live_bytes(model.device)
-    start = _now(model.device)
+    start = now(model.device)
     first = int(_prefill(model, inputs, cache, chunk))  # a number: only the cache is held on to
-    prefill = _now(model.device) - start
+    prefill = now(model.device) - start
     grown = live_bytes(model.device) - before
     token = torch.full((1, 1), first, device=model.device)
     model(input_ids=token, past_key_values=cache)  # the first step makes masks that later ones find
-    start = _now(model.device)
+    start = now(model.device)
     for _ in range(decode):
         token = model(input_ids=token, past_key_values=cache).logits[:, -1:].argmax(-1)
-    seconds = _now(model.device) - start
+    seconds = now(model.device) - start
     return CacheCost(grown, inputs.shape[1] / prefill, decode / seconds)
 
 
@@ -189,14 +189,15 @@ def live_bytes(device: torch.device) -> int:
     return sum({s.data_ptr(): s.nbytes() for s in storages}.values())
 
 
+def now(device: torch.device) -> float:
+    """Seconds of a clock, read when the device has done all that it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
 def _prefill(model: Any, inputs: Tensor, cache: Any, chunk: int) -> Tensor:
     """The next token, (1, 1)."""
     for start in range(0, inputs.shape[1], chunk):
         logits = model(input_ids=inputs[:, start : start + chunk], past_key_values=cache, logits_to_keep=1).logits
     return torch.as_tensor(logits[:, -1:].argmax(-1))
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()

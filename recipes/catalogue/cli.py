@@ -20,12 +20,14 @@ def main(args: list[str] | None = None) -> None:
     copying.add_argument("folder", type=Path, help="new folder; its name becomes the package's")
     running = actions.add_parser("run", help="fit with a configuration")
     running.add_argument("name", choices=known)
-    running.add_argument("--config", required=True, help="name of a shipped configuration, or a file")
+    what = "name of a shipped configuration, or a file; may be repeated"
+    running.add_argument("-c", "--config", action="append", required=True, help=what)
     given, rest = parser.parse_known_args(args)
     if rest and given.action != "run":
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if given.action == "run":
-        import_module(f"{known[given.name].package}.cli").main(["fit", "--config", given.config, *rest])
+        configs = [part for config in given.config for part in ("--config", config)]
+        import_module(f"{known[given.name].package}.cli").main(["fit", *configs, *rest])
     elif given.action == "copy":
         try:
             written = copy(known[given.name], given.folder)

@@ -11,11 +11,13 @@ from pytorch_lightning.cli import LightningArgumentParser
 from sparse_prune.recipes.causal_lm.data import TextDataModule
 from sparse_prune.recipes.causal_lm.module import CausalLMModule
 from sparse_prune.recipes.finetune.cli import FineTuneCLI, run
-from sparse_prune.recipes.finetune.pretrained import load_tokenizer
+from sparse_prune.recipes.finetune.pretrained import load_tokenizer, longest_prompt
 from sparse_prune.recipes.finetune.report import CacheComparison
 from typing_extensions import override
 
 from sparse_prune.evaluation import all_connections, cache_cost, fresh_cache
+
+_DECODED = 16  # tokens whose time is taken
 
 
 class CausalLMCLI(FineTuneCLI):
@@ -47,16 +49,17 @@ class CausalLMCLI(FineTuneCLI):
     def cache(self) -> CacheComparison:
         """What generation costs after one sequence of the test documents, in the parameters' own type.
 
-        Under autocast transformers' cache holds values as float32 and ours as they come: bytes would not compare.
+        Under autocast transformers' cache holds values as float32 and ours as they come: bytes would not compare. A
+        table of positions cuts the sequence, so that what is decoded has its places.
         """
         device, model = self.trainer.strategy.root_device, self.model.model
         training, home = model.training, model.device
-        sequence = self.datamodule.sequences["test"][0]
+        sequence = self.datamodule.sequences["test"][0][: longest_prompt(model, _DECODED)]
         model.to(device).eval()
         try:
-            pruned = cache_cost(model, sequence, partial(fresh_cache, model), decode=16)
+            pruned = cache_cost(model, sequence, partial(fresh_cache, model), decode=_DECODED)
             with all_connections(model):
-                dense = cache_cost(model, sequence, partial(fresh_cache, model), decode=16)
+                dense = cache_cost(model, sequence, partial(fresh_cache, model), decode=_DECODED)
         finally:
             model.to(home).train(training)
         return CacheComparison(len(sequence), dense, pruned)

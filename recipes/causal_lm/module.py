@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from sparse_prune.recipes.causal_lm.pretrained import load_model
 from sparse_prune.recipes.finetune.module import FineTuneModule
-from sparse_prune.recipes.finetune.pretrained import load_tokenizer
+from sparse_prune.recipes.finetune.pretrained import check_length, load_tokenizer
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from typing_extensions import override
@@ -63,11 +63,7 @@ class CausalLMModule(FineTuneModule):
             self.model.compile()
 
     def _loss(self, input_ids: Tensor) -> Tensor:
-        longest = getattr(self.model.config, "max_position_embeddings", None)
-        if longest is not None and input_ids.shape[1] > longest:
-            raise ValueError(
-                f"`context_length` must be at most {longest}, the model's own, got {input_ids.shape[1]}. Lower it."
-            )
+        check_length(self.model, input_ids.shape[1], "context_length")
         loss: Tensor = self.model(input_ids=input_ids, labels=input_ids, use_cache=False).loss
         return loss
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from torch import nn
+from sparse_prune.recipes.finetune.pretrained import longest_prompt
 
 from sparse_prune.evaluation import handles_of
 
@@ -50,27 +50,3 @@ def check_lengths(model: Any, lengths: Sequence[int], decode: int) -> None:
             f"`lengths` must be at most {room}, got {max(lengths)}: the model has a table of {room + decode + 1} "
             f"positions, and {decode + 1} tokens are decoded. Lower it, or `decode`."
         )
-
-
-def longest_prompt(model: Any, decode: int) -> int | None:
-    """Tokens that leave room to decode in the model's table of positions; None if it computes positions for any length.
-
-    Args:
-        model: A transformers causal language model.
-        decode: Tokens to decode; one more warms up.
-
-    Raises:
-        ValueError: If decoding leaves no room for a prompt.
-    """
-    longest: int | None = getattr(model.config, "max_position_embeddings", None)
-    words = model.get_input_embeddings()
-    tables = [module.weight for module in model.modules() if isinstance(module, nn.Embedding) and module is not words]
-    tables += [buffer for buffer in model.buffers() if buffer.ndim == 2]
-    # OPT's table has two rows more than there are positions.
-    if longest is None or not any(longest <= len(table) <= longest + 2 for table in tables):
-        return None
-    if decode > longest - 3:
-        raise ValueError(
-            f"`decode` must be at most {longest - 3}: the model has {longest} positions, got {decode}. Lower it."
-        )
-    return longest - decode - 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import random
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -101,8 +101,8 @@ class ClassificationDataModule(SplitDataModule):
 
     @property
     @abstractmethod
-    def num_classes(self) -> int:
-        """Classes, known before `setup`."""
+    def classes(self) -> list[str]:
+        """Names of the classes, in the order of their numbers; known before `setup`."""
 
     @abstractmethod
     def make(self, split: str, count: int) -> list[Example]:
@@ -121,6 +121,24 @@ class ClassificationDataModule(SplitDataModule):
     @override
     def examples_of(self, split: str) -> list[Example]:
         return self.examples[split]
+
+
+def in_order(labels: Iterable[str]) -> list[str]:
+    """Labels in the order of their numbers as classes: whole numbers by value, others by name."""
+    known = list(labels)
+    try:
+        return sorted(known, key=int)
+    except ValueError:
+        return sorted(known)
+
+
+def class_settings(classes: Sequence[str]) -> dict[str, dict[Any, Any]]:
+    """What a configuration of transformers takes, to hold how many classes there are and which is which.
+
+    Args:
+        classes: Names, in the order of their numbers.
+    """
+    return {"id2label": dict(enumerate(classes)), "label2id": {name: index for index, name in enumerate(classes)}}
 
 
 def split_by_name(names: Sequence[str], held_out_share: float) -> dict[str, list[str]]:

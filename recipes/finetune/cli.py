@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytorch_lightning as pl
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
@@ -20,9 +21,11 @@ from sparse_prune.recipes.finetune.module import FineTuneModule
 from sparse_prune.recipes.finetune.report import CacheComparison, DenseRun, RunReport
 from typing_extensions import override
 
-from sparse_prune.export import save_pretrained
+from sparse_prune.export import check_folder, save_pretrained
 
 log = logging.getLogger(__name__)
+_Found = TypeVar("_Found")
+_CONFIG = ("--config", "-c")
 
 
 class FineTuneCLI(LightningCLI):
@@ -62,8 +65,18 @@ class FineTuneCLI(LightningCLI):
         return {}
 
     def before_fit(self) -> None:
-        """The run and its dense twin start with the same random numbers, whatever was drawn before."""
+        """Refuse what could only fail after the training. Start with the random numbers that the dense twin gets."""
+        if self.trainer.world_size == 1:
+            # AttentionPruning adds a KernelSwap where there is none.
+            for kind in (RunHistory, AttentionPruning):
+                _callback(self.trainer, kind)
+            if self._export_folder is not None:
+                check_folder(self._export_folder, "export")
         self._seed()
+
+    @property
+    def _export_folder(self) -> str | None:
+        return (self.config["fit"]["export"] or None) if self.exportable else None
 
     def _seed(self) -> None:
         pl.seed_everything(int(self.config["fit"]["seed_everything"] or 0), verbose=False)
@@ -78,16 +91,16 @@ class FineTuneCLI(LightningCLI):
         folder = Path(self.trainer.log_dir or self.trainer.default_root_dir)
         config = self.config["fit"]
         pruner = _callback(self.trainer, AttentionPruning).pruner
-        if self.exportable and config["export"]:
-            save_pretrained(self.model.model, config["export"], pruner=pruner, tokenizer=self.tokenizer())
+        if self._export_folder is not None:
+            save_pretrained(self.model.model, self._export_folder, pruner=pruner, tokenizer=self.tokenizer())
         loss, quality = self._test(self.trainer, self.model)
         report = RunReport(
             setup=self.describe(config) | self._setup(),
             loss=loss,
             quality=quality,
             records=_callback(self.trainer, RunHistory).records,
-            cache=self.cache(),
-            dense=self._dense_run(folder) if config["compare_dense"] else None,
+            cache=_attempt("the KV cache", self.cache),
+            dense=_attempt("the dense run", partial(self._dense_run, folder)) if config["compare_dense"] else None,
             layers=list(pruner.layers),
             sparsity=pruner.total_sparsity,
             events=_callback(self.trainer, KernelSwap).events,
@@ -106,27 +119,8 @@ class FineTuneCLI(LightningCLI):
 
     def _dense_run(self, folder: Path) -> DenseRun:
         self._seed()
-        # The command line adds entries of its own to the hyperparameters.
-        given = {name: value for name, value in self.model.hparams.items() if not name.startswith("_")}
-        module = type(self.model)(**given)
-        settings: dict[str, Any] = {
-            "max_steps": self.trainer.max_steps,
-            "max_epochs": self.trainer.max_epochs,
-            "precision": self.trainer.precision,
-            "accumulate_grad_batches": self.trainer.accumulate_grad_batches,
-            "gradient_clip_val": self.trainer.gradient_clip_val,
-            "limit_val_batches": self.trainer.limit_val_batches,
-            "val_check_interval": self.trainer.val_check_interval,
-            "check_val_every_n_epoch": self.trainer.check_val_every_n_epoch,
-            "num_sanity_val_steps": 0,
-            "accelerator": self.config["fit"]["trainer"]["accelerator"],
-            "devices": 1,
-        }
-        history = RunHistory()
-        logger = CSVLogger(folder, name="dense", version="")
-        trainer = pl.Trainer(
-            **settings, callbacks=[history], logger=logger, enable_checkpointing=False, log_every_n_steps=1
-        )
+        module, history = self._twin(), RunHistory()
+        trainer = self._twin_trainer(callbacks=[history], logger=CSVLogger(folder, name="dense", version=""))
         before, _ = self._test(trainer, module)
         self._seed()
         trainer.fit(module, datamodule=self.datamodule)
@@ -136,6 +130,27 @@ class FineTuneCLI(LightningCLI):
                 own.log_metrics({"dense/train_loss": record.loss}, step=record.step - 1)
             own.save()
         return DenseRun(before, after, history.records, quality)
+
+    def _twin(self) -> FineTuneModule:
+        """The module anew, with the optimizer and the scheduler of the command line if it names any."""
+        # The command line adds entries of its own to the hyperparameters.
+        given = {name: value for name, value in self.model.hparams.items() if not name.startswith("_")}
+        twin: FineTuneModule = type(self.model)(**given)
+        trained, self.model = self.model, twin
+        try:
+            self._add_configure_optimizers_method_to_model(self.subcommand)
+        finally:
+            self.model = trained
+        return twin
+
+    def _twin_trainer(self, **replaced: Any) -> pl.Trainer:
+        """A Trainer of the same settings. Strategy, plugins and the like are made anew: they keep state."""
+        settings = self.config["fit"]["trainer"].as_dict()
+        settings |= {"callbacks": None, "logger": None, "enable_checkpointing": False}
+        parser = LightningArgumentParser()
+        parser.add_lightning_class_args(self.trainer_class, "trainer")
+        made = parser.instantiate_classes(parser.parse_object({"trainer": settings})).trainer
+        return self.trainer_class(**{**made, **replaced})
 
     def _setup(self) -> dict[str, Any]:
         return {
@@ -163,13 +178,37 @@ def run(
         package: Where the recipe's configurations lie, as its `__package__` says.
         args: Command line; None takes that of the process.
     """
-    given = list(sys.argv[1:] if args is None else args)
-    for index, (flag, name) in enumerate(zip(given, given[1:], strict=False), start=1):
-        shipped = files(package) / f"{name}.yaml"
-        if flag == "--config" and not Path(name).exists() and shipped.is_file():
-            given[index] = str(shipped)
+    given = _find_configs(sys.argv[1:] if args is None else args, package)
     logging.getLogger("sparse_prune").setLevel(logging.INFO)
     cli(module, data, args=given, save_config_kwargs={"overwrite": True})
+
+
+def _find_configs(args: Sequence[str], package: str) -> list[str]:
+    """The command line with paths in the place of the names of shipped configurations."""
+    found: list[str] = []
+    for arg in args:
+        flag, equals, name = arg.partition("=")
+        if equals and flag in _CONFIG:
+            found.append(f"{flag}={_find_config(name, package)}")
+        elif found and found[-1] in _CONFIG:
+            found.append(_find_config(arg, package))
+        else:
+            found.append(arg)
+    return found
+
+
+def _find_config(name: str, package: str) -> str:
+    shipped = files(package) / f"{name}.yaml"
+    return str(shipped) if not Path(name).exists() and shipped.is_file() else name
+
+
+def _attempt(what: str, measure: Callable[[], _Found]) -> _Found | None:
+    """None if it fails, with the error in the log: after the training, the rest of the report shall not be lost."""
+    try:
+        return measure()
+    except Exception:
+        log.exception("The report goes without %s, because measuring it failed.", what)
+        return None
 
 
 def _callback(trainer: pl.Trainer, kind: type[Any]) -> Any:

@@ -1,10 +1,12 @@
-"""Where pretrained weights lie: a hub id, a folder, a GGUF file, or a file or folder inside an installed package."""
+"""Where pretrained weights lie (a hub id, a folder, a file, inside an installed package), and how long inputs may be."""
 
 from __future__ import annotations
 
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+
+from torch import nn
 
 _PACKAGE = "package:"
 
@@ -38,6 +40,46 @@ def locate(model: str) -> tuple[str, dict[str, str]]:
     if model.startswith((".", "/", "~", _PACKAGE)) and not path.is_dir():
         raise FileNotFoundError(f"`model` must be an existing folder, got {str(path)!r}. Check the path.")
     return str(path) if path.is_dir() else model, {}
+
+
+def check_length(model: Any, length: int, argument: str) -> None:
+    """Refuse inputs that a transformers model has no positions for.
+
+    Args:
+        model: The model.
+        length: Tokens.
+        argument: What set the length.
+
+    Raises:
+        ValueError: If the model's positions end before.
+    """
+    longest: int | None = getattr(model.config, "max_position_embeddings", None)
+    if longest is not None and 0 < longest < length:
+        raise ValueError(f"`{argument}` must be at most {longest}, the model's own, got {length}. Lower it.")
+
+
+def longest_prompt(model: Any, decode: int) -> int | None:
+    """Tokens that leave room to decode in the model's table of positions; None if it computes positions for any length.
+
+    Args:
+        model: A transformers causal language model.
+        decode: Tokens to decode; one more warms up.
+
+    Raises:
+        ValueError: If decoding leaves no room for a prompt.
+    """
+    longest: int | None = getattr(model.config, "max_position_embeddings", None)
+    words = model.get_input_embeddings()
+    tables = [module.weight for module in model.modules() if isinstance(module, nn.Embedding) and module is not words]
+    tables += [buffer for buffer in model.buffers() if buffer.ndim == 2]
+    # OPT's table has two rows more than there are positions.
+    if longest is None or not any(longest <= len(table) <= longest + 2 for table in tables):
+        return None
+    if decode > longest - 3:
+        raise ValueError(
+            f"`decode` must be at most {longest - 3}: the model has {longest} positions, got {decode}. Lower it."
+        )
+    return longest - decode - 1
 
 
 def load_tokenizer(model: str) -> Any:

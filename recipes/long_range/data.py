@@ -35,7 +35,7 @@ class ListOpsDataModule(ClassificationDataModule):
         ValueError: If a number is out of range or a file holds other tokens.
     """
 
-    num_classes = len(DIGITS)
+    classes = list(DIGITS)
 
     def __init__(
         self,

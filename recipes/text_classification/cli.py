@@ -20,7 +20,7 @@ class TextClassificationCLI(FineTuneCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         super().add_arguments_to_parser(parser)
         parser.link_arguments("model.model", "data.tokenizer")
-        parser.link_arguments("data.num_classes", "model.num_classes", apply_on="instantiate")
+        parser.link_arguments("data.classes", "model.classes", apply_on="instantiate")
 
     @override
     def tokenizer(self) -> Any:
@@ -32,7 +32,7 @@ class TextClassificationCLI(FineTuneCLI):
         return {
             "model": config["model"]["model"],
             "data": data["data"],
-            "classes": ", ".join(self.datamodule.documents),
+            "classes": ", ".join(self.datamodule.classes),
             "length": data["max_length"],
         }
 

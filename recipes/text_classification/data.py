@@ -9,11 +9,13 @@ from collections.abc import Iterator, Sequence
 from functools import cached_property
 from itertools import islice, zip_longest
 from pathlib import Path
+from typing import Any
 
 import torch
 from sparse_prune.recipes.finetune.classification import (
     ClassificationDataModule,
     Example,
+    in_order,
     split_by_name,
 )
 from sparse_prune.recipes.finetune.pretrained import load_tokenizer
@@ -34,7 +36,7 @@ class LabelledTextDataModule(ClassificationDataModule):
         data: "stdlib" (from which of the largest packages of the Python standard library do these lines come?), a .csv
             or .jsonl file with the columns text and label, or `hub:NAME[:CONFIG[:TEXT[:LABEL]]]` for the training split
             of a hub data set.
-        max_length: Tokens of an example, special tokens included. Shorter ones are padded.
+        max_length: Tokens of an example, special tokens included; at most the model's. Shorter ones are padded.
         batch_size: Examples per batch.
         train_examples: Most examples to train on.
         val_examples: Most examples of the validation documents.
@@ -45,7 +47,8 @@ class LabelledTextDataModule(ClassificationDataModule):
 
     Raises:
         FileNotFoundError: If the file is not there.
-        ValueError: If a number is out of range, a column is missing, or a class has fewer than three documents.
+        ValueError: If a number is out of range, a column, a text or a label is missing, or a class has fewer than three
+            documents.
     """
 
     def __init__(
@@ -75,8 +78,8 @@ class LabelledTextDataModule(ClassificationDataModule):
 
     @property
     @override
-    def num_classes(self) -> int:
-        return len(self.documents)
+    def classes(self) -> list[str]:
+        return list(self.documents)
 
     @override
     def make(self, split: str, count: int) -> list[Example]:
@@ -113,26 +116,34 @@ def _in_turns(queues: Sequence[Iterator[Example]]) -> Iterator[Example]:
 
 
 def load_labelled(data: str) -> Documents:
-    """Label -> name -> text, labels in order; see `LabelledTextDataModule` for what `data` may be."""
+    """Label -> name -> text, in the order of the classes; see `LabelledTextDataModule` for what `data` may be."""
     if data == "stdlib":
         found = _stdlib()
     elif data.startswith("hub:"):
         rows, (text, label) = hub_rows(data.removeprefix("hub:"), ["text", "label"], "data")
-        found = _by_label([(str(row[label]), row[text]) for row in rows])
+        found = _by_label([(row[label], row[text]) for row in rows])
     else:
         found = _by_label(_read(Path(data).expanduser()))
-    return dict(sorted(found.items()))
+    return {label: found[label] for label in in_order(found)}
 
 
-def _by_label(rows: list[tuple[str, str]]) -> Documents:
+def _by_label(rows: list[tuple[Any, Any]]) -> Documents:
+    """Of pairs of label and text; rows with a blank text are left out."""
     found: Documents = defaultdict(dict)
     for index, (label, text) in enumerate(rows):
-        if text.strip():
-            found[label][str(index)] = text
+        if text is None or label is None or not str(label).strip():
+            missing = "text" if text is None else "label"
+            raise ValueError(
+                f"`data` must have a text and a label in every row, got no {missing} in row {index + 1}. "
+                "Fill it in, or take the row out."
+            )
+        if str(text).strip():
+            found[str(label)][str(index)] = str(text)
     return found
 
 
-def _read(path: Path) -> list[tuple[str, str]]:
+def _read(path: Path) -> list[tuple[Any, Any]]:
+    """Label and text of every row."""
     if path.suffix not in (".csv", ".jsonl"):
         raise ValueError(f"`data` must be 'stdlib', hub:NAME, or a .csv or .jsonl file, got {str(path)!r}.")
     if not path.is_file():
@@ -144,7 +155,7 @@ def _read(path: Path) -> list[tuple[str, str]]:
     for number, row in enumerate(rows, start=1):
         if "text" not in row or "label" not in row:
             raise ValueError(f"`data` must have the columns text and label, got {sorted(row)} in row {number}.")
-    return [(str(row["label"]), str(row["text"])) for row in rows]
+    return [(row["label"], row["text"]) for row in rows]
 
 
 def _stdlib() -> Documents:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
-from sparse_prune.recipes.finetune.classification import ClassificationModule
-from sparse_prune.recipes.finetune.pretrained import locate
+from sparse_prune.recipes.finetune.classification import ClassificationModule, class_settings
+from sparse_prune.recipes.finetune.pretrained import check_length, locate
+from torch import Tensor
+from typing_extensions import override
 
 
 class TextClassificationModule(ClassificationModule):
@@ -12,7 +16,7 @@ class TextClassificationModule(ClassificationModule):
 
     Args:
         model: As `locate` takes it (sparse_prune.recipes.finetune.pretrained).
-        num_classes: Classes; the data's.
+        classes: Names of the classes, in the order of their numbers; the data's.
         learning_rate: Peak of AdamW's rate; warmed up linearly, then constant.
         warmup_steps: Optimizer steps of warm-up.
         weight_decay: AdamW's decay.
@@ -22,7 +26,7 @@ class TextClassificationModule(ClassificationModule):
     def __init__(
         self,
         model: str,
-        num_classes: int,
+        classes: list[str],
         learning_rate: float = 5e-5,
         warmup_steps: int = 0,
         weight_decay: float = 0.01,
@@ -32,7 +36,12 @@ class TextClassificationModule(ClassificationModule):
 
         where, options = locate(model)
         encoder = AutoModelForSequenceClassification.from_pretrained(
-            where, dtype=torch.float32, num_labels=num_classes, ignore_mismatched_sizes=True, **options
+            where, dtype=torch.float32, ignore_mismatched_sizes=True, **class_settings(classes), **options
         )
-        super().__init__(encoder.train(), num_classes, learning_rate, warmup_steps, weight_decay, train_only)
+        super().__init__(encoder.train(), len(classes), learning_rate, warmup_steps, weight_decay, train_only)
         self.save_hyperparameters()
+
+    @override
+    def logits(self, batch: Mapping[str, Tensor]) -> Tensor:
+        check_length(self.model, batch["input_ids"].shape[1], "data.max_length")
+        return super().logits(batch)

@@ -18,7 +18,7 @@ class VisionCLI(FineTuneCLI):
     @override
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         super().add_arguments_to_parser(parser)
-        parser.link_arguments("data.num_classes", "model.num_classes", apply_on="instantiate")
+        parser.link_arguments("data.classes", "model.classes", apply_on="instantiate")
         parser.link_arguments("data.image_size", "model.image_size")
 
     @override

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from sparse_prune.recipes.finetune.classification import ClassificationDataModule, Example, split_by_name
+from sparse_prune.recipes.finetune.classification import ClassificationDataModule, Example, in_order, split_by_name
 from sparse_prune.recipes.finetune.sources import hub_rows
 from torch import Tensor
 from torch.nn import functional as F
@@ -68,8 +68,8 @@ class ImageDataModule(ClassificationDataModule):
 
     @property
     @override
-    def num_classes(self) -> int:
-        return len(self.images)
+    def classes(self) -> list[str]:
+        return list(self.images)
 
     @override
     def make(self, split: str, count: int) -> list[Example]:
@@ -102,7 +102,7 @@ def _values(image: Any) -> np.ndarray[Any, Any]:
 
 
 def load_images(data: str) -> Images:
-    """Label -> images; see `ImageDataModule` for what `data` may be. Labels are in order of their names."""
+    """Label -> images; see `ImageDataModule` for what `data` may be. They are in the order of the classes."""
     found: Images = {}
     if data == "digits":
         from sklearn.datasets import load_digits
@@ -122,4 +122,4 @@ def load_images(data: str) -> Images:
             found.setdefault(path.parent.name, []).append(path)
     if len(found) < 2:
         raise ValueError(f"`data` must hold images of at least two classes, got {sorted(found)} in {data!r}.")
-    return dict(sorted(found.items()))
+    return {label: found[label] for label in in_order(found)}

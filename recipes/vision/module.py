@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from sparse_prune.recipes.finetune.classification import ClassificationModule
+from sparse_prune.recipes.finetune.classification import ClassificationModule, class_settings
 from sparse_prune.recipes.finetune.pretrained import locate
 
 
@@ -11,7 +11,7 @@ class VisionModule(ClassificationModule):
     """Fine-tunes `AutoModelForImageClassification`, or trains a ViT from scratch.
 
     Args:
-        num_classes: Classes; the data's.
+        classes: Names of the classes, in the order of their numbers; the data's.
         image_size: Pixels per side; the data's.
         model: As `locate` takes it (sparse_prune.recipes.finetune.pretrained); the head is new where it does not fit.
             None trains a ViT of the next four numbers from scratch.
@@ -30,7 +30,7 @@ class VisionModule(ClassificationModule):
 
     def __init__(
         self,
-        num_classes: int,
+        classes: list[str],
         image_size: int,
         model: str | None = None,
         patch_size: int = 4,
@@ -54,15 +54,15 @@ class VisionModule(ClassificationModule):
                 intermediate_size=4 * width,
                 num_hidden_layers=layers,
                 num_attention_heads=heads,
-                num_labels=num_classes,
+                **class_settings(classes),
             )
             vit = ViTForImageClassification(config)
         else:
             where, options = locate(model)
             vit = AutoModelForImageClassification.from_pretrained(
-                where, dtype=torch.float32, num_labels=num_classes, ignore_mismatched_sizes=True, **options
+                where, dtype=torch.float32, ignore_mismatched_sizes=True, **class_settings(classes), **options
             )
             if getattr(vit.config, "image_size", image_size) != image_size:
                 raise ValueError(f"`data.image_size` must be {vit.config.image_size} for {model}, got {image_size}.")
-        super().__init__(vit.train(), num_classes, learning_rate, warmup_steps, weight_decay, train_only)
+        super().__init__(vit.train(), len(classes), learning_rate, warmup_steps, weight_decay, train_only)
         self.save_hyperparameters()

@@ -1,10 +1,11 @@
 """Pruned models on disk and on the hub."""
 
-from sparse_prune.export.model import PATTERN_FILE, load, push_to_hub, save_pretrained
+from sparse_prune.export.model import PATTERN_FILE, check_folder, load, push_to_hub, save_pretrained
 from sparse_prune.export.patterns import describe_pruning, load_patterns, read_pattern_file, save_patterns
 
 __all__ = [
     "PATTERN_FILE",
+    "check_folder",
     "describe_pruning",
     "load",
     "load_patterns",

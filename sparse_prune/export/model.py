@@ -54,12 +54,7 @@ def save_pretrained(
     target = Path(folder).resolve()
     patterns, layers = _state(model)
     recover(target)
-    foreign = target.exists() and (not target.is_dir() or any(target.iterdir()))
-    if foreign and not (target / PATTERN_FILE).is_file():
-        raise ValueError(
-            f"`folder` must be new, empty or an earlier export, got {os.fspath(folder)!r} without {PATTERN_FILE}. "
-            "Choose another folder."
-        )
+    check_folder(folder)
     dtypes = {parameter.dtype for parameter in model.parameters() if parameter.dtype.is_floating_point}
     if len(dtypes) > 1:
         log.warning("The model mixes %s; transformers loads it in one of them.", sorted(map(str, dtypes)))
@@ -77,9 +72,28 @@ def save_pretrained(
             **({} if pruner is None else describe_pruning(pruner, _names(model))),
         }
         save_patterns(patterns, partial / PATTERN_FILE, details)
-        if foreign:
+        if (target / PATTERN_FILE).is_file():
             _carry_over(target, partial)
     return target
+
+
+def check_folder(folder: str | os.PathLike[str], argument: str = "folder") -> None:
+    """Refuse a folder that `save_pretrained` would refuse: to be asked before a long training, not after it.
+
+    Args:
+        folder: New, empty, or an earlier export.
+        argument: What the error calls it.
+
+    Raises:
+        ValueError: If `folder` holds something else.
+    """
+    target = Path(folder)
+    occupied = target.exists() and (not target.is_dir() or any(target.iterdir()))
+    if occupied and not (target / PATTERN_FILE).is_file():
+        raise ValueError(
+            f"`{argument}` must be new, empty or an earlier export, got {os.fspath(folder)!r} without {PATTERN_FILE}. "
+            "Choose another folder."
+        )
 
 
 def load(

