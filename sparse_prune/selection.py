@@ -110,8 +110,8 @@ def select(
     """New patterns under a threshold, or under the threshold that reaches a sparsity.
 
     Sparsity counts the possible blocks of all given layers, protected and frozen ones included. Where the
-    constraints keep more than it allows, every free block goes and the achieved sparsity stays below. Blocks that get no
-    attention at all go first and together, so where they are many it lies above.
+    constraints keep more than it allows, every free block goes and the achieved sparsity stays below. Blocks that get
+    no attention at all go first and together, so where they are many it lies above.
 
     Args:
         layers: Scores and patterns in force.
