@@ -146,7 +146,9 @@ class SparsityLogger(pl.Callback):
             except OSError as error:
                 log.warning("No frame of the pattern history was written at step %d: %r", trainer.global_step, error)
         if self.images and any(_takes_pictures(logger) for logger in trainer.loggers):
-            scores = {name: pruner.layers[name].scores.value() for name in patterns}
+            # A layer may have the pattern of an earlier run, and not be seen in this one yet.
+            averages = {name: pruner.layers[name].scores for name in patterns}
+            scores = {name: average.value() for name, average in averages.items() if not average.empty}
             layers, step = views(patterns, scores, self._drawn), _step(trainer)
             self._drawn = {name: pattern.keep for name, pattern in patterns.items()}
             self._each(trainer, partial(_log_atlas, layers=layers, step=step))

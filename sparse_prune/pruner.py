@@ -56,7 +56,7 @@ class LayerState:
     def _mass(self) -> tuple[Tensor, Tensor]:
         """Probability in kept blocks and in all blocks per head, (num_heads,) each; zeros before the first decision."""
         pattern = self.layer.pattern
-        if pattern is None:
+        if pattern is None or self.mass.empty:
             zero = torch.zeros(self.layer.num_heads)
             return zero, zero
         mass = self.mass.value()
@@ -151,8 +151,8 @@ class AttentionPruner:
             module: Qualified name of the module inside whose layers are pruned; None: all of them.
 
         Raises:
-            ValueError: If there are none, if a protected layer or head does not exist, or if there are patterns of
-                another block size already.
+            ValueError: If there are none, if `module`, a protected layer or head does not exist, or if there are
+                patterns of another block size already.
         """
         handles = attach(model, module=module)
         for handle in handles:

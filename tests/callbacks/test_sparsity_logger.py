@@ -11,7 +11,7 @@ from sparse_prune.callbacks import KernelSwap, SparsityLogger, sparsity_logger
 from sparse_prune.callbacks.pattern_history import load_frames
 from sparse_prune.callbacks.run_folder import run_folder
 from sparse_prune.callbacks.sparsity_logger import HEAD_COLUMNS, head_table
-from tiny import TinyModule, batches, pruning, trainer
+from tiny import TinyModule, batches, pruning, tiny_llama, trainer
 
 from sparse_prune import BlockPattern
 from sparse_prune.export import load_patterns
@@ -241,6 +241,28 @@ def test_the_last_swaps_are_logged_behind_a_given_swap(tmp_path):
     run.fit(TinyModule(), batches())
     assert [type(callback) for callback in run.callbacks[1:3]] == [KernelSwap, SparsityLogger]
     assert [row["step"] for row in read_csv(tmp_path) if "swap/sparse_layers" in row] == [6]
+
+
+class Pair(TinyModule):
+    """Trains two models, or the first of them alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.other, self.alone = tiny_llama(), False
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        return loss if self.alone else loss + self.other(input_ids=batch, labels=batch, use_cache=False).loss
+
+
+def test_layers_with_an_old_pattern_that_are_not_seen_stop_nothing(tmp_path):
+    module, callback = Pair(), pruning()
+    for module.alone in (False, True):
+        logger = TensorBoardLogger(tmp_path, name="", version="")
+        trainer(tmp_path, [callback], steps=2, logger=logger).fit(module, batches())
+    assert callback.report.step == 2
+    kept = callback.report.mass_kept
+    assert [share == 1.0 for share in kept.values()] == [name.startswith("other") for name in kept]
 
 
 def test_a_full_disk_stops_nothing(tmp_path, monkeypatch, caplog):
