@@ -40,6 +40,8 @@ class AttentionPruning(pl.Callback):
         constraints: What pruning must respect.
         min_delta: Largest change of a pattern that counts as standing still (Jaccard distance).
         patience: Decisions in a row, after the schedule's end, that must stand still before a layer is frozen.
+        module: Qualified name, in the LightningModule, of the module that is pruned. None: all of it, models that only
+            serve as a reference or a judge included.
         distillation: Let the dense model teach the pruned one while patterns move (docs/frontier.md). None: no teacher.
 
     Raises:
@@ -59,11 +61,13 @@ class AttentionPruning(pl.Callback):
         constraints: Constraints | None = None,
         min_delta: float = 0.05,
         patience: int = 3,
+        module: str | None = None,
         distillation: Distillation | None = None,
     ) -> None:
         if every_n_steps < 1:
             raise ValueError(f"`every_n_steps` must be at least 1, got {every_n_steps}.")
         self.every_n_steps = every_n_steps
+        self.module = module
         self.distillation = distillation
         self.pruner = AttentionPruner(
             sparsity=sparsity,
@@ -80,29 +84,32 @@ class AttentionPruning(pl.Callback):
         self.report: PruneReport | None = None
         """The latest decision."""
         self._last_step = 0  # the latest optimizer step seen
+        self._watching = False  # whether the batch is probed
         self._scale = 1.0  # the gradient scale before the batch
         self._distilled: DistilledStep | None = None
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         # What `configure_model` builds or shards is there only after it ran, which is after this hook.
-        if not is_overridden("configure_model", pl_module):
-            self._attach(pl_module)
-        # Lightning walks this list while it calls `setup`: what stands right behind is set up next.
-        position = trainer.callbacks.index(self) + 1  # type: ignore[attr-defined]
-        for kind in (SparsityLogger, KernelSwap):
-            if not any(isinstance(callback, kind) for callback in trainer.callbacks):  # type: ignore[attr-defined]
-                trainer.callbacks.insert(position, kind())  # type: ignore[attr-defined]
+        if stage == "fit" and not is_overridden("configure_model", pl_module):
+            self._attach(trainer, pl_module)
+        # Lightning walks this list while it calls `setup`: what is put in behind this one is set up as well.
+        callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        for kind in (KernelSwap, SparsityLogger):
+            if not any(isinstance(callback, kind) for callback in callbacks):
+                # The logger tells of swaps at the step at which they happen only if it stands behind them.
+                last = max(i for i, c in enumerate(callbacks) if c is self or isinstance(c, KernelSwap))
+                callbacks.insert(last + 1, kind())
 
     @override
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        self._attach(pl_module)
+        self._attach(trainer, pl_module)
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._attach(pl_module)
+        self._attach(trainer, pl_module)
         if self.distillation is not None:
             self._distilled = DistilledStep(pl_module, self.pruner, self.distillation)
 
@@ -115,14 +122,32 @@ class AttentionPruning(pl.Callback):
             self._distilled.remove()
             self._distilled = None
 
-    def _attach(self, pl_module: pl.LightningModule) -> None:
-        if not self.pruner.layers:
-            self.pruner.attach(pl_module)
+    def _attach(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not self.pruner.attached_to(pl_module):
+            self.pruner.attach(pl_module, self.module)
+            self._forget_run(trainer)
+
+    def _forget_run(self, trainer: pl.Trainer) -> None:
+        """A new run begins, for the callbacks that follow this one as well."""
+        self.report, self._last_step = None, 0
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, KernelSwap | SparsityLogger):
+                callback.forget_run()
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.global_step < self._last_step:
+            log.warning(
+                "The fit starts at step %d, pruning was at step %d: it starts anew from the patterns in force. Pass "
+                "`ckpt_path` to go on with a run; leave AttentionPruning out to train with its patterns.",
+                trainer.global_step,
+                self._last_step,
+            )
+            self.pruner.restart()
+            self._forget_run(trainer)
         end, total = self.pruner.schedule.end_step, trainer.estimated_stepping_batches
-        if end >= total:
+        # Who optimizes by hand may step several times a batch; below zero, nobody knows how long the data are.
+        if pl_module.automatic_optimization and 0 <= total <= end:
             log.warning(
                 "The schedule ends at step %d, training at step %s: no layer will settle. End the schedule earlier.",
                 end,
@@ -134,7 +159,14 @@ class AttentionPruning(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         self._scale = _gradient_scale(trainer)
-        self.pruner.probe(self._due(trainer.global_step + 1))
+        self._watching = self._due(trainer.global_step + 1)
+        self.pruner.probe(self._watching)
+
+    @override
+    def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # Other callbacks may run the model once the batch is done. After a backward pass by hand the step may go on.
+        if pl_module.automatic_optimization:
+            self.pruner.probe(False)
 
     @override
     def on_train_batch_end(
@@ -143,7 +175,7 @@ class AttentionPruning(pl.Callback):
         self.pruner.probe(False)
         if trainer.global_step > self._last_step:
             self._last_step = trainer.global_step
-            if self._due(trainer.global_step) and self.pruner.open_layers:
+            if self._watching:
                 self._decide(trainer)
         if self.report is not None:
             # The bar shows these at every step, so they are logged at every step; they never reach a logger here.
@@ -157,8 +189,10 @@ class AttentionPruning(pl.Callback):
 
     def _due(self, step: int) -> bool:
         """Whether a decision falls on this optimizer step, or on an earlier one that had nothing to decide by."""
+        if self.report is None:
+            return True
         latest = step - (step - 1) % self.every_n_steps
-        return self.report is None or self.report.step < latest
+        return self.report.step < latest and bool(self.pruner.open_layers)
 
     def _decide(self, trainer: pl.Trainer) -> None:
         step = trainer.global_step
@@ -170,11 +204,12 @@ class AttentionPruning(pl.Callback):
         if report is not None:
             self.report = report
         elif (step - 1) % self.every_n_steps == 0:
+            waiting = [state.layer.name for state in self.pruner.open_layers]
             log.warning(
                 "Step %d ran none of the layers %s: the decision waits for a step that does. "
                 "Call the attached model in `training_step`.",
                 step,
-                list(self.pruner.layers)[:4],
+                (waiting or list(self.pruner.layers))[:4],
             )
 
     @override

@@ -61,6 +61,10 @@ class KernelSwap(pl.Callback):
         self.events: list[SwapEvent] = []
         """All swaps so far, in order."""
 
+    def forget_run(self) -> None:
+        """A new run begins: the swaps so far are those of another."""
+        self.events = []
+
     @override
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int

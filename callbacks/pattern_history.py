@@ -44,6 +44,16 @@ def save_frame(patterns: Mapping[str, BlockPattern], folder: Path, step: int) ->
     return target
 
 
+def remove_frames(folder: Path) -> None:
+    """Make room for the history of another run.
+
+    Args:
+        folder: The run's folder.
+    """
+    for path in (folder / FOLDER).glob("step_*.npz"):
+        path.unlink()
+
+
 def load_frames(folder: Path) -> dict[int, dict[str, BlockPattern]]:
     """Step -> patterns, ascending; empty if the run kept none.
 

@@ -15,7 +15,8 @@ from pytorch_lightning.utilities import rank_zero_only
 from sparse_prune.callbacks.atlas import LEGEND, LayerView, Picture, draw_layer, views
 from sparse_prune.callbacks.atlas_frame import framed_atlas
 from sparse_prune.callbacks.kernel_swap import KernelSwap, SwapEvent, find_pruning
-from sparse_prune.callbacks.pattern_history import save_frame
+from sparse_prune.callbacks.pattern_history import remove_frames, save_frame
+from sparse_prune.callbacks.run_folder import run_folder
 from sparse_prune.callbacks.uploads import Uploads
 from torch import Tensor
 from typing_extensions import override
@@ -63,13 +64,17 @@ class SparsityLogger(pl.Callback):
             raise ValueError(f"`every_n_decisions` must be at least 1, got {every_n_decisions}.")
         self.images = images
         self.every_n_decisions = every_n_decisions
+        self._uploads = Uploads()
+        self.forget_run()
+
+    def forget_run(self) -> None:
+        """A new run begins: nothing of it was logged."""
         self._logged_step = 0  # step of the last decision that was logged
         self._logged_swaps = 0
         self._decisions = 0
         self._drawn: dict[str, Tensor] = {}  # the keep masks of the last atlas
         self._failed: set[int] = set()
         self._clock = _StepClock()
-        self._uploads = Uploads()
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -94,7 +99,7 @@ class SparsityLogger(pl.Callback):
             self._logged_step = report.step
             self._decisions += 1
             if (self._decisions - 1) % self.every_n_decisions == 0:
-                self._snapshot(trainer, pruner)
+                self._snapshot(trainer, pruner, first=self._decisions == 1)
         fresh = swaps[self._logged_swaps :]
         if fresh:
             metrics |= swap_metrics(fresh, swaps, index) | {"sparsity/total": pruner.total_sparsity}
@@ -120,25 +125,30 @@ class SparsityLogger(pl.Callback):
         table, step = head_table(pruner, _events(trainer)), _step(trainer)
         path = self._keep_patterns(trainer, pruner, ["latest", "final"], summary)
         if trainer.is_global_zero:
-            log.info("Attention patterns: %s. %s", path, summary)
+            log.info("Attention patterns: %s. %s", path or "not kept in a fast_dev_run", summary)
             self._each(trainer, lambda logger: _summarize(logger, summary))
             for logger in trainer.loggers:
                 if isinstance(logger, WandbLogger):
                     self._uploads.submit(_name(logger), partial(_log_table, logger, table, step))
             self._uploads.wait(UPLOAD_SECONDS)
 
-    def _snapshot(self, trainer: pl.Trainer, pruner: AttentionPruner) -> None:
-        """The atlas into the loggers, and a frame of the history beside them."""
+    def _snapshot(self, trainer: pl.Trainer, pruner: AttentionPruner, first: bool = False) -> None:
+        """The atlas into the loggers, and a frame of the history beside them; the first one begins it anew."""
         folder = _folder(trainer)
         if not trainer.is_global_zero:
             return
         patterns = pruner.patterns
-        try:
-            save_frame(patterns, folder, trainer.global_step)
-        except OSError as error:
-            log.warning("No frame of the pattern history was written at step %d: %r", trainer.global_step, error)
+        if folder is not None:
+            try:
+                if first:
+                    remove_frames(folder)
+                save_frame(patterns, folder, trainer.global_step)
+            except OSError as error:
+                log.warning("No frame of the pattern history was written at step %d: %r", trainer.global_step, error)
         if self.images and any(_takes_pictures(logger) for logger in trainer.loggers):
-            scores = {name: pruner.layers[name].scores.value() for name in patterns}
+            # A layer may have the pattern of an earlier run, and not be seen in this one yet.
+            averages = {name: pruner.layers[name].scores for name in patterns}
+            scores = {name: average.value() for name, average in averages.items() if not average.empty}
             layers, step = views(patterns, scores, self._drawn), _step(trainer)
             self._drawn = {name: pattern.keep for name, pattern in patterns.items()}
             self._each(trainer, partial(_log_atlas, layers=layers, step=step))
@@ -152,9 +162,12 @@ class SparsityLogger(pl.Callback):
 
     def _keep_patterns(
         self, trainer: pl.Trainer, pruner: AttentionPruner, aliases: list[str], metadata: dict[str, float]
-    ) -> Path:
-        """The patterns as a file beside the logs, and as a version of the run's artifact."""
-        path = _folder(trainer) / PATTERN_FILE
+    ) -> Path | None:
+        """The patterns as a file beside the logs, and as a version of the run's artifact. None: no files are kept."""
+        folder = _folder(trainer)
+        if folder is None:
+            return None
+        path = folder / PATTERN_FILE
         if trainer.is_global_zero:
             try:
                 save_patterns(pruner.patterns, path)
@@ -313,8 +326,9 @@ def _step(trainer: pl.Trainer) -> int:
     return int(trainer.fit_loop.epoch_loop._batches_that_stepped)
 
 
-def _folder(trainer: pl.Trainer) -> Path:
-    return Path(trainer.log_dir or trainer.default_root_dir)  # a broadcast: every rank must ask
+def _folder(trainer: pl.Trainer) -> Path | None:
+    """Where files go; None under `fast_dev_run`, which leaves none."""
+    return None if trainer.fast_dev_run else run_folder(trainer)  # type: ignore[attr-defined]
 
 
 def _name(logger: Logger) -> str:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from sparse_prune.attention import PrunableAttention, attach
+from sparse_prune.attention import PrunableAttention, attach, handle_of
 from sparse_prune.pattern import BlockPattern, check_block_size
 from sparse_prune.schedules import Schedule
 from sparse_prune.scores import BlockStatistics, ScoreAverage, Statistic
@@ -19,7 +19,7 @@ from sparse_prune.stability import StabilityTracker
 
 Criterion = Literal["score", "row_mass"]
 Reduce = Callable[[dict[str, BlockStatistics]], dict[str, BlockStatistics]]
-_STATE_VERSION = 1
+_STATE_VERSION = 2
 
 
 @dataclass(eq=False)
@@ -33,8 +33,13 @@ class LayerState:
     tracker: StabilityTracker
     settled_at: int | None = None
     """Optimizer step at which the pattern was frozen."""
-    restored: bool = False
-    """Whether the swap gained nothing and the layer was given all its connections back."""
+    given_back: BlockPattern | None = None
+    """The pattern with which it settled, if the swap gained nothing and the layer got all its connections back."""
+
+    @property
+    def restored(self) -> bool:
+        """Whether the layer was given all its connections back."""
+        return self.given_back is not None
 
     @property
     def mass_kept(self) -> float:
@@ -51,7 +56,7 @@ class LayerState:
     def _mass(self) -> tuple[Tensor, Tensor]:
         """Probability in kept blocks and in all blocks per head, (num_heads,) each; zeros before the first decision."""
         pattern = self.layer.pattern
-        if pattern is None:
+        if pattern is None or self.mass.empty:
             zero = torch.zeros(self.layer.num_heads)
             return zero, zero
         mass = self.mass.value()
@@ -136,17 +141,29 @@ class AttentionPruner:
         assert schedule is not None
         return schedule
 
-    def attach(self, model: nn.Module) -> None:
+    def attach(self, model: nn.Module, module: str | None = None) -> None:
         """Find the attention layers of a model and take them over.
+
+        Patterns that the layers have already are where pruning starts.
 
         Args:
             model: Any module; its `example_input_array`, if it has one, is the example of `attention.attach`.
+            module: Qualified name of the module inside whose layers are pruned; None: all of them.
 
         Raises:
-            ValueError: If there are none, or if a protected layer or head does not exist.
+            ValueError: If there are none, if `module`, a protected layer or head does not exist, or if there are
+                patterns of another block size already.
         """
-        handles = attach(model)
+        handles = attach(model, module=module)
+        for handle in handles:
+            if handle.pattern is not None and handle.pattern.block_size != self.block_size:
+                raise ValueError(
+                    f"`block_size` must be {handle.pattern.block_size} as in the pattern that layer {handle.name!r} "
+                    f"has already, got {self.block_size}. Use that size, or `sparse_prune.attention.detach(model)` "
+                    "first to start from dense attention."
+                )
         self.layers = {handle.name: LayerState(handle, *self._new_state()) for handle in handles}
+        self.forget()
         heads = self.constraints.protected_heads or {}
         for name in (*self.constraints.protected_layers, *heads):
             if name not in self.layers:
@@ -159,10 +176,24 @@ class AttentionPruner:
             if wrong:
                 raise ValueError(f"`protected_heads` of {name!r} must lie in 0..{count - 1}, got {wrong}.")
 
+    def attached_to(self, model: nn.Module) -> bool:
+        """Whether the layers are those of this model.
+
+        Args:
+            model: Any module.
+        """
+        there = {id(handle) for module in model.modules() if (handle := handle_of(module)) is not None}
+        return bool(self.layers) and all(id(state.layer) in there for state in self.layers.values())
+
+    def restart(self) -> None:
+        """Forget all decisions; the patterns in force stay until the next one."""
+        self.layers = {name: LayerState(state.layer, *self._new_state()) for name, state in self.layers.items()}
+        self.forget()
+
     @property
     def open_layers(self) -> list[LayerState]:
-        """Layers whose pattern may still move."""
-        return [state for state in self.layers.values() if state.settled_at is None]
+        """Layers that were seen and whose pattern may still move."""
+        return [state for state in self.layers.values() if state.settled_at is None and not state.scores.empty]
 
     def probe(self, enabled: bool) -> None:
         """Watch the next training steps, or stop watching. Frozen layers are never probed."""
@@ -193,7 +224,7 @@ class AttentionPruner:
         for name, seen in statistics.items():
             self.layers[name].scores.update(seen)
             self.layers[name].mass.update(seen)
-        known = [state for name, state in self.layers.items() if name in statistics or state.layer.pattern is not None]
+        known = [state for state in self.layers.values() if not state.scores.empty]
         requested = self.schedule(step)
         patterns, threshold = self._select(known, requested)
         change, settled = {}, []
@@ -218,7 +249,8 @@ class AttentionPruner:
     def _select(self, states: list[LayerState], requested: float) -> tuple[list[BlockPattern], float]:
         layers = []
         for state in states:
-            pattern, scores = self._current(state), state.scores.value()
+            # What was given back counts as if it were still pruned, so that the others need not make up for it.
+            pattern, scores = state.given_back or self._current(state), state.scores.value()
             if state.settled_at is not None:
                 scores = pattern.keep.float()  # not looked at: the layer is frozen
             elif self.criterion == "row_mass":
@@ -272,7 +304,7 @@ class AttentionPruner:
         self._settled(name).layer.mode = "sparse"
 
     def restore(self, name: str) -> None:
-        """Give a settled layer all its connections back: it gains nothing from losing them.
+        """Give a settled layer all its connections back: it gains nothing from losing them. The others lose no more.
 
         Args:
             name: Qualified name of the layer.
@@ -283,9 +315,9 @@ class AttentionPruner:
         state = self._settled(name)
         pattern = state.layer.pattern
         assert pattern is not None
+        state.given_back = pattern
         state.layer.pattern = replace(pattern, keep=pattern.possible.expand_as(pattern.keep).clone())
         state.layer.mode = "dense"
-        state.restored = True
 
     def _settled(self, name: str) -> LayerState:
         state = self.layers[name]
@@ -307,7 +339,9 @@ class AttentionPruner:
         }
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
-        """Continue where `state_dict` was taken. Nothing changes if the state does not fit.
+        """Continue where `state_dict` was taken; if that was before `attach`, nothing had been decided.
+
+        Nothing changes if the state does not fit.
 
         Raises:
             ValueError: If the state is of another version, block size or model; the message names what differs.
@@ -319,6 +353,9 @@ class AttentionPruner:
                 f"`block_size` must be {tuple(saved['block_size'])} as in the checkpoint, got {self.block_size}."
             )
         layers = saved["layers"]
+        if not layers:
+            self.restart()
+            return
         if set(layers) != set(self.layers):
             missing, extra = sorted(set(self.layers) - set(layers)), sorted(set(layers) - set(self.layers))
             raise ValueError(
@@ -380,7 +417,7 @@ def _layer_state(state: LayerState) -> dict[str, Any]:
         "calm_checks": state.tracker.calm_checks,
         "change": state.tracker.change,
         "settled_at": state.settled_at,
-        "restored": state.restored,
+        "given_back": None if state.given_back is None else state.given_back.keep,
         "statistics": None
         if layer.statistics is None
         else {"sums": layer.statistics.sums.cpu(), "counts": layer.statistics.counts.cpu()},
@@ -390,12 +427,15 @@ def _layer_state(state: LayerState) -> dict[str, Any]:
 
 def _load_layer_state(state: LayerState, part: Mapping[str, Any]) -> None:
     layer = state.layer
-    layer.pattern = (
-        None if part["keep"] is None else BlockPattern(part["keep"], part["block_size"], layer.causal, *part["lengths"])
-    )
+    layer.pattern = _saved_pattern(part, part["keep"], layer.causal)
     layer.mode, layer.backend = part["mode"], part["backend"]
     state.scores.load_state_dict(part["scores"])
     state.mass.load_state_dict(part["mass"])
     state.tracker.calm_checks, state.tracker.change = part["calm_checks"], part["change"]
-    state.settled_at, state.restored = part["settled_at"], part["restored"]
+    state.settled_at = part["settled_at"]
+    state.given_back = _saved_pattern(part, part["given_back"], layer.causal)
     layer.statistics = None if part["statistics"] is None else BlockStatistics(**part["statistics"])
+
+
+def _saved_pattern(part: Mapping[str, Any], keep: Tensor | None, causal: bool) -> BlockPattern | None:
+    return None if keep is None else BlockPattern(keep, part["block_size"], causal, *part["lengths"])

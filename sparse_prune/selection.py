@@ -110,7 +110,8 @@ def select(
     """New patterns under a threshold, or under the threshold that reaches a sparsity.
 
     Sparsity counts the possible blocks of all given layers, protected and frozen ones included. Where the
-    constraints keep more than it allows, every free block goes and the achieved sparsity stays below.
+    constraints keep more than it allows, every free block goes and the achieved sparsity stays below. Blocks that get
+    no attention at all go first and together, so where they are many it lies above.
 
     Args:
         layers: Scores and patterns in force.
@@ -142,14 +143,18 @@ def select(
 def _solve(values: Tensor, sparsity: float) -> float:
     """The threshold that prunes `sparsity` of the values: 0 if none need go, just past the largest if all free ones."""
     count = int(sparsity * values.numel() + 0.5)
-    if count == 0:
-        return 0.0
     ordered = values.sort().values
-    free = int((ordered < torch.inf).sum())
-    if count >= free:
-        finite = ordered[ordered.isfinite()]
-        return float(torch.nextafter(finite[-1], torch.tensor(torch.inf))) if finite.numel() else 0.0
-    return max(float(ordered[count]), 0.0)
+    gone = int((ordered == -torch.inf).sum())
+    free = ordered[ordered.isfinite()]
+    if count == 0 or count < gone or not free.numel():
+        return 0.0
+    # Nothing tells blocks without attention apart: they go together.
+    staying = free[count - gone :]
+    staying = staying[staying > 0]
+    if staying.numel():
+        return float(staying[0])
+    past = float(torch.nextafter(free[-1], torch.tensor(torch.inf)))
+    return max(past, torch.finfo(values.dtype).tiny)
 
 
 def _effective(layer: LayerScores, constraints: Constraints) -> Tensor:

@@ -205,6 +205,34 @@ def test_selection_past_the_constraints_keeps_only_what_must_stay():
     assert patterns[0].kept_blocks == 4 * (16 + 15)
 
 
+@pytest.mark.parametrize("constraints", [Constraints(), Constraints(share_diagonals=0.0), Constraints(fill_reach=True)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_blocks_without_attention_go_first_and_together(constraints, dtype):
+    pattern = BlockPattern.dense(4, 64, 64, 4, True)
+    rows, cols = torch.arange(16)[:, None], torch.arange(16)
+    outside = ((rows - cols > 5) & (cols >= 1)).expand(4, -1, -1)  # a sliding window
+    scores = 0.1 + torch.rand(pattern.keep.shape, generator=torch.Generator().manual_seed(5), dtype=dtype)
+    layer = LayerScores("a", scores.masked_fill(outside, 0.0), pattern, num_kv_heads=2)
+    zeros = float(outside[pattern.possible.expand_as(outside)].double().mean())
+    assert 0.3 < zeros < 0.4
+    achieved = []
+    for sparsity in (0.0, 0.01, 0.2, 0.3, 0.5, 0.99):
+        (found,), threshold = select([layer], constraints, sparsity=sparsity)
+        achieved.append(found.sparsity)
+        assert torch.equal(found.keep, select([layer], constraints, threshold=threshold)[0][0].keep)
+    assert achieved[:4] == pytest.approx([0.0, zeros, zeros, zeros])
+    assert achieved[4] == pytest.approx(0.5, abs=0.01)
+    assert achieved[5] == pytest.approx(1 - 31 / 136)  # the diagonal and the sink
+
+
+def test_a_layer_in_which_only_what_must_stay_is_attended_to_keeps_just_that():
+    layer = _layer()
+    layer.scores[:] = 0.0
+    (pattern,), threshold = select([layer], Constraints(), sparsity=0.2)
+    assert pattern.kept_blocks == 4 * (16 + 15)
+    assert 0.0 < threshold < 1e-30
+
+
 def test_protected_frozen_shared_and_floor():
     constraints = Constraints(protected_layers=("a",), protected_heads={"b": (3,)}, min_density=0.5)
     a, b = select([_layer("a"), _layer("b")], constraints, sparsity=0.9)[0]

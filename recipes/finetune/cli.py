@@ -14,6 +14,7 @@ import pytorch_lightning as pl
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from pytorch_lightning.loggers import CSVLogger
 from sparse_prune.callbacks import AttentionPruning, KernelSwap
+from sparse_prune.callbacks.run_folder import run_folder
 from sparse_prune.callbacks.sparsity_logger import savings_metrics
 from sparse_prune.recipes.finetune.history import RunHistory
 from sparse_prune.recipes.finetune.machine import describe_machine
@@ -88,7 +89,7 @@ class FineTuneCLI(LightningCLI):
         if self.trainer.world_size > 1:
             log.warning("The report is written by runs of one process; this one has %d.", self.trainer.world_size)
             return
-        folder = Path(self.trainer.log_dir or self.trainer.default_root_dir)
+        folder = run_folder(self.trainer)
         config = self.config["fit"]
         pruner = _callback(self.trainer, AttentionPruning).pruner
         if self._export_folder is not None:

@@ -67,7 +67,7 @@ class RunHistory(pl.Callback):
         layers = [state.layer for state in found[0].pruner.layers.values()] if found else []
         modes = {layer.mode for layer in layers}
         phase: Phase = "dense" if modes <= {"dense"} else "sparse" if "masked" not in modes else "masked"
-        probed = any(layer.probe_block_size is not None for layer in layers)
+        probed = any(layer.statistics is not None for layer in layers)
         sparsity = found[0].pruner.total_sparsity if found else 0.0
         loss = sum(self._losses) / len(self._losses)
         return StepRecord(trainer.global_step, loss, self._seconds, phase, probed, sparsity)

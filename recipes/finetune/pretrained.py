@@ -1,4 +1,4 @@
-"""Where pretrained weights lie (a hub id, a folder, a file, inside an installed package), and how long inputs may be."""
+"""Where pretrained weights lie: a hub id, a folder, a file, inside an installed package. How long inputs may be."""
 
 from __future__ import annotations
 

@@ -57,7 +57,7 @@ def find_layers(model: nn.Module, example: Any = None) -> dict[str, nn.Module]:
     return {layer.name: layer.module for layer in list_layers(model, example) if layer.problem is None}
 
 
-def attach(model: nn.Module, example: Any = None) -> list[PrunableAttention]:
+def attach(model: nn.Module, example: Any = None, *, module: str | None = None) -> list[PrunableAttention]:
     """Take over every self-attention layer that can be pruned; the model computes what it did.
 
     Calling it again returns the handles that are already there.
@@ -65,11 +65,18 @@ def attach(model: nn.Module, example: Any = None) -> list[PrunableAttention]:
     Args:
         model: Any module.
         example: See `list_layers`.
+        module: Qualified name of the module inside `model` whose layers are taken over; None: all layers are.
 
     Raises:
-        ValueError: If there is no attention layer that can be pruned; the message lists what was found.
+        ValueError: If there is no attention layer that can be pruned; the message lists what was found. If there is no
+            such `module`.
     """
-    layers = list_layers(model, example)
+    if module is not None and module not in modules_of(model):
+        raise ValueError(
+            f"`module` must name a module of {type(model).__name__}, got {module!r}. Its children are "
+            f"{[name for name, _ in model.named_children()]}."
+        )
+    layers = [layer for layer in list_layers(model, example) if _holds(module or "", layer.name)]
     problems = [f"{layer.name!r}: {layer.problem}" for layer in layers if layer.problem is not None]
     usable = [layer for layer in layers if layer.problem is None]
     if not usable:

@@ -3,11 +3,14 @@ import logging
 import pytest
 import torch
 from pytorch_lightning.callbacks import Callback, ModelCheckpoint
-from sparse_prune.callbacks import AttentionPruning, KernelSwap, SparsityLogger, kernel_swap
+from pytorch_lightning.tuner import Tuner
+from sparse_prune.callbacks import AttentionPruning, Distillation, KernelSwap, SparsityLogger, kernel_swap
+from sparse_prune.callbacks.pattern_history import load_frames
 from tiny import LENGTH, TinyModule, batches, pruning, tiny_llama, trainer
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
-from sparse_prune import Constraints, LinearSchedule
+from sparse_prune import AttentionPruner, ConstantSchedule, Constraints, LinearSchedule
+from sparse_prune.attention import detach, handle_of
 
 
 def patterns(callback):
@@ -309,3 +312,223 @@ def test_swap_decides_when_candidates_could_not_be_measured(tmp_path, monkeypatc
     monkeypatch.setattr(kernel_swap, "time_attention", lambda layer, backends, tuned: dict(times))
     event = KernelSwap()._event(layer, 7)
     assert (event.backend, event.dense_ms, event.sparse_ms) == (backend, None, times.get("gather"))
+
+
+def watch_decisions(callback):
+    """The steps at which the callback decides, as they come."""
+    steps, update = [], callback.pruner.update
+    callback.pruner.update = lambda step, reduce=None: steps.append(step) or update(step, reduce)
+    return steps
+
+
+def test_another_module_starts_anew(tmp_path):
+    callback, swap, logger = pruning(), KernelSwap("gather"), SparsityLogger(every_n_decisions=2)
+    runs, frames = [], []
+    for name in ("first", "second"):
+        module = TinyModule()
+        trainer(tmp_path / name, [callback, swap, logger]).fit(module, batches())
+        runs.append((module.losses, callback.report, list(swap.events)))
+        frames.append(load_frames(tmp_path / name))
+        assert callback.pruner.attached_to(module)
+    assert runs[0] == runs[1]
+    assert len(runs[1][2]) == 2
+    assert frames[0].keys() == frames[1].keys()
+
+
+def test_a_module_that_is_fitted_again_from_the_start_is_pruned_anew(tmp_path, caplog):
+    callback, swap, module = pruning(), KernelSwap("gather"), TinyModule()
+    steps = watch_decisions(callback)
+    for _ in range(2):
+        trainer(tmp_path, [callback, swap]).fit(module, batches())
+    assert steps == [1, 2, 3, 4, 5, 6, 7] * 2
+    assert [event.step for event in swap.events] == [7, 7]
+    assert callback.report.step == 7
+    assert {state.layer.mode for state in callback.pruner.layers.values()} == {"sparse"}
+    assert "The fit starts at step 0, pruning was at step 12: it starts anew" in caplog.text
+
+
+def test_a_fit_after_the_validation_of_a_checkpoint_starts_anew(tmp_path):
+    saver = ModelCheckpoint(tmp_path, filename="cut", every_n_train_steps=3)
+    trainer(tmp_path, [pruning(), saver], steps=3, enable_checkpointing=True).fit(TinyModule(), batches())
+    callback = pruning()
+    steps, fit, module = watch_decisions(callback), trainer(tmp_path, [callback], steps=2), TinyModule()
+    fit.validate(module, batches(4), ckpt_path=tmp_path / "cut.ckpt", weights_only=False)
+    assert callback.report.step == 3
+    fit.fit(module, batches())
+    assert steps == [1, 2]
+
+
+def test_a_trainer_that_goes_on_continues_the_pruning(tmp_path, caplog):
+    callback = pruning()
+    steps, fit, module = watch_decisions(callback), trainer(tmp_path, [callback], steps=3), TinyModule()
+    fit.fit(module, batches())
+    fit.fit_loop.epoch_loop.max_steps = 5
+    fit.fit(module, batches())
+    assert steps == [1, 2, 3, 4, 5]
+    assert "starts anew" not in caplog.text
+
+
+def test_patterns_of_another_block_size_are_refused(tmp_path):
+    module = TinyModule()
+    trainer(tmp_path, [pruning()], steps=2).fit(module, batches())
+    message = r"`block_size` must be \(8, 8\) as in the pattern .*layers.0.self_attn.*got \(16, 16\).*detach"
+    with pytest.raises(ValueError, match=message):
+        trainer(tmp_path, [pruning(block_size=16)], steps=2).fit(module, batches())
+    same = pruning()
+    trainer(tmp_path, [same], steps=2).fit(module, batches())
+    assert same.pruner.total_sparsity > 0
+    detach(module)
+    other = pruning(block_size=16)
+    trainer(tmp_path, [other], steps=2).fit(module, batches())
+    assert {pattern.block_size for pattern in other.pruner.patterns.values()} == {(16, 16)}
+
+
+def test_the_others_lose_no_more_when_the_swap_gives_a_layer_back():
+    model, tokens = tiny_llama(num_hidden_layers=4), torch.randint(0, 32, (2, LENGTH))
+    pruner, again = (
+        AttentionPruner(ConstantSchedule(final=0.4), block_size=8, min_delta=1.0, patience=3) for _ in range(2)
+    )
+    pruner.attach(model)
+
+    def decide(pruner, step):
+        pruner.probe(True)
+        model(input_ids=tokens)
+        pruner.probe(False)
+        return pruner.update(step)
+
+    before = decide(pruner, 1).layer_sparsity
+    given_back = list(before)[:2]
+    for name in given_back:
+        pruner.layers[name].settled_at = 1
+        pruner.restore(name)
+    after = decide(pruner, 2).layer_sparsity
+    assert after == {name: 0.0 if name in given_back else before[name] for name in before}
+    again.attach(model)
+    again.load_state_dict(pruner.state_dict())
+    assert [state.restored for state in again.layers.values()] == [True, True, False, False]
+    assert decide(again, 3).layer_sparsity == after
+
+
+class Judged(TinyModule):
+    """Holds a model that its training step does not run."""
+
+    def __init__(self):
+        super().__init__()
+        self.judge = tiny_llama()
+
+
+def test_layers_that_are_never_run_keep_nothing_open(tmp_path, caplog):
+    callback, forwards = pruning(distillation=Distillation(module="model")), []
+    module = Judged()
+    fit = trainer(tmp_path, [callback, KernelSwap("gather")])
+    module.model.register_forward_hook(lambda *call: forwards.append(fit.global_step))
+    fit.fit(module, batches())
+    assert callback.report.step == 7
+    assert not callback.pruner.open_layers
+    assert [forwards.count(step) for step in range(12)] == [1] + [2] * 6 + [1] * 5
+    assert "ran none of the layers" not in caplog.text
+
+
+class Referring(TinyModule):
+    """Holds a frozen reference, as preference tuning does."""
+
+    def __init__(self):
+        super().__init__()
+        self.reference = tiny_llama().requires_grad_(False)
+
+    def training_step(self, batch, batch_idx):
+        with torch.no_grad():
+            wanted = self.reference(input_ids=batch).logits
+        return super().training_step(batch, batch_idx) + 0.0 * wanted.mean()
+
+
+def test_one_module_alone_is_pruned(tmp_path):
+    callback, module = pruning(module="model"), Referring()
+    trainer(tmp_path, [callback, KernelSwap("gather")]).fit(module, batches())
+    assert list(callback.pruner.patterns) == [f"model.model.layers.{i}.self_attn" for i in (0, 1)]
+    assert callback.pruner.total_sparsity == pytest.approx(0.4, abs=0.01)
+    assert not any(handle_of(part) for part in module.reference.modules())
+    with pytest.raises(
+        ValueError, match=r"`module` must name a module of Referring, got 'policy'.*'model', 'reference'"
+    ):
+        trainer(tmp_path, [pruning(module="policy")]).fit(Referring(), batches())
+
+
+class Late(TinyModule):
+    """Its model comes with `configure_model`."""
+
+    lr = 1e-3
+
+    def __init__(self):
+        super().__init__(torch.nn.Identity())
+
+    def configure_model(self):
+        if isinstance(self.model, torch.nn.Identity):
+            self.model = tiny_llama()
+
+
+def test_learning_rate_is_found_before_there_is_a_model(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    callback, module = pruning(), Late()
+    fit = trainer(tmp_path, [callback, KernelSwap("gather")])
+    Tuner(fit).lr_find(module, batches(), num_training=3, update_attr=False)
+    assert callback.report is None
+    fit.fit(module, batches())
+    assert callback.report.step == 7
+    assert callback.pruner.total_sparsity == pytest.approx(0.4, abs=0.01)
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        return iter(batches().dataset)
+
+
+class ByHand(TinyModule):
+    """Steps two optimizers a batch."""
+
+    automatic_optimization = False
+
+    def configure_optimizers(self):
+        return [torch.optim.SGD(part.parameters(), lr=1e-3) for part in (self.model.model, self.model.lm_head)]
+
+    def training_step(self, batch, batch_idx):
+        for optimizer in self.optimizers():
+            optimizer.zero_grad()
+            self.manual_backward(self.model(input_ids=batch, labels=batch, use_cache=False).loss)
+            optimizer.step()
+
+
+@pytest.mark.parametrize(("module", "data"), [(TinyModule, DataLoader(Stream(), batch_size=2)), (ByHand, batches())])
+def test_training_of_unknown_length_draws_no_warning(tmp_path, caplog, module, data):
+    fit = trainer(tmp_path, [pruning(end_step=32)], steps=-1, max_epochs=1)
+    fit.fit(module(), data)
+    assert fit.global_step >= 32
+    assert "no layer will settle" not in caplog.text
+
+
+@pytest.mark.parametrize("every", [1, 2, 3])
+def test_several_optimizer_steps_a_batch_draw_no_warning(tmp_path, caplog, every):
+    callback = pruning(every_n_steps=every, end_step=12)
+    trainer(tmp_path, [callback], steps=20).fit(ByHand(), batches())
+    assert not callback.pruner.open_layers
+    assert "ran none of the layers" not in caplog.text
+
+
+class Generate(Callback):
+    def on_train_batch_end(self, trainer, module, *args):
+        module.eval()
+        prompt = torch.ones(1, 8, dtype=torch.long)
+        module.model.generate(prompt, max_new_tokens=4, min_new_tokens=4, do_sample=False, pad_token_id=0)
+        module.train()
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_generation_after_a_batch_is_not_probed(tmp_path, accumulate):
+    results = []
+    for others in ([], [Generate()]):
+        callback, module = pruning(), TinyModule()
+        fit = trainer(tmp_path, [*others, callback], steps=4, accumulate_grad_batches=accumulate)
+        fit.fit(module, batches())
+        results.append((patterns(callback), module.losses, callback.report.mass_kept))
+    assert_same_patterns(results[0][0], results[1][0])
+    assert results[0][1:] == results[1][1:]

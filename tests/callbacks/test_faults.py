@@ -9,7 +9,7 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.plugins.precision import MixedPrecision
 from sparse_prune.callbacks import KernelSwap, newest_checkpoint
 from test_other_models import LanguageModule
-from tiny import LENGTH, TinyModule, batches, pruning, trainer
+from tiny import LENGTH, TinyModule, batches, pruning, tiny_llama, trainer
 from torch.utils.data import DataLoader
 
 
@@ -79,6 +79,16 @@ def test_decision_waits_for_a_step_that_runs_the_model(tmp_path, caplog):
     assert steps == [1, 2, 3, 4, 5, 6]
     assert callback.report.step == 6
     assert caplog.text.count("the decision waits") == 3
+
+
+def test_the_warning_names_layers_that_wait(tmp_path, caplog):
+    module = LossOf(lambda m, batch, step: language_loss(m, batch) if step != 4 else m.model.lm_head.weight.sum())
+    module.judge = tiny_llama()
+    with caplog.at_level(logging.WARNING):
+        trainer(tmp_path, [pruning(every_n_steps=2)], steps=6).fit(module, batches())
+    (told,) = [record.getMessage() for record in caplog.records if "ran none" in record.getMessage()]
+    assert "'model.model.layers.0.self_attn'" in told
+    assert "judge" not in told
 
 
 def test_model_called_twice_in_a_step_is_probed_in_both_calls(tmp_path):

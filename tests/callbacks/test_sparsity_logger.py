@@ -5,11 +5,13 @@ import time
 
 import pytest
 import torch
+from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 from sparse_prune.callbacks import KernelSwap, SparsityLogger, sparsity_logger
 from sparse_prune.callbacks.pattern_history import load_frames
+from sparse_prune.callbacks.run_folder import run_folder
 from sparse_prune.callbacks.sparsity_logger import HEAD_COLUMNS, head_table
-from tiny import TinyModule, batches, pruning, trainer
+from tiny import TinyModule, batches, pruning, tiny_llama, trainer
 
 from sparse_prune import BlockPattern
 from sparse_prune.export import load_patterns
@@ -197,6 +199,70 @@ def test_frames_of_the_history_hold_the_patterns_of_their_step(tmp_path):
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(ValueError, match="step_00000003.npz must be a frame"):
         load_frames(tmp_path)
+
+
+def test_the_history_of_another_run_is_not_mixed_in(tmp_path):
+    saver = ModelCheckpoint(tmp_path / "kept", filename="cut", every_n_train_steps=4)
+    for final, steps in ((0.4, 12), (0.2, 5)):
+        callbacks = [pruning(final=final), KernelSwap("gather"), SparsityLogger(every_n_decisions=2), saver]
+        trainer(tmp_path, callbacks, steps=steps, enable_checkpointing=True).fit(TinyModule(), batches())
+    frames = load_frames(tmp_path)
+    assert list(frames) == [1, 3, 5]
+    callbacks = [pruning(final=0.2), KernelSwap("gather"), SparsityLogger(every_n_decisions=2)]
+    resumed = trainer(tmp_path, callbacks, steps=7)
+    resumed.fit(TinyModule(), batches(), ckpt_path=tmp_path / "kept" / "cut.ckpt", weights_only=False)
+    assert list(load_frames(tmp_path)) == [1, 3, 5, 7]
+
+
+def test_one_decision_makes_two_frames(tmp_path):
+    trainer(tmp_path, [pruning(every_n_steps=10)], steps=3).fit(TinyModule(), batches())
+    assert list(load_frames(tmp_path)) == [1, 3]
+
+
+def test_a_run_of_wandb_has_a_folder_of_its_own(tmp_path):
+    pytest.importorskip("wandb")
+    logger = WandbLogger(project="test", id="abc", save_dir=tmp_path, offline=True)
+    assert run_folder(trainer(tmp_path, [], logger=logger)) == tmp_path / "test" / "abc"
+    behind = [CSVLogger(tmp_path, name="", version=""), logger]
+    assert run_folder(trainer(tmp_path, [], logger=behind)) == tmp_path
+    assert run_folder(trainer(tmp_path, [])) == tmp_path
+
+
+def test_fast_dev_run_leaves_no_files(tmp_path):
+    callback = pruning(final=0.4, end_step=1, patience=1)
+    trainer(tmp_path, [callback, KernelSwap("gather")], fast_dev_run=3).fit(TinyModule(), batches())
+    assert not callback.pruner.open_layers
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+def test_the_last_swaps_are_logged_behind_a_given_swap(tmp_path):
+    logger = CSVLogger(tmp_path, name="", version="")
+    run = trainer(tmp_path, [pruning(), KernelSwap("gather")], steps=7, logger=logger)
+    run.fit(TinyModule(), batches())
+    assert [type(callback) for callback in run.callbacks[1:3]] == [KernelSwap, SparsityLogger]
+    assert [row["step"] for row in read_csv(tmp_path) if "swap/sparse_layers" in row] == [6]
+
+
+class Pair(TinyModule):
+    """Trains two models, or the first of them alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.other, self.alone = tiny_llama(), False
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        return loss if self.alone else loss + self.other(input_ids=batch, labels=batch, use_cache=False).loss
+
+
+def test_layers_with_an_old_pattern_that_are_not_seen_stop_nothing(tmp_path):
+    module, callback = Pair(), pruning()
+    for module.alone in (False, True):
+        logger = TensorBoardLogger(tmp_path, name="", version="")
+        trainer(tmp_path, [callback], steps=2, logger=logger).fit(module, batches())
+    assert callback.report.step == 2
+    kept = callback.report.mass_kept
+    assert [share == 1.0 for share in kept.values()] == [name.startswith("other") for name in kept]
 
 
 def test_a_full_disk_stops_nothing(tmp_path, monkeypatch, caplog):

@@ -11,6 +11,7 @@ import torch
 from pytorch_lightning.loggers import CSVLogger
 from sparse_prune.callbacks import KernelSwap, SparsityLogger
 from sparse_prune.callbacks.pattern_history import save_frame
+from sparse_prune.recipes.finetune.history import RunHistory
 from sparse_prune.recipes.run_report.cli import main
 from sparse_prune.recipes.run_report.logs import read_run
 from sparse_prune.recipes.run_report.page import MOST_FRAMES, describe, render
@@ -139,3 +140,9 @@ def test_a_browser_draws_it(run, tmp_path):
     picture = torch.from_numpy(imread(shot))[..., :3]
     blue = ((picture - torch.tensor([29, 78, 137]) / 255).abs().amax(-1) < 0.02).float().mean()
     assert blue > 0.001  # kept blocks and lines
+
+
+def test_the_history_of_a_recipe_tells_which_steps_were_probed(tmp_path):
+    history = RunHistory()
+    trainer(tmp_path, [history, pruning(every_n_steps=2)], steps=4).fit(TinyModule(), batches())
+    assert [record.probed for record in history.records] == [True, False, True, False]
