@@ -35,8 +35,8 @@ class AttentionPruning(pl.Callback):
         every_n_steps: Optimizer steps between decisions.
         statistic: Score of a block: "mean", "mean_square" or "max" of the mass that rows give it. "max" spares
             heads that look up single tokens (docs/score_statistics.md).
-        criterion: "score", or "row_mass" to keep the fewest blocks that hold a share of every row's mean mass (and those
-            that `constraints.share_diagonals` lifts above the cut).
+        criterion: "score", or "row_mass" to keep the fewest blocks that hold a share of every row's mean mass (and
+            those that `constraints.share_diagonals` lifts above the cut).
         decay: Decay of the score average per decision, in [0, 1).
         constraints: What pruning must respect.
         min_delta: Largest change of a pattern that counts as standing still (Jaccard distance).

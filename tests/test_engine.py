@@ -267,9 +267,7 @@ def test_reach_has_its_price():
 @pytest.mark.parametrize("block", [(4, 4), (8, 4), (4, 8)])
 @pytest.mark.parametrize("causal", [True, False])
 def test_shared_diagonals_share_their_largest_score(block, causal):
-    dense = BlockPattern.dense(2, 64, 64, block, causal)
-    scores = torch.rand(dense.keep.shape, generator=torch.Generator().manual_seed(3))
-    layer = LayerScores("a", scores, dense, num_kv_heads=2)
+    layer = _layer(seed=3, pattern=BlockPattern.dense(2, 64, 64, block, causal))
     pattern = select([layer], Constraints(share_diagonals=1.0), sparsity=0.5)[0][0]
     assert 0.2 < pattern.sparsity < 0.6
     rows, cols = range(pattern.keep.shape[1]), range(1, pattern.keep.shape[2])
@@ -279,7 +277,7 @@ def test_shared_diagonals_share_their_largest_score(block, causal):
         if causal and col > last:
             continue
         distance = max(first - col, 0) - max(col - last, 0)
-        seen.setdefault(distance, []).append((pattern.keep[:, row, col], scores[:, row, col]))
+        seen.setdefault(distance, []).append((pattern.keep[:, row, col], layer.scores[:, row, col]))
     kept, dropped = [], []
     for distance, blocks in seen.items():
         keeps = torch.stack([keep for keep, _ in blocks])
@@ -308,13 +306,11 @@ def test_half_shared_diagonals_score_the_geometric_mean():
 @pytest.mark.parametrize("block", [(4, 4), (8, 4), (4, 8)])
 @pytest.mark.parametrize("causal", [True, False])
 def test_filled_reach_keeps_all_up_to_the_furthest_and_no_further(block, causal):
-    dense = BlockPattern.dense(2, 64, 64, block, causal)
-    scores = torch.rand(dense.keep.shape, generator=torch.Generator().manual_seed(4))
-    layer = LayerScores("a", scores, dense, num_kv_heads=2)
+    layer = _layer(seed=4, pattern=BlockPattern.dense(2, 64, 64, block, causal))
     holes = select([layer], Constraints(), threshold=0.8)[0][0]
     filled = select([layer], Constraints(fill_reach=True), threshold=0.8)[0][0]
     assert not (holes.keep & ~filled.keep).any()
-    for head, row in itertools.product(range(2), range(dense.keep.shape[1])):
+    for head, row in itertools.product(range(2), range(layer.pattern.keep.shape[1])):
         kept = holes.keep[head, row, 1:].nonzero()[:, 0] + 1
         if len(kept):
             stands = (max(row * block[0] // block[1], 1), ((row + 1) * block[0] - 1) // block[1])
