@@ -31,11 +31,12 @@ class Constraints:
     """Smallest share of possible blocks that every head keeps, in [0, 1]."""
     share_kv_groups: bool = False
     """Give the query heads of one KV head one pattern, by their largest score: needed to free KV cache."""
-    share_diagonals: float = 0.5
+    share_diagonals: float | None = None
     """How much blocks at the same distance from the diagonal share their scores, in [0, 1]; sink columns apart. A block
     scores the geometric mean of its own score, with weight 1 - share_diagonals, and the largest one on its diagonal.
     Single blocks are known from few samples, diagonals from many (docs/frontier.md). 0: every block stands for itself.
-    1: patterns are bands, the same at every length, and a head's reach is what it earns anywhere."""
+    1: patterns are bands, the same at every length, and a head's reach is what it earns anywhere. None: 0.5 for causal
+    patterns, 0 for bidirectional ones, where it lost (docs/recipes/vision.md)."""
     reach_price: float = 0.0
     """Divide the score of a block by 1 + reach_price * distance, where distance is its distance from the diagonal as a
     share of the longest. A KV cache must hold all that a head reaches back over, so heads reach far only where they
@@ -60,8 +61,8 @@ class Constraints:
             raise ValueError(f"`recent_blocks` must be at least 1 (the diagonal), got {self.recent_blocks}.")
         if not 0.0 <= self.min_density <= 1.0:
             raise ValueError(f"`min_density` must lie in [0, 1], got {self.min_density}.")
-        if not 0.0 <= self.share_diagonals <= 1.0:
-            raise ValueError(f"`share_diagonals` must lie in [0, 1], got {self.share_diagonals}.")
+        if self.share_diagonals is not None and not 0.0 <= self.share_diagonals <= 1.0:
+            raise ValueError(f"`share_diagonals` must lie in [0, 1] or be None, got {self.share_diagonals}.")
         if not 0.0 <= self.reach_price < float("inf"):
             raise ValueError(f"`reach_price` must be at least 0 and finite, got {self.reach_price}.")
         if self.hysteresis < 0.0:
@@ -168,8 +169,11 @@ def _effective(layer: LayerScores, constraints: Constraints) -> Tensor:
     if constraints.share_kv_groups:
         group = pattern.num_heads // layer.num_kv_heads
         scores = scores.view(-1, group, *scores.shape[1:]).amax(1).repeat_interleave(group, 0)
-    if constraints.share_diagonals:
-        scores = _shared_diagonals(scores, pattern, constraints.sink_blocks, constraints.share_diagonals)
+    weight = constraints.share_diagonals
+    if weight is None:
+        weight = 0.5 if pattern.causal else 0.0
+    if weight:
+        scores = _shared_diagonals(scores, pattern, constraints.sink_blocks, weight)
     if constraints.reach_price:
         distance = _distance(pattern)
         scores = scores / (1.0 + constraints.reach_price * distance / max(int(distance.max()), 1))

@@ -332,6 +332,21 @@ def test_filled_reach_keeps_more_at_the_same_cache():
         assert torch.equal(filled.needed_after(length), holes.needed_after(length))
 
 
+@pytest.mark.parametrize(("causal", "weight"), [(True, 0.5), (False, 0.0)])
+def test_causal_patterns_alone_share_diagonals_unless_told(causal, weight):
+    layer = _layer(pattern=BlockPattern.dense(4, 64, 64, 4, causal))
+    default, same, other = (
+        select([layer], constraints, sparsity=0.6)[0][0].keep
+        for constraints in (
+            Constraints(),
+            Constraints(share_diagonals=weight),
+            Constraints(share_diagonals=0.5 - weight),
+        )
+    )
+    assert torch.equal(default, same)
+    assert not torch.equal(default, other)
+
+
 def test_diagonal_of_which_nothing_is_known_stays():
     layer = _layer()
     layer.scores[:, 8:] = torch.inf
