@@ -9,6 +9,7 @@ from typing import Any
 import pytorch_lightning as pl
 from torch import Tensor, nn
 
+from sparse_prune.attention.found import holds
 from sparse_prune.distillation import DenseTeacher, Distillation
 from sparse_prune.pruner import AttentionPruner
 
@@ -74,7 +75,7 @@ def _teacher_module(pl_module: pl.LightningModule, layers: list[str], wanted: st
                 f"are {[name for name, _ in pl_module.named_children()]}."
             )
         return modules[wanted]
-    holding = [child for name, child in pl_module.named_children() if all(_below(layer, name) for layer in layers)]
+    holding = [child for name, child in pl_module.named_children() if all(holds(name, layer) for layer in layers)]
     if len(holding) != 1:
         raise ValueError(
             f"`Distillation.module` must be given for {type(pl_module).__name__}: none of its children "
@@ -82,7 +83,3 @@ def _teacher_module(pl_module: pl.LightningModule, layers: list[str], wanted: st
             "with the logits."
         )
     return holding[0]
-
-
-def _below(layer: str, module: str) -> bool:
-    return layer == module or layer.startswith(f"{module}.")

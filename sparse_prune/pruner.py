@@ -162,8 +162,7 @@ class AttentionPruner:
                     f"has already, got {self.block_size}. Use that size, or `sparse_prune.attention.detach(model)` "
                     "first to start from dense attention."
                 )
-        self.layers = {handle.name: LayerState(handle, *self._new_state()) for handle in handles}
-        self.forget()
+        self._begin(handles)
         heads = self.constraints.protected_heads or {}
         for name in (*self.constraints.protected_layers, *heads):
             if name not in self.layers:
@@ -187,7 +186,10 @@ class AttentionPruner:
 
     def restart(self) -> None:
         """Forget all decisions; the patterns in force stay until the next one."""
-        self.layers = {name: LayerState(state.layer, *self._new_state()) for name, state in self.layers.items()}
+        self._begin([state.layer for state in self.layers.values()])
+
+    def _begin(self, handles: list[PrunableAttention]) -> None:
+        self.layers = {handle.name: LayerState(handle, *self._new_state()) for handle in handles}
         self.forget()
 
     @property

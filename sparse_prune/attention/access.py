@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from sparse_prune.attention import hf, mha, sdpa
-from sparse_prune.attention.found import FoundLayer, handle_of, modules_of
+from sparse_prune.attention.found import FoundLayer, handle_of, holds, modules_of
 from sparse_prune.attention.layer import PrunableAttention
 from sparse_prune.attention.trial import observing, run_example
 
@@ -76,7 +76,7 @@ def attach(model: nn.Module, example: Any = None, *, module: str | None = None) 
             f"`module` must name a module of {type(model).__name__}, got {module!r}. Its children are "
             f"{[name for name, _ in model.named_children()]}."
         )
-    layers = [layer for layer in list_layers(model, example) if _holds(module or "", layer.name)]
+    layers = [layer for layer in list_layers(model, example) if holds(module or "", layer.name)]
     problems = [f"{layer.name!r}: {layer.problem}" for layer in layers if layer.problem is not None]
     usable = [layer for layer in layers if layer.problem is None]
     if not usable:
@@ -115,10 +115,6 @@ def _unreached(modules: dict[str, nn.Module], found: list[str]) -> list[FoundLay
     return [
         FoundLayer(name, "unknown", modules[name], problem=problem)
         for name in named
-        if not any(_holds(name, other) for other in named if other != name)
-        and not any(_holds(name, other) or _holds(other, name) for other in found)
+        if not any(holds(name, other) for other in named if other != name)
+        and not any(holds(name, other) or holds(other, name) for other in found)
     ]
-
-
-def _holds(outer: str, inner: str) -> bool:
-    return outer == inner or not outer or inner.startswith(f"{outer}.")

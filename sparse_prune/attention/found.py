@@ -63,3 +63,8 @@ def drop_handle(module: nn.Module) -> None:
 def modules_of(model: nn.Module) -> dict[str, nn.Module]:
     """All modules by qualified name, as they are called without torch.compile."""
     return {".".join(part for part in name.split(".") if part != "_orig_mod"): m for name, m in model.named_modules()}
+
+
+def holds(outer: str, inner: str) -> bool:
+    """Whether a module holds another, or is it, by their qualified names; the name of a whole model is empty."""
+    return outer == inner or not outer or inner.startswith(f"{outer}.")

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from sparse_prune.attention.found import FoundLayer, drop_handle, give_handle, handle_of, modules_of
 from sparse_prune.attention.layer import PrunableAttention
-from sparse_prune.kernels import AttentionOptions, block_sparse_attention
-from sparse_prune.pattern import BlockPattern
+from sparse_prune.attention.softcap import softcapped
+from sparse_prune.kernels import AttentionOptions
 
 IMPLEMENTATION = "sparse_prune"
 _CROSS = ("encoder_attn", "crossattention", "cross_attn", "EncDecAttention")
@@ -218,7 +218,7 @@ def _attend(
 
     def dense() -> Tensor:
         if softcap is not None:
-            return _softcapped(query, key, value, causal, _options(attention_mask, dropout, scaling, softcap))
+            return softcapped(query, key, value, causal, _options(attention_mask, dropout, scaling, softcap))
         mask = attention_mask
         if mask is not None and mask.dim() == 2:
             mask = _expand(mask, causal)
@@ -278,10 +278,3 @@ def _expand(key_mask: Tensor, causal: bool) -> Tensor:
     if causal:
         mask = mask & torch.ones(length, length, dtype=torch.bool, device=mask.device).tril()
     return mask
-
-
-def _softcapped(query: Tensor, key: Tensor, value: Tensor, causal: bool, options: AttentionOptions) -> Tensor:
-    """Dense attention with a soft cap, which SDPA lacks. A 4D mask already holds causality."""
-    q_len, kv_len = query.shape[2], key.shape[2]
-    pattern = BlockPattern.dense(query.shape[1], q_len, kv_len, max(q_len, kv_len), causal)
-    return block_sparse_attention(query, key, value, pattern, options, backend="reference")

@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sparse_prune.attention.layer import PrunableAttention
+from sparse_prune.attention.softcap import softcapped
 from sparse_prune.kernels import AttentionOptions, block_sparse_attention
-from sparse_prune.pattern import BlockPattern
 
 log = logging.getLogger(__name__)
 _T = TypeVar("_T")
@@ -90,9 +90,8 @@ def _attention(
     if backend != "dense":
         pattern = layer.pattern_at(q_len, kv_len)
         return partial(block_sparse_attention, query, key, value, pattern, options, backend=backend)
-    if options.softcap is not None:  # SDPA has none
-        everything = BlockPattern.dense(layer.num_heads, q_len, kv_len, max(q_len, kv_len), layer.causal)
-        return partial(block_sparse_attention, query, key, value, everything, options, backend="reference")
+    if options.softcap is not None:
+        return partial(softcapped, query, key, value, layer.causal, options)
     group = layer.num_heads // layer.num_kv_heads
     mask = options.token_mask(q_len, kv_len, query.device)
     if mask is not None and layer.causal:

@@ -1,0 +1,26 @@
+"""Dense attention with a soft cap, which SDPA lacks."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from sparse_prune.kernels import AttentionOptions, block_sparse_attention
+from sparse_prune.pattern import BlockPattern
+
+
+def softcapped(query: Tensor, key: Tensor, value: Tensor, causal: bool, options: AttentionOptions) -> Tensor:
+    """Attention under the full pattern. A 4D mask among the options already holds causality.
+
+    Args:
+        query: (batch, num_heads, q_len, head_dim).
+        key: (batch, num_kv_heads, kv_len, head_dim).
+        value: As the key.
+        causal: Whether queries see what lies behind them alone.
+        options: Cap, scale, dropout and masks.
+
+    Returns:
+        (batch, num_heads, q_len, head_dim).
+    """
+    q_len, kv_len = query.shape[2], key.shape[2]
+    pattern = BlockPattern.dense(query.shape[1], q_len, kv_len, max(q_len, kv_len), causal)
+    return block_sparse_attention(query, key, value, pattern, options, backend="reference")
