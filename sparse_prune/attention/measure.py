@@ -15,34 +15,42 @@ from torch.nn import functional as F
 from sparse_prune.attention.layer import PrunableAttention
 from sparse_prune.attention.softcap import softcapped
 from sparse_prune.kernels import AttentionOptions, block_sparse_attention
+from sparse_prune.pattern import BlockPattern
 
 log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
 
 def time_attention(
-    layer: PrunableAttention, backends: Sequence[str], repeats: int = 3, tuned: bool = False
+    layer: PrunableAttention,
+    backends: Sequence[str],
+    repeats: int = 3,
+    tuned: bool = False,
+    pattern: BlockPattern | None = None,
 ) -> dict[str, float]:
-    """Milliseconds of a forward and backward pass like the layer's last training call, with its pattern.
+    """Milliseconds of a forward and backward pass like the layer's last training call, with its pattern or another.
 
     All take turns, and of each the fastest turn counts: what else runs on a machine can only make a clock run longer,
     and seldom hits all turns of one candidate alone. A candidate that fails, for want of memory say, is left out.
 
     Args:
-        layer: It has a pattern and has seen a training call.
+        layer: It has seen a training call.
         backends: To measure beside dense attention.
         repeats: Turns.
         tuned: Find the backends' launch configurations first, where they have any.
+        pattern: Of the lengths of that call. None: the layer's own, which it must have.
 
     Returns:
         "dense" and every backend that can do the call -> milliseconds.
     """
+    pattern = pattern or _own_pattern(layer)
     if tuned:
-        backends = list(_each(layer, backends, tune))
-    times = _each(layer, ["dense", *backends], _time)  # first runs build tables and compile
+        backends = list(_each(layer, backends, partial(tune, pattern=pattern)))
+    clock = partial(_time, pattern=pattern)
+    times = _each(layer, ["dense", *backends], clock)  # first runs build tables and compile
     turns = []
     for _ in range(repeats):
-        times = _each(layer, times, _time)
+        times = _each(layer, times, clock)
         turns.append(times)
     return {name: min(turn[name] for turn in turns) for name in times}
 
@@ -61,7 +69,12 @@ def _each(
     return results
 
 
-def tune(layer: PrunableAttention, backend: str) -> None:
+def _own_pattern(layer: PrunableAttention) -> BlockPattern:
+    assert layer.last_shape is not None
+    return layer.pattern_at(layer.last_shape.q_len, layer.last_shape.kv_len)
+
+
+def tune(layer: PrunableAttention, backend: str, pattern: BlockPattern) -> None:
     """Find the backend's fastest launch configurations for the layer's last training shape, where it has any.
 
     Raises:
@@ -74,21 +87,20 @@ def tune(layer: PrunableAttention, backend: str) -> None:
 
     query, key, value = _inputs(layer)
     check_supported(query)
-    tune_kernels(query, key, value, layer.pattern_at(query.shape[2], key.shape[2]))
+    tune_kernels(query, key, value, pattern)
 
 
-def _time(layer: PrunableAttention, backend: str) -> float:
+def _time(layer: PrunableAttention, backend: str, pattern: BlockPattern) -> float:
     inputs = _inputs(layer)
-    return _milliseconds(_attention(layer, backend, *inputs), inputs)
+    return _milliseconds(_attention(layer, backend, pattern, *inputs), inputs)
 
 
 def _attention(
-    layer: PrunableAttention, backend: str, query: Tensor, key: Tensor, value: Tensor
+    layer: PrunableAttention, backend: str, pattern: BlockPattern, query: Tensor, key: Tensor, value: Tensor
 ) -> Callable[[], Tensor]:
-    """The layer's attention with a backend, or "dense", as a model computes it without a pattern."""
+    """Attention like the layer's with a backend, or "dense", as a model computes it without a pattern."""
     q_len, kv_len, options = query.shape[2], key.shape[2], _options(layer)
     if backend != "dense":
-        pattern = layer.pattern_at(q_len, kv_len)
         return partial(block_sparse_attention, query, key, value, pattern, options, backend=backend)
     if options.softcap is not None:
         return partial(softcapped, query, key, value, layer.causal, options)

@@ -59,7 +59,7 @@ def test_candidates_do_what_the_training_call_asked_for(layer, monkeypatch, capl
 def test_the_dense_candidate_computes_what_a_full_pattern_does(layer, options):
     layer.last_shape = layer.last_shape._replace(options=options)
     inputs = measure._inputs(layer)
-    dense, gather = (measure._attention(layer, backend, *inputs)() for backend in ("dense", "gather"))
+    dense, gather = (measure._attention(layer, backend, layer.pattern, *inputs)() for backend in ("dense", "gather"))
     torch.testing.assert_close(dense, gather)
 
 
@@ -80,7 +80,7 @@ def test_a_candidate_that_fails_is_left_out(layer, monkeypatch, caplog, runs):
 
 def test_configurations_are_found_before_the_clock_runs(layer, monkeypatch):
     calls = []
-    monkeypatch.setattr(measure, "tune", lambda layer, backend: calls.append(backend))
+    monkeypatch.setattr(measure, "tune", lambda layer, backend, pattern: calls.append(backend))
     monkeypatch.setattr(measure, "_milliseconds", lambda attend, inputs: calls.append("run") or 1.0)
     measure.time_attention(layer, ["gather"], repeats=1, tuned=True)
     assert calls == ["gather", "run", "run", "run", "run"]

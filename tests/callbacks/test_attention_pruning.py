@@ -295,7 +295,7 @@ def _settled_layer(tmp_path):
 
 def test_swap_takes_the_fastest_backend(tmp_path, monkeypatch):
     layer, times = _settled_layer(tmp_path), {"dense": 1.5, "triton": 1.0, "gather": 2.0}
-    monkeypatch.setattr(kernel_swap, "time_attention", lambda layer, backends, tuned: dict(times))
+    monkeypatch.setattr(kernel_swap, "time_attention", lambda *args, **kwargs: dict(times))
     event = KernelSwap()._event(layer, 7)
     assert (event.backend, event.sparse_ms, event.dense_ms) == ("triton", 1.0, 1.5)
     assert event.measured_ms == times
@@ -309,7 +309,7 @@ def test_swap_takes_the_fastest_backend(tmp_path, monkeypatch):
 @pytest.mark.parametrize(("times", "backend"), [({}, "dense"), ({"gather": 2.0}, "gather")])
 def test_swap_decides_when_candidates_could_not_be_measured(tmp_path, monkeypatch, times, backend):
     layer = _settled_layer(tmp_path)
-    monkeypatch.setattr(kernel_swap, "time_attention", lambda layer, backends, tuned: dict(times))
+    monkeypatch.setattr(kernel_swap, "time_attention", lambda *args, **kwargs: dict(times))
     event = KernelSwap()._event(layer, 7)
     assert (event.backend, event.dense_ms, event.sparse_ms) == (backend, None, times.get("gather"))
 

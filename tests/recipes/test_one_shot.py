@@ -81,12 +81,14 @@ def test_a_block_of_everything_moves_nothing(record, model, tokens):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("script", "variants"), [("score_candidates", 10), ("score_statistics", 3), ("constraints", 12)]
+    ("script", "variants"),
+    [("score_candidates", 10), ("score_statistics", 3), ("constraints", 12), ("block_sizes", 1)],
 )
 def test_the_scripts_run(tiny_model, tmp_path, monkeypatch, script, variants):
     sizes = ["--length", "256", "--sparsities", "0.5", "--probes", "1", "--sequences", "1", "--prompts", "1"]
     output = tmp_path / "found.json"
-    command = [f"{script}.py", "--model", tiny_model, *sizes, "--block-size", "32", "--output", str(output)]
+    block = "--block-sizes" if script == "block_sizes" else "--block-size"
+    command = [f"{script}.py", "--model", tiny_model, *sizes, block, "32", "--output", str(output)]
     monkeypatch.setattr(sys, "argv", command)
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     runpy.run_path(str(BENCHMARKS / f"{script}.py"), run_name="__main__")

@@ -1,0 +1,116 @@
+"""A forecast of the swap: would attention gain anything from the sparsity that the schedule ends with?"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Hashable
+from dataclasses import dataclass
+
+import torch
+
+from sparse_prune.attention.layer import PrunableAttention
+from sparse_prune.attention.measure import time_attention
+from sparse_prune.kernels import skipping_backends
+from sparse_prune.pattern import BlockPattern
+from sparse_prune.pruner import AttentionPruner
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class SwapForecast:
+    """Times of one attention call, forward and backward, with a random pattern of the final sparsity."""
+
+    layer: str
+    """Qualified name of the layer that was measured, the first of its shape."""
+    layers: int
+    """How many layers have the shape."""
+    tokens: int
+    """Length of the call."""
+    sparsity: float
+    """Share of possible blocks that the measured pattern lacks."""
+    measured_ms: dict[str, float]
+    """"dense" and every backend that skips blocks -> milliseconds."""
+
+    @property
+    def gains(self) -> bool:
+        """Whether a backend is faster than dense attention; also where there is nothing to compare."""
+        sparse = [ms for name, ms in self.measured_ms.items() if name != "dense"]
+        return "dense" not in self.measured_ms or not sparse or min(sparse) < self.measured_ms["dense"]
+
+
+def forecast_swap(pruner: AttentionPruner, tuned: bool) -> list[SwapForecast]:
+    """Measure once per kind of attention call; empty if the schedule tells no sparsity.
+
+    Args:
+        pruner: Its layers have seen a training call.
+        tuned: As for `time_attention`.
+    """
+    if pruner.sparsity is None or pruner.sparsity.final == 0.0:
+        return []
+    assert isinstance(pruner.block_size, tuple)
+    found = []
+    for alike in _by_shape(pruner).values():
+        layer = alike[0]
+        assert layer.last_shape is not None
+        pattern = random_pattern(layer, pruner.block_size, pruner.sparsity.final)
+        times = time_attention(layer, skipping_backends(layer.last_shape.device), 1, tuned, pattern)
+        found.append(SwapForecast(layer.name, len(alike), layer.last_shape.kv_len, pattern.sparsity, times))
+    return found
+
+
+def warn_of_loss(forecasts: list[SwapForecast]) -> None:
+    """Log all forecasts, and a warning if none promises a gain.
+
+    Args:
+        forecasts: Of all shapes.
+    """
+    for forecast in forecasts:
+        log.info("%s", _line(forecast))
+    if forecasts and not any(forecast.gains for forecast in forecasts):
+        log.warning(
+            "Pruning is not expected to make this run faster: %s. Layers that gain nothing get their connections back "
+            "when they settle, after they have trained without them. Use longer sequences, larger blocks or more "
+            "sparsity; or name a backend, as in KernelSwap('sdpa'), to keep the patterns whatever the clock says.",
+            _line(forecasts[0]),
+        )
+
+
+def _line(forecast: SwapForecast) -> str:
+    times = ", ".join(f"{name} {ms:.3g} ms" for name, ms in forecast.measured_ms.items())
+    return (
+        f"at {forecast.sparsity:.0%} sparsity and {forecast.tokens} tokens, attention like that of {forecast.layer} "
+        f"({forecast.layers} layers) measures {times}"
+    )
+
+
+def _by_shape(pruner: AttentionPruner) -> dict[Hashable, list[PrunableAttention]]:
+    """Layers by what their time depends on."""
+    found: dict[Hashable, list[PrunableAttention]] = {}
+    for state in pruner.layers.values():
+        layer, shape = state.layer, state.layer.last_shape
+        if shape is not None and shape.q_len == shape.kv_len:
+            key = (layer.num_heads, layer.num_kv_heads, layer.causal, shape[:-1], shape.options.window)
+            found.setdefault(key, []).append(layer)
+    return found
+
+
+def random_pattern(layer: PrunableAttention, block_size: tuple[int, int], sparsity: float) -> BlockPattern:
+    """A pattern for the layer's last call that keeps the first key block, the diagonal, and others at random.
+
+    Args:
+        layer: It has seen a training call.
+        block_size: Tokens per block, (query, key).
+        sparsity: Share of possible blocks to leave out, in [0, 1); of few blocks the kept ones may be too many for it.
+    """
+    assert layer.last_shape is not None
+    _, q_len, kv_len, *_ = layer.last_shape
+    dense = BlockPattern.dense(layer.num_heads, q_len, kv_len, block_size, layer.causal)
+    order = torch.rand(dense.keep.shape, generator=torch.Generator().manual_seed(0))
+    order[:, :, 0] = 2.0
+    rows = torch.arange(dense.keep.shape[1])
+    order[:, rows, rows * block_size[0] // block_size[1]] = 2.0
+    order = order.masked_fill(~dense.keep, -1.0)
+    kept = max(1, round((1.0 - sparsity) * dense.possible_count))
+    cut = order.flatten().topk(kept).values[-1]
+    return BlockPattern(dense.keep & (order >= cut), block_size, layer.causal, q_len, kv_len)
