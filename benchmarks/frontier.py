@@ -73,6 +73,7 @@ class Plan:
     block_size: int
     learning_rate: float
     accelerator: str
+    gradient_checkpointing: bool = False
 
     @property
     def every(self) -> int:
@@ -266,7 +267,11 @@ def run(plan: Plan, method: Method, sparsity: float, seed: int, data: Data) -> d
     """Train once and test: one row."""
     pl.seed_everything(seed, verbose=False)
     module = method.module(
-        plan.model, learning_rate=method.rate * plan.learning_rate, warmup_steps=2, train_only="self_attn"
+        plan.model,
+        learning_rate=method.rate * plan.learning_rate,
+        warmup_steps=2,
+        train_only="self_attn",
+        gradient_checkpointing=plan.gradient_checkpointing,
     )
     callbacks = method.callbacks(plan, sparsity, seed)
     with tempfile.TemporaryDirectory() as folder:
@@ -343,16 +348,18 @@ def main() -> None:
     parser.add_argument("--tests", type=int, help="held-out sequences")
     parser.add_argument("--prompts", type=int, help="passkeys and needles per depth")
     parser.add_argument("--only", nargs="+", choices=METHODS, metavar="METHOD", help=f"of {', '.join(METHODS)}")
+    parser.add_argument("--gradient-checkpointing", action="store_true", help="less memory, more time, same values")
     parser.add_argument("--output", type=Path, required=True, help="JSON file; rows in it are not run again")
     given = parser.parse_args()
     chosen = {key: getattr(given, key) or value for key, value in PRESETS[given.preset].items()}
     accelerator = "gpu" if torch.cuda.is_available() else "cpu"
-    shape = {key: chosen[key] for key in ("length", "steps", "block_size")}
-    plan = Plan(model=given.model, learning_rate=given.learning_rate, accelerator=accelerator, **shape)
+    of_preset = {key: chosen[key] for key in ("length", "steps", "block_size")}
+    of_command = {key: getattr(given, key) for key in ("model", "learning_rate", "gradient_checkpointing")}
+    plan = Plan(accelerator=accelerator, **of_preset, **of_command)
     setup = {**vars(plan), "tests": chosen["tests"], "prompts per depth": chosen["prompts"], "depths": DEPTHS}
     setup = json.loads(json.dumps(setup))
     saved = json.loads(given.output.read_text()) if given.output.exists() else {"setup": setup, "rows": []}
-    if {key: saved["setup"].get(key) for key in setup} != setup:
+    if any(saved["setup"].get(key, value) != value for key, value in setup.items()):
         parser.error(
             f"`--output` must be of the same settings, got {given.output} with {saved['setup']}. Name another."
         )
