@@ -5,18 +5,19 @@ from __future__ import annotations
 import glob
 import hashlib
 import random
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from sparse_prune.recipes.finetune.hub import PREFIX, hub_rows
 from sparse_prune.recipes.finetune.loader import SplitDataModule
 from sparse_prune.recipes.finetune.pretrained import load_tokenizer
-from sparse_prune.recipes.finetune.sources import hub_rows, stdlib_sources
+from sparse_prune.recipes.finetune.sources import stdlib_sources
 from torch import Tensor
 from typing_extensions import override
 
-_HUB = "hub:"
+SPLITS = ("train", "val", "test")
 
 
 class TextDataModule(SplitDataModule):
@@ -27,16 +28,18 @@ class TextDataModule(SplitDataModule):
     Args:
         tokenizer: A model, as `load_tokenizer` takes it.
         text: "stdlib" (the sources of the Python standard library), files, folders or globs, or
-            `hub:NAME[:CONFIG[:COLUMN]]` for the training split of a hub data set.
+            `hub:NAME[:CONFIG[:COLUMN]]` for the training split of a hub data set, or of a folder that holds the like
+            (`hub_rows`). Of such a data set only as many rows are read as are needed, from the first on.
         context_length: Tokens per sequence.
         batch_size: Sequences per batch.
         train_sequences: Sequences to train on per epoch.
         val_sequences: Sequences of the validation documents.
         test_sequences: Sequences of the test documents.
         held_out_share: Share of documents in validation and in test, each, in (0, 0.5).
-        seed: Order of the documents.
+        seed: Order of the documents; the rows of a hub data set keep their own.
 
     Raises:
+        FileNotFoundError: If there is no such data set.
         ValueError: If a count is not positive, nothing is found, or the text is too short.
     """
 
@@ -71,7 +74,7 @@ class TextDataModule(SplitDataModule):
         if self.sequences:
             return
         tokenizer = load_tokenizer(self.tokenizer_name)
-        splits = split_documents(load_documents(self.text), self.held_out_share, self.seed)
+        splits = split_text(self.text, self.held_out_share, self.seed)
         for split, count in self.wanted.items():
             purpose = f"for the {split} split"
             self.sequences[split] = cut(tokenizer, splits[split], self.context_length, count, purpose, "context_length")
@@ -79,6 +82,27 @@ class TextDataModule(SplitDataModule):
     @override
     def examples_of(self, split: str) -> Tensor:
         return self.sequences[split]
+
+
+def split_text(text: str | list[str], held_out_share: float = 0.1, seed: int = 0) -> Mapping[str, Iterable[str]]:
+    """Documents as "train", "val" and "test"; a document stays in its split when others are added.
+
+    Args:
+        text: As for `TextDataModule`. A hub data set is read as far as documents are taken; a split once per pass.
+        held_out_share: Share of documents in validation and in test, each, in (0, 0.5).
+        seed: Order of the documents; the rows of a hub data set keep their own.
+    """
+    if isinstance(text, str) and text.startswith(PREFIX):
+        rows, (column,) = hub_rows(text, ["text"], "text", stream=True)
+        return {split: _rows_of(split, rows, column, held_out_share) for split in SPLITS}
+    return split_documents(load_documents(text), held_out_share, seed)
+
+
+def _rows_of(split: str, rows: Iterable[Mapping[str, Any]], column: str, held_out_share: float) -> Iterator[str]:
+    """A split's documents; blank ones are left out."""
+    for index, row in enumerate(rows):
+        if _split_of(str(index), held_out_share) == split and (row[column] or "").strip():
+            yield row[column]
 
 
 def split_documents(documents: Mapping[str, str], held_out_share: float = 0.1, seed: int = 0) -> dict[str, list[str]]:
@@ -91,12 +115,15 @@ def split_documents(documents: Mapping[str, str], held_out_share: float = 0.1, s
     """
     names = sorted(documents)
     random.Random(seed).shuffle(names)
-    splits: dict[str, list[str]] = {"train": [], "val": [], "test": []}
+    splits: dict[str, list[str]] = {split: [] for split in SPLITS}
     for name in names:
-        place = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big") / 2**32
-        split = "val" if place < held_out_share else "test" if place < 2 * held_out_share else "train"
-        splits[split].append(documents[name])
+        splits[_split_of(name, held_out_share)].append(documents[name])
     return splits
+
+
+def _split_of(name: str, held_out_share: float) -> str:
+    place = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big") / 2**32
+    return "val" if place < held_out_share else "test" if place < 2 * held_out_share else "train"
 
 
 def cut(tokenizer: Any, documents: Iterable[str], length: int, count: int, purpose: str, argument: str) -> Tensor:
@@ -131,14 +158,11 @@ def cut(tokenizer: Any, documents: Iterable[str], length: int, count: int, purpo
 
 
 def load_documents(text: str | list[str]) -> dict[str, str]:
-    """Name -> document; see `TextDataModule` for what `text` may be.
+    """Name -> document, of "stdlib", files, folders or globs.
 
     Raises:
         ValueError: If nothing is found.
     """
-    if isinstance(text, str) and text.startswith(_HUB):
-        rows, (column,) = hub_rows(text.removeprefix(_HUB), ["text"], "text")
-        return {str(index): row for index, row in enumerate(rows[column]) if row.strip()}
     if text == "stdlib":
         files = stdlib_sources()
     else:

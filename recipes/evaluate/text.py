@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from sparse_prune.recipes.causal_lm.data import cut, load_documents, split_documents
+from sparse_prune.recipes.causal_lm.data import cut, load_documents, split_text
+from sparse_prune.recipes.finetune.hub import PREFIX
 from torch import Tensor
 
 
@@ -24,7 +25,6 @@ def held_out(tokenizer: Any, text: str, length: int, count: int) -> Tensor:
     Raises:
         ValueError: If nothing is found or the text is too short.
     """
-    documents = load_documents(text)
-    trained_on = text == "stdlib" or text.startswith("hub:")
-    chosen = split_documents(documents)["test"] if trained_on else documents.values()
+    trained_on = text == "stdlib" or text.startswith(PREFIX)
+    chosen = split_text(text)["test"] if trained_on else load_documents(text).values()
     return cut(tokenizer, chosen, length, count, "to evaluate on", "lengths")

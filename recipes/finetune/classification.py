@@ -3,22 +3,33 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import random
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol, cast
 
 import torch
 from sparse_prune.recipes.finetune.loader import SplitDataModule
 from sparse_prune.recipes.finetune.module import FineTuneModule
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.data import Dataset, Subset
 from torchmetrics.classification import MulticlassAccuracy
 from typing_extensions import override
 
+log = logging.getLogger(__name__)
 Example = dict[str, Tensor]
 """Inputs by name, and `labels`, int64, ()."""
 SPLITS = ("train", "val", "test")
+
+
+class Examples(Protocol):
+    """Examples by their number, made beforehand or when they are asked for."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Example: ...
 
 
 class ClassificationModule(FineTuneModule):
@@ -85,18 +96,19 @@ class ClassificationDataModule(SplitDataModule):
         batch_size: Examples per batch.
         counts: Split -> most examples.
         seed: Order of the examples.
+        num_workers: As for `SplitDataModule`.
 
     Raises:
         ValueError: If a count is not positive.
     """
 
-    def __init__(self, batch_size: int, counts: Mapping[str, int], seed: int) -> None:
-        super().__init__(batch_size)
+    def __init__(self, batch_size: int, counts: Mapping[str, int], seed: int, num_workers: int = 0) -> None:
+        super().__init__(batch_size, num_workers)
         for split in SPLITS:
             if counts[split] < 1:
                 raise ValueError(f"`{split}_examples` must be at least 1, got {counts[split]}.")
         self.counts, self.seed = dict(counts), seed
-        self.examples: dict[str, list[Example]] = {}
+        self.examples: dict[str, Examples] = {}
         """Split -> examples."""
 
     @property
@@ -105,7 +117,7 @@ class ClassificationDataModule(SplitDataModule):
         """Names of the classes, in the order of their numbers; known before `setup`."""
 
     @abstractmethod
-    def make(self, split: str, count: int) -> list[Example]:
+    def make(self, split: str, count: int) -> Examples:
         """Up to `count` examples of a split, in order."""
 
     @override
@@ -114,13 +126,22 @@ class ClassificationDataModule(SplitDataModule):
             return
         for split in SPLITS:
             self.examples[split] = self.make(split, self.counts[split])
-            if not self.examples[split]:
-                raise ValueError(f"The {split} split must hold at least one example, got none. Give more data.")
-        random.Random(self.seed).shuffle(self.examples["train"])
+            if not len(self.examples[split]):
+                raise ValueError(
+                    f"The {split} split must hold at least one example, got none. Give more data: a class needs "
+                    f"{len(SPLITS)} to be in every split."
+                )
+        self.examples["train"] = _shuffled(self.examples["train"], self.seed)
 
     @override
-    def examples_of(self, split: str) -> list[Example]:
+    def examples_of(self, split: str) -> Examples:
         return self.examples[split]
+
+
+def _shuffled(examples: Examples, seed: int) -> Examples:
+    order = list(range(len(examples)))
+    random.Random(seed).shuffle(order)
+    return Subset(cast(Dataset[Example], examples), order)
 
 
 def in_order(labels: Iterable[str]) -> list[str]:
@@ -144,17 +165,32 @@ def class_settings(classes: Sequence[str]) -> dict[str, dict[Any, Any]]:
 def split_by_name(names: Sequence[str], held_out_share: float) -> dict[str, list[str]]:
     """Split -> names, by the order of their hashes: validation and test get `held_out_share` each, at least one.
 
+    Fewer than three names are all to train on.
+
     Args:
-        names: Of documents or examples; at least three.
+        names: Of documents or examples of one class.
         held_out_share: In (0, 0.5).
 
     Raises:
-        ValueError: If the share is out of range or there are fewer than three names.
+        ValueError: If the share is out of range.
     """
     if not 0.0 < held_out_share < 0.5:
         raise ValueError(f"`held_out_share` must lie in (0, 0.5), got {held_out_share}.")
-    if len(names) < len(SPLITS):
-        raise ValueError(f"Every class must have at least 3 documents, got {list(names)}. Give more.")
     ordered = sorted(names, key=lambda name: hashlib.sha256(name.encode()).digest())
-    held = max(1, round(held_out_share * len(ordered)))
+    held = max(1, round(held_out_share * len(ordered))) if len(ordered) >= len(SPLITS) else 0
     return {"val": ordered[:held], "test": ordered[held : 2 * held], "train": ordered[2 * held :]}
+
+
+def warn_of_rare_classes(counts: Mapping[str, int]) -> None:
+    """Say which classes validation and test do without.
+
+    Args:
+        counts: Class -> its documents or examples.
+    """
+    rare = {label: count for label, count in counts.items() if count < len(SPLITS)}
+    if rare:
+        log.warning(
+            "Classes with fewer than %d examples are not in validation and test; those with none cannot be learned: %s",
+            len(SPLITS),
+            ", ".join(f"{label} ({count})" for label, count in rare.items()),
+        )

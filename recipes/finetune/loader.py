@@ -14,7 +14,10 @@ from typing_extensions import override
 
 
 class ResumableDataLoader(DataLoader[Tensor]):
-    """A DataLoader that a checkpoint in the middle of an epoch can continue, without shuffling."""
+    """A DataLoader that a checkpoint in the middle of an epoch can continue, without shuffling.
+
+    What was served before the checkpoint is not made again. Batches that workers hold in advance were not served.
+    """
 
     _served = 0
     _skip = 0
@@ -22,10 +25,23 @@ class ResumableDataLoader(DataLoader[Tensor]):
     @override
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         self._served, self._skip = self._skip, 0
-        for batch in islice(super().__iter__(), self._served, None):
+        batches = iter(self._rest(self._served)) if self._served else super().__iter__()
+        for batch in batches:
             self._served += 1
             yield batch
         self._served = 0
+
+    def _rest(self, served: int) -> DataLoader[Tensor]:
+        """What an epoch holds after so many batches."""
+        return DataLoader(
+            self.dataset,
+            batch_sampler=list(islice(self.batch_sampler, served, None)),
+            num_workers=self.num_workers,
+            collate_fn=self.collate_fn,
+            pin_memory=self.pin_memory,
+            worker_init_fn=self.worker_init_fn,
+            multiprocessing_context=self.multiprocessing_context,
+        )
 
     def state_dict(self) -> dict[str, int]:
         """Batches served in this epoch."""
@@ -44,16 +60,19 @@ class SplitDataModule(pl.LightningDataModule, ABC):
 
     Args:
         batch_size: Examples per batch and process.
+        num_workers: Processes per loader and process that make examples, where that takes time; 0: the training does.
 
     Raises:
-        ValueError: If it is not positive.
+        ValueError: If a number is out of range.
     """
 
-    def __init__(self, batch_size: int) -> None:
+    def __init__(self, batch_size: int, num_workers: int = 0) -> None:
         super().__init__()
         if batch_size < 1:
             raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
-        self.batch_size = batch_size
+        if num_workers < 0:
+            raise ValueError(f"`num_workers` must be at least 0, got {num_workers}. 0 starts no processes.")
+        self.batch_size, self.num_workers = batch_size, num_workers
 
     @abstractmethod
     def examples_of(self, split: str) -> Any:
@@ -65,7 +84,14 @@ class SplitDataModule(pl.LightningDataModule, ABC):
         sampler: DistributedSampler[Any] | None = None
         if shares is not None:
             sampler = DistributedSampler(examples, shuffle=False, **shares)
-        return ResumableDataLoader(examples, batch_size=self.batch_size, sampler=sampler)
+        return ResumableDataLoader(
+            examples,
+            batch_size=self.batch_size,
+            sampler=sampler,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            pin_memory=self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",
+        )
 
     @override
     def train_dataloader(self) -> ResumableDataLoader:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -53,9 +54,27 @@ def check_length(model: Any, length: int, argument: str) -> None:
     Raises:
         ValueError: If the model's positions end before.
     """
-    longest: int | None = getattr(model.config, "max_position_embeddings", None)
-    if longest is not None and 0 < longest < length:
+    longest = most_positions(model)
+    if longest is not None and longest < length:
         raise ValueError(f"`{argument}` must be at most {longest}, the model's own, got {length}. Lower it.")
+
+
+def most_positions(model: Any) -> int | None:
+    """Tokens that a transformers model has positions for, by its configuration; None if that does not say.
+
+    RoBERTa and its like count positions from behind the padding's, so that their tables hold more rows than that.
+    """
+    longest: int | None = getattr(model.config, "max_position_embeddings", None)
+    if longest is None or longest <= 0:
+        return None
+    padding = [table.padding_idx for table in _other_tables(model) if table.num_embeddings == longest]
+    return min((longest - index - 1 for index in padding if index is not None), default=longest)
+
+
+def _other_tables(model: Any) -> Iterator[nn.Embedding]:
+    """Embeddings, but for those of words."""
+    words = model.get_input_embeddings()
+    return (module for module in model.modules() if isinstance(module, nn.Embedding) and module is not words)
 
 
 def longest_prompt(model: Any, decode: int) -> int | None:
@@ -68,11 +87,10 @@ def longest_prompt(model: Any, decode: int) -> int | None:
     Raises:
         ValueError: If decoding leaves no room for a prompt.
     """
-    longest: int | None = getattr(model.config, "max_position_embeddings", None)
-    words = model.get_input_embeddings()
-    tables = [module.weight for module in model.modules() if isinstance(module, nn.Embedding) and module is not words]
+    longest = most_positions(model)
+    tables = [table.weight for table in _other_tables(model)]
     tables += [buffer for buffer in model.buffers() if buffer.ndim == 2]
-    # OPT's table has two rows more than there are positions.
+    # The tables of OPT and RoBERTa have two rows more than there are positions.
     if longest is None or not any(longest <= len(table) <= longest + 2 for table in tables):
         return None
     if decode > longest - 3:

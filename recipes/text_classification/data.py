@@ -17,9 +17,11 @@ from sparse_prune.recipes.finetune.classification import (
     Example,
     in_order,
     split_by_name,
+    warn_of_rare_classes,
 )
+from sparse_prune.recipes.finetune.hub import PREFIX, hub_classes, hub_rows
 from sparse_prune.recipes.finetune.pretrained import load_tokenizer
-from sparse_prune.recipes.finetune.sources import hub_rows, stdlib_sources
+from sparse_prune.recipes.finetune.sources import stdlib_sources
 from typing_extensions import override
 
 _TABLES = "encodings"  # a package of tables, not of text
@@ -35,20 +37,20 @@ class LabelledTextDataModule(ClassificationDataModule):
         tokenizer: A model, as `locate` takes it.
         data: "stdlib" (from which of the largest packages of the Python standard library do these lines come?), a .csv
             or .jsonl file with the columns text and label, or `hub:NAME[:CONFIG[:TEXT[:LABEL]]]` for the training split
-            of a hub data set.
+            of a hub data set, or of a folder that holds the like (`hub_rows`).
         max_length: Tokens of an example, special tokens included; at most the model's. Shorter ones are padded.
         batch_size: Examples per batch.
         train_examples: Most examples to train on.
         val_examples: Most examples of the validation documents.
         test_examples: Most examples of the test documents.
         chunks_per_document: Most examples of one document; the rest of a longer one is left out.
-        held_out_share: Share of a class's documents in validation and in test, each, in (0, 0.5).
+        held_out_share: Share of a class's documents in validation and in test, each, in (0, 0.5); a class of fewer than
+            three documents is only trained on.
         seed: Order of the training examples.
 
     Raises:
-        FileNotFoundError: If the file is not there.
-        ValueError: If a number is out of range, a column, a text or a label is missing, or a class has fewer than three
-            documents.
+        FileNotFoundError: If the file or the data set is not there.
+        ValueError: If a number is out of range, or a column, a text or a label is missing.
     """
 
     def __init__(
@@ -74,7 +76,9 @@ class LabelledTextDataModule(ClassificationDataModule):
     @cached_property
     def documents(self) -> Documents:
         """Label -> name -> text."""
-        return load_labelled(self.data)
+        found = load_labelled(self.data)
+        warn_of_rare_classes({label: len(documents) for label, documents in found.items()})
+        return found
 
     @property
     @override
@@ -117,13 +121,12 @@ def _in_turns(queues: Sequence[Iterator[Example]]) -> Iterator[Example]:
 
 def load_labelled(data: str) -> Documents:
     """Label -> name -> text, in the order of the classes; see `LabelledTextDataModule` for what `data` may be."""
-    if data == "stdlib":
-        found = _stdlib()
-    elif data.startswith("hub:"):
-        rows, (text, label) = hub_rows(data.removeprefix("hub:"), ["text", "label"], "data")
-        found = _by_label([(row[label], row[text]) for row in rows])
-    else:
-        found = _by_label(_read(Path(data).expanduser()))
+    if data.startswith(PREFIX):
+        rows, (text, label) = hub_rows(data, ["text", "label"], "data")
+        classes, numbers = hub_classes(rows, label, "data")
+        found = _by_label([(classes[number], words) for number, words in zip(numbers, rows[text], strict=True)])
+        return {name: found.get(name, {}) for name in classes}
+    found = _stdlib() if data == "stdlib" else _by_label(_read(Path(data).expanduser()))
     return {label: found[label] for label in in_order(found)}
 
 

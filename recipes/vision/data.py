@@ -1,30 +1,35 @@
-"""Labelled images of one size."""
+"""Labelled images of one size, read when a loader asks for them."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from sparse_prune.recipes.finetune.classification import ClassificationDataModule, Example, in_order, split_by_name
-from sparse_prune.recipes.finetune.sources import hub_rows
+from sparse_prune.recipes.finetune.classification import (
+    ClassificationDataModule,
+    Example,
+    split_by_name,
+    warn_of_rare_classes,
+)
+from sparse_prune.recipes.vision.images import LabelledImages, load_images
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.data import Dataset
 from typing_extensions import override
-
-_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp"}
-Images = dict[str, list[Any]]
-"""Label -> images: arrays (height, width), PIL images or paths."""
 
 
 class ImageDataModule(ClassificationDataModule):
     """Images, resized to squares; classes take turns, so that splits are balanced.
 
+    An image is read and resized when a loader asks for it, once per epoch; labels are known without.
+
     Args:
         data: "digits" (1797 handwritten digits of 8 x 8 pixels that scikit-learn ships), a folder with one folder of
-            images per class, or `hub:NAME[:CONFIG[:IMAGE[:LABEL]]]` for the training split of a hub data set.
+            images per class, or `hub:NAME[:CONFIG[:IMAGE[:LABEL]]]` for the training split of a hub data set, or of a
+            folder that holds the like (`hub_rows`).
         image_size: Pixels per side that images are resized to, bilinearly.
         mean: Subtracted from values in [0, 1]; the pretrained model's.
         std: Divides them; the pretrained model's.
@@ -32,12 +37,14 @@ class ImageDataModule(ClassificationDataModule):
         train_examples: Most images to train on.
         val_examples: Most images of validation.
         test_examples: Most images of the test.
-        held_out_share: Share of a class's images in validation and in test, each, in (0, 0.5).
+        held_out_share: Share of a class's images in validation and in test, each, in (0, 0.5); a class of fewer than
+            three images is only trained on.
         seed: Order of the training images.
+        num_workers: Processes per loader that read images; 0: the training does.
 
     Raises:
-        FileNotFoundError: If the folder is not there.
-        ValueError: If a number is out of range or a class has fewer than three images.
+        FileNotFoundError: If the folder or the data set is not there.
+        ValueError: If a number is out of range, there are fewer than two classes, or an image has no label.
     """
 
     def __init__(
@@ -52,8 +59,10 @@ class ImageDataModule(ClassificationDataModule):
         test_examples: int = 2000,
         held_out_share: float = 0.15,
         seed: int = 0,
+        num_workers: int = 0,
     ) -> None:
-        super().__init__(batch_size, {"train": train_examples, "val": val_examples, "test": test_examples}, seed)
+        counts = {"train": train_examples, "val": val_examples, "test": test_examples}
+        super().__init__(batch_size, counts, seed, num_workers)
         if image_size < 1:
             raise ValueError(f"`image_size` must be at least 1, got {image_size}.")
         if std <= 0:
@@ -62,64 +71,55 @@ class ImageDataModule(ClassificationDataModule):
         self.held_out_share = held_out_share
 
     @cached_property
-    def images(self) -> Images:
-        """Label -> images."""
-        return load_images(self.data)
+    def images(self) -> LabelledImages:
+        """All images, of all splits."""
+        found = load_images(self.data)
+        warn_of_rare_classes(dict(zip(found.classes, map(len, found.places()), strict=True)))
+        return found
 
     @property
     @override
     def classes(self) -> list[str]:
-        return list(self.images)
+        return self.images.classes
 
     @override
-    def make(self, split: str, count: int) -> list[Example]:
-        found: list[tuple[int, Any, int]] = []
-        for label, images in enumerate(self.images.values()):
-            names = split_by_name([str(index) for index in range(len(images))], self.held_out_share)[split]
-            found += [(turn, images[int(name)], label) for turn, name in enumerate(names)]
+    def make(self, split: str, count: int) -> SquareImages:
+        found: list[tuple[int, int]] = []
+        for places in self.images.places():
+            names = split_by_name([str(index) for index in range(len(places))], self.held_out_share)[split]
+            found += [(turn, places[int(name)]) for turn, name in enumerate(names)]
         found.sort(key=lambda entry: entry[0])
-        return [
-            {"pixel_values": self._pixels(image), "labels": torch.tensor(label)} for _, image, label in found[:count]
-        ]
+        chosen = [place for _, place in found[:count]]
+        return SquareImages(self.images, chosen, self.image_size, self.mean, self.std)
 
-    def _pixels(self, image: Any) -> Tensor:
-        """(3, image_size, image_size)."""
-        values = torch.from_numpy(_values(image)).float()
+
+@dataclass(frozen=True)
+class SquareImages(Dataset[Example]):
+    """Some of the images, each read and resized when it is asked for. Pickles, for workers that are spawned."""
+
+    images: LabelledImages
+    chosen: list[int]
+    """Where the images stand."""
+    size: int
+    """Pixels per side."""
+    mean: float
+    std: float
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+    @override
+    def __getitem__(self, index: int) -> Example:
+        place = self.chosen[index]
+        return {
+            "pixel_values": self._pixels(self.images.read(place)),
+            "labels": torch.tensor(self.images.numbers[place]),
+        }
+
+    def _pixels(self, image: np.ndarray[Any, Any]) -> Tensor:
+        """(3, size, size)."""
+        values = torch.from_numpy(image).float()
         values = values.expand(3, *values.shape) if values.dim() == 2 else values.movedim(-1, 0)
-        size = (self.image_size, self.image_size)
+        size = (self.size, self.size)
         resized = F.interpolate(values[None], size, mode="bilinear", antialias=True, align_corners=False)[0]
         return (resized - self.mean) / self.std
-
-
-def _values(image: Any) -> np.ndarray[Any, Any]:
-    """(height, width) or (height, width, 3), in [0, 1]."""
-    if isinstance(image, np.ndarray):
-        return image
-    from PIL import Image
-
-    opened = Image.open(image) if isinstance(image, Path) else image
-    return np.asarray(opened.convert("RGB"), dtype=np.float32) / 255.0
-
-
-def load_images(data: str) -> Images:
-    """Label -> images; see `ImageDataModule` for what `data` may be. They are in the order of the classes."""
-    found: Images = {}
-    if data == "digits":
-        from sklearn.datasets import load_digits
-
-        digits = load_digits()
-        for image, label in zip(digits.images, digits.target, strict=True):
-            found.setdefault(str(label), []).append(image / 16.0)
-    elif data.startswith("hub:"):
-        rows, (image, label) = hub_rows(data.removeprefix("hub:"), ["image", "label"], "data")
-        for row in rows:
-            found.setdefault(str(row[label]), []).append(row[image])
-    else:
-        root = Path(data).expanduser()
-        if not root.is_dir():
-            raise FileNotFoundError(f"`data` must be 'digits', hub:NAME, or an existing folder, got {data!r}.")
-        for path in sorted(path for path in root.glob("*/*") if path.suffix.lower() in _SUFFIXES):
-            found.setdefault(path.parent.name, []).append(path)
-    if len(found) < 2:
-        raise ValueError(f"`data` must hold images of at least two classes, got {sorted(found)} in {data!r}.")
-    return {label: found[label] for label in in_order(found)}

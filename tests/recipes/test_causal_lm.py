@@ -14,7 +14,6 @@ from sparse_prune.recipes.causal_lm.data import TextDataModule, load_documents
 from sparse_prune.recipes.causal_lm.module import CausalLMModule
 from sparse_prune.recipes.causal_lm.pretrained import load_model
 from sparse_prune.recipes.finetune.history import RunHistory
-from sparse_prune.recipes.finetune.loader import ResumableDataLoader
 from sparse_prune.recipes.finetune.pretrained import load_tokenizer
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -62,19 +61,6 @@ def test_missing_and_short_text_are_refused(tiny_model, text, tmp_path):
     with pytest.raises(ValueError, match="val_sequences"):
         TextDataModule(tiny_model, text, val_sequences=0)
     assert "json/decoder.py" in load_documents("stdlib")
-
-
-def test_loader_resumes_in_the_middle_of_an_epoch():
-    loader = ResumableDataLoader(torch.arange(10), batch_size=2)
-    batches = iter(loader)
-    first = [next(batches).tolist() for _ in range(2)]
-    state = loader.state_dict()
-    other = ResumableDataLoader(torch.arange(10), batch_size=2)
-    other.load_state_dict(state)
-    assert first + [b.tolist() for b in other] == [
-        b.tolist() for b in ResumableDataLoader(torch.arange(10), batch_size=2)
-    ]
-    assert [b.tolist() for b in other][0] == [0, 1]
 
 
 class Countdown(pl.LightningModule):

@@ -18,7 +18,8 @@ from sparse_prune.recipes.text_classification.cli import main as text_classifica
 from sparse_prune.recipes.text_classification.data import LabelledTextDataModule, load_labelled
 from sparse_prune.recipes.text_classification.module import TextClassificationModule
 from sparse_prune.recipes.vision.cli import main as vision
-from sparse_prune.recipes.vision.data import ImageDataModule, load_images
+from sparse_prune.recipes.vision.data import ImageDataModule
+from sparse_prune.recipes.vision.images import load_images
 from sparse_prune.recipes.vision.module import VisionModule
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
@@ -26,6 +27,8 @@ from transformers import (
     BertForSequenceClassification,
     BertModel,
     PreTrainedTokenizerFast,
+    RobertaConfig,
+    RobertaForSequenceClassification,
     ViTConfig,
     ViTForImageClassification,
 )
@@ -84,7 +87,7 @@ def test_labelled_csv_is_read_and_bad_data_is_refused(tiny_bert, tmp_path):
     path = tmp_path / "rows.csv"
     path.write_text("text,label\nhello,1\n  ,1\nbye,0\n")
     assert load_labelled(str(path)) == {"0": {"2": "bye"}, "1": {"0": "hello"}}
-    with pytest.raises(ValueError, match="at least 3 documents"):
+    with pytest.raises(ValueError, match=r"val split must hold at least one .* a class needs 3 to be in every split"):
         LabelledTextDataModule(tiny_bert, str(path)).setup("fit")
     path.write_text("words,label\nhello,1\n")
     with pytest.raises(ValueError, match=r"columns text and label, got \['label', 'words'\] in row 1"):
@@ -115,7 +118,7 @@ def test_whole_numbers_are_classes_in_their_order(tmp_path):
     for label in ("10", "2"):
         (tmp_path / label).mkdir()
         (tmp_path / label / "one.png").touch()
-    assert list(load_images(str(tmp_path))) == ["2", "10"]
+    assert load_images(str(tmp_path)).classes == ["2", "10"]
 
 
 def test_a_pretrained_head_that_fits_is_kept_and_named(tmp_path):
@@ -140,6 +143,17 @@ def test_texts_longer_than_the_model_are_refused(tiny_bert):
         module.training_step({"input_ids": torch.zeros(1, 65, dtype=torch.long), "labels": torch.zeros(1)}, 0)
 
 
+def test_positions_that_the_padding_takes_are_no_room_for_text(tmp_path):
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = RobertaConfig(vocab_size=9, max_position_embeddings=34, pad_token_id=1, **sizes)
+    RobertaForSequenceClassification(config).save_pretrained(tmp_path)
+    module = TextClassificationModule(str(tmp_path), ["x", "y"])
+    labels = torch.zeros(1, dtype=torch.long)
+    module.logits({"input_ids": torch.full((1, 32), 5)})
+    with pytest.raises(ValueError, match=r"`data.max_length` must be at most 32, the model's own, got 33"):
+        module.training_step({"input_ids": torch.full((1, 33), 5), "labels": labels}, 0)
+
+
 def test_digits_are_images_of_one_size_in_balanced_splits():
     data = ImageDataModule(image_size=16, train_examples=100)
     data.setup("fit")
@@ -150,7 +164,7 @@ def test_digits_are_images_of_one_size_in_balanced_splits():
     assert image.shape == (3, 16, 16)
     assert image.min() >= -1
     assert image.max() <= 1
-    assert sum(map(len, load_images("digits").values())) == 1797
+    assert len(load_images("digits").images) == 1797
 
 
 def test_folders_of_images_are_read(tmp_path):
@@ -340,21 +354,3 @@ def test_minilm_loads_from_its_package_with_a_new_head():
     random.seed(0)
     norms = module.model.bert.embeddings.word_embeddings.weight.norm(dim=-1)
     assert norms.std() > 0.05  # trained, not freshly drawn
-
-
-class Rows(list):
-    column_names = ("words", "text", "label")
-
-
-def test_rows_of_the_hub_are_found_by_their_columns(monkeypatch):
-    rows, asked = Rows([{"words": "hello", "text": "x", "label": 1}]), []
-    monkeypatch.setattr(
-        "datasets.load_dataset", lambda name, config, split: asked.append((name, config, split)) or rows
-    )
-    assert load_labelled("hub:me/data:small:words") == {"1": {"0": "hello"}}
-    assert load_labelled("hub:me/data") == {"1": {"0": "x"}}
-    assert asked == [("me/data", "small", "train"), ("me/data", None, "train")]
-    with pytest.raises(
-        ValueError, match=r"`data` must name a column of 'me/data' .*'words', 'text', 'label'.*got 'none'"
-    ):
-        load_labelled("hub:me/data::text:none")
