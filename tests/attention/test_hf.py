@@ -14,15 +14,19 @@ from transformers import (
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    ModernBertConfig,
+    ModernBertModel,
     Qwen2Config,
     Qwen2ForCausalLM,
+    RobertaConfig,
+    RobertaModel,
     StaticCache,
     ViTConfig,
     ViTModel,
 )
 
 from sparse_prune import BlockPattern
-from sparse_prune.attention import attach, detach, find_layers
+from sparse_prune.attention import attach, detach, find_layers, list_layers
 
 SMALL = {
     "vocab_size": 50,
@@ -38,6 +42,7 @@ SMALL = {
     "eos_token_id": 2,
 }
 BERT = {k: v for k, v in SMALL.items() if k != "num_key_value_heads"}
+MODERN_BERT = BERT | {"cls_token_id": 1, "sep_token_id": 2}
 GPT2 = {"vocab_size": 50, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "initializer_range": 0.5}
 GPT2 |= {"bos_token_id": 1, "eos_token_id": 2}
 LENGTH, BLOCK = 24, 8
@@ -48,6 +53,8 @@ MODELS = {
     "mistral, sliding window": lambda: MistralForCausalLM(MistralConfig(sliding_window=6, **SMALL)),
     "gpt2": lambda: GPT2LMHeadModel(GPT2Config(**GPT2)),
     "bert": lambda: BertModel(BertConfig(**BERT)),
+    "roberta": lambda: RobertaModel(RobertaConfig(**BERT)),
+    "modernbert, global and local": lambda: ModernBertModel(ModernBertConfig(local_attention=12, **MODERN_BERT)),
 }
 
 
@@ -100,6 +107,24 @@ def test_sparse_equals_masked_and_differs_from_dense(name):
         outputs[mode] = model(ids)[0]
     torch.testing.assert_close(outputs["sparse"], outputs["masked"], atol=1e-4, rtol=1e-4)
     assert (outputs["dense"] - outputs["masked"]).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("mode", ["masked", "sparse"])
+@torch.no_grad()
+def test_a_pattern_keeps_to_the_window_on_both_sides_of_a_token(mode):
+    model, ids = make("modernbert, global and local"), tokens()
+    padding = torch.ones_like(ids)
+    padding[0, -5:] = 0
+    handles = attach(model)
+    assert [layer.window for layer in list_layers(model)] == [None, 7]  # a token itself and six on each side
+    set_patterns(handles, mode, density=0.5)
+    found = model(ids, attention_mask=padding)[0]
+    detach(model)
+    place = torch.arange(LENGTH)
+    near = (place[:, None] - place).abs() <= 6
+    seen = handles[0].pattern.token_mask(LENGTH, LENGTH)[None] & padding[:, None, None, :].bool()
+    expected = model(ids, attention_mask={"full_attention": seen, "sliding_attention": seen & near})[0]
+    torch.testing.assert_close(found[padding.bool()], expected[padding.bool()], atol=1e-4, rtol=1e-4)
 
 
 @torch.no_grad()

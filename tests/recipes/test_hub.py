@@ -1,5 +1,6 @@
 """Data sets of the hub, from folders that hold the same: nothing of `datasets` is replaced."""
 
+import json
 import pickle
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -8,13 +9,16 @@ import datasets
 import numpy as np
 import pytest
 import torch
+import yaml
 from data_sets import pictures, write, write_opinions, write_pictures
 from datasets import ClassLabel, Image, Sequence, Value
+from settings import pruning_callbacks, run_settings
 from sparse_prune.recipes.causal_lm.data import TextDataModule, split_documents
 from sparse_prune.recipes.evaluate.text import held_out
 from sparse_prune.recipes.finetune.hub import hub_rows
 from sparse_prune.recipes.finetune.pretrained import load_tokenizer
 from sparse_prune.recipes.text_classification.data import load_labelled
+from sparse_prune.recipes.vision.cli import main as vision
 from sparse_prune.recipes.vision.data import ImageDataModule
 from sparse_prune.recipes.vision.images import load_images
 
@@ -87,6 +91,27 @@ def test_workers_read_what_the_training_would(food):
     assert torch.equal(pickle.loads(examples)[3]["pixel_values"], alone.examples["train"][3]["pixel_values"])
     with pytest.raises(ValueError, match="`num_workers` must be at least 0, got -1"):
         ImageDataModule(food, num_workers=-1)
+
+
+def test_a_run_goes_on_in_the_middle_of_an_epoch_with_workers(food, tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["recipe"])
+    data = {"data": food, "image_size": 16, "batch_size": 1, "num_workers": 2}
+    model = {"patch_size": 4, "width": 8, "layers": 1, "heads": 2, "learning_rate": 0.01}
+
+    def losses(name, steps, *more):
+        # 18 images are 18 batches; a layer that never settles is not timed.
+        settings = run_settings(tmp_path / name, model, data, pruning_callbacks(8, 0.4, patience=99), steps)
+        settings["trainer"] |= {"val_check_interval": 5, "check_val_every_n_epoch": None, "enable_checkpointing": True}
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(yaml.safe_dump(settings))
+        vision(["fit", "--config", str(path), *more])
+        report = json.loads((tmp_path / name / "report.json").read_text())
+        return [record["loss"] for record in report["records"]], report["loss"]
+
+    whole = losses("whole", 12)
+    losses("broken", 5)
+    (checkpoint,) = (tmp_path / "broken" / "checkpoints").iterdir()
+    assert losses("resumed", 12, f"--ckpt_path={checkpoint}") == whole
 
 
 def test_a_folder_of_images_is_a_data_set_too(tmp_path):
