@@ -93,6 +93,7 @@ def test_workers_read_what_the_training_would(food):
         ImageDataModule(food, num_workers=-1)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_in_the_middle_of_an_epoch_with_workers(food, tmp_path, monkeypatch):
     monkeypatch.setattr("sys.argv", ["recipe"])
     data = {"data": food, "image_size": 16, "batch_size": 1, "num_workers": 2}
