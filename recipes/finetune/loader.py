@@ -33,6 +33,7 @@ class ResumableDataLoader(DataLoader[Tensor]):
 
     def _rest(self, served: int) -> DataLoader[Tensor]:
         """What an epoch holds after so many batches."""
+        assert self.batch_sampler is not None
         return DataLoader(
             self.dataset,
             batch_sampler=list(islice(self.batch_sampler, served, None)),
