@@ -6,6 +6,7 @@ if __name__ != "sparse_prune.callbacks":
 from sparse_prune.callbacks.attention_pruning import AttentionPruning
 from sparse_prune.callbacks.checkpoints import newest_checkpoint
 from sparse_prune.callbacks.kernel_swap import KernelSwap, SwapEvent
+from sparse_prune.callbacks.restore import restore_patterns
 from sparse_prune.callbacks.sparsity_logger import SparsityLogger
 from sparse_prune.callbacks.wandb_fallback import FallbackWandbLogger
 
@@ -19,4 +20,5 @@ __all__ = [
     "SparsityLogger",
     "SwapEvent",
     "newest_checkpoint",
+    "restore_patterns",
 ]

@@ -10,6 +10,8 @@ import torch.distributed as dist
 from pytorch_lightning.utilities.model_helpers import is_overridden
 from sparse_prune.callbacks.distilling import DistilledStep
 from sparse_prune.callbacks.kernel_swap import KernelSwap
+from sparse_prune.callbacks.refused import refuse_trainer
+from sparse_prune.callbacks.run_length import in_steps, steps_of_run, warn_of_begin, warn_of_end
 from sparse_prune.callbacks.sparsity_logger import SparsityLogger
 from typing_extensions import override
 
@@ -26,7 +28,10 @@ class AttentionPruning(pl.Callback):
     """Prunes the attention connections of the model under a schedule while it trains.
 
     One of these in `Trainer(callbacks=[...])` is enough: unless they are given as well, it adds a `KernelSwap`
-    and a `SparsityLogger` with their defaults.
+    and a `SparsityLogger` with their defaults. More than one is refused.
+
+    Steps of the schedule count from the run's first, those before a resume included; shares are those of
+    `Trainer.estimated_stepping_batches`. A resumed run keeps the steps that they came to, whatever its `max_steps`.
 
     Args:
         sparsity: Schedule of the share of possible blocks to prune, over all layers.
@@ -46,7 +51,9 @@ class AttentionPruning(pl.Callback):
         distillation: Let the dense model teach the pruned one while patterns move (docs/frontier.md). None: no teacher.
 
     Raises:
-        ValueError: If an argument is out of range, before training starts.
+        TypeError: In `setup`, if the Trainer is of the package `lightning`, not `pytorch_lightning`.
+        ValueError: If an argument is out of range, before training starts; in `setup`, if the Trainer holds more than
+            one AttentionPruning, or trains in copies of this process (ddp_spawn, ddp_fork, ddp_notebook).
     """
 
     def __init__(
@@ -81,7 +88,9 @@ class AttentionPruning(pl.Callback):
             min_delta=min_delta,
             patience=patience,
         )
-        """The loop without a Trainer: layers, patterns, total sparsity."""
+        """The loop without a Trainer: layers, patterns, total sparsity. In training its schedule is in steps."""
+        self._schedule = self.pruner.schedule  # as it was given
+        self._run_steps: int | None = None  # of the run by which shares in it were turned into steps
         self.report: PruneReport | None = None
         """The latest decision."""
         self._last_step = 0  # the latest optimizer step seen
@@ -91,6 +100,7 @@ class AttentionPruning(pl.Callback):
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        refuse_trainer(trainer, AttentionPruning, stage)
         # What `configure_model` builds or shards is there only after it ran, which is after this hook.
         if stage == "fit" and not is_overridden("configure_model", pl_module):
             self._attach(trainer, pl_module)
@@ -130,7 +140,7 @@ class AttentionPruning(pl.Callback):
 
     def _forget_run(self, trainer: pl.Trainer) -> None:
         """A new run begins, for the callbacks that follow this one as well."""
-        self.report, self._last_step = None, 0
+        self.report, self._last_step, self._run_steps = None, 0, None
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, KernelSwap | SparsityLogger):
                 callback.forget_run()
@@ -146,14 +156,23 @@ class AttentionPruning(pl.Callback):
             )
             self.pruner.restart()
             self._forget_run(trainer)
-        end, total = self.pruner.schedule.end_step, trainer.estimated_stepping_batches
-        # Who optimizes by hand may step several times a batch; below zero, nobody knows how long the data are.
-        if pl_module.automatic_optimization and 0 <= total <= end:
-            log.warning(
-                "The schedule ends at step %d, training at step %s: no layer will settle. End the schedule earlier.",
-                end,
-                total,
-            )
+        total = steps_of_run(trainer, pl_module)
+        self._reckon(total)
+        if self.report is None:
+            warn_of_begin(self.pruner.schedule, trainer.global_step)
+        if not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            warn_of_end(self.pruner.schedule, total, self.every_n_steps, self.pruner.patience)
+
+    def _reckon(self, total: int | None) -> None:
+        """Give the pruner its schedule in steps: of the run that was resumed, else of one of `total` steps."""
+        if not self._schedule.relative:
+            return
+        self._run_steps = self._run_steps or total
+        schedule = in_steps(self._schedule, self._run_steps)
+        if self.pruner.sparsity is not None:
+            self.pruner.sparsity = schedule
+        else:
+            self.pruner.threshold = schedule
 
     @override
     def on_train_batch_start(
@@ -216,13 +235,21 @@ class AttentionPruning(pl.Callback):
     @override
     def state_dict(self) -> dict[str, Any]:
         report = None if self.report is None else vars(self.report).copy()
-        return {"pruner": self.pruner.state_dict(), "last_step": self._last_step, "report": report}
+        return {
+            "pruner": self.pruner.state_dict(),
+            "last_step": self._last_step,
+            "report": report,
+            "run_steps": self._run_steps,
+        }
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.pruner.load_state_dict(state_dict["pruner"])
         self._last_step = state_dict["last_step"]
         self.report = None if state_dict["report"] is None else PruneReport(**state_dict["report"])
+        self._run_steps = state_dict.get("run_steps")  # state of before schedules took shares has none
+        if self._run_steps is not None:
+            self._reckon(self._run_steps)
 
 
 def _gradient_scale(trainer: pl.Trainer) -> float:

@@ -39,12 +39,15 @@ class DistilledStep:
         module = _teacher_module(pl_module, list(pruner.layers), settings.module)
         self.pl_module, self.pruner, self.settings = pl_module, pruner, settings
         self.teacher = DenseTeacher(module, handles, settings.temperature)
+        self._own = vars(pl_module).get("training_step")  # what someone else has put on the instance
         step = pl_module.training_step
         pl_module.training_step = wraps(step)(lambda *args, **kwargs: self._run(step, *args, **kwargs))  # type: ignore[method-assign]
 
     def remove(self) -> None:
         """Give the module its own step back."""
         vars(self.pl_module).pop("training_step", None)
+        if self._own is not None:
+            vars(self.pl_module)["training_step"] = self._own
 
     @property
     def active(self) -> bool:
@@ -60,7 +63,7 @@ class DistilledStep:
         divergence = self.teacher.loss()
         if output is None or divergence is None:
             return output
-        self.pl_module.log("prune/divergence", divergence.detach())
+        self.pl_module.log("prune/divergence", divergence.detach(), batch_size=1)
         if isinstance(output, Tensor):
             return output + self.settings.weight * divergence
         return {**output, "loss": output["loss"] + self.settings.weight * divergence}

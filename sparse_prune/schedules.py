@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,18 +15,22 @@ class Schedule(ABC):
     What the value means is the caller's choice: `AttentionPruning(sparsity=...)` reads it as a share of
     prunable blocks in [0, 1), `AttentionPruning(threshold=...)` as a cut-off compared with scores.
 
+    A step is a whole number of optimizer steps, or a share of the run's as a number with a point: 800 is a step, 0.8 is
+    80 % of the run, 1.0 all of it. Shares need a run whose length is known: `AttentionPruning` asks the Trainer, other
+    code calls `resolved`.
+
     Raises:
-        ValueError: If a value is negative or not finite, or if the steps are reversed.
+        ValueError: If a value is negative or not finite, a share lies outside [0, 1], or the steps are reversed.
     """
 
     final: float
     """Value from `end_step` on. Finite and at least `initial`."""
-    end_step: int
-    """Optimizer step at which `final` is reached. At least `begin_step`."""
+    end_step: int | float
+    """Optimizer step, or share of the run in [0, 1], at which `final` is reached. Not before `begin_step`."""
     initial: float = 0.0
     """Value up to `begin_step`. Finite, at least 0."""
-    begin_step: int = 0
-    """Optimizer step at which the value starts to move. At least 0."""
+    begin_step: int | float = 0
+    """Optimizer step of at least 0, or share of the run in [0, 1], at which the value starts to move."""
 
     def __post_init__(self) -> None:
         for name in ("initial", "final"):
@@ -36,20 +41,65 @@ class Schedule(ABC):
             raise ValueError(
                 f"`final` must be at least `initial` ({self.initial}), got {self.final}. Swap them to prune gradually."
             )
+        for name in ("begin_step", "end_step"):
+            value = getattr(self, name)
+            if isinstance(value, float) and not 0.0 <= value <= 1.0:
+                raise ValueError(
+                    f"`{name}` must be a whole number of optimizer steps or a share of the run in [0, 1], got {value}. "
+                    "Write 800 for a step, 0.8 for 80 % of the run."
+                )
         if self.begin_step < 0:
             raise ValueError(f"`begin_step` must be at least 0, got {self.begin_step}.")
-        if self.end_step < self.begin_step:
+        # A step and a share can be compared only once the run's length is known.
+        alike = isinstance(self.begin_step, float) == isinstance(self.end_step, float)
+        if alike and self.end_step < self.begin_step:
             raise ValueError(
                 f"`end_step` must be at least `begin_step` ({self.begin_step}), got {self.end_step}. "
                 "Swap them, or leave `begin_step` at 0."
             )
 
+    @property
+    def relative(self) -> bool:
+        """Whether a step is a share of the run, so that the run's length must be known."""
+        return isinstance(self.begin_step, float) or isinstance(self.end_step, float)
+
+    def resolved(self, total_steps: int) -> Self:
+        """The same schedule with optimizer steps in the place of shares, rounded to the nearest.
+
+        Args:
+            total_steps: Optimizer steps of the run. At least 1.
+
+        Raises:
+            ValueError: If `total_steps` is below 1, or the steps turn out to be reversed.
+        """
+        if total_steps < 1:
+            raise ValueError(f"`total_steps` must be at least 1, got {total_steps}.")
+        if not self.relative:
+            return self
+        begin, end = (
+            round(step * total_steps) if isinstance(step, float) else step for step in (self.begin_step, self.end_step)
+        )
+        return replace(self, begin_step=begin, end_step=end)
+
     def __call__(self, step: int) -> float:
-        """Value in force at an optimizer step."""
+        """Value in force at an optimizer step.
+
+        Raises:
+            ValueError: If the schedule is `relative`.
+        """
         return self.initial + (self.final - self.initial) * self.shape(self.progress(step))
 
     def progress(self, step: int) -> float:
-        """Share of the ramp that lies behind `step`, in [0, 1]."""
+        """Share of the ramp that lies behind `step`, in [0, 1].
+
+        Raises:
+            ValueError: If the schedule is `relative`.
+        """
+        if self.relative:
+            raise ValueError(
+                f"`begin_step` and `end_step` must be optimizer steps to tell a value, got {self.begin_step} and "
+                f"{self.end_step}, of which one is a share of a run. Call `schedule.resolved(total_steps)` first."
+            )
         if step >= self.end_step:
             return 1.0
         if step <= self.begin_step:
@@ -65,7 +115,7 @@ class Schedule(ABC):
 class ConstantSchedule(Schedule):
     """`final` from `begin_step` on, `initial` before it: one-shot pruning."""
 
-    end_step: int = -1
+    end_step: int | float = -1
     """Follows `begin_step`; leave it out."""
 
     def __post_init__(self) -> None:

@@ -47,11 +47,34 @@ def test_constant_schedule_jumps_at_begin_step():
         ({"final": float("nan"), "end_step": 4}, "final"),
         ({"final": 0.1, "initial": 0.2, "end_step": 4}, "final"),
         ({"final": 0.1, "begin_step": -1, "end_step": 4}, "begin_step"),
+        ({"final": 0.1, "end_step": 800.0}, "end_step"),
+        ({"final": 0.1, "end_step": float("nan")}, "end_step"),
+        ({"final": 0.1, "begin_step": -0.1, "end_step": 4}, "begin_step"),
+        ({"final": 0.1, "begin_step": 0.5, "end_step": 0.4}, "end_step"),
     ],
 )
 def test_bad_schedule_names_the_argument(arguments, name):
     with pytest.raises(ValueError, match=f"`{name}`"):
         LinearSchedule(**arguments)
+
+
+@pytest.mark.parametrize("ramp", RAMPS)
+def test_shares_of_a_run_become_steps(ramp):
+    schedule = ramp(final=0.8, begin_step=0.1, end_step=0.8)
+    assert schedule.resolved(50) == ramp(final=0.8, begin_step=5, end_step=40)
+    assert ramp(final=0.8, begin_step=3, end_step=1.0).resolved(50) == ramp(final=0.8, begin_step=3, end_step=50)
+    steps = ramp(final=0.8, begin_step=1, end_step=1)
+    assert steps.resolved(50) is steps  # 1 is a step, 1.0 the whole run
+    with pytest.raises(ValueError, match=r"`end_step` must be at least `begin_step` \(30\), got 5"):
+        ramp(final=0.8, begin_step=30, end_step=0.1).resolved(50)
+    with pytest.raises(ValueError, match="`total_steps` must be at least 1, got 0"):
+        schedule.resolved(0)
+
+
+def test_a_share_of_a_run_has_no_value_before_the_length_is_known():
+    assert ConstantSchedule(final=0.5, begin_step=0.4).resolved(5) == ConstantSchedule(final=0.5, begin_step=2)
+    with pytest.raises(ValueError, match=r"optimizer steps to tell a value, got 0 and 0\.8.*resolved\(total_steps\)"):
+        CubicSchedule(final=0.4, end_step=0.8)(1)
 
 
 @given(st.integers(1, 30), st.integers(0, 20), BLOCKS, st.booleans())

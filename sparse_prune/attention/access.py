@@ -22,23 +22,25 @@ def list_layers(model: nn.Module, example: Any = None) -> list[FoundLayer]:
         model: Any module.
         example: An input: a tuple of arguments, a dict of keyword arguments, or the only argument. None: the model's
             `example_input_array`, if it has one, as LightningModules do. The model runs on it once, in eval mode, if
-            it holds layers that are no transformers' and were not taken over yet. Without an example, modules
-            that call SDPA are tried alone, and `nn.MultiheadAttention` is taken for bidirectional self-attention.
+            it holds layers that were not taken over yet. Without an example, modules that call SDPA are tried alone,
+            `nn.MultiheadAttention` is taken for bidirectional self-attention, and a bias that a transformers layer
+            adds to its mask is not seen before training.
 
     Raises:
         ValueError: If the model does not take the example.
     """
     modules = modules_of(model)
     found = list(hf.find(modules))
+    usable = [layer.module for layer in found if layer.problem is None]
     mhas = mha.candidates(model)
     callers = {name: module for name, module in sdpa.candidates(model).items() if not hf.is_attention(type(module))}
     example = getattr(model, "example_input_array", None) if example is None else example
-    if example is None or all(handle_of(module) is not None for module in (*mhas.values(), *callers.values())):
+    if example is None or all(handle_of(module) is not None for module in (*usable, *mhas.values(), *callers.values())):
         found += [*mha.find(mhas, None), *sdpa.find(callers, None)]
     else:
         with mha.observing(model) as mha_calls, observing(model) as sdpa_calls:
             run_example(model, example)
-        found += [*mha.find(mhas, mha_calls), *sdpa.find(callers, sdpa_calls)]
+        found = [*hf.find(modules, sdpa_calls), *mha.find(mhas, mha_calls), *sdpa.find(callers, sdpa_calls)]
     found += _unreached(modules, [layer.name for layer in found])
     order = {name: index for index, name in enumerate(modules)}
     return sorted(found, key=lambda layer: order[layer.name])

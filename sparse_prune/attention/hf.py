@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
 from collections.abc import Iterator
+from functools import cache
 from typing import Any
 
 import torch
@@ -12,6 +14,7 @@ from torch import Tensor, nn
 from sparse_prune.attention.found import FoundLayer, drop_handle, give_handle, handle_of, modules_of
 from sparse_prune.attention.layer import PrunableAttention
 from sparse_prune.attention.softcap import softcapped
+from sparse_prune.attention.trial import BIAS, Calls
 from sparse_prune.kernels import AttentionOptions
 
 IMPLEMENTATION = "sparse_prune"
@@ -23,11 +26,12 @@ _REFUSED = {
 }
 
 
-def find(modules: dict[str, nn.Module]) -> Iterator[FoundLayer]:
+def find(modules: dict[str, nn.Module], calls: Calls | None = None) -> Iterator[FoundLayer]:
     """Attention modules whose forward pass goes through the AttentionInterface.
 
     Args:
         modules: By qualified name.
+        calls: What they called in a trial run, which shows biases that hide in a mask; None: there was none.
     """
     for name, module in modules.items():
         if is_attention(type(module)):
@@ -37,6 +41,8 @@ def find(modules: dict[str, nn.Module]) -> Iterator[FoundLayer]:
             causal = bool(getattr(module, "is_causal", False))
             window = getattr(module, "sliding_window", None)
             problem = _problem(name, module, heads)
+            if problem is None and any(call.problem == BIAS for call in (calls or {}).get(name, ())):
+                problem = BIAS
             yield FoundLayer(name, "transformers", module, heads, kv_heads, causal, window, problem)
 
 
@@ -107,9 +113,30 @@ def is_attention(kind: type[nn.Module]) -> bool:
 def _problem(name: str, module: nn.Module, heads: int | None) -> str | None:
     if _is_cross(name, module):
         return "cross-attention"
-    if getattr(module, "sinks", None) is not None:
-        return f"{_REFUSED['s_aux']} (`sinks`)"
+    for argument in ("position_bias", "s_aux"):
+        if _hands_over(module, argument):
+            return f"{_REFUSED[argument]} (`{argument}`)"
     return None if heads else "its config has no `num_attention_heads`"
+
+
+def _hands_over(module: nn.Module, argument: str) -> bool:
+    """Whether the module's forward pass gives the attention function such an argument.
+
+    An attribute of the module that is None does not count; what the forward pass computes does, as it may be anything.
+    """
+    value = _keywords(type(module)).get(argument)
+    if isinstance(value, ast.Attribute) and isinstance(value.value, ast.Name) and value.value.id == "self":
+        return getattr(module, value.attr, None) is not None
+    return value is not None
+
+
+@cache
+def _keywords(kind: type[nn.Module]) -> dict[str, ast.expr]:
+    """Keyword arguments of all calls in a class's forward pass."""
+    source = inspect.getsource(kind.forward)
+    tree = ast.parse(f"if True:\n{source}" if source[0].isspace() else source)
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    return {keyword.arg: keyword.value for call in calls for keyword in call.keywords if keyword.arg is not None}
 
 
 def _is_cross(name: str, module: nn.Module) -> bool:
@@ -261,13 +288,13 @@ def _refuse(handle: PrunableAttention, mask: Tensor | None, kwargs: dict[str, An
     for name, meaning in _REFUSED.items():
         if kwargs.get(name) is not None:
             raise ValueError(
-                f"Layer {handle.name!r} uses {meaning} (`{name}`), which pruning does not support. "
-                "Prune another model, or leave this one dense."
+                f"Layer {handle.name!r} uses {meaning} (`{name}`), which pruning does not support. Prune another model."
             )
     if mask is not None and mask.dtype != torch.bool:
         raise ValueError(
             f"Layer {handle.name!r} must get a boolean attention mask, got {mask.dtype}. "
-            "Pass the (batch, length) padding mask, or a boolean 4D mask."
+            "Pass the (batch, length) padding mask, or a boolean 4D mask. If the layer adds a bias to its mask, set "
+            "`example_input_array` on the LightningModule: the layer is then left dense."
         )
 
 

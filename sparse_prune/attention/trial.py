@@ -17,6 +17,9 @@ from torch.utils._pytree import tree_map_only
 from sparse_prune.attention.found import modules_of
 from sparse_prune.attention.masks import hides_future, is_bias
 
+BIAS = "adds a bias to attention (a mask with other values than 0 and -inf)"
+"""Why a layer whose mask does more than hide keys cannot be pruned."""
+
 
 @dataclass(frozen=True)
 class Call:
@@ -121,7 +124,7 @@ def describe(
         if attn_mask.is_meta:
             problem = "its mask cannot be read on the meta device"
         elif is_bias(attn_mask):
-            problem = "adds a bias to attention (a mask with other values than 0 and -inf)"
+            problem = BIAS
         else:
             causal = hides_future(attn_mask)
     heads = (query.shape[1], key.shape[1]) if query.dim() == key.dim() == 4 else (1, 1)

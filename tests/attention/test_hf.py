@@ -10,6 +10,8 @@ from transformers import (
     Gemma2ForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
+    GptOssConfig,
+    GptOssForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -21,6 +23,11 @@ from transformers import (
     RobertaConfig,
     RobertaModel,
     StaticCache,
+    SwinConfig,
+    SwinModel,
+    T5Config,
+    T5EncoderModel,
+    T5ForConditionalGeneration,
     ViTConfig,
     ViTModel,
 )
@@ -260,3 +267,50 @@ def test_float_mask_is_refused_with_the_layer_named():
 def test_model_without_attention_is_refused():
     with pytest.raises(ValueError, match="no attention layers"):
         attach(torch.nn.Linear(2, 2))
+
+
+T5 = {"vocab_size": 50, "d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 2, "num_heads": 2}
+
+
+def test_layers_that_add_a_position_bias_are_listed_and_stay_dense(caplog):
+    """Also those that get the bias from another layer; the model around them is pruned without them."""
+    layers = list_layers(T5ForConditionalGeneration(T5Config(**T5)))
+    wanted = [
+        "encoder.block.0.layer.0.SelfAttention",
+        "encoder.block.1.layer.0.SelfAttention",
+        "decoder.block.0.layer.0.SelfAttention",
+        "decoder.block.0.layer.1.EncDecAttention",
+        "decoder.block.1.layer.0.SelfAttention",
+        "decoder.block.1.layer.1.EncDecAttention",
+    ]
+    assert [layer.name for layer in layers] == wanted
+    assert {layer.problem for layer in layers} == {"an additive position bias (`position_bias`)", "cross-attention"}
+    mixed = torch.nn.ModuleDict({"t5": T5EncoderModel(T5Config(**T5)), "llama": make("llama")}).eval()
+    expected = mixed["t5"](tokens())[0]
+    assert [handle.name for handle in attach(mixed)] == [f"llama.model.layers.{i}.self_attn" for i in (0, 1)]
+    assert "'t5.encoder.block.0.layer.0.SelfAttention': an additive position bias" in caplog.text
+    assert torch.equal(mixed["t5"](tokens())[0], expected)
+
+
+@pytest.mark.parametrize("learned", [True, False])
+def test_sinks_stand_in_the_way_only_where_a_layer_has_them(learned):
+    config = {"intermediate_size": 32, "num_hidden_layers": 1, "num_local_experts": 2, "num_experts_per_tok": 1}
+    model = GptOssForCausalLM(GptOssConfig(vocab_size=50, hidden_size=16, head_dim=8, num_attention_heads=2, **config))
+    if not learned:
+        model.model.layers[0].self_attn.sinks = None
+    (layer,) = list_layers(model)
+    assert layer.problem == ("learned attention sinks (`s_aux`)" if learned else None)
+
+
+def test_an_example_shows_a_bias_inside_a_mask():
+    torch.manual_seed(0)
+    sizes = {"image_size": 16, "patch_size": 4, "embed_dim": 8, "depths": [1], "num_heads": [2], "window_size": 4}
+    model, image = SwinModel(SwinConfig(**sizes)).eval(), torch.rand(1, 3, 16, 16)
+    for name, parameter in model.named_parameters():
+        if "relative_position_bias_table" in name:
+            torch.nn.init.normal_(parameter)
+    assert [layer.problem for layer in list_layers(model)] == [None]
+    (layer,) = list_layers(model, image)
+    assert layer.problem.startswith("adds a bias to attention")
+    with pytest.raises(ValueError, match="adds a bias to attention"):
+        attach(model, image)

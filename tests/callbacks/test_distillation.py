@@ -117,6 +117,35 @@ def test_a_failing_run_leaves_the_step_as_it_was(tmp_path):
     assert "training_step" not in vars(module)
 
 
+def test_a_step_that_the_user_put_on_the_instance_is_given_back(tmp_path):
+    module, steps = TinyModule(), []
+
+    def own(batch, batch_idx):
+        steps.append(batch_idx)
+        return TinyModule.training_step(module, batch, batch_idx)
+
+    module.training_step = own
+    run = trainer(tmp_path, [pruning(distillation=Distillation())], steps=4)
+    run.fit(module, batches())
+    assert logged(run)["prune/divergence"] > 0
+    assert steps == [0, 1, 2, 3]
+    assert vars(module)["training_step"] is own
+
+
+class Fetching(TinyModule):
+    """Takes its batches itself, so that Lightning knows no batch size."""
+
+    def training_step(self, dataloader_iter):
+        batch, _, _ = next(dataloader_iter)
+        return self.model(input_ids=batch, labels=batch, use_cache=False).loss
+
+
+def test_a_step_that_fetches_its_batches_is_taught(tmp_path):
+    run = trainer(tmp_path, [pruning(distillation=Distillation())], steps=4)
+    run.fit(Fetching(), batches())
+    assert logged(run)["prune/divergence"] > 0
+
+
 class Manual(TinyModule):
     automatic_optimization = False
 

@@ -1,0 +1,70 @@
+"""The pruned model of a checkpoint, without a Trainer."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from sparse_prune.callbacks.attention_pruning import AttentionPruning
+
+from sparse_prune.pattern import BlockPattern
+from sparse_prune.pruner import AttentionPruner
+from sparse_prune.schedules import ConstantSchedule
+
+_META = "meta.pt"
+"""Where Lightning puts all but the tensors of a checkpoint that is a folder, as FSDP writes it."""
+
+
+def restore_patterns(
+    pl_module: pl.LightningModule,
+    path: str | os.PathLike[str],
+    *,
+    module: str | None = None,
+    weights_only: bool = True,
+) -> dict[str, BlockPattern]:
+    """Put a checkpoint's patterns on a module, which `load_from_checkpoint` leaves dense: it loads weights alone.
+
+    Layers compute as they did when the checkpoint was written, with `gather` in the place of `triton` where there is no
+    GPU. To train on, pass `ckpt_path` to the Trainer instead.
+
+    Args:
+        pl_module: With the model, its weights loaded.
+        path: A checkpoint of a run with `AttentionPruning`: a file, or a folder as FSDP writes it.
+        module: As in that `AttentionPruning`.
+        weights_only: Unpickle plain types alone, as in `torch.load`. False runs whatever code the file holds: for
+            checkpoints of your own, with hyperparameters of other types.
+
+    Returns:
+        Layer -> pattern; empty if nothing had been decided when the checkpoint was written.
+
+    Raises:
+        FileNotFoundError: If there is no such checkpoint.
+        ValueError: If it holds no pruning, or that of another model.
+    """
+    state = _pruning_state(Path(path), weights_only)
+    # Of a pruner that decides nothing any more, the schedule does not matter.
+    pruner = AttentionPruner(ConstantSchedule(final=0.0), block_size=tuple(state["block_size"]))
+    pruner.attach(pl_module, module)
+    pruner.load_state_dict(state)
+    for layer in (state.layer for state in pruner.layers.values()):
+        if layer.backend == "triton" and not torch.cuda.is_available():
+            layer.backend = "gather"
+    return pruner.patterns
+
+
+def _pruning_state(path: Path, weights_only: bool) -> dict[str, Any]:
+    file = path / _META if path.is_dir() else path
+    if not file.is_file():
+        raise FileNotFoundError(f"`path` must be a checkpoint, got {str(path)!r}, which is none. Check the path.")
+    callbacks = torch.load(file, map_location="cpu", weights_only=weights_only).get("callbacks", {})
+    name = AttentionPruning.__qualname__
+    if name not in callbacks:
+        raise ValueError(
+            f"`path` must be a checkpoint of a run with {name}, got {str(path)!r} with the callbacks "
+            f"{sorted(callbacks)}. Patterns alone come from a pattern file: `sparse_prune.export.load_patterns`."
+        )
+    state: dict[str, Any] = callbacks[name]["pruner"]
+    return state

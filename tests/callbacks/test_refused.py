@@ -1,0 +1,36 @@
+"""Trainers under which pruning would fail late, or be lost, are refused before training."""
+
+import pytest
+from tiny import TinyModule, batches, pruning, trainer
+
+
+def test_a_trainer_of_the_other_package_is_refused_by_name():
+    """A stand-in: the package `lightning` holds the same code under other names."""
+    other = type("Trainer", (), {"__module__": "lightning.pytorch.trainer.trainer", "callbacks": []})
+    message = r"got lightning\.pytorch\.trainer\.trainer\.Trainer\. Write `import pytorch_lightning as pl`"
+    with pytest.raises(TypeError, match=message):
+        pruning().setup(other(), TinyModule(), "fit")
+
+
+@pytest.mark.parametrize("strategy", ["ddp_spawn", "ddp_fork", "ddp_notebook"])
+def test_training_in_copies_of_the_process_is_refused(tmp_path, strategy):
+    callback = pruning()
+    fit = trainer(tmp_path, [callback], strategy=strategy, devices=2)
+    with pytest.raises(ValueError, match="as ddp_spawn, ddp_fork and ddp_notebook do.*Use strategy='ddp'"):
+        callback.setup(fit, TinyModule(), "fit")
+    callback.setup(fit, TinyModule(), "test")  # nothing is lost there
+    callback.setup(trainer(tmp_path, [callback], strategy="ddp", devices=2), TinyModule(), "fit")
+
+
+class Pruning(type(pruning())):
+    """Another name, another key for its state: Lightning itself lets both in."""
+
+
+def test_a_second_pruning_callback_is_refused(tmp_path):
+    second = Pruning(pruning().pruner.sparsity, block_size=8)
+    with pytest.raises(
+        ValueError, match="must hold one AttentionPruning, got 2. Its `module` may name a common parent"
+    ):
+        trainer(tmp_path, [pruning(), second]).fit(TinyModule(), batches())
+    with pytest.raises(RuntimeError, match="more than one stateful callback of type `AttentionPruning`"):
+        trainer(tmp_path, [pruning(module="model"), pruning(module="other")])

@@ -1,0 +1,137 @@
+"""Schedules against the length of the run: shares of it, ramps that end too late or have begun already."""
+
+import pytest
+from pytorch_lightning.callbacks import Callback, ModelCheckpoint
+from sparse_prune.callbacks import AttentionPruning, KernelSwap
+from sparse_prune.callbacks.run_length import earliest_settling
+from tiny import BLOCK, TinyModule, batches, pruning, trainer
+from torch.utils.data import DataLoader, IterableDataset
+
+from sparse_prune import ConstantSchedule, CubicSchedule, LinearSchedule
+
+
+def in_shares(end_step=0.5, **changes):
+    return AttentionPruning(CubicSchedule(final=0.4, end_step=end_step), block_size=BLOCK, every_n_steps=1, **changes)
+
+
+class Requests(Callback):
+    """What the schedule asked for, decision by decision."""
+
+    def __init__(self, callback):
+        self.callback, self.found = callback, []
+
+    def on_train_batch_end(self, *args):
+        self.found.append(self.callback.report.requested)
+
+
+def run(path, callback, steps=6, ckpt=None, extra=(), **changes):
+    watch = Requests(callback)
+    settings = {"steps": steps, "enable_checkpointing": bool(extra), **changes}
+    trainer(path, [callback, KernelSwap("gather"), watch, *extra], **settings).fit(
+        TinyModule(), batches(12), ckpt_path=ckpt
+    )
+    return watch.found
+
+
+@pytest.mark.parametrize("changes", [{"steps": 12}, {"steps": -1, "max_epochs": 2}])
+def test_a_share_is_that_of_the_optimizer_steps(tmp_path, changes):
+    steps = CubicSchedule(final=0.4, end_step=6)
+    assert run(tmp_path, in_shares(), **changes) == [steps(step) for step in range(1, 13)]
+
+
+def test_a_threshold_may_ramp_over_a_share_too(tmp_path):
+    callback = AttentionPruning(threshold=LinearSchedule(final=0.2, end_step=0.5), block_size=BLOCK, every_n_steps=1)
+    assert run(tmp_path, callback, steps=4) == pytest.approx([0.1, 0.2, 0.2, 0.2])
+
+
+def test_a_resumed_run_of_another_length_keeps_its_steps(tmp_path):
+    saver = ModelCheckpoint(tmp_path, filename="cut", every_n_train_steps=3)
+    whole = run(tmp_path / "whole", in_shares())
+    first = run(tmp_path / "first", in_shares(), extra=[saver, StopAfter(3)])
+    resumed = in_shares()
+    second = run(
+        tmp_path / "second", resumed, steps=12, ckpt=tmp_path / "cut.ckpt", extra=[ModelCheckpoint(tmp_path / "x")]
+    )
+    assert first + second[:3] == whole
+    assert resumed.pruner.schedule == CubicSchedule(final=0.4, end_step=3)
+    assert run(tmp_path / "new", resumed, steps=4) == [CubicSchedule(final=0.4, end_step=2)(s) for s in (1, 2, 3, 4)]
+
+
+class StopAfter(Callback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_train_batch_end(self, trainer, *args):
+        trainer.should_stop = trainer.global_step >= self.step
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        return iter(batches().dataset)
+
+
+class ByHand(TinyModule):
+    automatic_optimization = False
+
+
+@pytest.mark.parametrize(("module", "data"), [(TinyModule, DataLoader(Stream(), batch_size=2)), (ByHand, batches())])
+def test_a_share_of_a_run_of_unknown_length_is_refused(tmp_path, module, data):
+    fit = trainer(tmp_path, [in_shares()], steps=-1, max_epochs=1)
+    with pytest.raises(ValueError, match=r"nobody knows how many this run takes.*got 0 and 0\.5.*max_steps"):
+        fit.fit(module(), data)
+
+
+@pytest.mark.parametrize(("end", "every", "patience"), [(6, 1, 2), (6, 2, 3), (5, 2, 1), (0, 3, 2), (1, 3, 1)])
+def test_layers_settle_no_earlier_than_forecast(tmp_path, end, every, patience):
+    callback = pruning(end_step=end, every_n_steps=every, patience=patience, min_delta=1.0)
+    trainer(tmp_path, [callback, KernelSwap("gather")], steps=14).fit(TinyModule(), batches())
+    settled = {state.settled_at for state in callback.pruner.layers.values()}
+    assert settled == {earliest_settling(callback.pruner.schedule, every, patience)}
+
+
+@pytest.mark.parametrize(
+    ("end", "steps", "changes", "warned"),
+    [
+        (50, 2, {}, True),
+        (18, 20, {"every_n_steps": 10, "patience": 3}, True),
+        (3, 4, {"patience": 2}, False),
+        (3, 3, {"patience": 2}, True),
+        (0.5, 4, {"patience": 2}, False),
+        (1.0, 4, {"patience": 2}, True),
+    ],
+)
+def test_a_run_that_ends_before_layers_can_settle_warns(tmp_path, caplog, end, steps, changes, warned):
+    trainer(tmp_path, [pruning(end_step=end, **changes)], steps=steps).fit(TinyModule(), batches())
+    assert ("no layer will settle" in caplog.text) == warned
+
+
+def test_fast_dev_run_says_nothing_of_settling(tmp_path, caplog):
+    trainer(tmp_path, [pruning()], fast_dev_run=True).fit(TinyModule(), batches())
+    assert "no layer will settle" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("schedule", "warned"),
+    [
+        (CubicSchedule(final=0.4, end_step=3), "first decision asks for 0.4 at once"),
+        (CubicSchedule(final=0.4, begin_step=4, end_step=6), None),
+        (ConstantSchedule(final=0.4), None),
+    ],
+)
+def test_a_ramp_that_lies_behind_a_resumed_dense_run_warns(tmp_path, caplog, schedule, warned):
+    saver = ModelCheckpoint(tmp_path, filename="dense", every_n_train_steps=4)
+    trainer(tmp_path, [saver], steps=4, enable_checkpointing=True).fit(TinyModule(), batches())
+    callback = AttentionPruning(schedule, block_size=BLOCK, every_n_steps=1)
+    trainer(tmp_path, [callback, KernelSwap("gather")], steps=6).fit(
+        TinyModule(), batches(), ckpt_path=tmp_path / "dense.ckpt"
+    )
+    assert callback.report.step == 6
+    assert ("goes on at step 4 without pruning so far" in caplog.text) == (warned is not None)
+    assert warned is None or warned in caplog.text
+
+
+def test_going_on_with_a_pruned_run_draws_no_warning(tmp_path, caplog):
+    saver = ModelCheckpoint(tmp_path, filename="cut", every_n_train_steps=4)
+    trainer(tmp_path, [pruning(), saver], steps=4, enable_checkpointing=True).fit(TinyModule(), batches())
+    trainer(tmp_path, [pruning()], steps=9).fit(TinyModule(), batches(), ckpt_path=tmp_path / "cut.ckpt")
+    assert "without pruning so far" not in caplog.text
