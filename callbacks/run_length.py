@@ -39,8 +39,9 @@ def in_steps(schedule: Schedule, total: int | None) -> Schedule:
     if total is None and schedule.relative:
         raise ValueError(
             "`begin_step` and `end_step` must be optimizer steps, as nobody knows how many this run takes (data "
-            f"without a length, or optimizers stepped by hand), got {schedule.begin_step} and {schedule.end_step}. Give "
-            "steps, or set Trainer(max_steps=...) where Lightning steps the optimizer."
+            "without a length, or optimizers stepped by hand), got "
+            f"{schedule.begin_step} and {schedule.end_step}. Give steps, or set Trainer(max_steps=...) where Lightning "
+            "steps the optimizer."
         )
     return schedule if total is None else schedule.resolved(total)
 

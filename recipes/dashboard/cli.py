@@ -8,6 +8,8 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sparse_prune.recipes.extras import with_remedy
+
 if TYPE_CHECKING:
     from sparse_prune.recipes.dashboard.views import Target
 
@@ -28,7 +30,7 @@ def main(args: list[str] | None = None) -> None:
     try:
         from sparse_prune.recipes.dashboard.views import report, workspace
     except ImportError as error:
-        parser.error(f"{error}. Run `pip install 'sparse_prune[wandb]'`.")
+        parser.error(with_remedy(error))
     try:
         target = parse_target(given.target, given.runs, given.baseline)
     except ValueError as error:

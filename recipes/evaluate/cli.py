@@ -14,6 +14,7 @@ from sparse_prune.recipes.causal_lm.pretrained import load_model
 from sparse_prune.recipes.evaluate.lengths import check_lengths, lengths_around
 from sparse_prune.recipes.evaluate.report import EvaluationReport, LengthResult
 from sparse_prune.recipes.evaluate.text import held_out
+from sparse_prune.recipes.extras import with_remedy
 from sparse_prune.recipes.finetune.machine import describe_machine
 from sparse_prune.recipes.finetune.pretrained import load_tokenizer
 
@@ -77,13 +78,15 @@ def evaluate(
 
 def main(args: list[str] | None = None) -> None:
     """Parse arguments, measure, write evaluation.md, .json and .png, print the table."""
-    given = _parser().parse_args(args)
+    parser = _parser()
+    given = parser.parse_args(args)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    options = {"dtype": getattr(torch, given.dtype)} if given.dtype else {}
-    model, tokenizer = load(given.model, **options).to(given.device), load_tokenizer(given.model)
-    twin = load_model(given.dense, model.dtype).eval() if given.dense else None
-    lengths = given.lengths or lengths_around(model, given.decode)
-    tokens = held_out(tokenizer, given.text, max(lengths), given.sequences)
+    try:
+        model, twin, tokenizer, lengths, tokens = _prepare(given)
+    except ImportError as error:
+        parser.error(with_remedy(error))
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
     measure = {name: getattr(given, name) for name in ("depths", "prompts", "decode", "chunk")}
     measure |= {"tokenizer": tokenizer, "tokens": tokens, "lengths": lengths}
     pruned = evaluate(model, **measure)
@@ -105,6 +108,17 @@ def main(args: list[str] | None = None) -> None:
     report = EvaluationReport(setup, sparsity_of(model), tuple(given.depths), plain, pruned)
     path = report.write(given.output)
     print(f"{report.text()}\nReport: {path}")
+
+
+def _prepare(given: argparse.Namespace) -> tuple[Any, Any, Any, Sequence[int], torch.Tensor]:
+    """Pruned model, dense twin or None, tokenizer, lengths, and text, (sequences, longest length)."""
+    import matplotlib  # noqa: F401 - the report draws with it; better missed now than after the measurement
+
+    options = {"dtype": getattr(torch, given.dtype)} if given.dtype else {}
+    model, tokenizer = load(given.model, **options).to(given.device), load_tokenizer(given.model)
+    twin = load_model(given.dense, model.dtype).eval() if given.dense else None
+    lengths = given.lengths or lengths_around(model, given.decode)
+    return model, twin, tokenizer, lengths, held_out(tokenizer, given.text, max(lengths), given.sequences)
 
 
 def sparsity_of(model: Any) -> float:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from sparse_prune.recipes.extras import with_remedy
 from torch import nn
 
 from sparse_prune.attention import FoundLayer, list_layers
@@ -28,7 +29,9 @@ def main(args: list[str] | None = None) -> None:
     try:
         model, example = build(given.model)
         layers = list_layers(model, example)
-    except (ImportError, OSError, ValueError) as error:
+    except ImportError as error:
+        parser.error(with_remedy(error))
+    except (OSError, ValueError) as error:
         parser.error(str(error))
     print(table(layers))
     usable = sum(layer.problem is None for layer in layers)

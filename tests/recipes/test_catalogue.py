@@ -83,5 +83,8 @@ def test_run_hands_over_to_the_recipe(capsys):
         cli.main(["run", "nothing", "--config", "quickstart"])
     assert "invalid choice: 'nothing'" in capsys.readouterr().err
     with pytest.raises(SystemExit):
+        cli.main(["run", "causal_lm", "-c", "quickstart", "--config", "nope"])
+    assert "must be a file or one of quickstart, small_cache_8k, smollm2_8k_gpu, got 'nope'" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
         cli.main(["list", "--what"])
     assert "unrecognized arguments: --what" in capsys.readouterr().err

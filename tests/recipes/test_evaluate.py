@@ -247,3 +247,19 @@ def test_unknown_command_names_those_there_are(capsys):
     with pytest.raises(SystemExit) as done:
         main(["--help"])
     assert done.value.code == 0
+
+
+def test_a_missing_export_or_package_ends_in_one_line(tmp_path, monkeypatch, capsys):
+    for model in ("./nothere", str(tmp_path)):
+        with pytest.raises(SystemExit) as done:
+            command_line(["evaluate", model])
+        assert done.value.code == 2
+        assert (
+            f"error: `name` must be {'an existing folder' if model == './nothere' else 'a folder'}"
+            in capsys.readouterr().err
+        )
+    for package, extra in (("huggingface_hub", "hf"), ("matplotlib", "wandb")):
+        monkeypatch.setitem(sys.modules, package, None)
+        with pytest.raises(SystemExit):
+            command_line(["evaluate", "owner/pruned"])
+        assert f"Run `pip install 'sparse_prune[{extra}]'`." in capsys.readouterr().err

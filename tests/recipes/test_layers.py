@@ -1,3 +1,5 @@
+import sys
+
 import pytest
 from sparse_prune.recipes.layers.cli import build
 from transformers import LlamaConfig
@@ -52,3 +54,11 @@ def test_timm_models_are_listed():
     assert {(layer.kind, layer.num_heads, layer.causal, layer.problem) for layer in layers} == {
         ("sdpa", 3, False, None)
     }
+
+
+def test_a_missing_package_names_what_brings_it(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(SystemExit) as stopped:
+        main(["layers", "gpt2"])
+    assert stopped.value.code == 2
+    assert "Run `pip install 'sparse_prune[hf]'`." in capsys.readouterr().err
