@@ -1,6 +1,7 @@
 """Schedules against the length of the run: shares of it, ramps that end too late or have begun already."""
 
 import pytest
+from jsonargparse import ArgumentParser
 from pytorch_lightning.callbacks import Callback, ModelCheckpoint
 from sparse_prune.callbacks import AttentionPruning, KernelSwap
 from sparse_prune.callbacks.run_length import earliest_settling
@@ -55,6 +56,16 @@ def test_a_resumed_run_of_another_length_keeps_its_steps(tmp_path):
     assert first + second[:3] == whole
     assert resumed.pruner.schedule == CubicSchedule(final=0.4, end_step=3)
     assert run(tmp_path / "new", resumed, steps=4) == [CubicSchedule(final=0.4, end_step=2)(s) for s in (1, 2, 3, 4)]
+
+
+def test_a_yaml_file_may_hold_steps_or_shares():
+    parser = ArgumentParser()
+    parser.add_class_arguments(AttentionPruning, "pruning")
+    for written, meant in (("0.5", 0.5), ("1.0", 1.0), ("1", 1), ("800", 800)):
+        schedule = f"{{class_path: sparse_prune.CubicSchedule, init_args: {{final: 0.4, end_step: {written}}}}}"
+        config = parser.parse_string(f"pruning: {{sparsity: {schedule}}}")
+        found = parser.instantiate_classes(config).pruning.pruner.schedule
+        assert (found.end_step, type(found.end_step)) == (meant, type(meant))
 
 
 class StopAfter(Callback):
