@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any
 
@@ -124,16 +124,16 @@ def _hands_over(module: nn.Module, argument: str) -> bool:
 
     An attribute of the module that is None does not count; what the forward pass computes does, as it may be anything.
     """
-    value = _keywords(type(module)).get(argument)
+    value = _keywords(type(module).forward).get(argument)
     if isinstance(value, ast.Attribute) and isinstance(value.value, ast.Name) and value.value.id == "self":
         return getattr(module, value.attr, None) is not None
     return value is not None
 
 
 @cache
-def _keywords(kind: type[nn.Module]) -> dict[str, ast.expr]:
-    """Keyword arguments of all calls in a class's forward pass."""
-    source = inspect.getsource(kind.forward)
+def _keywords(forward: Callable[..., Any]) -> dict[str, ast.expr]:
+    """Keyword arguments of all calls in a forward pass."""
+    source = inspect.getsource(forward)
     tree = ast.parse(f"if True:\n{source}" if source[0].isspace() else source)
     calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
     return {keyword.arg: keyword.value for call in calls for keyword in call.keywords if keyword.arg is not None}
