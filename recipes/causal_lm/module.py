@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from sparse_prune.recipes.causal_lm.pretrained import load_model
+from sparse_prune.recipes.finetune.held_out import HeldOutBatch
 from sparse_prune.recipes.finetune.module import FineTuneModule
 from sparse_prune.recipes.finetune.pretrained import check_length, load_tokenizer
 from torch import Tensor
@@ -74,13 +75,13 @@ class CausalLMModule(FineTuneModule):
         return loss
 
     @override
-    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
-        self.log("val/loss", self._loss(batch), prog_bar=True, sync_dist=True)
+    def validation_step(self, batch: HeldOutBatch, batch_idx: int) -> None:
+        self.log_held_out("val", self._loss(batch.examples), batch.counted)
         prompts: int = self.hparams["passkey_prompts"]
         if batch_idx == 0 and prompts:
-            accuracy = passkey_accuracy(self.model, self.tokenizer, batch.shape[1], prompts)
-            self.log("val/passkey_accuracy", accuracy, sync_dist=True)
+            accuracy = passkey_accuracy(self.model, self.tokenizer, batch.examples.shape[1], prompts)
+            self.log("val/passkey_accuracy", accuracy, sync_dist=True, batch_size=1)
 
     @override
-    def test_step(self, batch: Tensor, batch_idx: int) -> None:
-        self.log("test/loss", self._loss(batch), sync_dist=True)
+    def test_step(self, batch: HeldOutBatch, batch_idx: int) -> None:
+        self.log_held_out("test", self._loss(batch.examples), batch.counted, prog_bar=False)

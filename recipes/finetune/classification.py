@@ -7,9 +7,10 @@ import logging
 import random
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Protocol, cast
+from typing import Any, Literal, Protocol, cast
 
 import torch
+from sparse_prune.recipes.finetune.held_out import HeldOutBatch
 from sparse_prune.recipes.finetune.loader import SplitDataModule
 from sparse_prune.recipes.finetune.module import FineTuneModule
 from torch import Tensor
@@ -70,18 +71,19 @@ class ClassificationModule(FineTuneModule):
         return loss
 
     @override
-    def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
+    def validation_step(self, batch: HeldOutBatch, batch_idx: int) -> None:
         self._watch(batch, "val", self.val_accuracy)
 
     @override
-    def test_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
+    def test_step(self, batch: HeldOutBatch, batch_idx: int) -> None:
         self._watch(batch, "test", self.test_accuracy)
 
-    def _watch(self, batch: Mapping[str, Tensor], split: str, accuracy: MulticlassAccuracy) -> None:
-        loss, logits, labels = self._loss(batch)
-        accuracy(logits, labels)
-        self.log(f"{split}/loss", loss, prog_bar=True, sync_dist=True, batch_size=len(labels))
-        self.log(f"{split}/accuracy", accuracy, prog_bar=True, batch_size=len(labels))
+    def _watch(self, batch: HeldOutBatch, split: Literal["val", "test"], accuracy: MulticlassAccuracy) -> None:
+        loss, logits, labels = self._loss(batch.examples)
+        self.log_held_out(split, loss, batch.counted)
+        if batch.counted:
+            accuracy.update(logits, labels)
+        self.log(f"{split}/accuracy", accuracy, prog_bar=True, batch_size=1)
 
     def _loss(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         labels = batch["labels"]

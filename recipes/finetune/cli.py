@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from importlib.resources import files
 from pathlib import Path
@@ -23,6 +24,8 @@ from sparse_prune.recipes.finetune.report import CacheComparison, DenseRun, RunR
 from typing_extensions import override
 
 from sparse_prune.export import check_folder, save_pretrained
+from sparse_prune.export.sharded import is_sharded
+from sparse_prune.first_rank import on_first_rank
 
 log = logging.getLogger(__name__)
 _Found = TypeVar("_Found")
@@ -58,7 +61,7 @@ class FineTuneCLI(LightningCLI):
         return {}
 
     def cache(self) -> CacheComparison | None:
-        """KV cache with and without patterns, for models that have one."""
+        """KV cache with and without patterns, for models that have one; asked for on rank 0 alone."""
         return None
 
     def describe(self, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -67,12 +70,11 @@ class FineTuneCLI(LightningCLI):
 
     def before_fit(self) -> None:
         """Refuse what could only fail after the training. Start with the random numbers that the dense twin gets."""
-        if self.trainer.world_size == 1:
-            # AttentionPruning adds a KernelSwap where there is none.
-            for kind in (RunHistory, AttentionPruning):
-                _callback(self.trainer, kind)
-            if self._export_folder is not None:
-                check_folder(self._export_folder, "export")
+        # On every rank, which may have nobody to talk to yet. AttentionPruning adds a KernelSwap where there is none.
+        for kind in (RunHistory, AttentionPruning):
+            _callback(self.trainer, kind)
+        if self._export_folder is not None:
+            check_folder(self._export_folder, "export")
         self._seed()
 
     @property
@@ -83,33 +85,60 @@ class FineTuneCLI(LightningCLI):
         pl.seed_everything(int(self.config["fit"]["seed_everything"] or 0), verbose=False)
 
     def after_fit(self) -> None:
-        """Test, repeat the run without pruning if asked, and write the report."""
-        if not self.trainer.is_global_zero or self.trainer.interrupted:
-            return
-        if self.trainer.world_size > 1:
-            log.warning("The report is written by runs of one process; this one has %d.", self.trainer.world_size)
+        """Export, test, repeat the run without pruning if asked, and write the report: every rank takes part."""
+        if self.trainer.interrupted:
             return
         folder = run_folder(self.trainer)
-        config = self.config["fit"]
-        pruner = _callback(self.trainer, AttentionPruning).pruner
         if self._export_folder is not None:
-            save_pretrained(self.model.model, self._export_folder, pruner=pruner, tokenizer=self.tokenizer())
+            self._export(self._export_folder)
+        report = self._report()
+        if self.config["fit"]["compare_dense"]:
+            on_first_rank(partial(report.write, folder))  # stays, should the dense run take the process along
+            report = replace(report, dense=self._compare(folder))
+        path = on_first_rank(partial(report.write, folder))
+        if self.trainer.is_global_zero:
+            print("\n".join(["", *report.verdicts(), f"Report: {path}"]))
+
+    def _export(self, folder: str) -> None:
+        model, pruner = self.model.model, _callback(self.trainer, AttentionPruning).pruner
+        export = partial(save_pretrained, model, folder, pruner=pruner, tokenizer=self.tokenizer())
+        if is_sharded(model):
+            export()
+        else:
+            on_first_rank(export)
+
+    def _report(self) -> RunReport:
+        """Of the run alone."""
+        pruner = _callback(self.trainer, AttentionPruning).pruner
         loss, quality = self._test(self.trainer, self.model)
-        report = RunReport(
-            setup=self.describe(config) | self._setup(),
+        return RunReport(
+            setup=self.describe(self.config["fit"]) | self._setup(),
             loss=loss,
             quality=quality,
             records=_callback(self.trainer, RunHistory).records,
-            cache=_attempt("the KV cache", self.cache),
-            dense=_attempt("the dense run", partial(self._dense_run, folder)) if config["compare_dense"] else None,
+            cache=None if self._in_parts else on_first_rank(partial(_attempt, "the KV cache", self.cache)),
             layers=list(pruner.layers),
             sparsity=pruner.total_sparsity,
             events=_callback(self.trainer, KernelSwap).events,
             patterns=pruner.patterns,
             savings=savings_metrics(pruner),
+            notes=self._notes(),
         )
-        path = report.write(folder)
-        print("\n".join(["", *report.verdicts(), f"Report: {path}"]))
+
+    @property
+    def _in_parts(self) -> bool:
+        """Whether no process can run the model without the others."""
+        return self.trainer.world_size > 1 and is_sharded(self.model.model)
+
+    def _notes(self) -> list[str]:
+        processes = self.trainer.world_size
+        notes = [f"{processes} processes: step times and training losses are those of the first."]
+        if self._in_parts:
+            notes.append(
+                "The KV cache and decoding were not measured, because FSDP2 keeps the model in parts: "
+                "`sparse-prune evaluate` measures an export."
+            )
+        return notes if processes > 1 else []
 
     def _test(self, trainer: pl.Trainer, module: pl.LightningModule) -> tuple[float, dict[str, float]]:
         """Loss, and all else that tells how good a model is."""
@@ -117,6 +146,14 @@ class FineTuneCLI(LightningCLI):
         found = trainer.test(module, datamodule=self.datamodule, verbose=False)[0]
         tested = {name.removeprefix("test/").replace("_", " "): float(value) for name, value in found.items()}
         return tested.pop("loss"), tested | quality
+
+    def _compare(self, folder: Path) -> DenseRun | None:
+        """The dense run; None if it fails in a single process, where it takes nobody along.
+
+        A rank that failed alone would leave the others waiting for it: its error ends the run on all of them.
+        """
+        dense_run = partial(self._dense_run, folder)
+        return _attempt("the dense run", dense_run) if self.trainer.world_size == 1 else dense_run()
 
     def _dense_run(self, folder: Path) -> DenseRun:
         self._seed()
@@ -159,7 +196,20 @@ class FineTuneCLI(LightningCLI):
             "trained parameters": self.model.hparams.get("train_only") or "all",
             "precision": self.trainer.precision,
             "block size": _callback(self.trainer, AttentionPruning).pruner.block_size,
+            **self._processes(),
             **describe_machine(),
+        }
+
+    def _processes(self) -> dict[str, Any]:
+        """How several processes share a batch."""
+        if self.trainer.world_size == 1:
+            return {}
+        shares = self.trainer.distributed_sampler_kwargs["num_replicas"]
+        batch, accumulated = self.datamodule.batch_size, self.trainer.accumulate_grad_batches
+        return {
+            "processes": self.trainer.world_size,
+            "effective batch": f"{shares * batch * accumulated} examples per optimizer step "
+            f"({shares} shares, batch_size {batch}, accumulate_grad_batches {accumulated})",
         }
 
 

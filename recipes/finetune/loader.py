@@ -5,12 +5,15 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from itertools import islice
-from typing import Any
+from typing import Any, TypeVar
 
 import pytorch_lightning as pl
+from sparse_prune.recipes.finetune.held_out import HeldOutLoader
 from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
 from typing_extensions import override
+
+_Loader = TypeVar("_Loader", bound=DataLoader[Any])
 
 
 class ResumableDataLoader(DataLoader[Tensor]):
@@ -54,7 +57,7 @@ class ResumableDataLoader(DataLoader[Tensor]):
 
 
 class SplitDataModule(pl.LightningDataModule, ABC):
-    """Data in the splits "train", "val" and "test", loaded in their order.
+    """Data in the splits "train", "val" and "test", loaded in their order; the last two as `HeldOutBatch`.
 
     Processes share the examples in turns, so that n of them take together what one would take; left alone, Lightning
     would shuffle what it hands to several processes.
@@ -79,13 +82,13 @@ class SplitDataModule(pl.LightningDataModule, ABC):
     def examples_of(self, split: str) -> Any:
         """What a loader takes, after `setup`."""
 
-    def _loader(self, split: str) -> ResumableDataLoader:
+    def _loader(self, kind: type[_Loader], split: str) -> _Loader:
         examples = self.examples_of(split)
         shares = self.trainer.distributed_sampler_kwargs if self.trainer is not None else None
         sampler: DistributedSampler[Any] | None = None
         if shares is not None:
             sampler = DistributedSampler(examples, shuffle=False, **shares)
-        return ResumableDataLoader(
+        return kind(
             examples,
             batch_size=self.batch_size,
             sampler=sampler,
@@ -96,12 +99,12 @@ class SplitDataModule(pl.LightningDataModule, ABC):
 
     @override
     def train_dataloader(self) -> ResumableDataLoader:
-        return self._loader("train")
+        return self._loader(ResumableDataLoader, "train")
 
     @override
-    def val_dataloader(self) -> ResumableDataLoader:
-        return self._loader("val")
+    def val_dataloader(self) -> HeldOutLoader:
+        return self._loader(HeldOutLoader, "val")
 
     @override
-    def test_dataloader(self) -> ResumableDataLoader:
-        return self._loader("test")
+    def test_dataloader(self) -> HeldOutLoader:
+        return self._loader(HeldOutLoader, "test")

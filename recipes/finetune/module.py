@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import Any, Literal
 
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.utilities.types import OptimizerLRSchedulerConfig
-from torch import nn
+from sparse_prune.recipes.finetune.held_out import HeldOutMean
+from torch import Tensor, nn
 from typing_extensions import override
 
 
@@ -38,9 +39,23 @@ class FineTuneModule(pl.LightningModule):
             if value < 0:
                 raise ValueError(f"`{name}` must be at least 0, got {value}.")
         self.model = model
+        self.val_loss, self.test_loss = HeldOutMean(), HeldOutMean()
         self._rate, self._warmup, self._decay = learning_rate, warmup_steps, weight_decay
         if train_only is not None:
             _freeze_all_but(model, train_only)
+
+    def log_held_out(self, split: Literal["val", "test"], loss: Tensor, counted: int, prog_bar: bool = True) -> None:
+        """Log `<split>/loss`, the mean over the examples of all batches and processes.
+
+        Args:
+            split: Of which the batch is.
+            loss: Mean over the batch's examples, ().
+            counted: As in `HeldOutBatch`.
+            prog_bar: Whether to show it in the progress bar.
+        """
+        mean = self.val_loss if split == "val" else self.test_loss
+        mean.update(loss, counted)
+        self.log(f"{split}/loss", mean, prog_bar=prog_bar, batch_size=1)
 
     @override
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -67,6 +67,8 @@ class RunReport:
     """What else tells how good the model is, name -> share in [0, 1]: accuracy, passkeys found."""
     dense: DenseRun | None = None
     cache: CacheComparison | None = None
+    notes: Sequence[str] = ()
+    """What else must be known to read the figures, in sentences."""
 
     def write(self, folder: str | os.PathLike[str]) -> Path:
         """Write report.md, report.json and report.png, each whole or not at all; return the path of the text."""
@@ -135,7 +137,7 @@ class RunReport:
             )
             if gain <= 1:
                 lines.append("Attention is too small a share of the step at this length: use longer contexts.")
-        return lines
+        return [*lines, *self.notes]
 
     def text(self) -> str:
         """The report as Markdown."""

@@ -7,16 +7,20 @@ import logging
 import os
 import shutil
 from collections.abc import Mapping
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from sparse_prune.attention import PrunableAttention, attach, find_layers, handle_of
 from sparse_prune.export.folder import file_hash, previous, recover, whole_folder
 from sparse_prune.export.patterns import describe_pruning, read_pattern_file, save_patterns
+from sparse_prune.export.sharded import is_sharded, plain_class, whole_weights
+from sparse_prune.first_rank import is_first_rank, on_first_rank
 from sparse_prune.kernels import BACKENDS
 from sparse_prune.pattern import BlockPattern
 from sparse_prune.pruner import AttentionPruner
@@ -41,16 +45,34 @@ def save_pretrained(
     The folder is written whole or not at all; an earlier export in its place is replaced in one step, and files that
     others have put there stay. Any transformers program can read it as a dense model; `load` gives the pruned one.
 
+    With several processes call it on every rank; rank 0 writes. A model that FSDP2 keeps in parts is put together from
+    all of them, so a rank that does not call leaves the others waiting; all return once it is written. Of a whole
+    model, as under DDP, the other ranks have nothing to give, and return at once.
+
     Args:
-        model: A transformers model with patterns, compiled or not.
+        model: A transformers model with patterns, compiled, sharded by `fully_shard`, or neither.
         folder: New, empty, or an earlier export; a link to a folder stays one.
         pruner: What pruned it, for the header: schedule, settings and a summary of the scores.
         tokenizer: To be saved with it.
 
     Raises:
         ValueError: If no layer has a pattern, `load` could not make the model again, or `folder` holds something else.
+        RuntimeError: On other ranks than 0, if rank 0 failed to write a sharded model.
     """
     model = _loadable(model)
+    if is_sharded(model):
+        return on_first_rank(partial(_write, model, folder, pruner, tokenizer, whole_weights(model)))
+    return _write(model, folder, pruner, tokenizer, None) if is_first_rank() else Path(folder).resolve()
+
+
+def _write(
+    model: Any,
+    folder: str | os.PathLike[str],
+    pruner: AttentionPruner | None,
+    tokenizer: Any,
+    weights: dict[str, Tensor] | None,
+) -> Path:
+    """`weights` are those of a model in parts."""
     target = Path(folder).resolve()
     patterns, layers = _state(model)
     recover(target)
@@ -58,11 +80,11 @@ def save_pretrained(
     dtypes = {parameter.dtype for parameter in model.parameters() if parameter.dtype.is_floating_point}
     if len(dtypes) > 1:
         log.warning("The model mixes %s; transformers loads it in one of them.", sorted(map(str, dtypes)))
-    with whole_folder(target) as partial:
-        _save_model(model, partial)
+    with whole_folder(target) as new:
+        _save_model(model, new, weights)
         if tokenizer is not None:
-            tokenizer.save_pretrained(partial)
-        files = {str(file.relative_to(partial)): file_hash(file) for file in _files(partial)}
+            tokenizer.save_pretrained(new)
+        files = {str(file.relative_to(new)): file_hash(file) for file in _files(new)}
         details = {
             "library": f"sparse_prune {version('sparse_prune')}",
             "model": identity(model),
@@ -71,9 +93,9 @@ def save_pretrained(
             "files": files,
             **({} if pruner is None else describe_pruning(pruner, _names(model))),
         }
-        save_patterns(patterns, partial / PATTERN_FILE, details)
+        save_patterns(patterns, new / PATTERN_FILE, details)
         if (target / PATTERN_FILE).is_file():
-            _carry_over(target, partial)
+            _carry_over(target, new)
     return target
 
 
@@ -163,7 +185,8 @@ def push_to_hub(
     """Put an export on the hub in one commit, with `huggingface_hub`; `load(repo_id)` gets it back.
 
     Args:
-        model: As in `save_pretrained`, like `pruner` and `tokenizer`.
+        model: As in `save_pretrained`, like `pruner` and `tokenizer`. With several processes call it on every rank if
+            the model is sharded, on rank 0 alone if it is whole.
         repo_id: "owner/name"; made if it does not exist.
         pruner: See `save_pretrained`.
         tokenizer: See `save_pretrained`.
@@ -177,8 +200,7 @@ def push_to_hub(
     """
     from huggingface_hub import HfApi
 
-    with TemporaryDirectory() as parent:
-        folder = save_pretrained(model, Path(parent) / "export", pruner=pruner, tokenizer=tokenizer)
+    def upload(folder: Path) -> str:
         api = HfApi(token=token)
         api.create_repo(repo_id, private=private, exist_ok=True)
         commit = api.upload_folder(
@@ -189,20 +211,24 @@ def push_to_hub(
             # Shards of an earlier, larger export would be left over.
             delete_patterns=["*.safetensors", "*.safetensors.index.json"],
         )
-    return str(commit.commit_url)
+        return str(commit.commit_url)
+
+    with TemporaryDirectory() as parent:
+        folder = save_pretrained(model, Path(parent) / "export", pruner=pruner, tokenizer=tokenizer)
+        return on_first_rank(partial(upload, folder)) if is_sharded(model) else upload(folder)
 
 
 def identity(model: Any) -> dict[str, Any]:
     """What must agree for patterns to fit a model."""
     config = model.config.get_text_config(decoder=True) if hasattr(model.config, "get_text_config") else model.config
     shape = {name: getattr(config, name, None) for name in _SHAPE}
-    return {"class": type(model).__name__, "model_type": model.config.model_type, **shape}
+    return {"class": plain_class(model).__name__, "model_type": model.config.model_type, **shape}
 
 
 def _loadable(model: Any) -> Any:
     """The model as `load` makes it again: without the wrapper of torch.compile."""
     model = getattr(model, "_orig_mod", model)
-    kind = type(model)
+    kind = plain_class(model)
     if _model_class(kind.__name__) is not kind:
         merging = "Merge its adapters first: `model = model.merge_and_unload()`."
         plain = "Give the transformers model itself, or save the patterns alone with `save_patterns`."
@@ -257,18 +283,22 @@ def _cast_buffers(model: Any, kinds: Mapping[str, str]) -> None:
         setattr(model.get_submodule(owner), attribute, known[name].to(dtypes[kind]))
 
 
-def _save_model(model: Any, folder: Path) -> None:
+def _save_model(model: Any, folder: Path, weights: dict[str, Tensor] | None) -> None:
+    """`weights` are those of a model in parts."""
     method = getattr(getattr(model.config, "quantization_config", None), "quant_method", None)
-    if str(getattr(method, "value", method)) != "gguf":
+    unpacked = str(getattr(method, "value", method)) == "gguf"
+    if weights is None and not unpacked:
         model.save_pretrained(folder)
         return
-    # transformers does not save what it loaded from GGUF, though its weights are plain numbers by now.
+    # The model has not got its whole weights, or transformers does not save what it loaded from GGUF, though they are
+    # plain numbers by now.
     config = copy.deepcopy(model.config)
-    del config.quantization_config
+    if unpacked:
+        del config.quantization_config
     with torch.device("meta"):
-        shell = type(model)(config).to(model.dtype)
+        shell = plain_class(model)(config).to(model.dtype)
     shell.generation_config = model.generation_config
-    shell.save_pretrained(folder, state_dict=model.state_dict())
+    shell.save_pretrained(folder, state_dict=model.state_dict() if weights is None else weights)
 
 
 def _files(folder: Path) -> list[Path]:
