@@ -151,7 +151,7 @@ def test_an_export_that_fails_on_rank_0_ends_both(choices, tmp_path):
     (tmp_path / "file").touch()
     done = start(tmp_path / "two", *choices, *DDP, f"--export={tmp_path / 'file' / 'export'}", max_steps=2)
     assert done.returncode != 0
-    assert "Rank 1 ends because rank 0 failed, whose log tells more: NotADirectoryError" in done.stderr
+    assert "Rank 1 ends because rank 0 failed, whose log tells more: FileExistsError" in done.stderr
     assert not (tmp_path / "two" / "report.md").exists()
 
 
