@@ -5,8 +5,11 @@ import shutil
 import huggingface_hub
 import pytest
 import torch
+import torch.distributed as dist
 from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
+from torch.distributed.fsdp import fully_shard
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import (
     AutoModelForCausalLM,
     GPT2Config,
@@ -44,6 +47,7 @@ SMALL = {
 GPT2 = {"vocab_size": 50, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128, "initializer_range": 0.5}
 MODELS = {
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**SMALL)),
+    "tied": lambda: LlamaForCausalLM(LlamaConfig(tie_word_embeddings=True, **SMALL)),
     "mistral": lambda: MistralForCausalLM(MistralConfig(sliding_window=20, **SMALL)),
     "gpt2": lambda: GPT2LMHeadModel(GPT2Config(**GPT2)),
 }
@@ -141,7 +145,7 @@ def test_failed_write_leaves_the_old_file_and_no_litter(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", ["llama", "mistral", "gpt2"])
 def test_loaded_model_gives_the_same_logits_bit_for_bit(tmp_path, name, dtype):
     model, pruner = pruned(name, dtype=dtype)
     first, second = pruner.layers
@@ -300,6 +304,36 @@ def test_a_compiled_model_is_saved_as_what_it_wraps(tmp_path):
     model, pruner = pruned()
     loaded = load(save_pretrained(torch.compile(model), tmp_path / "model", pruner=pruner))
     assert torch.equal(logits(loaded), logits(model))
+
+
+@pytest.fixture
+def start_group():
+    """Starts this process's group; it is gone when the test ends."""
+    yield dist.init_process_group
+    dist.destroy_process_group()
+
+
+def test_a_sharded_model_is_put_together(tmp_path, start_group):
+    """In one process. Weights that are tied are written once, as those of a whole model."""
+    start_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+    model, pruner = pruned("tied")
+    expected = logits(model)
+    whole = save_pretrained(model, tmp_path / "whole", pruner=pruner)
+    for layer in model.model.layers:
+        fully_shard(layer)
+    fully_shard(model)
+    sharded = save_pretrained(torch.compile(model), tmp_path / "sharded", pruner=pruner)
+    assert torch.equal(logits(load(sharded)), expected)
+    assert load_file(sharded / "model.safetensors").keys() == load_file(whole / "model.safetensors").keys()
+    assert (sharded / "config.json").read_text() == (whole / "config.json").read_text()
+    assert read_pattern_file(sharded / PATTERN_FILE)[1] == read_pattern_file(whole / PATTERN_FILE)[1]
+
+
+def test_only_rank_0_writes_a_whole_model(tmp_path, start_group):
+    start_group("fake", rank=1, world_size=2, store=FakeStore())
+    model, _ = pruned()
+    assert save_pretrained(model, tmp_path / "model") == (tmp_path / "model").resolve()
+    assert not os.listdir(tmp_path)
 
 
 class Mine(LlamaForCausalLM):

@@ -188,6 +188,7 @@ def test_fit_ends_with_a_report(config, tmp_path, monkeypatch, capsys, precision
     assert "The KV cache of 256 tokens takes" in text
     assert report["quality"].keys() == report["dense"]["quality"].keys() == {"passkey accuracy"}
     assert "- Passkey accuracy 0.0%, dense fine-tune 0.0%." in text
+    assert "processes" not in text
     assert (run / "report.png").read_bytes().startswith(b"\x89PNG")
     with open(run / "metrics.csv", newline="") as file:
         twin = {
@@ -213,19 +214,20 @@ def fit(config, monkeypatch, *more):
 ALONE = ("--compare_dense", "false", "--export", "null")
 
 
-def test_what_would_fail_after_the_training_is_refused_before_it(config, tmp_path, monkeypatch):
+@pytest.mark.parametrize("processes", [[], ["--trainer.devices", "2", "--trainer.strategy", "ddp"]])
+def test_what_would_fail_after_the_training_is_refused_before_it(config, tmp_path, monkeypatch, processes):
     monkeypatch.setattr(pl.Trainer, "fit", lambda *args, **options: pytest.fail("trained"))
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign" / "notes.txt").write_text("mine")
     with pytest.raises(ValueError, match=r"`export` must be new, empty or an earlier export, got '.*foreign'"):
-        fit(config, monkeypatch, "--export", str(tmp_path / "foreign"))
+        fit(config, monkeypatch, "--export", str(tmp_path / "foreign"), *processes)
     settings = yaml.safe_load(config.read_text())
     callbacks = settings["trainer"]["callbacks"]
     for missing in callbacks[:2]:
         settings["trainer"]["callbacks"] = [callback for callback in callbacks if callback is not missing]
         config.write_text(yaml.safe_dump(settings))
         with pytest.raises(ValueError, match=f"must hold a {missing['class_path'].rpartition('.')[2]} for the report"):
-            fit(config, monkeypatch)
+            fit(config, monkeypatch, *processes)
 
 
 def test_generation_is_measured_within_learned_positions(config, tiny_model, tmp_path, monkeypatch):
