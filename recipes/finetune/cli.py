@@ -204,7 +204,7 @@ class FineTuneCLI(LightningCLI):
         """How several processes share a batch."""
         if self.trainer.world_size == 1:
             return {}
-        shares = self.trainer.distributed_sampler_kwargs["num_replicas"]
+        shares = (self.trainer.distributed_sampler_kwargs or {"num_replicas": 1})["num_replicas"]
         batch, accumulated = self.datamodule.batch_size, self.trainer.accumulate_grad_batches
         return {
             "processes": self.trainer.world_size,
