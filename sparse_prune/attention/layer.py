@@ -18,10 +18,6 @@ from sparse_prune.scores import STATISTICS, BlockStatistics, Statistic
 
 Mode = Literal["dense", "masked", "sparse"]
 _LENGTHS_KEPT = 8
-DECODE_ROWS = 128
-"""Most rows (queries times heads of a KV group) that go to the decoding kernel; more are masked."""
-
-
 _COUNT = itertools.count()
 _PATTERNS: WeakValueDictionary[str, BlockPattern] = WeakValueDictionary()  # by `PrunableAttention._version`
 
@@ -225,11 +221,11 @@ class PrunableAttention:
                 f"Layer {self.name!r} has a sliding window of {self.sliding_window} tokens, and its cache may have "
                 "dropped keys that the pattern counts. Generate with past_key_values=PatternCache(model)."
             )
-        rows = self.num_heads // self.num_kv_heads * q_len
-        if self.mode == "sparse" and self.backend == "triton" and not torch.is_grad_enabled() and rows <= DECODE_ROWS:
-            from sparse_prune.kernels.triton.attend import decode
+        if self.mode == "sparse" and self.backend == "triton" and not torch.is_grad_enabled():
+            from sparse_prune.kernels.triton.attend import decode, decodes
 
-            return decode(query, key, value, self._pattern, options)
+            if decodes(query, key):  # more rows are masked
+                return decode(query, key, value, self._pattern, options)
         mask = self._pattern.token_mask(q_len, kv_len, query.device)[None]
         if options.key_mask is not None:
             mask = mask & options.key_mask[:, None, None, :]
@@ -246,19 +242,22 @@ def _attend_planned(
 ) -> Tensor:
     """Sparse attention in a form that torch.compile can trace: what hangs on the pattern is a constant to it."""
     from sparse_prune.kernels.triton.attend import attend_planned
+    from sparse_prune.kernels.triton.configs import traits
 
     device = query.device
     dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else query.dtype
-    planned = _plan(layer._version, query.shape[2], key.shape[2], query.shape[3], dtype, device)
+    lengths = query.shape[2], key.shape[2]
+    planned = _plan(layer._version, *lengths, query.shape[3], dtype, device, *traits(options))
     return attend_planned(query, key, value, planned, layer.causal, options)
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator, unused-ignore]
 def _plan(
-    version: str, q_len: int, kv_len: int, head_dim: int, dtype: torch.dtype, device: torch.device
-) -> tuple[list[Tensor], list[int]]:
+    version: str, q_len: int, kv_len: int, head_dim: int, dtype: torch.dtype, device: torch.device, masks: int,
+    softcap: bool, dropout: bool,
+) -> tuple[list[Tensor], list[int]]:  # fmt: skip
     from sparse_prune.kernels.triton.attend import plan
 
     pattern = _PATTERNS[version].at(q_len, kv_len)
-    planned: tuple[list[Tensor], list[int]] = plan(pattern, head_dim, dtype, device)
+    planned: tuple[list[Tensor], list[int]] = plan(pattern, head_dim, dtype, device, masks, softcap, dropout)
     return planned

@@ -70,8 +70,7 @@ def probe_attention(
         causal: Whether query i sees only keys up to i + kv_len - q_len.
         options: Masks, scale and soft cap.
     """
-    sides_fit = all(16 <= side <= 128 and not side & (side - 1) for side in block_size)
-    if query.device.type == "cuda" and sides_fit and _triton_takes(query, block_size):
+    if query.device.type == "cuda" and _triton_probes(query, block_size):
         from sparse_prune.kernels.triton.attend import probe
 
         return probe(query, key, block_size, causal=causal, options=options)
@@ -97,6 +96,14 @@ def _triton_takes(query: Tensor, block_size: tuple[int, int]) -> bool:
     except ImportError:
         return False
     return unsupported(query, block_size) is None
+
+
+def _triton_probes(query: Tensor, block_size: tuple[int, int]) -> bool:
+    try:
+        from sparse_prune.kernels.triton.attend import probes
+    except ImportError:
+        return False
+    return probes(query, block_size)
 
 
 def block_sparse_attention(
@@ -138,6 +145,11 @@ def _check(query: Tensor, key: Tensor, value: Tensor, pattern: BlockPattern, opt
         raise ValueError(
             "`query`, `key` and `value` must have shape (batch, heads, length, head_dim) and `value` that of `key`, "
             f"got {tuple(query.shape)}, {tuple(key.shape)}, {tuple(value.shape)}."
+        )
+    if not query.dtype == key.dtype == value.dtype and not torch.is_autocast_enabled(query.device.type):
+        raise ValueError(
+            "`query`, `key` and `value` must have one dtype, got "
+            f"{query.dtype}, {key.dtype}, {value.dtype}. Cast them to that of `value`, or use torch.autocast."
         )
     batch, heads, q_len, head_dim = query.shape
     if key.shape[0] != batch or key.shape[3] != head_dim or heads % key.shape[1]:

@@ -9,6 +9,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from sparse_prune.kernels.dropout import dropout_uniform
@@ -22,7 +23,7 @@ _CHUNK = 2**20
 def attend(query: Tensor, key: Tensor, value: Tensor, pattern: BlockPattern, options: AttentionOptions) -> Tensor:
     """Shapes as in `reference.attend`. Time and memory follow the kept blocks, forward and backward.
 
-    On the CPU the same inputs give the same bits, gradients too.
+    On the CPU the same inputs give the same bits, gradients too. Gradients of gradients are refused.
     """
     kind = query.device.type
     if torch.is_autocast_enabled(kind) and query.dtype != torch.float64:
@@ -53,7 +54,8 @@ _BUCKETS: WeakKeyDictionary[BlockPattern, dict[torch.device, list[_Bucket]]] = W
 def _buckets(pattern: BlockPattern, device: torch.device) -> list[_Bucket]:
     per_device = _BUCKETS.setdefault(pattern, {})
     if device not in per_device:
-        per_device[device] = _build_buckets(pattern, device)
+        with torch.inference_mode(False):  # training uses what validation built
+            per_device[device] = _build_buckets(pattern, device)
     return per_device[device]
 
 
@@ -207,7 +209,10 @@ def _dtypes(dtype: torch.dtype) -> tuple[torch.dtype, torch.dtype]:
 
 
 class _GatheredAttention(torch.autograd.Function):
-    """Keeps the inputs, the output and the log-sum-exp of each row; the backward pass recomputes the weights."""
+    """Keeps the inputs, the output and the log-sum-exp of each row; the backward pass recomputes the weights.
+
+    It can be differentiated once: the backward pass takes the log-sum-exp for a constant.
+    """
 
     @staticmethod
     def forward(
@@ -247,6 +252,7 @@ class _GatheredAttention(torch.autograd.Function):
         return output
 
     @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator, unused-ignore]
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         call: _Call = ctx.call
         query, key, value, output, lse = ctx.saved_tensors

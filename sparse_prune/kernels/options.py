@@ -14,6 +14,7 @@ class AttentionOptions:
     """Options of one attention call, the same for every backend.
 
     Raises:
+        TypeError: If `key_mask` or `attn_mask` is not boolean, or `documents` not of integers: a kernel reads bytes.
         ValueError: If `dropout_p` is outside [0, 1), if dropout comes without a seed, or if `softcap` or `window` is
             not positive.
     """
@@ -36,6 +37,14 @@ class AttentionOptions:
     """Logits become softcap * tanh(logits / softcap). Positive."""
 
     def __post_init__(self) -> None:
+        for name, mask in (("key_mask", self.key_mask), ("attn_mask", self.attn_mask)):
+            if mask is not None and mask.dtype != torch.bool:
+                raise TypeError(
+                    f"`{name}` must be boolean, True = may be attended to, got {mask.dtype}. "
+                    "Pass `mask.bool()` if it holds ones and zeros, `mask == 0` if it is added to the logits."
+                )
+        if self.documents is not None and (self.documents.is_floating_point() or self.documents.dtype == torch.bool):
+            raise TypeError(f"`documents` must hold integers, got {self.documents.dtype}. Pass `documents.int()`.")
         if not 0.0 <= self.dropout_p < 1.0:
             raise ValueError(f"`dropout_p` must lie in [0, 1), got {self.dropout_p}.")
         if self.dropout_p and self.seed is None:

@@ -1,6 +1,6 @@
-"""Compiles every shipped configuration ahead of time, without a GPU, and prints what came out as JSON.
+"""Compiles launch configurations ahead of time, without a GPU, and prints what came out as JSON.
 
-Run in a process of its own, without TRITON_INTERPRET: `python tests/kernels/aot.py`.
+Run in a process of its own, without TRITON_INTERPRET: `python tests/kernels/aot.py GROUP`, one of `GROUPS`.
 """
 
 import inspect
@@ -8,7 +8,9 @@ import itertools
 import json
 import re
 import subprocess
+import sys
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -18,7 +20,7 @@ from triton.backends.nvidia import compiler as nvidia
 from triton.compiler import ASTSource
 
 from sparse_prune.kernels.triton.backward import dkdv_kernel, dq_kernel
-from sparse_prune.kernels.triton.configs import decode_config, launch_config, probe_config
+from sparse_prune.kernels.triton.configs import Call, decode_config, launch_config, probe_config
 from sparse_prune.kernels.triton.decode import decode_kernel
 from sparse_prune.kernels.triton.forward import forward_kernel
 from sparse_prune.kernels.triton.probe import probe_kernel
@@ -26,29 +28,75 @@ from sparse_prune.kernels.triton.probe import probe_kernel
 KERNELS = {
     "forward": forward_kernel, "dq": dq_kernel, "dkdv": dkdv_kernel, "decode": decode_kernel, "probe": probe_kernel,
 }  # fmt: skip
+TRAINING = ("forward", "dq", "dkdv")
 FLOATS = {"lse", "delta", "known_lse", "sums", "part", "part_lse", "grad_k", "grad_v"}
 INDEX = {"start", "full", "index", "order", "documents"}
 BYTES = {"key_mask", "attn_mask", "keep"}
+NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
-def choose(name, capability, head_dim, block):
+@dataclass(frozen=True)
+class Case:
+    """One kernel as one kind of call on one device compiles it; causal, contiguous heads."""
+
+    kernel: str
+    capability: int
+    head_dim: int
+    block: int = 128
+    dtype: torch.dtype = torch.bfloat16
+    masks: int = 0
+    softcap: bool = False
+    dropout: bool = False
+    rows: int = 4
+    """Of a KV group, in decoding."""
+    spills: int = 0
+    """Bytes of registers that may spill."""
+
+
+EVERYTHING = {"masks": 15, "softcap": True, "dropout": True}
+GROUPS = {
+    "plain": [Case(*parts) for parts in itertools.product(KERNELS, (80, 90), (64, 128, 256), (64, 128))],
+    "small devices": [Case(*parts) for parts in itertools.product(TRAINING, (89,), (64, 128, 256))],
+    "every option": [
+        Case(kernel, capability, head_dim, **EVERYTHING)
+        for kernel, (capability, head_dim) in itertools.product(TRAINING, ((80, 128), (90, 64), (90, 128)))
+    ]
+    + [Case("probe", 90, 128, masks=15, softcap=True, spills=256)],
+    "float32": [Case(kernel, 90, 128, dtype=torch.float32) for kernel in TRAINING],
+    "many rows": [
+        Case("decode", 80, 128, rows=128),
+        Case("decode", 80, 128, masks=15, softcap=True, rows=128, spills=1024),
+        Case("decode", 80, 256, masks=15, softcap=True, rows=64, spills=1024),
+    ],
+}
+
+
+def choose(case):
     """The configuration that is launched, and what its kernel is compiled for."""
-    values = {"HEAD": head_dim, "CAUSAL": True, "MASKS": 0, "SOFTCAP": False, "PADDED": False}
-    if name == "probe":
-        return probe_config((block, block)), values | {"BLOCK_Q": block, "BLOCK_K": block, "HAS_LSE": False}
-    if name == "decode":
-        config = decode_config(4, head_dim, torch.bfloat16, (block, block))
-        tiles = {"BLOCK_Q": block, "TILES": block // config.tile[1], "TILE_K": config.tile[1], "PACK": config.tile[0]}
-        return config, values | tiles
-    config = launch_config(name, capability, head_dim, torch.bfloat16, (block, block))
-    return config, values | {"TILE_Q": config.tile[0], "TILE_K": config.tile[1], "DROPOUT": False}
+    head_dim, sides = case.head_dim, (case.block, case.block)
+    call = Call(head_dim, case.dtype, sides, case.masks, case.softcap, case.dropout)
+    values = {
+        "HEAD": head_dim, "CAUSAL": True, "MASKS": case.masks, "SOFTCAP": case.softcap, "PADDED": False,
+    }  # fmt: skip
+    if case.kernel == "probe":
+        values |= {"BLOCK_Q": case.block, "BLOCK_K": case.block, "HAS_LSE": False}
+        return probe_config(call), values
+    if case.kernel == "decode":
+        config = decode_config(case.rows, head_dim, case.dtype, sides)
+        pack, tile = config.tile
+        return config, values | {"BLOCK_Q": case.block, "TILES": case.block // tile, "TILE_K": tile, "PACK": pack}
+    config = launch_config(case.kernel, case.capability, call)
+    values |= {"TILE_Q": config.tile[0], "TILE_K": config.tile[1], "DROPOUT": case.dropout}
+    return config, values | ({"SHIFTED": False} if case.kernel == "dq" else {})
 
 
-def source(kernel, values):
-    """The kernel as a bf16 call with contiguous heads specialises it."""
+def source(case, values):
+    """The kernel as a call specialises it: of an attention mask the rows are contiguous, of a length that 16 does not
+    divide, so that it is read byte by byte."""
+    kernel = KERNELS[case.kernel]
     values, signature, attributes = dict(values), {}, {}
     for place, name in enumerate(inspect.signature(kernel.fn).parameters):
-        if name in values or re.fullmatch(r"stride_.d", name):
+        if name in values or re.fullmatch(r"stride_.d", name) or (name == "stride_mask_k" and case.masks & 2):
             values.setdefault(name, 1)
             signature[name] = "constexpr"
             continue
@@ -59,12 +107,13 @@ def source(kernel, values):
         elif name in FLOATS:
             signature[name] = "*fp32"
         elif name in ("q", "k", "v", "out", "grad_out", "grad_q"):
-            signature[name] = "*bf16"
+            signature[name] = f"*{NAMES[case.dtype]}"
         elif name in ("scale", "softcap", "dropout_p"):
             signature[name] = "fp32"
         else:
             signature[name] = "i64" if name == "seed" else "i32"
-        if signature[name].startswith("*") or name.startswith("stride_") or name == "head_dim":
+        even = name.startswith("stride_") and not name.startswith("stride_mask") or name == "head_dim"
+        if signature[name].startswith("*") or even:
             attributes[(place,)] = [["tt.divisibility", 16]]
     return ASTSource(kernel, signature, values, attributes)
 
@@ -80,27 +129,20 @@ def resources(ptx, capability):
         command = [ptxas, "-v", f"--gpu-name={arch}", str(path), "-o", str(Path(folder) / "kernel.cubin")]
         log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     spills = [int(n) for n in re.findall(r"(\d+) bytes spill (?:stores|loads)", log)]
-    return {"registers": max(int(n) for n in re.findall(r"Used (\d+) registers", log)), "spills": max(spills)}
+    return {"registers": max(int(n) for n in re.findall(r"Used (\d+) registers", log)), "spilled": max(spills)}
 
 
-def main():
-    rows = []
-    for name, capability, head_dim, block in itertools.product(KERNELS, (80, 90), (64, 128, 256), (64, 128)):
-        config, values = choose(name, capability, head_dim, block)
+def main(group):
+    for case in GROUPS[group]:
+        config, values = choose(case)
         options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-        compiled = triton.compile(
-            source(KERNELS[name], values), target=GPUTarget("cuda", capability, 32), options=options
-        )
+        target = GPUTarget("cuda", case.capability, 32)
+        compiled = triton.compile(source(case, values), target=target, options=options)
         ptx = compiled.asm["ptx"]
-        rows.append(
-            {
-                "kernel": name, "capability": capability, "head_dim": head_dim, "block": block,
-                "tile": config.tile, **options, "shared": compiled.metadata.shared,
-                "wgmma": "wgmma.mma_async" in ptx, "mma": "mma.sync" in ptx, **resources(ptx, capability),
-            }
-        )  # fmt: skip
-        print(json.dumps(rows[-1]), flush=True)
+        row = vars(case) | {"dtype": NAMES[case.dtype], "tile": config.tile, **options}
+        row |= {"shared": compiled.metadata.shared, "wgmma": "wgmma.mma_async" in ptx, "mma": "mma.sync" in ptx}
+        print(json.dumps(row | resources(ptx, case.capability)), flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1])

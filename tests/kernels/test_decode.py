@@ -10,7 +10,8 @@ from sparse_prune.kernels import AttentionOptions
 from sparse_prune.kernels.reference import masked_attention
 
 pytest.importorskip("triton")
-from sparse_prune.kernels.triton.attend import decode  # noqa: E402
+from sparse_prune.kernels.triton.attend import decode, decodes  # noqa: E402
+from sparse_prune.kernels.triton.configs import decode_config  # noqa: E402
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -94,11 +95,37 @@ def test_any_pattern(q_len, extra, density, seed):
 
 
 @pytest.mark.parametrize(
+    ("rows", "head_dim", "dtype", "tile", "warps"),
+    [
+        (1, 128, torch.bfloat16, (16, 64), 4),
+        (33, 128, torch.bfloat16, (64, 32), 8),
+        (128, 128, torch.bfloat16, (128, 32), 8),
+        (64, 256, torch.bfloat16, (64, 32), 8),
+        (32, 128, torch.float32, (32, 32), 4),
+    ],
+)
+def test_a_large_pack_gets_more_warps_and_smaller_tiles(rows, head_dim, dtype, tile, warps):
+    """With four warps 128 rows spilled tens of kilobytes and took minutes to compile."""
+    config = decode_config(rows, head_dim, dtype, (128, 128))
+    assert (config.tile, config.num_warps) == (tile, warps)
+
+
+def test_a_layer_masks_what_has_too_many_rows_for_the_kernel():
+    query, key = torch.zeros(1, 8, 17, 256), torch.zeros(1, 2, 64, 256)
+    assert not decodes(query.bfloat16(), key)
+    assert decodes(query[:, :, :16].bfloat16(), key)
+    assert decodes(query[..., :128].bfloat16(), key)
+    assert not decodes(query[:, :, :16], key)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert decodes(query[:, :, :16], key)
+
+
+@pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"options": AttentionOptions(dropout_p=0.1, seed=1)}, "no dropout"),
         ({"causal": False}, "causal pattern"),
-        ({"q_len": 65}, "at most 128 rows.*fewer queries"),
+        ({"q_len": 17}, "at most 32 rows.*float32, got 34.*fewer queries"),
         ({"block": 8}, "factor 16"),
     ],
 )

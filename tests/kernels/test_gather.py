@@ -79,7 +79,7 @@ def test_the_reference_itself_hides_what_window_and_documents_hide():
     [
         ({"window": 0}, True, "`window` must be at least 1"),
         ({"window": 4}, False, "`window` is for causal"),
-        ({"documents": torch.zeros(2, 36)}, True, "`documents` must have shape \\(2, 37\\)"),
+        ({"documents": torch.zeros(2, 36, dtype=torch.int32)}, True, "`documents` must have shape \\(2, 37\\)"),
     ],
 )
 def test_wrong_options_are_refused(options, causal, message):
@@ -100,6 +100,15 @@ def test_dropout_depends_on_the_seed_only():
     one, same, other = (run(tensors, pattern, AttentionOptions(dropout_p=0.5, seed=s), "gather")[0] for s in (1, 1, 2))
     assert torch.equal(one, same)
     assert not torch.allclose(one, other)
+
+
+def test_gradients_of_gradients_are_refused():
+    """They would be wrong in silence: the backward pass takes the log-sum-exp for a constant."""
+    tensors = inputs()
+    output = block_sparse_attention(*tensors, random_pattern(4, 37, 37, 8, True), backend="gather")
+    grads = torch.autograd.grad(output.square().sum(), tensors, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        sum(grad.square().sum() for grad in grads).backward()
 
 
 def test_empty_rows_give_zeros_and_zero_gradients():

@@ -29,6 +29,26 @@ def test_operator_keeps_the_rules_of_torch_library():
     torch.library.opcheck(ops.block_sparse_attention, (*tensors(), *arguments(random_pattern(4, 37, 37, 16, True))))
 
 
+def _packed():
+    qkv = torch.randn(2, 37, 3, 4, 16, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    return [qkv[:, :, place].transpose(1, 2).requires_grad_() for place in range(3)]
+
+
+def _transposed():
+    return [t.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for t in tensors()]
+
+
+def _expanded():
+    query, key, value = (t.detach() for t in tensors())
+    return [query.requires_grad_(), *(t[:, :1].expand(-1, 4, -1, -1).requires_grad_() for t in (key, value))]
+
+
+@pytest.mark.parametrize("made", [_transposed, _packed, _expanded])
+def test_operator_keeps_them_for_inputs_of_any_strides(made):
+    """As models hand them over: (batch, length, heads, dim) turned, one projection for all three, KV heads repeated."""
+    torch.library.opcheck(ops.block_sparse_attention, (*made(), *arguments(random_pattern(4, 37, 37, 16, True))))
+
+
 @pytest.mark.skipif(
     tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13),
     reason="Dynamo cannot take a frozen dataclass for a constant; compiled models are tested in attention/test_compile",

@@ -18,7 +18,7 @@ from sparse_prune.scores import probe_blocks
 
 pytest.importorskip("triton")
 from sparse_prune.kernels.triton import ops  # noqa: E402
-from sparse_prune.kernels.triton.attend import plan, probe  # noqa: E402
+from sparse_prune.kernels.triton.attend import plan, probe, probes  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -68,16 +68,6 @@ def test_head_sizes(dim, dtype):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(DEVICE == "cpu", reason="the interpreter multiplies bfloat16 as integers")
-@pytest.mark.parametrize("dim", [64, 128])
-@pytest.mark.parametrize("block", [64, 128])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_on_a_gpu(dim, block, dtype):
-    tensors = inputs(batch=2, heads=8, kv_heads=2, q_len=1000, kv_len=1000, dim=dim)
-    assert_close_to_reference(tensors, random_pattern(8, 1000, 1000, block, True, 0.3), dtype=dtype)
-
-
-@pytest.mark.gpu
 @pytest.mark.skipif(shutil.which("compute-sanitizer") is None, reason="needs compute-sanitizer and a GPU")
 def test_compute_sanitizer_finds_nothing():
     call = (
@@ -100,42 +90,73 @@ def test_fewer_queries_than_keys():
     assert_close_to_reference(inputs(q_len=21, kv_len=53, dim=16), random_pattern(4, 21, 53, 16, True))
 
 
-def _mask():
-    return (torch.rand(2, 1, 37, 37, generator=torch.Generator().manual_seed(3)) < 0.6).to(DEVICE)
+def _mask(q_len=37, kv_len=37):
+    return (torch.rand(2, 1, q_len, kv_len, generator=torch.Generator().manual_seed(3)) < 0.6).to(DEVICE)
 
 
-def _documents():
+def _documents(length=37):
     """Packed sequences: two documents in each sample, which do not see each other."""
-    return (torch.arange(37) >= torch.tensor([[20], [5]])).int().to(DEVICE)
+    return (torch.arange(length) >= torch.tensor([[length // 2], [length // 7]])).int().to(DEVICE)
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        AttentionOptions(key_mask=(torch.arange(37) < torch.tensor([[20], [37]])).to(DEVICE)),
-        AttentionOptions(key_mask=(torch.arange(37) >= torch.tensor([[19], [0]])).to(DEVICE)),
-        AttentionOptions(attn_mask=_mask()),
-        AttentionOptions(documents=_documents()),
-        AttentionOptions(softcap=1.5),
-        AttentionOptions(scale=0.7),
-        AttentionOptions(dropout_p=0.3, seed=5),
-        AttentionOptions(dropout_p=0.3, seed=2**40, softcap=2.0, attn_mask=_mask(), scale=0.5),
-    ],
-    ids=["right padding", "left padding", "mask", "documents", "softcap", "scale", "dropout", "all"],
-)
+OPTIONS = {
+    "none": lambda q_len, kv_len: {},
+    "right padding": lambda q_len, kv_len: {"key_mask": torch.arange(kv_len) < torch.tensor([[kv_len // 2], [kv_len]])},
+    "left padding": lambda q_len, kv_len: {"key_mask": torch.arange(kv_len) >= torch.tensor([[kv_len // 2], [0]])},
+    "mask": lambda q_len, kv_len: {"attn_mask": _mask(q_len, kv_len)},
+    "padding as a mask": lambda q_len, kv_len: {"attn_mask": _mask(1, kv_len)},
+    "documents": lambda q_len, kv_len: {"documents": _documents(kv_len)},
+    "softcap": lambda q_len, kv_len: {"softcap": 1.5},
+    "scale": lambda q_len, kv_len: {"scale": 0.7},
+    "dropout": lambda q_len, kv_len: {"dropout_p": 0.3, "seed": 5},
+    "window": lambda q_len, kv_len: {"window": kv_len // 4},
+    "window and more": lambda q_len, kv_len: {"window": kv_len // 4, "documents": _documents(kv_len), "softcap": 2.0},
+    "all": lambda q_len, kv_len: {
+        "dropout_p": 0.3, "seed": 2**40, "softcap": 2.0, "attn_mask": _mask(q_len, kv_len), "scale": 0.5,
+    },
+}  # fmt: skip
+"""Name -> what a call of two samples asks for, by its lengths."""
+
+
+def check_options(name, causal, q_len, kv_len, block, dim, dtype):
+    if not causal and "window" in name:
+        pytest.skip("windows are for causal patterns")
+    if not causal and q_len != kv_len and name == "documents":
+        pytest.skip("documents of a bidirectional pattern need as many queries as keys")
+    options = AttentionOptions(**OPTIONS[name](q_len, kv_len)).with_masks(lambda mask: mask.to(DEVICE))
+    pattern = random_pattern(4, q_len, kv_len, block, causal, 0.7)
+    assert_close_to_reference(inputs(q_len=q_len, kv_len=kv_len, dim=dim), pattern, options, dtype)
+
+
+@pytest.mark.parametrize("name", OPTIONS)
 @pytest.mark.parametrize("causal", [True, False])
-def test_options(options, causal):
-    assert_close_to_reference(inputs(dim=16), random_pattern(4, 37, 37, 16, causal, 0.7), options)
+def test_options(name, causal):
+    check_options(name, causal, 37, 37, 16, 16, torch.float32)
 
 
-@pytest.mark.parametrize("options", [{"window": 9}, {"window": 9, "documents": _documents(), "softcap": 2.0}])
-def test_sliding_window(options):
-    assert_close_to_reference(inputs(dim=16), random_pattern(4, 37, 37, 16, True, 0.9), AttentionOptions(**options))
+@pytest.mark.parametrize("name", ["window", "all"])
+def test_options_with_fewer_queries_than_keys(name):
+    check_options(name, True, 21, 53, 16, 16, torch.float32)
 
 
-def test_window_with_fewer_queries_than_keys():
-    pattern, window = random_pattern(4, 21, 53, 16, True, 0.9), AttentionOptions(window=9)
-    assert_close_to_reference(inputs(q_len=21, kv_len=53, dim=16), pattern, window)
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="the interpreter multiplies bfloat16 as integers; float32 runs above")
+class TestOnAGpu:
+    """Blocks, heads and dtypes of real models: other tiles and other code than what the interpreter runs."""
+
+    @pytest.mark.parametrize("name", OPTIONS)
+    @pytest.mark.parametrize(("causal", "q_len"), [(True, 1000), (True, 300), (False, 1000)])
+    @pytest.mark.parametrize("block", [64, 128])
+    @pytest.mark.parametrize("dim", [80, 128])
+    def test_options(self, name, causal, q_len, block, dim):
+        check_options(name, causal, q_len, 1000, block, dim, torch.bfloat16)
+
+    @pytest.mark.parametrize("name", ["none", "all"])
+    @pytest.mark.parametrize("block", [64, 128])
+    @pytest.mark.parametrize("dim", [64, 128, 256])
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+    def test_heads_and_dtypes(self, name, block, dim, dtype):
+        check_options(name, True, 1000, 1000, block, dim, dtype)
 
 
 def test_empty_rows_give_zeros_and_zero_gradients():
@@ -216,9 +237,34 @@ def test_probe_equals_the_probe_in_torch(causal, options, known_lse):
     assert torch.equal(found.counts.to(wanted.counts), wanted.counts)
 
 
+def test_the_probe_is_left_to_torch_where_its_kernel_would_spill():
+    query = torch.zeros(1, 2, 256, 64, device=DEVICE)
+    assert probes(query.half(), (128, 128))
+    assert not probes(query, (64, 64))
+    assert probes(query, (32, 32))
+    assert not probes(query.half(), (256, 256))
+    assert not probes(query.half(), (48, 48))
+    with pytest.raises(ValueError, match="16 to 32 for the Triton probe in torch.float32, got .64, 64.*probe_blocks"):
+        probe(query, query, (64, 64), causal=True)
+
+
 def test_logits_that_are_not_finite_show_in_the_probe():
     query, key, _ = on_device(inputs(dim=16), torch.float32)
     assert not torch.isfinite(probe(query * torch.nan, key, (16, 16), causal=True).sums).all()
+
+
+def test_more_sequences_than_a_grid_takes_are_refused():
+    query = torch.empty(1, 1, 1, 16).expand(65536, -1, -1, -1)
+    with pytest.raises(ValueError, match="at most 65535 sequences, got 65536.*gather"):
+        block_sparse_attention(query, query, query, random_pattern(1, 1, 1, 16, True), backend="triton")
+
+
+def test_masks_that_are_not_given_cost_nothing(monkeypatch):
+    """Their stand-ins are made once a device, not once a launch."""
+    tensors, pattern = on_device(inputs(dim=16), torch.float32), random_pattern(4, 37, 37, 16, True)
+    run(tensors, pattern, None, "triton")
+    monkeypatch.setattr(torch, "zeros", lambda *a, **k: pytest.fail("made anew"))
+    run(tensors, pattern, None, "triton")
 
 
 @pytest.mark.parametrize(

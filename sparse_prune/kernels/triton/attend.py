@@ -11,11 +11,20 @@ import torch
 from torch import Tensor
 
 from sparse_prune.kernels.options import AttentionOptions
-from sparse_prune.kernels.triton import ops
-from sparse_prune.kernels.triton.configs import KERNELS, decode_config, launch_config, probe_config
+from sparse_prune.kernels.triton import ops, tuning
+from sparse_prune.kernels.triton.configs import (
+    KERNELS,
+    Call,
+    capability,
+    decode_config,
+    launch_config,
+    most_rows,
+    probe_config,
+    traits,
+)
 from sparse_prune.kernels.triton.launch import launch_decode, launch_probe
+from sparse_prune.kernels.triton.memory import within_memory
 from sparse_prune.kernels.triton.tables import Visits, build_visits, index_tables
-from sparse_prune.kernels.triton.tuning import tuned
 from sparse_prune.pattern import BlockPattern, num_blocks
 from sparse_prune.scores import BlockStatistics
 
@@ -23,6 +32,8 @@ Plan = tuple[list[Tensor], list[int]]
 """Tables and configurations, as `ops.block_sparse_attention` takes them."""
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_MAX_BATCH = 65535
+"""Of CUDA's grids: their second and third side."""
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, pattern: BlockPattern, options: AttentionOptions) -> Tensor:
@@ -33,7 +44,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, pattern: BlockPattern, opt
     """
     query, key, value = _cast(query, key, value)
     check_supported(query)
-    planned = plan(pattern, query.shape[3], query.dtype, query.device)
+    planned = plan(pattern, query.shape[3], query.dtype, query.device, *traits(options))
     return attend_planned(query, key, value, planned, pattern.causal, options)
 
 
@@ -51,21 +62,46 @@ def attend_planned(
     return torch.as_tensor(output)
 
 
+_PLANS: WeakKeyDictionary[BlockPattern, dict[tuple[Call, torch.device], tuple[object, Plan]]] = WeakKeyDictionary()
+
+
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator, unused-ignore]
-def plan(pattern: BlockPattern, head_dim: int, dtype: torch.dtype, device: torch.device) -> Plan:
+def plan(
+    pattern: BlockPattern, head_dim: int, dtype: torch.dtype, device: torch.device, masks: int = 0,
+    softcap: bool = False, dropout: bool = False,
+) -> Plan:  # fmt: skip
     """Index tables and launch configurations of a pattern, as `ops.block_sparse_attention` takes them.
 
-    The configurations are those measured on this device for such calls, or the shipped ones. Tables are cached with
-    the pattern. torch.compile takes the result for a constant: compile only what calls it with a frozen pattern.
+    The configurations are those measured on this device for such calls, or the shipped ones. Plans are kept with the
+    pattern until something new is measured. torch.compile takes the result for a constant: compile only what calls it
+    with a frozen pattern.
+
+    Args:
+        pattern: The connections to keep.
+        head_dim: At most 256.
+        dtype: Of query, key and value.
+        device: Where the tables are needed.
+        masks: The first of `configs.traits(options)`, like the rest.
 
     Raises:
         ValueError: If head size or block size are not supported.
     """
+    call, revision = Call(head_dim, dtype, pattern.block_size, masks, softcap, dropout), tuning.revision()
+    known = _PLANS.setdefault(pattern, {})
+    found = known.get((call, device))
+    if found is None or found[0] != revision:
+        planned = _plan(pattern, call, device)
+        known[call, device] = found = (tuning.revision(), planned)  # reading the file may have changed it
+    tables, configs = found[1]
+    return [*tables], [*configs]
+
+
+def _plan(pattern: BlockPattern, call: Call, device: torch.device) -> Plan:
     tables: list[Tensor] = []
     configs: list[int] = []
     for kernel in KERNELS:
-        shipped = launch_config(kernel, capability(device), head_dim, dtype, pattern.block_size)
-        config = tuned(kernel, pattern, head_dim, dtype, device) or shipped
+        shipped = launch_config(kernel, capability(device), call)
+        config = tuning.tuned(kernel, pattern, call, device) or shipped
         found = index_tables(pattern, config.tile, device)
         tables += (found.cols if kernel == "dkdv" else found.rows).tensors()
         configs += [*config.tile, config.num_warps, config.num_stages]
@@ -76,8 +112,7 @@ def unsupported(query: Tensor, pattern_block: tuple[int, int]) -> str | None:
     """Why the Triton backend cannot take a call; None if it can."""
     try:
         check_supported(query)
-        for kernel in KERNELS:
-            launch_config(kernel, capability(query.device), query.shape[3], query.dtype, pattern_block)
+        launch_config("forward", capability(query.device), Call(query.shape[3], query.dtype, pattern_block))
     except ValueError as error:
         return str(error)
     return None
@@ -87,7 +122,8 @@ def check_supported(query: Tensor) -> None:
     """Refuse what the kernels cannot run.
 
     Raises:
-        ValueError: If the tensor is not on a GPU (or Triton does not interpret) or has another dtype.
+        ValueError: If the tensor is not on a GPU (or Triton does not interpret), has another dtype or holds more
+            sequences than a launch takes.
     """
     if query.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         raise ValueError(
@@ -96,6 +132,21 @@ def check_supported(query: Tensor) -> None:
         )
     if query.dtype not in _DTYPES:
         raise ValueError(f"The Triton backend needs one of {_DTYPES}, got {query.dtype}. Use backend='gather'.")
+    if query.shape[0] > _MAX_BATCH:
+        raise ValueError(
+            f"The Triton backend takes at most {_MAX_BATCH} sequences, got {query.shape[0]}. "
+            "Split the batch, or use backend='gather'."
+        )
+
+
+def probes(query: Tensor, block_size: tuple[int, int]) -> bool:
+    """Whether `probe` takes such a call; arguments as there."""
+    try:
+        check_supported(query)
+        probe_config(Call(query.shape[3], _dtype(query), block_size))
+    except ValueError:
+        return False
+    return True
 
 
 def probe(
@@ -121,12 +172,11 @@ def probe(
             known, as from `ops.block_sparse_attention` with a dense pattern: it saves half the work.
 
     Raises:
-        ValueError: If the input is unsupported, or if a side of the block is not a power of two from 16 to 128.
+        ValueError: If the input is unsupported, or if `configs.probe_config` refuses head or block.
     """
     options = options or AttentionOptions()
     query, key, _ = _cast(query, key, key)
     check_supported(query)
-    config = probe_config(block_size)
     attn_mask = options.attn_mask
     if options.key_mask is not None and query.shape[2] == key.shape[2]:
         # Padded queries do not count: as rows without a key they add nothing.
@@ -137,7 +187,11 @@ def probe(
         scale=options.scale, key_mask=options.key_mask, attn_mask=attn_mask, documents=options.documents,
         window=options.window, softcap=options.softcap,
     )  # fmt: skip
-    sums = launch_probe(query.detach(), key.detach(), lse, config, causal, masked)
+    config = probe_config(Call(query.shape[3], query.dtype, block_size, *traits(masked)))
+    sums = within_memory(
+        "probe", config, query, masked,
+        lambda config: launch_probe(query.detach(), key.detach(), lse, config, causal, masked),
+    )  # fmt: skip
     # A row with a key has mass 1, any other row none: the rows are counted by their mass.
     per_row = sums[0].sum(-1).amax(1).double().round()  # (batch, rows)
     counts = torch.stack([per_row.sum(0), (per_row > 0).sum(0).double()])
@@ -157,6 +211,12 @@ class _DecodeTables:
 _DECODE: WeakKeyDictionary[BlockPattern, tuple[tuple[Any, ...], _DecodeTables]] = WeakKeyDictionary()
 
 
+def decodes(query: Tensor, key: Tensor) -> bool:
+    """Whether a call has few enough rows (queries times heads of a KV group) for `decode`; shapes as there."""
+    rows = query.shape[1] // key.shape[1] * query.shape[2]
+    return rows <= most_rows(query.shape[3], _dtype(query))
+
+
 def decode(query: Tensor, key: Tensor, value: Tensor, pattern: BlockPattern, options: AttentionOptions) -> Tensor:
     """Attention of the last few queries over the kept blocks of a cache; no gradients.
 
@@ -171,7 +231,8 @@ def decode(query: Tensor, key: Tensor, value: Tensor, pattern: BlockPattern, opt
         (batch, num_heads, q_len, head_dim), contiguous. Rows that may attend to nothing are zero.
 
     Raises:
-        ValueError: If the input is unsupported or a KV group has more than 128 rows; the message names the remedy.
+        ValueError: If the input is unsupported or a KV group has more rows than `configs.most_rows`; the message names
+            the remedy.
     """
     query, key, value = _cast(query, key, value)
     check_supported(query)
@@ -185,9 +246,12 @@ def decode(query: Tensor, key: Tensor, value: Tensor, pattern: BlockPattern, opt
     config = decode_config(heads // kv_heads * q_len, head_dim, query.dtype, pattern.block_size)
     tables, first = _decode_tables(pattern, q_len, kv_len, kv_heads, config.tile[1], query.device)
     splits = max(1, min(tables.most, -(-2 * _processors(query.device) // (kv_heads * max(1, query.shape[0])))))
-    return launch_decode(
-        query.detach(), key.detach(), value.detach(), tables.visits.start, tables.visits.index, tables.keep, first,
-        pattern.block_size, config, splits, pattern.causal, options,
+    return within_memory(
+        "decode", config, query, options,
+        lambda config: launch_decode(
+            query.detach(), key.detach(), value.detach(), tables.visits.start, tables.visits.index, tables.keep, first,
+            pattern.block_size, config, splits, pattern.causal, options,
+        ),
     )  # fmt: skip
 
 
@@ -208,21 +272,15 @@ def _decode_tables(
     return known[1], first
 
 
-def _cast(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What autocast asks for."""
+def _dtype(query: Tensor) -> torch.dtype:
+    """What autocast asks for, or the query's own."""
     kind = query.device.type
-    if not torch.is_autocast_enabled(kind):
-        return query, key, value
-    dtype = torch.get_autocast_dtype(kind)
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else query.dtype
+
+
+def _cast(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = _dtype(query)
     return query.to(dtype), key.to(dtype), value.to(dtype)
-
-
-def capability(device: torch.device) -> int:
-    """Compute capability, 90 for 9.0; the interpreter passes for 90."""
-    if device.type != "cuda":
-        return 90
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
 
 
 def _processors(device: torch.device) -> int:

@@ -67,16 +67,21 @@ def _visit_keys(
 
 @triton.jit(do_not_specialize=["q_len", "kv_len", "seed"])
 def dq_kernel(
-    q, k, v, grad_out, lse, delta, grad_q, start, full, index, order, key_mask, attn_mask, documents,
+    q, k, v, grad_out, out, lse, delta, grad_q, start, full, index, order, key_mask, attn_mask, documents,
     stride_qb, stride_qh, stride_qt, stride_qd, stride_kb, stride_kh, stride_kt, stride_kd,
     stride_vb, stride_vh, stride_vt, stride_vd, stride_gb, stride_gh, stride_gt, stride_gd,
+    stride_ob, stride_oh, stride_ot, stride_od,
     stride_pb, stride_mask_b, stride_mask_h, stride_mask_q, stride_mask_k, window,
     heads, group, tiles, q_len, kv_len, head_dim, scale, softcap, dropout_p, seed,
     TILE_Q: tl.constexpr, TILE_K: tl.constexpr, HEAD: tl.constexpr, CAUSAL: tl.constexpr,
     MASKS: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr,
-    PADDED: tl.constexpr,
+    PADDED: tl.constexpr, SHIFTED: tl.constexpr,
 ):  # fmt: skip
-    """Writes grad_q, contiguous (batch, heads, q_len, head_dim)."""
+    """Writes grad_q, contiguous (batch, heads, q_len, head_dim), and delta, which `dkdv_kernel` reads.
+
+    delta, (batch, heads, q_len), is the row sum of the output times its gradient; with `SHIFTED`, added to what stood
+    there before.
+    """
     program = tl.load(order + tl.program_id(0))
     sample = tl.program_id(1).to(tl.int64)
     head, tile = program // tiles, program % tiles
@@ -90,7 +95,12 @@ def dq_kernel(
                        stride_gt, stride_gd, PADDED)  # fmt: skip
     # Queries past the end have no weights: exp2(x - inf) = 0.
     row_lse = tl.load(lse + flat_head * q_len + query, mask=query < q_len, other=float("inf"))
-    row_delta = tl.load(delta + flat_head * q_len + query, mask=query < q_len, other=0.0)
+    out_tile = load_tile(out + sample * stride_ob + head.to(tl.int64) * stride_oh, query, q_len, dims, head_dim,
+                         stride_ot, stride_od, PADDED)  # fmt: skip
+    row_delta = tl.sum(g_tile.to(tl.float32) * out_tile.to(tl.float32), 1)
+    if SHIFTED:
+        row_delta += tl.load(delta + flat_head * q_len + query, mask=query < q_len, other=0.0)
+    tl.store(delta + flat_head * q_len + query, row_delta, mask=query < q_len)
     k_base, v_base = k + sample * stride_kb + kv_head * stride_kh, v + sample * stride_vb + kv_head * stride_vh
     mask_base = attn_mask + sample * stride_mask_b + head.to(tl.int64) * stride_mask_h
     key_mask += sample * stride_pb

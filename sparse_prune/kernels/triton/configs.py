@@ -1,7 +1,7 @@
 """Launch configurations: tile sizes, warps and pipeline stages by device, head size and dtype.
 
-The entries are those that compile without register spills (tests/kernels/test_triton_aot.py); they have not been
-measured on a GPU. `tuning.tune` measures the candidates on the device at hand.
+The entries are those that compile with few register spills or none (docs/kernels.md has the figures); they have not
+been measured on a GPU. `tuning.tune` measures the candidates on the device at hand.
 """
 
 from __future__ import annotations
@@ -9,14 +9,44 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
+
+from sparse_prune.kernels.options import AttentionOptions
 
 Kernel = Literal["forward", "dq", "dkdv"]
 KERNELS: tuple[Kernel, ...] = ("forward", "dq", "dkdv")
 MIN_TILE = 16
 """Smallest side of a tensor-core product."""
+
+
+class Call(NamedTuple):
+    """What of an attention call the choice of a configuration hangs on."""
+
+    head_dim: int
+    """1 to 256."""
+    dtype: torch.dtype
+    """float16, bfloat16 or float32."""
+    block_size: tuple[int, int]
+    """The pattern's, (query, key); tiles divide it."""
+    masks: int = 0
+    """As `mask_kinds` gives it."""
+    softcap: bool = False
+    """Whether logits are capped."""
+    dropout: bool = False
+    """Whether weights are dropped."""
+
+
+def mask_kinds(options: AttentionOptions) -> int:
+    """What is given, added up: 1 key mask, 2 attention mask, 4 documents, 8 window."""
+    masks = (options.key_mask is not None) + 2 * (options.attn_mask is not None)
+    return masks + 4 * (options.documents is not None) + 8 * (options.window is not None)
+
+
+def traits(options: AttentionOptions) -> tuple[int, bool, bool]:
+    """The last three fields of a `Call`: kinds of masks, soft cap, dropout."""
+    return mask_kinds(options), options.softcap is not None, options.dropout_p > 0
 
 
 @dataclass(frozen=True)
@@ -29,8 +59,30 @@ class LaunchConfig:
     num_stages: int
 
 
-_HALF: dict[tuple[Kernel, int, int], LaunchConfig] = {
-    # (kernel, compute capability, padded head_dim)
+def capability(device: torch.device) -> int:
+    """Compute capability, 90 for 9.0; the interpreter passes for 90."""
+    if device.type != "cuda":
+        return 90
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+SHARED_MEMORY = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024}
+"""Device class -> bytes that one program may have (CUDA programming guide, compute capabilities)."""
+
+
+def device_class(capability: int) -> int:
+    """Which entries a device takes: 90 (9.x to 11.x: H100, B200), 80 (A100), or 89 (8.6, 8.9, 12.x and older ones).
+
+    Shared memory decides: the last, cards for workstations and at home, have less than half of an H100's.
+    """
+    if 90 <= capability < 120:
+        return 90
+    return 80 if capability in (80, 87) else 89
+
+
+_PLAIN: dict[tuple[Kernel, int, int], LaunchConfig] = {
+    # (kernel, device class, padded head_dim), float16 and bfloat16
     ("forward", 80, 64): LaunchConfig((128, 64), 4, 3),
     ("forward", 80, 128): LaunchConfig((128, 64), 8, 3),
     ("forward", 80, 256): LaunchConfig((64, 32), 8, 2),
@@ -50,10 +102,34 @@ _HALF: dict[tuple[Kernel, int, int], LaunchConfig] = {
     ("dkdv", 90, 128): LaunchConfig((64, 64), 8, 2),
     ("dkdv", 90, 256): LaunchConfig((16, 64), 8, 2),
 }
-
-
-MAX_PACK = 128
-"""Largest number of query rows of a KV group that one decoding program takes."""
+_SMALL: dict[tuple[Kernel, int], LaunchConfig] = {
+    # What of the entries of 80 does not fit 99 KiB with every mask.
+    ("forward", 128): LaunchConfig((128, 64), 8, 2),
+}
+_CROWDED: dict[tuple[Kernel, int], LaunchConfig] = {
+    # Attention masks are read from memory, dropout draws numbers, a soft cap has a slope: they need registers.
+    ("forward", 64): LaunchConfig((64, 32), 8, 2),
+    ("forward", 128): LaunchConfig((64, 32), 8, 2),
+    ("forward", 256): LaunchConfig((32, 32), 8, 2),
+    ("dq", 64): LaunchConfig((64, 32), 8, 2),
+    ("dq", 128): LaunchConfig((64, 32), 8, 2),
+    ("dq", 256): LaunchConfig((32, 32), 8, 2),
+    ("dkdv", 64): LaunchConfig((16, 64), 8, 2),
+    ("dkdv", 128): LaunchConfig((16, 64), 8, 2),
+    ("dkdv", 256): LaunchConfig((16, 32), 8, 2),
+}
+_FLOAT32: dict[tuple[Kernel, int], LaunchConfig] = {
+    # No tensor cores: operands stand in registers.
+    ("forward", 64): LaunchConfig((32, 32), 4, 1),
+    ("forward", 128): LaunchConfig((32, 32), 8, 1),
+    ("forward", 256): LaunchConfig((16, 16), 8, 1),
+    ("dq", 64): LaunchConfig((32, 32), 4, 1),
+    ("dq", 128): LaunchConfig((16, 16), 8, 1),
+    ("dq", 256): LaunchConfig((16, 16), 8, 1),
+    ("dkdv", 64): LaunchConfig((32, 32), 4, 1),
+    ("dkdv", 128): LaunchConfig((32, 16), 8, 1),
+    ("dkdv", 256): LaunchConfig((16, 16), 8, 1),
+}
 
 
 def padded_head_dim(head_dim: int) -> int:
@@ -61,44 +137,58 @@ def padded_head_dim(head_dim: int) -> int:
     return max(MIN_TILE, 1 << (head_dim - 1).bit_length())
 
 
-def launch_config(
-    kernel: Kernel, capability: int, head_dim: int, dtype: torch.dtype, block_size: tuple[int, int]
-) -> LaunchConfig:
+def launch_config(kernel: Kernel, capability: int, call: Call) -> LaunchConfig:
     """The configuration for one launch.
 
     Args:
         kernel: Which kernel.
-        capability: Compute capability, 80 for 8.0; newer ones take the entries of 90, older ones those of 80.
-        head_dim: At most 256.
-        dtype: float16, bfloat16 or float32; float32 needs twice the memory and takes smaller tiles.
-        block_size: The pattern's block; tiles divide it.
+        capability: Compute capability, 80 for 8.0.
+        call: What is launched. float32, attention masks and dropout take smaller tiles, and soft caps in dkdv.
 
     Raises:
         ValueError: If the head is too large or the block has no power of two of at least 16 as a factor.
     """
-    _check_head_dim(head_dim)
-    width = max(64, padded_head_dim(head_dim))
-    config = _HALF[kernel, 90 if capability >= 90 else 80, width]
-    fitted = _fitted(config, dtype, block_size)
+    _check_head_dim(call.head_dim)
+    width = max(64, padded_head_dim(call.head_dim))
+    if call.dtype == torch.float32:
+        config = _FLOAT32[kernel, width]
+    elif call.masks & 2 or call.dropout or (call.softcap and kernel == "dkdv"):
+        config = _CROWDED[kernel, width]
+    else:
+        device = device_class(capability)
+        config = _PLAIN[kernel, 90 if device == 90 else 80, width]
+        config = _SMALL.get((kernel, width), config) if device == 89 else config
+    fitted = _fitted(config, call.block_size)
     # A tile needs enough rows for its warps; dk and dv hold two accumulators, which need more of them.
     small = max(fitted.tile) <= (32 if kernel == "dkdv" else 64) and width < 256
-    return replace(fitted, num_warps=4) if small else fitted
+    return replace(fitted, num_warps=4) if small and fitted.tile != config.tile else fitted
 
 
-def candidates(
-    kernel: Kernel, capability: int, head_dim: int, dtype: torch.dtype, block_size: tuple[int, int]
-) -> list[LaunchConfig]:
+def candidates(kernel: Kernel, capability: int, call: Call) -> list[LaunchConfig]:
     """Configurations worth measuring on a device, the shipped one first; arguments and errors as `launch_config`."""
-    shipped = launch_config(kernel, capability, head_dim, dtype, block_size)
+    shipped = launch_config(kernel, capability, call)
     tile_q, tile_k = shipped.tile
     tiles = [(tile_q, tile_k), (tile_q // 2, tile_k), (tile_q, tile_k // 2), (tile_q * 2, tile_k), (tile_q, tile_k * 2)]
+    single = call.dtype == torch.float32  # larger tiles than the shipped ones take minutes to compile and spill
+    largest, stages_tried = (max(shipped.tile), (1, 2)) if single else (128, (2, 3))
     found = [shipped]
-    for tile, warps, stages in itertools.product(tiles, (4, 8), (2, 3)):
-        if min(tile) >= MIN_TILE and max(tile) <= 128:
-            config = _fitted(LaunchConfig(tile, warps, stages), dtype, block_size)
+    for tile, warps, stages in itertools.product(tiles, (4, 8), stages_tried):
+        if min(tile) >= MIN_TILE and max(tile) <= largest:
+            config = _fitted(LaunchConfig(tile, warps, stages), call.block_size)
             if config not in found:
                 found.append(config)
     return found
+
+
+def most_rows(head_dim: int, dtype: torch.dtype) -> int:
+    """Most query rows of a KV group that one decoding program takes: its registers hold that many heads.
+
+    Args:
+        head_dim: 1 to 256.
+        dtype: float32 is multiplied without tensor cores, which takes registers for the operands as well.
+    """
+    rows = 64 if padded_head_dim(head_dim) > 128 else 128
+    return rows // 4 if dtype == torch.float32 else rows
 
 
 def decode_config(rows: int, head_dim: int, dtype: torch.dtype, block_size: tuple[int, int]) -> LaunchConfig:
@@ -107,38 +197,41 @@ def decode_config(rows: int, head_dim: int, dtype: torch.dtype, block_size: tupl
     Raises:
         ValueError: If there are too many rows, the head is too large, or the block has no factor of 16.
     """
-    if rows > MAX_PACK:
-        raise ValueError(
-            f"Decoding takes at most {MAX_PACK} rows (queries times heads of a KV group), got {rows}. "
-            "Pass fewer queries at a time."
-        )
     _check_head_dim(head_dim)
-    tile_k = _fit(32 if dtype == torch.float32 else 64, block_size[1])
-    return LaunchConfig((max(MIN_TILE, 1 << (rows - 1).bit_length()), tile_k), 4, 2)
+    most = most_rows(head_dim, dtype)
+    if rows > most:
+        raise ValueError(
+            f"Decoding takes at most {most} rows (queries times heads of a KV group) of head_dim {head_dim} and "
+            f"{dtype}, got {rows}. Pass fewer queries at a time."
+        )
+    pack = max(MIN_TILE, 1 << (rows - 1).bit_length())
+    tile_k = _fit(32 if dtype == torch.float32 or pack * padded_head_dim(head_dim) > 64 * 64 else 64, block_size[1])
+    return LaunchConfig((pack, tile_k), 8 if pack >= 64 else 4, 2)
 
 
-def probe_config(block_size: tuple[int, int]) -> LaunchConfig:
+def probe_config(call: Call) -> LaunchConfig:
     """The configuration of the probe, whose tile is the pattern's block.
 
     Raises:
-        ValueError: If a side of the block is not a power of two from 16 to 128.
+        ValueError: If the head is too large, or a side of the block is not a power of two from 16 to 128 (to 32 in
+            float32, whose larger tiles take minutes to compile and spill tens of kilobytes).
     """
-    if any(not MIN_TILE <= side <= 128 or side & (side - 1) for side in block_size):
+    _check_head_dim(call.head_dim)
+    largest = 32 if call.dtype == torch.float32 else 128
+    if any(not MIN_TILE <= side <= largest or side & (side - 1) for side in call.block_size):
         raise ValueError(
-            f"`block_size` must be powers of two from {MIN_TILE} to 128 for the Triton probe, got {block_size}. "
-            "Use 64 or 128."
+            f"`block_size` must be powers of two from {MIN_TILE} to {largest} for the Triton probe in {call.dtype}, "
+            f"got {call.block_size}. Use scores.probe_blocks, or another block size."
         )
-    large = math.prod(block_size) >= 128 * 128
-    return LaunchConfig(block_size, 8, 1) if large else LaunchConfig(block_size, 4, 2)
+    if math.prod(call.block_size) < 128 * 128:
+        return LaunchConfig(call.block_size, 4, 2)
+    return LaunchConfig(call.block_size, 16 if call.masks & 2 or call.softcap else 8, 1)
 
 
-def _fitted(config: LaunchConfig, dtype: torch.dtype, block_size: tuple[int, int]) -> LaunchConfig:
-    """The configuration with tiles that divide the block and, in float32, fit into shared memory."""
-    sides = [_fit(side, block) for side, block in zip(config.tile, block_size, strict=True)]
-    if dtype == torch.float32:
-        sides = [min(side, 32) for side in sides]
-        config = replace(config, num_stages=1)
-    return LaunchConfig((sides[0], sides[1]), config.num_warps, config.num_stages)
+def _fitted(config: LaunchConfig, block_size: tuple[int, int]) -> LaunchConfig:
+    """The configuration with tiles that divide the block."""
+    tile = _fit(config.tile[0], block_size[0]), _fit(config.tile[1], block_size[1])
+    return replace(config, tile=tile)
 
 
 def _check_head_dim(head_dim: int) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from functools import cache
 from typing import Any
 
 import torch
@@ -9,7 +11,7 @@ from torch import Tensor
 
 from sparse_prune.kernels.options import AttentionOptions
 from sparse_prune.kernels.triton.backward import dkdv_kernel, dq_kernel
-from sparse_prune.kernels.triton.configs import LaunchConfig, padded_head_dim
+from sparse_prune.kernels.triton.configs import LaunchConfig, mask_kinds, padded_head_dim
 from sparse_prune.kernels.triton.decode import combine_kernel, decode_kernel
 from sparse_prune.kernels.triton.forward import forward_kernel
 from sparse_prune.kernels.triton.probe import probe_kernel
@@ -31,22 +33,28 @@ def launch_forward(
 
 
 def launch_dq(
-    query: Tensor, key: Tensor, value: Tensor, grad: Tensor, lse: Tensor, delta: Tensor, tables: Tables,
-    config: LaunchConfig, causal: bool, options: AttentionOptions,
-) -> Tensor:  # fmt: skip
-    """Gradient of the query, contiguous. `delta` is the row sum of output times its gradient, float32."""
+    query: Tensor, key: Tensor, value: Tensor, grad: Tensor, output: Tensor, lse: Tensor, grad_lse: Tensor | None,
+    tables: Tables, config: LaunchConfig, causal: bool, options: AttentionOptions,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Gradient of the query, contiguous, and what the softmax takes off every logit's gradient, for `launch_dkdv`.
+
+    The latter, float32, (batch, num_heads, q_len), is the row sum of the output times its gradient, less `grad_lse` /
+    ln 2: the base-2 log-sum-exp moves with its logits by their weights / ln 2.
+    """
     grad_q = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-    strides = (*query.stride(), *key.stride(), *value.stride(), *grad.stride())
-    tensors = (query, key, value, grad, lse, delta, grad_q)
-    _launch(dq_kernel, tensors, tables, strides, config, query, key, causal, options)
-    return grad_q
+    delta = torch.empty_like(lse) if grad_lse is None else grad_lse.float().contiguous() / -math.log(2.0)
+    strides = (*query.stride(), *key.stride(), *value.stride(), *grad.stride(), *output.stride())
+    tensors = (query, key, value, grad, output, lse, delta, grad_q)
+    shifted = {"SHIFTED": grad_lse is not None}
+    _launch(dq_kernel, tensors, tables, strides, config, query, key, causal, options, **shifted)
+    return grad_q, delta
 
 
 def launch_dkdv(
     query: Tensor, key: Tensor, value: Tensor, grad: Tensor, lse: Tensor, delta: Tensor, tables: Tables,
     config: LaunchConfig, causal: bool, options: AttentionOptions,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Gradients of key and value, contiguous."""
+    """Gradients of key and value, contiguous; `delta` as `launch_dq` gives it."""
     batch, heads, _, head_dim = query.shape
     kv_heads, kv_len = key.shape[1], key.shape[2]
     # One program per query head: a KV group's gradients are added up afterwards, in a fixed order.
@@ -116,7 +124,7 @@ def launch_decode(
 
 def _launch(
     kernel: Any, tensors: tuple[Tensor, ...], tables: Tables, strides: tuple[int, ...], config: LaunchConfig,
-    query: Tensor, key: Tensor, causal: bool, options: AttentionOptions,
+    query: Tensor, key: Tensor, causal: bool, options: AttentionOptions, **constants: bool,
 ) -> None:  # fmt: skip
     """One launch of forward, dq or dkdv: a program per entry of the tables and per sample."""
     batch, heads, q_len, head_dim = query.shape
@@ -133,7 +141,7 @@ def _launch(
             _scale(options, head_dim), options.softcap or 1.0, options.dropout_p, options.seed or 0,
             TILE_Q=config.tile[0], TILE_K=config.tile[1], HEAD=width, CAUSAL=causal, MASKS=kinds,
             SOFTCAP=options.softcap is not None, DROPOUT=options.dropout_p > 0, PADDED=width != head_dim,
-            num_warps=config.num_warps, num_stages=config.num_stages,
+            **constants, num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
 
 
@@ -141,20 +149,25 @@ def _masks(
     options: AttentionOptions, shape: tuple[int, int, int, int], like: Tensor
 ) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[int, ...], int]:
     """Key mask, attention mask and documents with stand-ins for those not given; their strides; which are given."""
-    nothing = torch.zeros(1, dtype=torch.uint8, device=like.device)
-    key_mask, attn_mask, documents = nothing, nothing, nothing.int()
+    key_mask, attn_mask, documents = _stand_ins(like.device)
     strides: tuple[int, ...] = (0, 0, 0, 0, 0)
-    kinds = 8 * (options.window is not None)
     if options.key_mask is not None:
         key_mask = options.key_mask.to(like.device).contiguous().view(torch.uint8)
-        strides, kinds = (key_mask.stride(0), *strides[1:]), kinds + 1
+        strides = (key_mask.stride(0), *strides[1:])
     if options.attn_mask is not None:
         expanded = options.attn_mask.to(like.device).expand(shape)  # strides of 0: nothing is copied
         attn_mask = expanded.view(torch.uint8)
-        strides, kinds = (strides[0], *expanded.stride()), kinds + 2
+        strides = (strides[0], *expanded.stride())
     if options.documents is not None:
-        documents, kinds = options.documents.to(like.device, torch.int32).contiguous(), kinds + 4
-    return (key_mask, attn_mask, documents), strides, kinds
+        documents = options.documents.to(like.device, torch.int32).contiguous()
+    return (key_mask, attn_mask, documents), strides, mask_kinds(options)
+
+
+@cache
+def _stand_ins(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """For masks that are not given: no kernel reads them, and no call waits for them to be made."""
+    nothing = torch.zeros(1, dtype=torch.uint8, device=device)
+    return nothing, nothing, torch.zeros(1, dtype=torch.int32, device=device)
 
 
 def _scale(options: AttentionOptions, head_dim: int) -> float:

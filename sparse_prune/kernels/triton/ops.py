@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor
 from sparse_prune.kernels.options import AttentionOptions
 from sparse_prune.kernels.triton.configs import LaunchConfig
 from sparse_prune.kernels.triton.launch import launch_dkdv, launch_dq, launch_forward
+from sparse_prune.kernels.triton.memory import within_memory
 from sparse_prune.kernels.triton.tables import check_tables
 
 
@@ -38,7 +38,10 @@ def block_sparse_attention(
     """
     options = _options(key_mask, attn_mask, documents, scale, softcap, dropout_p, seed, window)
     config, part = _part(tables, configs, 0, query, key)
-    return launch_forward(query, key, value, part, config, causal, options)
+    return within_memory(
+        "forward", config, query, options,
+        lambda config: launch_forward(query, key, value, part, config, causal, options),
+    )  # fmt: skip
 
 
 @torch.library.custom_op("sparse_prune::block_sparse_attention_backward", mutates_args=())
@@ -50,13 +53,16 @@ def block_sparse_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of query, key and value, contiguous; arguments as in the forward operator."""
     options = _options(key_mask, attn_mask, documents, scale, softcap, dropout_p, seed, window)
-    delta = (grad.float() * output.float()).sum(-1)
-    if grad_lse is not None:  # the base-2 log-sum-exp moves with its logits by their weights / ln 2
-        delta = delta - grad_lse.float() / math.log(2.0)
-    config, part = _part(tables, configs, 1, query, key)
-    grad_q = launch_dq(query, key, value, grad, lse, delta, part, config, causal, options)
-    config, part = _part(tables, configs, 2, query, key)
-    grad_k, grad_v = launch_dkdv(query, key, value, grad, lse, delta, part, config, causal, options)
+    config, rows = _part(tables, configs, 1, query, key)
+    grad_q, delta = within_memory(
+        "dq", config, query, options,
+        lambda config: launch_dq(query, key, value, grad, output, lse, grad_lse, rows, config, causal, options),
+    )  # fmt: skip
+    config, cols = _part(tables, configs, 2, query, key)
+    grad_k, grad_v = within_memory(
+        "dkdv", config, query, options,
+        lambda config: launch_dkdv(query, key, value, grad, lse, delta, cols, config, causal, options),
+    )  # fmt: skip
     return grad_q, grad_k, grad_v
 
 

@@ -131,8 +131,9 @@ def index_tables(pattern: BlockPattern, tile: tuple[int, int], device: torch.dev
     known = _CACHE.setdefault(pattern, {})
     key = (tile, device)
     if key not in known:
-        keep = pattern.keep.pin_memory() if device.type == "cuda" else pattern.keep
-        known[key] = build_tables(pattern, tile, keep.to(device, non_blocking=True), count_tiles(pattern, tile))
+        with torch.inference_mode(False):  # autograd cannot save for training what validation built in inference mode
+            keep = pattern.keep.pin_memory() if device.type == "cuda" else pattern.keep
+            known[key] = build_tables(pattern, tile, keep.to(device, non_blocking=True), count_tiles(pattern, tile))
     return known[key]
 
 

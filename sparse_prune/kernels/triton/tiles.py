@@ -55,7 +55,11 @@ def visible(
         inside = inside & (tl.load(key_mask + key, mask=key < kv_len, other=0) != 0)
     if MASKS & 2:
         place = query.to(tl.int64) * stride_mask_q + key.to(tl.int64) * stride_mask_k
-        inside = inside & (tl.load(attn_mask + place, mask=(query < q_len) & (key < kv_len), other=0) != 0)
+        # Off the edge every key is real: without the comparison a row is read in words, not in bytes.
+        readable = query < q_len
+        if ON_EDGE:
+            readable = readable & (key < kv_len)
+        inside = inside & (tl.load(attn_mask + place, mask=readable, other=0) != 0)
     if MASKS & 4:
         position = query + (kv_len - q_len)
         mine = tl.load(documents + position, mask=(position >= 0) & (query < q_len), other=-1)

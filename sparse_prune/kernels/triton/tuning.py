@@ -7,6 +7,7 @@ import json
 import logging
 import os
 from collections.abc import Callable
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
 from sparse_prune.kernels.options import AttentionOptions
-from sparse_prune.kernels.triton.configs import KERNELS, Kernel, LaunchConfig, candidates
+from sparse_prune.kernels.triton.configs import KERNELS, Call, Kernel, LaunchConfig, candidates, capability, traits
 from sparse_prune.kernels.triton.launch import launch_dkdv, launch_dq, launch_forward
 from sparse_prune.kernels.triton.tables import index_tables
 from sparse_prune.pattern import BlockPattern
@@ -26,50 +27,65 @@ log = logging.getLogger(__name__)
 Measure = Callable[[Callable[[], object]], float]
 """Takes a launch, gives its milliseconds."""
 
-_KNOWN: dict[Path, dict[str, list[int]]] = {}  # what was read from disk, by file
+_KNOWN: dict[Path, tuple[object, dict[str, list[int]]]] = {}  # file -> its stamp when it was read, and what is known
 
 
 def cache_file() -> Path:
     """Where measured configurations are kept: under `SPARSE_PRUNE_CACHE_DIR`, or the user's cache folder."""
-    folder = os.environ.get("SPARSE_PRUNE_CACHE_DIR")
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sparse_prune"
+    return _cache_file(os.environ.get("SPARSE_PRUNE_CACHE_DIR"), os.environ.get("XDG_CACHE_HOME"))
+
+
+@cache
+def _cache_file(folder: str | None, user: str | None) -> Path:
+    base = Path(user or Path.home() / ".cache") / "sparse_prune"
     return (Path(folder) if folder else base) / "triton_tuning.json"
 
 
-def tuned(
-    kernel: Kernel, pattern: BlockPattern, head_dim: int, dtype: torch.dtype, device: torch.device
-) -> LaunchConfig | None:
-    """The measured configuration for such a call on this device; None if `tune` never saw one."""
-    entry = _read(cache_file()).get(_key(kernel, pattern, head_dim, dtype, device))
+def revision() -> tuple[object, ...]:
+    """Changes when measured configurations do, by this process or by another one: a look at the file, not into it."""
+    path = cache_file()
+    return path, _stamp(path), len(_KNOWN[path][1]) if path in _KNOWN else 0
+
+
+def tuned(kernel: Kernel, pattern: BlockPattern, call: Call, device: torch.device) -> LaunchConfig | None:
+    """The measured configuration for such a call on this device; None if `tune` never saw one.
+
+    What another process measures in the meantime counts: under DDP the first rank measures for all.
+    """
+    entry = _read(cache_file()).get(_key(kernel, pattern, call, device))
     return None if entry is None else LaunchConfig((entry[0], entry[1]), entry[2], entry[3])
 
 
 def tune(
-    query: Tensor, key: Tensor, value: Tensor, pattern: BlockPattern, measure: Measure | None = None
-) -> dict[Kernel, LaunchConfig]:
+    query: Tensor, key: Tensor, value: Tensor, pattern: BlockPattern, options: AttentionOptions | None = None,
+    measure: Measure | None = None,
+) -> dict[Kernel, LaunchConfig]:  # fmt: skip
     """Measure the candidates of every kernel on a call, and keep the fastest for calls like it.
 
     What is known already is not measured again. Calls are alike if device, versions, dtype, head size, block,
-    causality and length (to a power of two) agree.
+    causality, length (to a power of two), the kinds of masks, and soft cap and dropout or not agree.
 
     Args:
         query: (batch, num_heads, q_len, head_dim).
         key: (batch, num_kv_heads, kv_len, head_dim).
         value: As `key`.
         pattern: The connections to keep, for these lengths.
+        options: Masks, soft cap and dropout: they need registers and shared memory.
         measure: Times one launch; by default Triton's `do_bench`.
 
     Raises:
-        ValueError: If head size or block size are not supported.
+        ValueError: If head size or block size are not supported, or no configuration fits the device.
     """
+    options = options or AttentionOptions()
+    call = Call(query.shape[3], query.dtype, pattern.block_size, *traits(options))
     found: dict[Kernel, LaunchConfig] = {}
     missing: dict[str, list[int]] = {}
     for kernel in KERNELS:
-        call = (kernel, pattern, query.shape[3], query.dtype, query.device)
-        config = tuned(*call)
+        config = tuned(kernel, pattern, call, query.device)
         if config is None:
-            config = _fastest(kernel, query, key, value, pattern, measure or _bench)
-            missing[_key(*call)] = [*config.tile, config.num_warps, config.num_stages]
+            launcher = partial(_launcher, kernel, query.detach(), key.detach(), value.detach(), pattern, options)
+            config = _fastest(kernel, call, query.device, launcher, measure or _bench)
+            missing[_key(kernel, pattern, call, query.device)] = [*config.tile, config.num_warps, config.num_stages]
         found[kernel] = config
     if missing:
         _write(cache_file(), missing)
@@ -77,39 +93,46 @@ def tune(
 
 
 def _fastest(
-    kernel: Kernel, query: Tensor, key: Tensor, value: Tensor, pattern: BlockPattern, measure: Measure
-) -> LaunchConfig:
-    query, key, value = query.detach(), key.detach(), value.detach()
-    major, minor = torch.cuda.get_device_capability(query.device) if query.device.type == "cuda" else (9, 0)
+    kernel: Kernel, call: Call, device: torch.device, launcher: Callable[[LaunchConfig], Callable[[], object]],
+    measure: Measure,
+) -> LaunchConfig:  # fmt: skip
     times: dict[LaunchConfig, float] = {}
-    for config in candidates(kernel, 10 * major + minor, query.shape[3], query.dtype, pattern.block_size):
+    shipped, *others = candidates(kernel, capability(device), call)
+    for config in (shipped, *others):
         try:
-            times[config] = measure(_launcher(kernel, query, key, value, pattern, config))
+            times[config] = measure(launcher(config))
         except OutOfResources as error:
             log.debug("%s with %s: %s", kernel, config, error)
+        except Exception as error:  # a compiler that fails on one candidate says nothing of the others
+            if config == shipped:
+                raise
+            log.warning("%s with %s is left out: %s: %s", kernel, config, type(error).__name__, error)
     if not times:
         raise ValueError(
-            f"No configuration of the {kernel} kernel fits this device at head_dim {query.shape[3]}. "
+            f"No configuration of the {kernel} kernel fits this device at head_dim {call.head_dim}. "
             "Use backend='gather'."
         )
     best = min(times, key=lambda config: times[config])
-    log.info("%s: %s, %.3f ms; the shipped one %.3f ms", kernel, best, times[best], next(iter(times.values())))
+    ours = f"{times[shipped]:.3f} ms" if shipped in times else "does not fit"
+    log.info("%s: %s, %.3f ms; the shipped one: %s", kernel, best, times[best], ours)
     return best
 
 
 def _launcher(
-    kernel: Kernel, query: Tensor, key: Tensor, value: Tensor, pattern: BlockPattern, config: LaunchConfig
-) -> Callable[[], object]:
+    kernel: Kernel, query: Tensor, key: Tensor, value: Tensor, pattern: BlockPattern, options: AttentionOptions,
+    config: LaunchConfig,
+) -> Callable[[], object]:  # fmt: skip
     tables = index_tables(pattern, config.tile, query.device)
-    causal, options = pattern.causal, AttentionOptions()
     rows, cols = tables.rows.tensors(), tables.cols.tensors()
     if kernel == "forward":
-        return lambda: launch_forward(query, key, value, rows, config, causal, options)
-    # The time of a backward pass does not hang on what is in these.
-    rest = (query, torch.zeros(query.shape[:3], device=query.device), torch.zeros(query.shape[:3], device=query.device))
+        return lambda: launch_forward(query, key, value, rows, config, pattern.causal, options)
+    # The time of a backward pass does not hang on what is in gradient, output and row sums.
+    sums = torch.zeros(query.shape[:3], device=query.device)
     if kernel == "dq":
-        return lambda: launch_dq(query, key, value, *rest, rows, config, causal, options)
-    return lambda: launch_dkdv(query, key, value, *rest, cols, config, causal, options)
+        return lambda: launch_dq(
+            query, key, value, query, query, sums, None, rows, config, pattern.causal, options
+        )  # fmt: skip
+    return lambda: launch_dkdv(query, key, value, query, sums, sums, cols, config, pattern.causal, options)
 
 
 def _bench(launch: Callable[[], object]) -> float:
@@ -118,25 +141,42 @@ def _bench(launch: Callable[[], object]) -> float:
     return float(do_bench(launch, warmup=10, rep=50, return_mode="median"))
 
 
-def _key(kernel: Kernel, pattern: BlockPattern, head_dim: int, dtype: torch.dtype, device: torch.device) -> str:
+def _key(kernel: Kernel, pattern: BlockPattern, call: Call, device: torch.device) -> str:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "interpreter"
     length = 1 << (max(pattern.q_len, pattern.kv_len) - 1).bit_length()
     parts: tuple[Any, ...] = (
-        name, torch.__version__, triton.__version__, kernel, dtype, head_dim, *pattern.block_size,
-        "causal" if pattern.causal else "bidirectional", length,
+        name, torch.__version__, triton.__version__, kernel, call.dtype, call.head_dim, *call.block_size,
+        "causal" if pattern.causal else "bidirectional", length, f"masks {call.masks}",
+        "soft cap" if call.softcap else "no soft cap", "dropout" if call.dropout else "no dropout",
     )  # fmt: skip
     return " | ".join(map(str, parts))
 
 
+def _stamp(path: Path) -> tuple[int, ...] | None:
+    """Another one after the file was written; None if there is none."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_mtime_ns, found.st_ino, found.st_size
+
+
 def _read(path: Path) -> dict[str, list[int]]:
-    if path not in _KNOWN:
-        try:
-            entries = json.loads(path.read_text())["entries"] if path.exists() else {}
-            _KNOWN[path] = {key: list(entry) for key, entry in entries.items() if _sound(entry)}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            log.warning("%s is not readable and is not used: %r. It is written anew.", path, error)
-            _KNOWN[path] = {}
-    return _KNOWN[path]
+    """What the file holds and what this process could not write into it."""
+    stamp = _stamp(path)
+    known = _KNOWN[path][1] if path in _KNOWN else {}
+    if path not in _KNOWN or _KNOWN[path][0] != stamp:
+        _KNOWN[path] = (stamp, known | _load(path))
+    return _KNOWN[path][1]
+
+
+def _load(path: Path) -> dict[str, list[int]]:
+    try:
+        entries = json.loads(path.read_text())["entries"] if path.exists() else {}
+        return {key: list(entry) for key, entry in entries.items() if _sound(entry)}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        log.warning("%s is not readable and is not used: %r. It is written anew.", path, error)
+        return {}
 
 
 def _sound(entry: list[int]) -> bool:
@@ -147,14 +187,14 @@ def _sound(entry: list[int]) -> bool:
 
 def _write(path: Path, entries: dict[str, list[int]]) -> None:
     """Add entries to the file, whole or not at all. A cache that cannot be written is no reason to stop a run."""
-    _KNOWN.pop(path, None)  # another process may have added to it
-    _KNOWN[path] = _read(path) | entries
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    entries = _read(path) | entries
+    partial_file = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(json.dumps({"entries": _KNOWN[path]}, indent=1))
-        os.replace(partial, path)
+        partial_file.write_text(json.dumps({"entries": entries}, indent=1))
+        os.replace(partial_file, path)
     except OSError as error:
         log.warning("Measured configurations cannot be kept in %s: %r. They last as long as this process.", path, error)
         with contextlib.suppress(OSError):
-            partial.unlink()
+            partial_file.unlink()
+    _KNOWN[path] = (_stamp(path), entries)
