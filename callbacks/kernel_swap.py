@@ -14,8 +14,9 @@ import torch
 from sparse_prune.callbacks.swap_forecast import forecast_swap, warn_of_loss
 from typing_extensions import override
 
+from sparse_prune.attention.clock import wait_for
 from sparse_prune.attention.layer import PrunableAttention
-from sparse_prune.attention.measure import time_attention, wait_for
+from sparse_prune.attention.measure import time_attention
 from sparse_prune.kernels import BACKENDS, skipping_backends
 
 if TYPE_CHECKING:

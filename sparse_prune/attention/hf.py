@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_prune.attention.found import FoundLayer, drop_handle, give_handle, handle_of, modules_of
+from sparse_prune.attention.hf_masks import expand, make_mask, window_of
 from sparse_prune.attention.layer import PrunableAttention
 from sparse_prune.attention.softcap import softcapped
 from sparse_prune.attention.trial import BIAS, Calls
@@ -52,7 +53,7 @@ def attach(model: nn.Module, layers: list[FoundLayer]) -> list[PrunableAttention
     from transformers.masking_utils import AttentionMaskInterface
 
     AttentionInterface.register(IMPLEMENTATION, _attention_forward)
-    AttentionMaskInterface.register(IMPLEMENTATION, _attention_mask)
+    AttentionMaskInterface.register(IMPLEMENTATION, make_mask)
     for name, module in modules_of(model).items():
         if isinstance(module, PreTrainedModel) and any(layer.name.startswith(name) for layer in layers):
             module.set_attn_implementation(IMPLEMENTATION)
@@ -144,70 +145,6 @@ def _is_cross(name: str, module: nn.Module) -> bool:
     return named or "Cross" in type(module).__name__ or bool(getattr(module, "is_cross_attention", False))
 
 
-def _attention_mask(
-    batch_size: int,
-    q_length: int,
-    kv_length: int,
-    q_offset: int = 0,
-    kv_offset: int = 0,
-    mask_function: Any = None,
-    attention_mask: Tensor | None = None,
-    **kwargs: Any,
-) -> Tensor | None:
-    """The mask of a call: (batch, kv_len) if it is padding alone, else (batch, 1, q_len, kv_len); None hides nothing.
-
-    Masks for a static cache end with the latest key: from their width `_attention_forward` knows how many keys count.
-    """
-    from transformers.masking_utils import causal_mask_function
-
-    mask_function = causal_mask_function if mask_function is None else mask_function
-    room = _room(q_length, kv_length, int(q_offset), kv_offset, mask_function)
-    if room:
-        kv_length, kwargs["allow_is_causal_skip"] = kv_length - room, False
-    mask = _mask(batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, **kwargs)
-    if mask is None and room:
-        return torch.ones(batch_size, kv_length, dtype=torch.bool, device=kwargs.get("device"))
-    return mask
-
-
-def _room(q_length: int, kv_length: int, q_offset: int, kv_offset: int, mask_function: Any) -> int:
-    """Places of a static cache that wait for keys after the last query."""
-    from transformers.masking_utils import bidirectional_mask_function
-
-    end = q_offset + q_length
-    room = kv_offset + kv_length - end
-    # Cross-attention may have more keys than queries too, but its queries see them.
-    if room <= 0 or mask_function is bidirectional_mask_function:
-        return 0
-    return 0 if mask_function(*torch.tensor([0, 0, end - 1, end])) else room
-
-
-def _mask(
-    batch_size: int,
-    q_length: int,
-    kv_length: int,
-    q_offset: int,
-    kv_offset: int,
-    mask_function: Any,
-    attention_mask: Tensor | None,
-    **kwargs: Any,
-) -> Tensor | None:
-    from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
-
-    plain = mask_function is causal_mask_function or mask_function is bidirectional_mask_function
-    if plain and q_length == kv_length and not kv_offset:
-        padding = None if attention_mask is None else attention_mask[:, :kv_length].bool()
-        # A tracer cannot look into the mask: it takes padding that hides nothing along.
-        if padding is None or (not torch.compiler.is_compiling() and bool(padding.all())):
-            return None
-        if padding.shape[1] == kv_length:
-            return padding
-    mask: Tensor | None = sdpa_mask(
-        batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, **kwargs
-    )
-    return mask
-
-
 def _attention_forward(
     module: nn.Module,
     query: Tensor,
@@ -242,13 +179,16 @@ def _attend(
     handle = handle_of(module)
     causal = bool(getattr(module, "is_causal", False)) if is_causal is None else is_causal
     softcap = kwargs.pop("softcap", None)
+    window = window_of(attention_mask, query.shape[2])
+    if attention_mask is not None and window is not None and not causal:  # the kernels' windows are for causal layers
+        attention_mask, window = expand(attention_mask, causal), None
 
     def dense() -> Tensor:
         if softcap is not None:
-            return softcapped(query, key, value, causal, _options(attention_mask, dropout, scaling, softcap))
+            return softcapped(query, key, value, causal, _options(attention_mask, window, dropout, scaling, softcap))
         mask = attention_mask
-        if mask is not None and mask.dim() == 2:
-            mask = _expand(mask, causal)
+        if mask is not None and (mask.dim() == 2 or window is not None):
+            mask = expand(mask, causal)
         output, _ = sdpa_attention_forward(
             module, query, key, value, mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
         )
@@ -264,7 +204,7 @@ def _attend(
     if handle.mode != "dense" or handle.probe_block_size is not None:
         _refuse(handle, attention_mask, kwargs)
     handle.sliding_window = kwargs.get("sliding_window")
-    options = _options(attention_mask, dropout, scaling, softcap)
+    options = _options(attention_mask, window, dropout, scaling, softcap)
     output = handle.attend(query, key, value, options, dense=dense)
     return output.transpose(1, 2).contiguous(), None
 
@@ -272,11 +212,18 @@ def _attend(
 _attend_eagerly = torch.compiler.disable(_attend)  # type: ignore[no-untyped-call, unused-ignore]
 
 
-def _options(mask: Tensor | None, dropout: float, scaling: float | None, softcap: float | None) -> AttentionOptions:
+def _options(
+    mask: Tensor | None, window: int | None, dropout: float, scaling: float | None, softcap: float | None
+) -> AttentionOptions:
+    key_mask = mask if mask is not None and mask.dim() == 2 else None
+    if mask is not None and window is not None:
+        # One value for all keys: there is no padding.
+        key_mask, mask = mask[:, 0, 0] if mask.stride(3) else None, None
     return AttentionOptions(
         scale=scaling,
-        key_mask=mask if mask is not None and mask.dim() == 2 else None,
+        key_mask=key_mask,
         attn_mask=mask if mask is not None and mask.dim() == 4 and mask.dtype == torch.bool else None,
+        window=window,
         dropout_p=dropout,
         seed=int(torch.randint(2**62, ())) if dropout else None,
         softcap=softcap,
@@ -296,12 +243,3 @@ def _refuse(handle: PrunableAttention, mask: Tensor | None, kwargs: dict[str, An
             "Pass the (batch, length) padding mask, or a boolean 4D mask. If the layer adds a bias to its mask, set "
             "`example_input_array` on the LightningModule: the layer is then left dense."
         )
-
-
-def _expand(key_mask: Tensor, causal: bool) -> Tensor:
-    """The (batch, 1, length, length) mask that transformers makes of the padding for SDPA."""
-    length = key_mask.shape[1]
-    mask = key_mask[:, None, None, :].expand(-1, 1, length, -1)
-    if causal:
-        mask = mask & torch.ones(length, length, dtype=torch.bool, device=mask.device).tril()
-    return mask
