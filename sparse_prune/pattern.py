@@ -54,8 +54,8 @@ def possible_blocks(
 class BlockPattern:
     """The connections that one attention layer keeps.
 
-    Patterns are values: pruning makes a new one. They live on the CPU; kernels build their index tables
-    from them once and cache those per device.
+    Patterns are values: pruning makes a new one, and nobody writes into `keep`. So what follows from one is counted
+    once. They live on the CPU; kernels build their index tables from them once and cache those per device.
 
     Raises:
         TypeError: If `keep` is not a boolean tensor.
@@ -123,12 +123,12 @@ class BlockPattern:
         """Share of the possible blocks that is pruned, over all heads, in [0, 1]."""
         return 1.0 - self.kept_blocks / self.possible_count
 
-    @property
+    @cached_property
     def kept_blocks(self) -> int:
         """Kept blocks over all heads."""
-        return int(self.keep.sum())
+        return int(self.keep.count_nonzero())
 
-    @property
+    @cached_property
     def possible_count(self) -> int:
         """Possible blocks over all heads."""
         return int(self.possible.sum()) * self.num_heads
@@ -141,8 +141,8 @@ class BlockPattern:
         rows = min(self.keep.shape[1], other.keep.shape[1])
         cols = min(self.keep.shape[2], other.keep.shape[2])
         mine, theirs = self.keep[:, :rows, :cols], other.keep[:, :rows, :cols]
-        union = int((mine | theirs).sum())
-        return int((mine ^ theirs).sum()) / union if union else 0.0
+        union = int((mine | theirs).count_nonzero())
+        return int((mine ^ theirs).count_nonzero()) / union if union else 0.0
 
     def at(self, q_len: int, kv_len: int) -> BlockPattern:
         """The pattern for other lengths.

@@ -6,9 +6,11 @@ minus infinity. One threshold over all layers and heads then decides.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -76,7 +78,7 @@ class LayerScores:
     name: str
     """Qualified name of the layer."""
     scores: Tensor
-    """(num_heads, q_blocks, kv_blocks)."""
+    """float32 or float64, (num_heads, q_blocks, kv_blocks)."""
     pattern: BlockPattern
     """The pattern in force, of the same shape."""
     num_kv_heads: int
@@ -143,19 +145,24 @@ def select(
 
 def _solve(values: Tensor, sparsity: float) -> float:
     """The threshold that prunes `sparsity` of the values: 0 if none need go, just past the largest if all free ones."""
-    count = int(sparsity * values.numel() + 0.5)
-    ordered = values.sort().values
-    gone = int((ordered == -torch.inf).sum())
-    free = ordered[ordered.isfinite()]
-    if count == 0 or count < gone or not free.numel():
+    count, scores = int(sparsity * values.numel() + 0.5), values.numpy(force=True)
+    if count == 0:
         return 0.0
-    # Nothing tells blocks without attention apart: they go together.
-    staying = free[count - gone :]
-    staying = staying[staying > 0]
-    if staying.numel():
-        return float(staying[0])
-    past = float(torch.nextafter(free[-1], torch.tensor(torch.inf)))
-    return max(past, torch.finfo(values.dtype).tiny)
+    # In order, what must go stands first, what must stay last. Only the first value that may stay is looked for: numpy
+    # finds it in linear time, more than ten times as fast as torch sorts or selects.
+    first = float(np.partition(scores, count)[count]) if count < scores.size else math.inf
+    if 0.0 < first < math.inf:
+        return first
+    free = scores[np.isfinite(scores)]
+    if first == -math.inf or not free.size:
+        return 0.0
+    if first < math.inf:
+        # Nothing tells blocks without attention apart: they go together.
+        attended = free[free > 0]
+        if attended.size:
+            return float(attended.min())
+    past = np.nextafter(free.max(), scores.dtype.type(np.inf))
+    return float(max(past, np.finfo(scores.dtype).tiny))
 
 
 def _effective(layer: LayerScores, constraints: Constraints) -> Tensor:

@@ -20,7 +20,7 @@ from sparse_prune import (
     select,
 )
 from sparse_prune.pattern import possible_blocks
-from sparse_prune.selection import row_mass
+from sparse_prune.selection import _solve, row_mass
 
 BLOCKS = st.sampled_from([(4, 4), (8, 4), (4, 8)])
 RAMPS = [LinearSchedule, CosineSchedule, CubicSchedule, ExponentialSchedule]
@@ -148,6 +148,14 @@ def test_needed_blocks_want_causal_self_attention():
         BlockPattern.dense(1, 8, 12, 4, True).needed_after(8)
 
 
+def test_blocks_of_a_pattern_are_counted_once(monkeypatch):
+    pattern = BlockPattern.dense(2, 16, 16, 4, True)
+    assert (pattern.kept_blocks, pattern.possible_count, pattern.sparsity) == (20, 20, 0.0)
+    for method in ("count_nonzero", "sum"):
+        monkeypatch.setattr(torch.Tensor, method, None)
+    assert (pattern.kept_blocks, pattern.possible_count, pattern.sparsity) == (20, 20, 0.0)
+
+
 def test_bad_patterns_are_refused():
     with pytest.raises(TypeError, match="`keep`"):
         BlockPattern(torch.ones(1, 2, 2), (4, 4), True, 8, 8)
@@ -219,6 +227,34 @@ def test_selection_reaches_the_requested_sparsity(sparsity, seed):
     for pattern in patterns:
         assert pattern.keep.diagonal(dim1=1, dim2=2).all()
         assert pattern.keep[:, :, 0].all()
+
+
+def sorted_threshold(values, sparsity):
+    """What `_solve` promises, by sorting everything."""
+    count = int(sparsity * values.numel() + 0.5)
+    ordered = values.sort().values
+    gone, free = int((ordered == -torch.inf).sum()), ordered[ordered.isfinite()]
+    if count == 0 or count < gone or not free.numel():
+        return 0.0
+    staying = free[count - gone :]
+    if (staying > 0).any():
+        return float(staying[staying > 0][0])
+    past = float(torch.nextafter(free[-1], torch.tensor(torch.inf)))
+    return max(past, torch.finfo(values.dtype).tiny)
+
+
+@given(
+    st.lists(st.sampled_from([-torch.inf, 0.0, 1e-42, 0.1, 0.25, 0.3, 0.7, 3.0, torch.inf]), min_size=1, max_size=60),
+    st.floats(0.0, 1.0),
+    st.sampled_from([torch.float32, torch.float64]),
+    st.integers(0, 2**31),
+)
+@settings(deadline=None, max_examples=300)
+def test_threshold_is_what_sorting_finds_with_ties_and_what_must_stay_or_go(values, sparsity, dtype, seed):
+    values = torch.tensor(values, dtype=dtype)
+    drawn = torch.rand(values.shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+    for scores in (values, torch.where(drawn < 0.5, drawn, values)):
+        assert _solve(scores.clone(), sparsity) == sorted_threshold(scores, sparsity)
 
 
 def test_selection_past_the_constraints_keeps_only_what_must_stay():
