@@ -38,7 +38,7 @@ import sparse_prune as sp
 from sparse_prune.attention import attach
 from sparse_prune.evaluation import retrieval
 from sparse_prune.fixed_patterns import FixedKind, fixed_pattern
-from sparse_prune.pruner import LayerState
+from sparse_prune.layer_state import LayerState
 
 PRESETS: dict[str, dict[str, Any]] = {
     "cpu": {

@@ -7,10 +7,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from sparse_prune.attention import PrunableAttention, attach, handle_of
+from sparse_prune.layer_state import LayerState
 from sparse_prune.pattern import BlockPattern, check_block_size
 from sparse_prune.schedules import Schedule
 from sparse_prune.scores import BlockStatistics, ScoreAverage, Statistic
@@ -19,50 +19,8 @@ from sparse_prune.stability import StabilityTracker
 
 Criterion = Literal["score", "row_mass"]
 Reduce = Callable[[dict[str, BlockStatistics]], dict[str, BlockStatistics]]
-_STATE_VERSION = 2
-
-
-@dataclass(eq=False)
-class LayerState:
-    """What the pruner remembers about a layer."""
-
-    layer: PrunableAttention
-    scores: ScoreAverage
-    mass: ScoreAverage
-    """Average of plain row mass, to tell how much attention the kept blocks hold."""
-    tracker: StabilityTracker
-    settled_at: int | None = None
-    """Optimizer step at which the pattern was frozen."""
-    given_back: BlockPattern | None = None
-    """The pattern with which it settled, if the swap gained nothing and the layer got all its connections back."""
-
-    @property
-    def restored(self) -> bool:
-        """Whether the layer was given all its connections back."""
-        return self.given_back is not None
-
-    @property
-    def mass_kept(self) -> float:
-        """Share of dense attention probability that falls into kept blocks, in [0, 1]."""
-        kept, total = (part.sum() for part in self._mass())
-        return float(kept / total) if total > 0 else 1.0
-
-    @property
-    def head_mass_kept(self) -> list[float]:
-        """The same per head."""
-        kept, total = self._mass()
-        return [float(k / t) if t > 0 else 1.0 for k, t in zip(kept, total, strict=True)]
-
-    def _mass(self) -> tuple[Tensor, Tensor]:
-        """Probability in kept blocks and in all blocks per head, (num_heads,) each; zeros before the first decision."""
-        pattern = self.layer.pattern
-        if pattern is None or self.mass.empty:
-            zero = torch.zeros(self.layer.num_heads)
-            return zero, zero
-        mass = self.mass.value()
-        keep = pattern.at(*_lengths(mass, pattern)).keep if mass.shape != pattern.keep.shape else pattern.keep
-        mass = mass.where(mass.isfinite(), 0.0)
-        return (mass * keep).sum((1, 2)), mass.sum((1, 2))
+_STATE_VERSION = 3
+_READABLE = (2, 3)  # version 2 held its tensors whole
 
 
 @dataclass(frozen=True)
@@ -135,6 +93,17 @@ class AttentionPruner:
         return average, ScoreAverage("mean", self.decay), StabilityTracker(self.min_delta, self.patience)
 
     @property
+    def _sides(self) -> tuple[int, int]:
+        """The block size, normalised."""
+        assert isinstance(self.block_size, tuple)
+        return self.block_size
+
+    @property
+    def _needed(self) -> tuple[Statistic, ...]:
+        """The statistics that a decision looks at."""
+        return ("mean",) if self.statistic == "mean" else (self.statistic, "mean")
+
+    @property
     def schedule(self) -> Schedule:
         """The schedule in force."""
         schedule = self.sparsity or self.threshold
@@ -199,16 +168,16 @@ class AttentionPruner:
 
     def probe(self, enabled: bool) -> None:
         """Watch the next training steps, or stop watching. Frozen layers are never probed."""
-        assert isinstance(self.block_size, tuple)
         for state in self.layers.values():
-            state.layer.probe_block_size = self.block_size if enabled and state.settled_at is None else None
+            state.layer.probe_block_size = self._sides if enabled and state.settled_at is None else None
 
     def update(self, step: int, reduce: Reduce | None = None) -> PruneReport | None:
         """Decide on new patterns after an optimizer step.
 
         Args:
             step: Optimizer steps taken so far.
-            reduce: Adds up the ranks' statistics in a fixed order, so that all ranks decide the same.
+            reduce: Adds up the ranks' statistics so that all ranks get the same bits, and decide the same
+                (`sparse_prune.ranks`).
 
         Returns:
             What was decided; None if nothing was probed.
@@ -216,7 +185,7 @@ class AttentionPruner:
         Raises:
             ValueError: If logits were NaN or infinite, on all ranks alike; the message names the layers.
         """
-        found = {name: state.layer.take_statistics() for name, state in self.layers.items()}
+        found = {name: state.layer.take_statistics(self._needed) for name, state in self.layers.items()}
         statistics = {name: seen for name, seen in found.items() if seen is not None}
         if reduce is not None:
             statistics = reduce(statistics)
@@ -234,7 +203,7 @@ class AttentionPruner:
             if state.settled_at is not None:
                 continue
             layer = state.layer
-            change[layer.name] = pattern.difference(self._current(state))
+            change[layer.name] = pattern.difference(state.pattern_at_scores(self._sides))
             layer.pattern = pattern
             layer.mode = "masked" if pattern.kept_blocks < pattern.possible_count else "dense"
             if step >= self.schedule.end_step and state.tracker.update(change[layer.name]):
@@ -252,29 +221,18 @@ class AttentionPruner:
         layers = []
         for state in states:
             # What was given back counts as if it were still pruned, so that the others need not make up for it.
-            pattern, scores = state.given_back or self._current(state), state.scores.value()
+            pattern = state.given_back or state.pattern_at_scores(self._sides)
             if state.settled_at is not None:
                 scores = pattern.keep.float()  # not looked at: the layer is frozen
             elif self.criterion == "row_mass":
                 scores = row_mass(state.mass.value())
+            else:
+                scores = state.scores.value()
             layer = state.layer
             layers.append(LayerScores(layer.name, scores, pattern, layer.num_kv_heads, state.settled_at is not None))
         if self.sparsity is not None:
             return select(layers, self.constraints, sparsity=requested)
         return select(layers, self.constraints, threshold=requested)
-
-    def _current(self, state: LayerState) -> BlockPattern:
-        """The pattern in force, at the lengths that the scores cover."""
-        layer, scores = state.layer, state.scores.value()
-        if layer.pattern is not None:
-            if state.settled_at is not None or scores.shape == layer.pattern.keep.shape:
-                return layer.pattern
-            return layer.pattern.at(*_lengths(scores, layer.pattern))
-        assert isinstance(self.block_size, tuple)
-        rows, cols = scores.shape[1:]
-        # The patterns cover whole blocks; a ragged end is a matter of `BlockPattern.at`.
-        length = min(rows * self.block_size[0], cols * self.block_size[1])
-        return BlockPattern.dense(layer.num_heads, length, length, self.block_size, layer.causal)
 
     def _report(
         self, step: int, threshold: float, requested: float, change: dict[str, float], settled: tuple[str, ...]
@@ -337,7 +295,7 @@ class AttentionPruner:
         return {
             "version": _STATE_VERSION,
             "block_size": self.block_size,
-            "layers": {name: _layer_state(state) for name, state in self.layers.items()},
+            "layers": {name: state.state_dict() for name, state in self.layers.items()},
         }
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
@@ -348,8 +306,9 @@ class AttentionPruner:
         Raises:
             ValueError: If the state is of another version, block size or model; the message names what differs.
         """
-        if saved.get("version") != _STATE_VERSION:
-            raise ValueError(f"Pruning state must have version {_STATE_VERSION}, got {saved.get('version')!r}.")
+        if saved.get("version") not in _READABLE:
+            known = " or ".join(map(str, _READABLE))
+            raise ValueError(f"Pruning state must have version {known}, got {saved.get('version')!r}.")
         if tuple(saved["block_size"]) != self.block_size:
             raise ValueError(
                 f"`block_size` must be {tuple(saved['block_size'])} as in the checkpoint, got {self.block_size}."
@@ -372,22 +331,17 @@ class AttentionPruner:
                     f"(causal={part['causal']}) there, {layer.num_heads} (causal={layer.causal}) here."
                 )
         for name, part in layers.items():
-            _load_layer_state(self.layers[name], part)
+            self.layers[name].load_state_dict(part)
 
 
 def _check_finite(statistics: Mapping[str, BlockStatistics]) -> None:
-    bad = [name for name, seen in statistics.items() if not torch.isfinite(seen.sums).all()]
+    # What is not finite shows in the sum, which is ten times as fast to take as a look at every block.
+    bad = [name for name, seen in statistics.items() if not math.isfinite(float(seen.sums.sum()))]
     if bad:
         raise ValueError(
             f"Layer {bad[0]!r}: attention logits must be finite, got NaN or infinity ({len(bad)} of {len(statistics)} "
             "layers). Resume from an earlier checkpoint with a lower learning rate, or clip gradients."
         )
-
-
-def _lengths(scores: Tensor, pattern: BlockPattern) -> tuple[int, int]:
-    """Lengths that `scores` cover, for self-attention in whole blocks."""
-    length = min(scores.shape[1] * pattern.block_size[0], scores.shape[2] * pattern.block_size[1])
-    return length, length
 
 
 def kv_blocks_droppable(pattern: BlockPattern, num_kv_heads: int) -> float:
@@ -403,41 +357,3 @@ def attention_flops(pattern: BlockPattern, head_dim: int, batch: int = 1) -> tup
     """Multiply-adds times two of one forward pass through the kept and through all possible blocks."""
     per_block = 4 * math.prod(pattern.block_size) * head_dim * batch
     return pattern.kept_blocks * per_block, pattern.possible_count * per_block
-
-
-def _layer_state(state: LayerState) -> dict[str, Any]:
-    layer, pattern = state.layer, state.layer.pattern
-    return {
-        "num_heads": layer.num_heads,
-        "causal": layer.causal,
-        "keep": None if pattern is None else pattern.keep,
-        "lengths": None if pattern is None else (pattern.q_len, pattern.kv_len),
-        "mode": layer.mode,
-        "backend": layer.backend,
-        "scores": state.scores.state_dict(),
-        "mass": state.mass.state_dict(),
-        "calm_checks": state.tracker.calm_checks,
-        "change": state.tracker.change,
-        "settled_at": state.settled_at,
-        "given_back": None if state.given_back is None else state.given_back.keep,
-        "statistics": None
-        if layer.statistics is None
-        else {"sums": layer.statistics.sums.cpu(), "counts": layer.statistics.counts.cpu()},
-        "block_size": None if pattern is None else pattern.block_size,
-    }
-
-
-def _load_layer_state(state: LayerState, part: Mapping[str, Any]) -> None:
-    layer = state.layer
-    layer.pattern = _saved_pattern(part, part["keep"], layer.causal)
-    layer.mode, layer.backend = part["mode"], part["backend"]
-    state.scores.load_state_dict(part["scores"])
-    state.mass.load_state_dict(part["mass"])
-    state.tracker.calm_checks, state.tracker.change = part["calm_checks"], part["change"]
-    state.settled_at = part["settled_at"]
-    state.given_back = _saved_pattern(part, part["given_back"], layer.causal)
-    layer.statistics = None if part["statistics"] is None else BlockStatistics(**part["statistics"])
-
-
-def _saved_pattern(part: Mapping[str, Any], keep: Tensor | None, causal: bool) -> BlockPattern | None:
-    return None if keep is None else BlockPattern(keep, part["block_size"], causal, *part["lengths"])

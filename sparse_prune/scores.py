@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from sparse_prune.packing import pack, unpack
 from sparse_prune.pattern import num_blocks
 
 Statistic = Literal["mean", "mean_square", "max"]
@@ -23,25 +25,47 @@ class BlockStatistics:
     """
 
     sums: Tensor
-    """float64, (3, num_heads, q_blocks, kv_blocks): mass, squared mass, largest mass of each sample."""
+    """float64, (kinds, num_heads, q_blocks, kv_blocks): mass, squared mass, largest mass of each sample. Rows that were
+    not seen have none."""
     counts: Tensor
     """float64, (2, q_blocks): query rows seen, samples seen."""
+    kinds: tuple[Statistic, ...] = STATISTICS
+    """What `sums` holds, in order."""
 
     def __add__(self, other: BlockStatistics) -> BlockStatistics:
         """Pool two probes; the shorter one fills the top-left corner."""
         rows = max(self.sums.shape[2], other.sums.shape[2])
         cols = max(self.sums.shape[3], other.sums.shape[3])
-        mine, theirs, device = self._grown(rows, cols), other._grown(rows, cols), self.sums.device
-        return BlockStatistics(mine.sums + theirs.sums.to(device), mine.counts + theirs.counts.to(device))
+        mine, theirs, device = self.grown(rows, cols), other.grown(rows, cols), self.sums.device
+        sums, counts = mine.sums + theirs.sums.to(device), mine.counts + theirs.counts.to(device)
+        return BlockStatistics(sums, counts, self.kinds)
 
-    def _grown(self, rows: int, cols: int) -> BlockStatistics:
+    def grown(self, rows: int, cols: int) -> BlockStatistics:
+        """The same in the top-left corner of more blocks, of which nothing was seen; itself if there are no more.
+
+        Args:
+            rows: Query blocks, at least as many as there are.
+            cols: Key blocks, at least as many as there are.
+        """
         pad_rows, pad_cols = rows - self.sums.shape[2], cols - self.sums.shape[3]
-        return BlockStatistics(F.pad(self.sums, (0, pad_cols, 0, pad_rows)), F.pad(self.counts, (0, pad_rows)))
+        if not (pad_rows or pad_cols):
+            return self
+        sums, counts = F.pad(self.sums, (0, pad_cols, 0, pad_rows)), F.pad(self.counts, (0, pad_rows))
+        return BlockStatistics(sums, counts, self.kinds)
+
+    def only(self, kinds: tuple[Statistic, ...]) -> BlockStatistics:
+        """Some of the statistics.
+
+        Args:
+            kinds: Which ones, in the order in which they shall stand.
+        """
+        if kinds == self.kinds:
+            return self
+        return BlockStatistics(self.sums[[self.kinds.index(kind) for kind in kinds]], self.counts, kinds)
 
     def of(self, statistic: Statistic) -> tuple[Tensor, Tensor]:
         """Sum (num_heads, q_blocks, kv_blocks) and weight (q_blocks, 1) of one statistic."""
-        index = STATISTICS.index(statistic)
-        return self.sums[index], self.counts[1 if statistic == "max" else 0][:, None]
+        return self.sums[self.kinds.index(statistic)], self.counts[1 if statistic == "max" else 0][:, None]
 
 
 @torch.no_grad()
@@ -136,23 +160,32 @@ class ScoreAverage:
     def update(self, statistics: BlockStatistics) -> None:
         """Take the probe of one optimizer step."""
         total, weight = statistics.of(self.statistic)
-        weight = weight.expand(total.shape[1:])
         if self._sum is None or self._weight is None:
-            self._sum, self._weight = total.clone(), weight.clone()
+            self._sum, self._weight = total.clone(), weight.expand(total.shape[1:]).clone()
             return
         rows, cols = (max(self._sum.shape[i], total.shape[i]) for i in (1, 2))
-        grow = (0, cols - self._sum.shape[2], 0, rows - self._sum.shape[1])
-        self._sum, self._weight = F.pad(self._sum, grow), F.pad(self._weight, grow)
+        if (rows, cols) != self._sum.shape[1:]:
+            grow = (0, cols - self._sum.shape[2], 0, rows - self._sum.shape[1])
+            self._sum, self._weight = F.pad(self._sum, grow), F.pad(self._weight, grow)
         corner = (slice(total.shape[1]), slice(total.shape[2]))
-        seen = weight > 0
-        self._weight[corner] = torch.where(seen, self.decay * self._weight[corner] + weight, self._weight[corner])
-        old = self._sum[(slice(None), *corner)]
-        self._sum[(slice(None), *corner)] = torch.where(seen, self.decay * old + total, old)
+        # Rows that were not seen keep what they had: they have nothing to add, either.
+        fade = torch.full_like(weight, self.decay).masked_fill_(weight <= 0, 1.0)
+        self._weight[corner].mul_(fade).add_(weight)
+        self._sum[(slice(None), *corner)].mul_(fade).add_(total)
 
     @property
     def empty(self) -> bool:
         """Whether nothing was probed yet."""
         return self._sum is None
+
+    @property
+    def shape(self) -> torch.Size:
+        """Of the scores, (num_heads, q_blocks, kv_blocks).
+
+        Raises:
+            RuntimeError: If nothing was probed yet.
+        """
+        return self._known()[0].shape
 
     def value(self) -> Tensor:
         """Scores, float32, (num_heads, q_blocks, kv_blocks).
@@ -160,14 +193,20 @@ class ScoreAverage:
         Raises:
             RuntimeError: If nothing was probed yet.
         """
+        total, weight = self._known()
+        return (total / weight).float().masked_fill_(weight <= 0, torch.inf)
+
+    def _known(self) -> tuple[Tensor, Tensor]:
         if self._sum is None or self._weight is None:
             raise RuntimeError("No scores yet: probe at least one training step first.")
-        return torch.where(self._weight > 0, self._sum / self._weight, torch.inf).float()
+        return self._sum, self._weight
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors to save."""
-        return {"sum": self._sum, "weight": self._weight}
+        """What to save: the sums, packed, and the weights, (q_blocks, kv_blocks). Later updates do not change it."""
+        return {"sum": pack(self._sum), "weight": None if self._weight is None else self._weight.clone()}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue where `state_dict` was taken."""
-        self._sum, self._weight = state["sum"], state["weight"]
+        total, weight = unpack(state["sum"]), state["weight"]
+        self._sum = None if total is None else total.clone()
+        self._weight = None if weight is None else weight.clone()

@@ -8,11 +8,12 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = {"sparse_prune": ROOT / "sparse_prune", "sparse_prune.callbacks": ROOT / "callbacks"}
 PACKAGES["sparse_prune.recipes"] = ROOT / "recipes"
 ORDER = [
-    {"sparse_prune.schedules", "sparse_prune.pattern", "sparse_prune.stability", "sparse_prune.first_rank"},
-    {"sparse_prune.scores", "sparse_prune.selection", "sparse_prune.fixed_patterns"},
+    {"sparse_prune.schedules", "sparse_prune.pattern", "sparse_prune.stability"},
+    {"sparse_prune.first_rank", "sparse_prune.packing"},
+    {"sparse_prune.scores", "sparse_prune.ranks", "sparse_prune.selection", "sparse_prune.fixed_patterns"},
     {"sparse_prune.kernels"},
     {"sparse_prune.attention"},
-    {"sparse_prune.pruner", "sparse_prune.cache", "sparse_prune.passkey"},
+    {"sparse_prune.layer_state", "sparse_prune.pruner", "sparse_prune.cache", "sparse_prune.passkey"},
     {"sparse_prune.export", "sparse_prune.evaluation", "sparse_prune.retrieval_heads", "sparse_prune.distillation"},
     {"sparse_prune.callbacks"},
     {"sparse_prune.recipes"},

@@ -14,7 +14,7 @@ from torch import Tensor
 from sparse_prune.attention.packed import PackedKeys, masked_attention
 from sparse_prune.kernels import AttentionOptions, block_sparse_attention, moving_backend, probe_attention
 from sparse_prune.pattern import BlockPattern
-from sparse_prune.scores import BlockStatistics
+from sparse_prune.scores import STATISTICS, BlockStatistics, Statistic
 
 Mode = Literal["dense", "masked", "sparse"]
 _LENGTHS_KEPT = 8
@@ -117,12 +117,17 @@ class PrunableAttention:
             self._at[q_len, kv_len] = self._pattern.at(q_len, kv_len)
         return self._at[q_len, kv_len]
 
-    def take_statistics(self) -> BlockStatistics | None:
-        """What was collected, on the CPU; the handle forgets it."""
+    def take_statistics(self, kinds: tuple[Statistic, ...] = STATISTICS) -> BlockStatistics | None:
+        """What was collected, on the CPU; the handle forgets it.
+
+        Args:
+            kinds: The statistics to take; the others never leave the device.
+        """
         statistics, self.statistics = self.statistics, None
         if statistics is None:
             return None
-        return BlockStatistics(statistics.sums.cpu(), statistics.counts.cpu())
+        taken = statistics.only(kinds)
+        return BlockStatistics(taken.sums.cpu(), taken.counts.cpu(), kinds)
 
     def hand_over(self, packed: PackedKeys, key: Tensor) -> None:
         """Let the next call, which must come with these new keys, attend to what a cache holds."""

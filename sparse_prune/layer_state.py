@@ -1,0 +1,128 @@
+"""What pruning remembers about a layer, and what of it a checkpoint holds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparse_prune.attention import PrunableAttention
+from sparse_prune.packing import Packed, pack, unpack
+from sparse_prune.pattern import BlockPattern
+from sparse_prune.scores import BlockStatistics, ScoreAverage
+from sparse_prune.stability import StabilityTracker
+
+
+@dataclass(eq=False)
+class LayerState:
+    """What the pruner remembers about a layer."""
+
+    layer: PrunableAttention
+    scores: ScoreAverage
+    mass: ScoreAverage
+    """Average of plain row mass, to tell how much attention the kept blocks hold."""
+    tracker: StabilityTracker
+    settled_at: int | None = None
+    """Optimizer step at which the pattern was frozen."""
+    given_back: BlockPattern | None = None
+    """The pattern with which it settled, if the swap gained nothing and the layer got all its connections back."""
+
+    @property
+    def restored(self) -> bool:
+        """Whether the layer was given all its connections back."""
+        return self.given_back is not None
+
+    @property
+    def mass_kept(self) -> float:
+        """Share of dense attention probability that falls into kept blocks, in [0, 1]."""
+        kept, total = (part.sum() for part in self._mass())
+        return float(kept / total) if total > 0 else 1.0
+
+    @property
+    def head_mass_kept(self) -> list[float]:
+        """The same per head."""
+        kept, total = self._mass()
+        return [float(k / t) if t > 0 else 1.0 for k, t in zip(kept, total, strict=True)]
+
+    def _mass(self) -> tuple[Tensor, Tensor]:
+        """Probability in kept blocks and in all blocks per head, (num_heads,) each; zeros before the first decision."""
+        pattern = self.layer.pattern
+        if pattern is None or self.mass.empty:
+            zero = torch.zeros(self.layer.num_heads)
+            return zero, zero
+        mass = self.mass.value()
+        keep = (
+            pattern.at(*_lengths(mass.shape, pattern.block_size)).keep
+            if mass.shape != pattern.keep.shape
+            else pattern.keep
+        )
+        mass = mass.masked_fill(mass == torch.inf, 0.0)
+        return (mass * keep).sum((1, 2)), mass.sum((1, 2))
+
+    def pattern_at_scores(self, block_size: tuple[int, int]) -> BlockPattern:
+        """The pattern in force, at the lengths that the scores cover; that of a settled layer as it is.
+
+        Args:
+            block_size: Tokens per block side, (query, key), of the dense pattern that a layer without one has.
+
+        Raises:
+            RuntimeError: If nothing was probed yet.
+        """
+        pattern, shape = self.layer.pattern, self.scores.shape
+        lengths = _lengths(shape, block_size)
+        if pattern is None:
+            # The patterns cover whole blocks; a ragged end is a matter of `BlockPattern.at`.
+            return BlockPattern.dense(self.layer.num_heads, *lengths, block_size, self.layer.causal)
+        if self.settled_at is not None or shape == pattern.keep.shape:
+            return pattern
+        return pattern.at(*lengths)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that the next decision depends on; large tensors are packed."""
+        layer, pattern, seen = self.layer, self.layer.pattern, self.layer.statistics
+        return {
+            "num_heads": layer.num_heads,
+            "causal": layer.causal,
+            "block_size": None if pattern is None else pattern.block_size,
+            "lengths": None if pattern is None else (pattern.q_len, pattern.kv_len),
+            "keep": None if pattern is None else pack(pattern.keep),
+            "given_back": None if self.given_back is None else pack(self.given_back.keep),
+            "mode": layer.mode,
+            "backend": layer.backend,
+            "scores": self.scores.state_dict(),
+            "mass": self.mass.state_dict(),
+            "calm_checks": self.tracker.calm_checks,
+            "change": self.tracker.change,
+            "settled_at": self.settled_at,
+            "statistics": None if seen is None else {"sums": pack(seen.sums), "counts": seen.counts.cpu()},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue where `state_dict` was taken.
+
+        Args:
+            state: Of a layer with as many heads.
+        """
+        layer, seen = self.layer, state["statistics"]
+
+        def pattern(keep: Packed | Tensor | None) -> BlockPattern | None:
+            mask = unpack(keep)
+            return None if mask is None else BlockPattern(mask, state["block_size"], layer.causal, *state["lengths"])
+
+        layer.pattern, self.given_back = pattern(state["keep"]), pattern(state["given_back"])
+        layer.mode, layer.backend = state["mode"], state["backend"]
+        self.scores.load_state_dict(state["scores"])
+        self.mass.load_state_dict(state["mass"])
+        self.tracker.calm_checks, self.tracker.change = state["calm_checks"], state["change"]
+        self.settled_at = state["settled_at"]
+        sums = None if seen is None else unpack(seen["sums"])
+        layer.statistics = None if sums is None else BlockStatistics(sums, seen["counts"])
+
+
+def _lengths(scores: torch.Size, block_size: tuple[int, int]) -> tuple[int, int]:
+    """Lengths that scores of a shape cover, for self-attention in whole blocks."""
+    length = min(scores[1] * block_size[0], scores[2] * block_size[1])
+    return length, length

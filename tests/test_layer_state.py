@@ -1,0 +1,113 @@
+"""What a checkpoint holds of a layer is small and complete."""
+
+import io
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sparse_prune import AttentionPruner, BlockStatistics, LinearSchedule
+from sparse_prune.attention import PrunableAttention
+from sparse_prune.packing import pack, unpack
+
+HEADS, BLOCKS = 4, 24
+
+
+@given(st.lists(st.integers(0, 5), max_size=3), st.sampled_from([torch.bool, torch.float32, torch.float64]), st.data())
+@settings(deadline=None)
+def test_what_is_packed_comes_back_to_the_bit(shape, dtype, data):
+    seed = data.draw(st.integers(0, 2**31))
+    drawn = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    tensor = (drawn.clamp(min=0) * 1e-300).to(dtype) if dtype != torch.bool else drawn > 0
+    back = unpack(pack(tensor))
+    assert back.dtype == dtype
+    assert torch.equal(back, tensor)
+    assert unpack(tensor) is tensor
+
+
+def test_bits_and_numbers_are_all_that_is_packed():
+    numbers = torch.rand(3, 8, 8).add(1.0).tril()
+    packed = pack(numbers)
+    assert packed["bits"].nbytes == 3 * 8 * 8 // 8
+    assert packed["values"].nbytes == 3 * 36 * 4
+    assert pack(numbers > 0).keys() == {"shape", "bits"}
+    assert pack(None) is unpack(None) is None
+
+
+def pruner(**changes):
+    made = AttentionPruner(LinearSchedule(final=0.6, end_step=4), block_size=4, min_delta=1.0, **changes)
+    made._begin([PrunableAttention(name, HEADS, 2, causal=True) for name in ("a", "b")])
+    return made
+
+
+def feed(pruner, step):
+    """Statistics of a step, the same for every pruner."""
+    generator = torch.Generator().manual_seed(step)
+    for state in pruner.layers.values():
+        sums = torch.rand(3, HEADS, BLOCKS, BLOCKS, generator=generator, dtype=torch.float64).tril()
+        state.layer.statistics = BlockStatistics(sums, torch.full((2, BLOCKS), 4.0, dtype=torch.float64))
+
+
+def decide(pruner, step, reduce=None):
+    feed(pruner, step)
+    return pruner.update(step, reduce)
+
+
+def as_version_2(state):
+    """The state as it was saved before tensors were packed."""
+    layers = {name: dict(part) for name, part in state["layers"].items()}
+    for part in layers.values():
+        part["keep"], part["given_back"] = unpack(part["keep"]), unpack(part["given_back"])
+        for key in ("scores", "mass"):
+            part[key] = {**part[key], "sum": unpack(part[key]["sum"])}
+        if part["statistics"]:
+            part["statistics"] = {**part["statistics"], "sums": unpack(part["statistics"]["sums"])}
+    return {**state, "version": 2, "layers": layers}
+
+
+@pytest.mark.parametrize("convert", [dict, as_version_2])
+@pytest.mark.parametrize("last", [2, 5])
+def test_state_goes_on_where_it_was_taken_whatever_happened_since(convert, last):
+    whole, again = pruner(), pruner()
+    for step in range(1, last):
+        decide(whole, step)
+    feed(whole, last)  # probed, not decided
+    state = convert(whole.state_dict())
+    reports = [whole.update(last), decide(whole, last + 1)]
+    again.load_state_dict(state)
+    assert [again.update(last), decide(again, last + 1)] == reports
+    for name, pattern in whole.patterns.items():
+        assert torch.equal(again.patterns[name].keep, pattern.keep)
+    with pytest.raises(ValueError, match="version 2 or 3, got 1"):
+        again.load_state_dict({**state, "version": 1})
+
+
+def test_state_takes_two_numbers_per_block_that_was_seen():
+    saved, filled = pruner(), io.BytesIO()
+    decide(saved, 1)
+    torch.save(saved.state_dict(), filled)
+    seen, grid = BLOCKS * (BLOCKS + 1) // 2, BLOCKS**2
+    expected = 2 * HEADS * (16 * seen + 3 * grid // 8) + 2 * 2 * 8 * grid
+    assert expected <= filled.tell() < expected + 10_000
+
+
+@pytest.mark.parametrize(
+    ("statistic", "kinds"), [("max", ("max", "mean")), ("mean_square", ("mean_square", "mean")), ("mean", ("mean",))]
+)
+def test_ranks_share_only_what_a_decision_looks_at(statistic, kinds):
+    shared, made = {}, pruner(statistic=statistic)
+    decide(made, 1, lambda statistics: shared.update(statistics) or statistics)
+    for seen in shared.values():
+        assert seen.kinds == kinds
+        assert seen.sums.shape == (len(kinds), HEADS, BLOCKS, BLOCKS)
+        assert seen.only(kinds) is seen
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_a_block_that_is_not_finite_is_refused(bad):
+    made = pruner()
+    feed(made, 1)
+    made.layers["b"].layer.statistics.sums[2, 1, 3, 2] = bad
+    with pytest.raises(ValueError, match="'b': attention logits must be finite"):
+        made.update(1)
