@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 from typing import Any
 
 import pytorch_lightning as pl
@@ -16,9 +17,10 @@ from sparse_prune.callbacks.sparsity_logger import SparsityLogger
 from typing_extensions import override
 
 from sparse_prune.distillation import Distillation
-from sparse_prune.pruner import AttentionPruner, Criterion, PruneReport
+from sparse_prune.pruner import AttentionPruner, Criterion, PruneReport, Reduce
+from sparse_prune.ranks import sum_over_ranks
 from sparse_prune.schedules import Schedule
-from sparse_prune.scores import BlockStatistics, Statistic
+from sparse_prune.scores import Statistic
 from sparse_prune.selection import Constraints
 
 log = logging.getLogger(__name__)
@@ -220,7 +222,7 @@ class AttentionPruning(pl.Callback):
             # The scaler found NaN or infinity, took no step and trains on: what was probed may be as bad.
             self.pruner.forget()
             return
-        report = self.pruner.update(step, _sum_over_ranks if trainer.world_size > 1 else None)
+        report = self.pruner.update(step, _reduction(trainer))
         if report is not None:
             self.report = report
         elif (step - 1) % self.every_n_steps == 0:
@@ -258,12 +260,8 @@ def _gradient_scale(trainer: pl.Trainer) -> float:
     return 1.0 if scaler is None else float(scaler.get_scale())
 
 
-def _sum_over_ranks(statistics: dict[str, BlockStatistics]) -> dict[str, BlockStatistics]:
-    """Every rank's statistics, added in rank order on every rank: bit-equal everywhere."""
-    gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, statistics)
-    total: dict[str, BlockStatistics] = {}
-    for part in gathered:
-        for name, seen in part.items():
-            total[name] = total[name] + seen if name in total else seen
-    return total
+def _reduction(trainer: pl.Trainer) -> Reduce | None:
+    """How the ranks' statistics are added up; None for a single process."""
+    if trainer.world_size == 1:
+        return None
+    return partial(sum_over_ranks, device="cpu" if dist.get_backend() == "gloo" else trainer.strategy.root_device)
