@@ -53,8 +53,8 @@ def _summed(seen: BlockStatistics | None, like: BlockStatistics, device: torch.d
         seen = BlockStatistics(torch.zeros(like.sums.shape), torch.zeros(like.counts.shape), like.kinds)
     grown = seen.grown(*like.sums.shape[2:])
     numbers = torch.cat([part.float().flatten() for part in (grown.sums, grown.counts)]).to(device)
-    sums, counts = _sum_in_rank_order(numbers).cpu().double().split([like.sums.numel(), like.counts.numel()])
-    return BlockStatistics(sums.view(like.sums.shape), counts.view(like.counts.shape), like.kinds)
+    total, count = _sum_in_rank_order(numbers).cpu().double(), like.sums.numel()
+    return BlockStatistics(total[:count].view(like.sums.shape), total[count:].view(like.counts.shape), like.kinds)
 
 
 def _sum_in_rank_order(numbers: Tensor) -> Tensor:
