@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from functools import cache
+from functools import lru_cache
+from types import FunctionType
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -12,6 +13,10 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from sparse_prune.kernels.options import AttentionOptions
 from sparse_prune.pattern import BlockPattern
+
+_COMPILERS = {"cuda": "inductor", "cpu": "eager"}
+_KINDS_KEPT = 64
+_LONGEST_TILE = 128  # of torch's default launch configurations; a tile must divide a block
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, pattern: BlockPattern, options: AttentionOptions) -> Tensor:
@@ -25,55 +30,112 @@ def attend(query: Tensor, key: Tensor, value: Tensor, pattern: BlockPattern, opt
             f"Backend 'flex' has no dropout, got `dropout_p` {options.dropout_p}. Use 'triton' or 'gather'."
         )
     wants_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value))
-    if query.device.type == "cpu":
+    device = query.device
+    if device.type == "cpu":
         if wants_grad:
             raise ValueError("Backend 'flex' has no gradients on a CPU. Use 'gather', or torch.no_grad().")
         query, key, value = query.detach(), key.detach(), value.detach()  # it looks at the flag alone
-    softcap = options.softcap
-
-    def score_mod(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        return score if softcap is None else softcap * torch.tanh(score / softcap)
-
-    attention = _compiled() if query.device.type == "cuda" else flex_attention
-    output: Tensor = attention(
-        query,
-        key,
-        value,
-        score_mod=None if softcap is None else score_mod,
-        block_mask=_block_mask(pattern, options, query.device),
-        scale=options.scale,
-        enable_gqa=query.shape[1] != key.shape[1],
+    visible = options.token_mask(pattern.q_len, pattern.kv_len, device)
+    masked = None if visible is None else visible.shape
+    shapes = (query.shape, key.shape, query.dtype, device, masked)
+    tiles = _tiles(pattern.block_size) if device.type == "cuda" else None
+    compiled = _compiled(
+        _COMPILERS[device.type],
+        tiles is not None and wants_grad,
+        (*shapes, pattern.block_size, pattern.causal, options.scale, options.softcap, wants_grad),
+    )
+    output: Tensor = compiled(
+        query, key, value, options.softcap, _block_mask(pattern, visible, device), options.scale, tiles
     )
     return output
 
 
-@cache
-def _compiled() -> Any:
-    return torch.compile(flex_attention, dynamic=False)
+def _tiles(block_size: tuple[int, int]) -> dict[str, Any] | None:
+    """Kernel options under which tiles of the forward pass divide the blocks; None where the defaults do.
+
+    Raises:
+        ValueError: If a side has not the factor 16, the least side of a tile.
+    """
+    if all(side % _LONGEST_TILE == 0 for side in block_size):
+        return None
+    rows, cols = (min(side & -side, _LONGEST_TILE) for side in block_size)
+    if min(rows, cols) < 16:
+        raise ValueError(f"Backend 'flex' needs blocks with a factor of 16 on a GPU, got {block_size}. Use 'triton'.")
+    # The decoding kernel, which few queries would get, chooses its tiles itself.
+    return {"fwd_BLOCK_M": rows, "fwd_BLOCK_N": cols, "fwd_num_warps": 4, "FORCE_USE_FLEX_ATTENTION": True}
+
+
+def _call(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    softcap: float | None,
+    block_mask: BlockMask,
+    scale: float | None,
+    kernel_options: Any,
+) -> Any:
+    def score_mod(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return score if softcap is None else softcap * torch.tanh(score / softcap)
+
+    return flex_attention(
+        query,
+        key,
+        value,
+        score_mod=None if softcap is None else score_mod,
+        block_mask=block_mask,
+        scale=scale,
+        enable_gqa=query.shape[1] != key.shape[1],
+        kernel_options=kernel_options,
+    )
+
+
+@lru_cache(_KINDS_KEPT)
+def _compiled(compiler: str, tuned: bool, kind: tuple[Any, ...]) -> Any:
+    """`_call` for one kind of call, with a code object of its own.
+
+    torch.compile counts recompilations per code object: under one for all, calls of the ninth kind would run
+    uncompiled, with all scores materialised. With `fullgraph` it fails in place of that.
+
+    Args:
+        compiler: Name of torch.compile's backend.
+        tuned: Let Inductor choose among its launch configurations. Of the backward pass it takes a default only if
+            that one's own tiles divide the blocks, whatever `kernel_options` say.
+        kind: All that torch.compile would compile anew for.
+    """
+    function = FunctionType(_call.__code__.replace(), _call.__globals__)
+    return torch.compile(
+        function,
+        dynamic=False,
+        fullgraph=True,
+        backend=compiler,
+        options={"max_autotune": True} if tuned else None,
+    )
 
 
 _PLAIN: WeakKeyDictionary[BlockPattern, dict[torch.device, BlockMask]] = WeakKeyDictionary()
 
 
-def _block_mask(pattern: BlockPattern, options: AttentionOptions, device: torch.device) -> BlockMask:
+def _block_mask(pattern: BlockPattern, visible: Tensor | None, device: torch.device) -> BlockMask:
     """Built once per pattern, unless masks come with the call."""
-    visible = options.token_mask(pattern.q_len, pattern.kv_len, device)
     if visible is not None:
         return _build(pattern, visible.expand(-1, -1, pattern.q_len, pattern.kv_len), device)
     known = _PLAIN.setdefault(pattern, {})
     if device not in known:
-        known[device] = _build(pattern, None, device)
+        # A mask that was built in validation must serve training too.
+        with torch.inference_mode(False):
+            known[device] = _build(pattern, None, device)
     return known[device]
 
 
 def _build(pattern: BlockPattern, visible: Tensor | None, device: torch.device) -> BlockMask:
-    block_q, block_kv = pattern.block_size
+    # The mask outlives no pattern: what it calls must not hold one.
+    (block_q, block_kv), causal = pattern.block_size, pattern.causal
     q_len, kv_len = pattern.q_len, pattern.kv_len
-    keep, offset = pattern.keep.to(device), kv_len - q_len
+    keep, offset = pattern.keep.to(device, copy=True), kv_len - q_len
 
     def mask_mod(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         seen = keep[h, q.clamp(max=q_len - 1) // block_q, k.clamp(max=kv_len - 1) // block_kv]
-        if pattern.causal:
+        if causal:
             seen = seen & (k <= q + offset)
         if visible is not None:
             batch, heads = visible.shape[0] > 1, visible.shape[1] > 1
