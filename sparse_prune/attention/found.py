@@ -51,6 +51,7 @@ def give_handle(layer: FoundLayer) -> PrunableAttention:
         assert layer.num_heads is not None
         assert layer.num_kv_heads is not None
         handle = PrunableAttention(layer.name, layer.num_heads, layer.num_kv_heads, causal=bool(layer.causal))
+        handle.repeats_keys = layer.kind == "transformers"
         setattr(layer.module, _HANDLE, handle)
     return handle
 

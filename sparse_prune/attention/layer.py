@@ -75,6 +75,9 @@ class PrunableAttention:
     """The last training call."""
     sliding_window: int | None = None
     """Tokens that a query sees back to, itself included, if the model's own mask has a window."""
+    repeats_keys: bool = False
+    """Whether the model's own attention repeats key heads where a shared one would get a slow kernel, as transformers
+    does; else it shares them in any case (`enable_gqa`)."""
     _handed_over: tuple[PackedKeys, Tensor] | None = None
     _pattern: BlockPattern | None = None
     _version: str = ""  # names the pattern for torch.compile, which compiles anew when it changes

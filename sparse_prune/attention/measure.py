@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import TypeVar
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from sparse_prune.attention.clock import milliseconds
 from sparse_prune.attention.layer import PrunableAttention
 from sparse_prune.attention.softcap import softcapped
 from sparse_prune.kernels import AttentionOptions, block_sparse_attention
@@ -30,8 +30,9 @@ def time_attention(
 ) -> dict[str, float]:
     """Milliseconds of a forward and backward pass like the layer's last training call, with its pattern or another.
 
-    All take turns, and of each the fastest turn counts: what else runs on a machine can only make a clock run longer,
-    and seldom hits all turns of one candidate alone. A candidate that fails, for want of memory say, is left out.
+    On a GPU the device's time alone, without what the host takes to launch kernels (see `clock`). All take turns, and of
+    each the fastest turn counts: what else runs on a machine can only make a clock run longer, and seldom hits all turns
+    of one candidate alone. A candidate that fails, for want of memory say, is left out.
 
     Args:
         layer: It has seen a training call.
@@ -104,16 +105,25 @@ def _attention(
         return partial(block_sparse_attention, query, key, value, pattern, options, backend=backend)
     if options.softcap is not None:
         return partial(softcapped, query, key, value, layer.causal, options)
-    group = layer.num_heads // layer.num_kv_heads
     mask = options.token_mask(q_len, kv_len, query.device)
     if mask is not None and layer.causal:
         mask = mask & torch.ones(q_len, kv_len, dtype=torch.bool, device=query.device).tril()
 
+    # As transformers decides: with a mask, or beyond 256 channels, its call would get a slow kernel with shared keys.
+    shared = not layer.repeats_keys or (mask is None and query.shape[3] <= 256)
+    group = layer.num_heads // layer.num_kv_heads
+
     def dense() -> Tensor:
-        keys, values = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
-        causal = layer.causal and mask is None
-        return torch.as_tensor(
-            F.scaled_dot_product_attention(query, keys, values, mask, options.dropout_p, causal, scale=options.scale)
+        keys, values = (t if shared else t.repeat_interleave(group, 1) for t in (key, value))
+        return F.scaled_dot_product_attention(
+            query,
+            keys,
+            values,
+            mask,
+            options.dropout_p,
+            is_causal=layer.causal and mask is None,
+            scale=options.scale,
+            enable_gqa=shared and group > 1,
         )
 
     return dense
@@ -141,15 +151,5 @@ def _inputs(layer: PrunableAttention) -> tuple[Tensor, Tensor, Tensor]:
 
 @torch.enable_grad()  # type: ignore[untyped-decorator, unused-ignore]
 def _milliseconds(attend: Callable[[], Tensor], inputs: tuple[Tensor, Tensor, Tensor]) -> float:
-    device = inputs[0].device
     grad = torch.ones_like(inputs[0])
-    _wait(device)
-    start = time.perf_counter()
-    torch.autograd.grad(attend(), inputs, grad)
-    _wait(device)
-    return 1e3 * (time.perf_counter() - start)
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    return milliseconds(lambda: torch.autograd.grad(attend(), inputs, grad), grad.device)

@@ -2,9 +2,10 @@ import logging
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from sparse_prune import BlockPattern
-from sparse_prune.attention import CallShape, PrunableAttention, measure
+from sparse_prune.attention import CallShape, PrunableAttention, attach, measure
 from sparse_prune.kernels import BACKENDS, AttentionOptions
 
 
@@ -87,3 +88,45 @@ def test_configurations_are_found_before_the_clock_runs(layer, monkeypatch):
     calls.clear()
     measure.time_attention(layer, ["gather"], repeats=1)
     assert "gather" not in calls
+
+
+@pytest.mark.parametrize(
+    ("repeats_keys", "options", "head_dim", "shared"),
+    [
+        (True, AttentionOptions(), 16, True),
+        (True, AttentionOptions(), 272, False),
+        (True, AttentionOptions(key_mask=torch.ones(1, 64, dtype=torch.bool)), 16, False),
+        (False, AttentionOptions(key_mask=torch.ones(1, 64, dtype=torch.bool)), 16, True),
+    ],
+)
+def test_dense_attention_shares_keys_where_the_model_does(layer, monkeypatch, repeats_keys, options, head_dim, shared):
+    calls, sdpa = [], measure.F.scaled_dot_product_attention
+
+    def watched(query, key, *args, enable_gqa, **kwargs):
+        calls.append((key.shape[1], enable_gqa))
+        return sdpa(query, key, *args, enable_gqa=enable_gqa, **kwargs)
+
+    monkeypatch.setattr(measure.F, "scaled_dot_product_attention", watched)
+    layer.repeats_keys = repeats_keys
+    layer.last_shape = layer.last_shape._replace(options=options, head_dim=head_dim)
+    measure._attention(layer, "dense", layer.pattern, *measure._inputs(layer))()
+    assert calls == [(2, True) if shared else (4, False)]
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_dense_attention_is_called_as_transformers_calls_it(monkeypatch, padded):
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=50, num_hidden_layers=1, **sizes))
+    (layer,) = attach(model)
+    calls, sdpa = [], measure.F.scaled_dot_product_attention
+
+    def watched(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
+        calls.append((key.shape, None if attn_mask is None else attn_mask.shape, is_causal, enable_gqa))
+        return sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+
+    monkeypatch.setattr(measure.F, "scaled_dot_product_attention", watched)
+    mask = torch.ones(2, 24, dtype=torch.long)
+    mask[0, : 5 * padded] = 0
+    model(torch.ones_like(mask), attention_mask=mask, use_cache=False)
+    measure._attention(layer, "dense", None, *measure._inputs(layer))()
+    assert calls[0] == calls[1]
