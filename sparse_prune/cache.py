@@ -115,8 +115,9 @@ class PatternLayer(CacheLayerMixin):  # type: ignore[misc]
         fill = -num_blocks(start + new, block) * block + start
         for bucket in self.buckets:
             at = bucket.keys.shape[2] + fill
-            bucket.keys[:, :, at : at + new] = key_states[:, bucket.heads]
-            bucket.values[:, :, at : at + new] = value_states[:, bucket.heads]
+            index = bucket.index(key_states.shape[1])
+            bucket.keys[:, :, at : at + new] = key_states[:, index]
+            bucket.values[:, :, at : at + new] = value_states[:, index]
         self.length += new
         self.handle.hand_over(PackedKeys(self.buckets, self.length, self.pattern), key_states)
         if crossed and new > 1:

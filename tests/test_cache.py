@@ -4,6 +4,8 @@ import weakref
 
 import pytest
 import torch
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     BertConfig,
     BertModel,
@@ -23,6 +25,7 @@ from transformers import (
 from sparse_prune import BlockPattern
 from sparse_prune.attention import attach
 from sparse_prune.cache import PatternCache, PatternLayer
+from sparse_prune.kernels import AttentionOptions
 
 SMALL = {
     "vocab_size": 50,
@@ -212,6 +215,47 @@ def test_crop_goes_back_as_far_as_nothing_is_missing():
     cache.crop(-15)
     found = model(ids[:, 45:46], past_key_values=cache).logits
     torch.testing.assert_close(found[:, -1], whole[:, 45], atol=2e-4, rtol=2e-4)
+
+
+class HostCopies(TorchDispatchMode):
+    """Operations that bring a tensor of the host, more than a number, to the device "meta"."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        tensors = [thing for thing in pytree.tree_leaves([args, kwargs, result]) if isinstance(thing, torch.Tensor)]
+        if len({tensor.device for tensor in tensors if tensor.dim()}) > 1:
+            self.found.append(str(func))
+        return result
+
+
+@pytest.mark.parametrize("masks", ["none", "padding", "every head's own"])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@torch.no_grad()
+def test_tokens_within_a_block_bring_nothing_from_the_host(masks, softcap):
+    handle = attach(make(dense_heads=(3,)))[0]
+    layer = PatternLayer(handle, handle.pattern)
+
+    def decode(new, seen):
+        key = torch.empty(1, 2, new, 8, device="meta")
+        layer.update(key, key)
+        handed, handle._handed_over = handle._handed_over, None
+        key_mask = torch.ones(1, seen, dtype=torch.bool, device="meta") if masks == "padding" else None
+        attn_mask = torch.ones(1, 4, new, seen, dtype=torch.bool, device="meta") if "own" in masks else None
+        options = AttentionOptions(key_mask=key_mask, attn_mask=attn_mask, softcap=softcap)
+        if handed is not None:
+            handed[0].attend(torch.empty(1, 4, new, 8, device="meta"), options)
+
+    decode(61, 61)
+    decode(1, 62)
+    assert len(layer.buckets) > 1  # heads that hold different numbers of blocks
+    with HostCopies() as copies:
+        decode(1, 63)
+        decode(1, 64)
+    assert copies.found == []
 
 
 def live_bytes():

@@ -30,9 +30,9 @@ def time_attention(
 ) -> dict[str, float]:
     """Milliseconds of a forward and backward pass like the layer's last training call, with its pattern or another.
 
-    On a GPU the device's time alone, without what the host takes to launch kernels (see `clock`). All take turns, and of
-    each the fastest turn counts: what else runs on a machine can only make a clock run longer, and seldom hits all turns
-    of one candidate alone. A candidate that fails, for want of memory say, is left out.
+    On a GPU the device's time alone, without what the host takes to launch kernels (see `clock`). All take turns, and
+    of each the fastest turn counts: what else runs on a machine can only make a clock run longer, and seldom hits all
+    turns of one candidate alone. A candidate that fails, for want of memory say, is left out.
 
     Args:
         layer: It has seen a training call.

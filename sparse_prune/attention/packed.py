@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sparse_prune.kernels import AttentionOptions, block_sparse_attention
+from sparse_prune.kernels import AttentionOptions, reference
 from sparse_prune.pattern import BlockPattern
 
 
@@ -29,6 +29,26 @@ class Bucket:
     """(batch, heads, blocks * block, value_dim)."""
     _row: int = -1
     _row_mask: Tensor | None = None
+    _index: Tensor | slice | None = None
+    _positions: Tensor | None = None
+
+    def index(self, num_kv_heads: int) -> Tensor | slice:
+        """What picks the bucket's heads out of all on their device, where it stays: a copy per token would wait."""
+        if self._index is None:
+            everyone = len(self.heads) == num_kv_heads
+            self._index = slice(None) if everyone else self.heads.to(self.keys.device)
+        return self._index
+
+    def positions(self, block: int) -> Tensor:
+        """Position in the sequence of every slot, (heads, slots), on the keys' device, where it stays.
+
+        Args:
+            block: Tokens per key block.
+        """
+        if self._positions is None:
+            slots = self.blocks[:, :, None] * block + torch.arange(block)
+            self._positions = slots.flatten(1).to(self.keys.device)
+        return self._positions
 
     def row_mask(self, row: int, pattern: BlockPattern, num_kv_heads: int) -> Tensor | None:
         """Slots that the queries of one pattern row attend to, (heads, group, 1, slots); None: all of them.
@@ -69,13 +89,13 @@ class PackedKeys:
         Returns:
             (batch, num_heads, q_len, value_dim). Rows that may attend to nothing are zero.
         """
-        q_len, device = query.shape[2], query.device
+        q_len = query.shape[2]
         num_kv_heads = sum(len(bucket.heads) for bucket in self.buckets)
         grouped = torch.unflatten(query, 1, (num_kv_heads, -1))  # (batch, kv_heads, group, q_len, head_dim)
         output: Tensor | None = None
         for bucket in self.buckets:
             used = self._used(bucket)
-            index = slice(None) if len(bucket.heads) == num_kv_heads else bucket.heads.to(device)
+            index = bucket.index(num_kv_heads)
             mask = self._mask(bucket, q_len, used, num_kv_heads, options)
             if mask is not None:
                 mask = mask.expand(-1, -1, grouped.shape[2], q_len, -1).flatten(2, 3)
@@ -97,7 +117,6 @@ class PackedKeys:
         """Which slots each query attends to, (batch or 1, heads, group or 1, q_len or 1, used); None: all."""
         block_q, block_kv = self.pattern.block_size
         start, device = self.length - q_len, bucket.keys.device
-        slot = torch.arange(block_kv)
         if q_len == 1:
             mask = bucket.row_mask(start // block_q, self.pattern, num_kv_heads)
             mask = None if mask is None else mask[None, ..., :used]
@@ -106,23 +125,18 @@ class PackedKeys:
             first, end = start // block_q, (self.length - 1) // block_q + 1
             keep = bucket.block_mask(first, end, self.pattern, num_kv_heads)[:, :, query // block_q - first]
             keep = keep.to(device).repeat_interleave(block_kv, -1)[..., :used]
-            position = self._positions(bucket, slot)[:, None, None, :used]
-            mask = (keep & (position <= query[:, None]).to(device))[None]
+            position = bucket.positions(block_kv)[:, None, None, :used]
+            mask = (keep & (position <= query[:, None].to(device)))[None]
         if options.key_mask is not None or options.attn_mask is not None:
-            position = self._positions(bucket, slot)[None, :, None, None, :used].to(device)
+            position = bucket.positions(block_kv)[None, :, None, None, :used]
             if options.key_mask is not None:
                 mask = _both(mask, options.key_mask[:, None, None, None, :].take_along_dim(position, -1))
             if options.attn_mask is not None:
                 given = options.attn_mask[:, None]  # (batch, 1, 1, q_len, length), or with all heads in the third place
                 if given.shape[2] > 1:
-                    given = torch.unflatten(options.attn_mask, 1, (num_kv_heads, -1))[:, bucket.heads]
+                    given = torch.unflatten(options.attn_mask, 1, (num_kv_heads, -1))[:, bucket.index(num_kv_heads)]
                 mask = _both(mask, given.take_along_dim(position, -1))
         return mask
-
-    @staticmethod
-    def _positions(bucket: Bucket, slot: Tensor) -> Tensor:
-        """Position in the sequence of every slot, (heads, slots)."""
-        return (bucket.blocks[:, :, None] * len(slot) + slot).flatten(1)
 
 
 def masked_attention(
@@ -141,10 +155,9 @@ def masked_attention(
         (batch, heads, q_len, value_dim). Rows that may attend to nothing are zero.
     """
     if options.softcap is not None:
-        q_len, kv_len = query.shape[2], key.shape[2]
-        everything = BlockPattern.dense(query.shape[1], q_len, kv_len, max(q_len, kv_len), causal=False)
-        capped = AttentionOptions(scale=options.scale, softcap=options.softcap, attn_mask=mask)
-        return block_sparse_attention(query, key, value, everything, capped, backend="reference")
+        everything = torch.ones(1, 1, 1, key.shape[2], dtype=torch.bool, device=query.device)
+        capped = AttentionOptions(scale=options.scale, softcap=options.softcap)
+        return reference.masked_attention(query, key, value, everything if mask is None else mask, capped)
     output: Tensor = F.scaled_dot_product_attention(query, key, value, mask, scale=options.scale)
     return output if mask is None else output.masked_fill(~mask.any(-1, keepdim=True), 0.0)
 
