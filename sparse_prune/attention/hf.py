@@ -6,10 +6,12 @@ import ast
 import inspect
 from collections.abc import Callable, Iterator
 from functools import cache
+from types import FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from sparse_prune.attention.found import FoundLayer, drop_handle, give_handle, handle_of, modules_of
 from sparse_prune.attention.layer import PrunableAttention
@@ -154,7 +156,11 @@ def _attention_mask(
     attention_mask: Tensor | None = None,
     **kwargs: Any,
 ) -> Tensor | None:
-    """The mask of a call: (batch, kv_len) if it is padding alone, else (batch, 1, q_len, kv_len); None hides nothing.
+    """The mask of a call; None hides nothing beside what causality does.
+
+    (batch, kv_len) if it is padding alone; (batch, 1, window, kv_len), padding repeated, if it is padding and a causal
+    sliding window shorter than the sequence (`_window_of`); else (batch, 1, q_len, kv_len). transformers may call again
+    with the result: masks of four dimensions it takes as they are.
 
     Masks for a static cache end with the latest key: from their width `_attention_forward` knows how many keys count.
     """
@@ -195,17 +201,49 @@ def _mask(
     from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
 
     plain = mask_function is causal_mask_function or mask_function is bidirectional_mask_function
-    if plain and q_length == kv_length and not kv_offset:
+    window = None if plain else _window(mask_function, kwargs.get("local_size"))
+    if (plain or (window and not q_offset)) and q_length == kv_length and not kv_offset:
         padding = None if attention_mask is None else attention_mask[:, :kv_length].bool()
         # A tracer cannot look into the mask: it takes padding that hides nothing along.
-        if padding is None or (not torch.compiler.is_compiling() and bool(padding.all())):
-            return None
-        if padding.shape[1] == kv_length:
+        if padding is not None and not torch.compiler.is_compiling() and bool(padding.all()):
+            padding = None
+        if window and window < kv_length:
+            if padding is None:
+                padding = torch.ones((), dtype=torch.bool, device=kwargs.get("device")).expand(batch_size, kv_length)
+            if padding.shape == (batch_size, kv_length):
+                return padding[:, None, None].expand(-1, 1, window, -1)
+        elif padding is None or padding.shape[1] == kv_length:
             return padding
     mask: Tensor | None = sdpa_mask(
         batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, **kwargs
     )
     return mask
+
+
+def _window(mask_function: Any, size: int | None) -> int | None:
+    """Tokens that a query sees back to, itself included, if the mask is that window and causality and nothing else."""
+    from transformers.masking_utils import sliding_window_causal_mask_function
+
+    # Of one row a mask could be meant for all queries; and a tracer cannot compare functions.
+    if not isinstance(size, int) or size < 2 or torch.compiler.is_compiling():
+        return None
+    return size if _alike(mask_function, sliding_window_causal_mask_function(size)) else None
+
+
+def _alike(one: Any, other: Any) -> bool:
+    """Whether two functions have the same code and hold functions and numbers that are alike."""
+    if isinstance(one, FunctionType) and isinstance(other, FunctionType):
+        held, other_held = ([cell.cell_contents for cell in f.__closure__ or ()] for f in (one, other))
+        return one.__code__ is other.__code__ and _alike(tuple(held), tuple(other_held))
+    if isinstance(one, tuple) and isinstance(other, tuple):
+        return len(one) == len(other) and all(map(_alike, one, other))
+    return isinstance(one, int) and isinstance(other, int) and one == other
+
+
+def _window_of(mask: Tensor | None, q_len: int) -> int | None:
+    """The window of a mask that stands for one: its rows are fewer than the queries, which no other mask's are."""
+    rows = 1 if mask is None or mask.dim() < 4 else mask.shape[2]
+    return rows if 1 < rows < q_len else None
 
 
 def _attention_forward(
@@ -242,12 +280,15 @@ def _attend(
     handle = handle_of(module)
     causal = bool(getattr(module, "is_causal", False)) if is_causal is None else is_causal
     softcap = kwargs.pop("softcap", None)
+    window = _window_of(attention_mask, query.shape[2])
+    if attention_mask is not None and window is not None and not causal:  # the kernels' windows are for causal layers
+        attention_mask, window = _expand(attention_mask, causal), None
 
     def dense() -> Tensor:
         if softcap is not None:
-            return softcapped(query, key, value, causal, _options(attention_mask, dropout, scaling, softcap))
+            return softcapped(query, key, value, causal, _options(attention_mask, window, dropout, scaling, softcap))
         mask = attention_mask
-        if mask is not None and mask.dim() == 2:
+        if mask is not None and (mask.dim() == 2 or window is not None):
             mask = _expand(mask, causal)
         output, _ = sdpa_attention_forward(
             module, query, key, value, mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
@@ -264,7 +305,7 @@ def _attend(
     if handle.mode != "dense" or handle.probe_block_size is not None:
         _refuse(handle, attention_mask, kwargs)
     handle.sliding_window = kwargs.get("sliding_window")
-    options = _options(attention_mask, dropout, scaling, softcap)
+    options = _options(attention_mask, window, dropout, scaling, softcap)
     output = handle.attend(query, key, value, options, dense=dense)
     return output.transpose(1, 2).contiguous(), None
 
@@ -272,11 +313,18 @@ def _attend(
 _attend_eagerly = torch.compiler.disable(_attend)  # type: ignore[no-untyped-call, unused-ignore]
 
 
-def _options(mask: Tensor | None, dropout: float, scaling: float | None, softcap: float | None) -> AttentionOptions:
+def _options(
+    mask: Tensor | None, window: int | None, dropout: float, scaling: float | None, softcap: float | None
+) -> AttentionOptions:
+    key_mask = mask if mask is not None and mask.dim() == 2 else None
+    if mask is not None and window is not None:
+        # One value for all keys: there is no padding.
+        key_mask, mask = mask[:, 0, 0] if mask.stride(3) else None, None
     return AttentionOptions(
         scale=scaling,
-        key_mask=mask if mask is not None and mask.dim() == 2 else None,
+        key_mask=key_mask,
         attn_mask=mask if mask is not None and mask.dim() == 4 and mask.dtype == torch.bool else None,
+        window=window,
         dropout_p=dropout,
         seed=int(torch.randint(2**62, ())) if dropout else None,
         softcap=softcap,
@@ -298,10 +346,20 @@ def _refuse(handle: PrunableAttention, mask: Tensor | None, kwargs: dict[str, An
         )
 
 
-def _expand(key_mask: Tensor, causal: bool) -> Tensor:
-    """The (batch, 1, length, length) mask that transformers makes of the padding for SDPA."""
-    length = key_mask.shape[1]
-    mask = key_mask[:, None, None, :].expand(-1, 1, length, -1)
-    if causal:
-        mask = mask & torch.ones(length, length, dtype=torch.bool, device=mask.device).tril()
-    return mask
+_EXPANDED = WeakTensorKeyDictionary()  # by the mask of a forward pass, which all its layers get
+
+
+def _expand(mask: Tensor, causal: bool) -> Tensor:
+    """The (batch, 1, length, length) mask that transformers makes for SDPA of padding, or of padding and a window."""
+    known = _EXPANDED.setdefault(mask, {})
+    if causal not in known:
+        length, window = mask.shape[-1], mask.shape[2] if mask.dim() == 4 else None
+        keys = mask[:, None, None] if window is None else mask[:, :, :1]
+        square = torch.ones(length, length, dtype=torch.bool, device=mask.device)
+        if window is not None:
+            square = square.tril().triu(1 - window)
+        elif causal:
+            square = square.tril()
+        known[causal] = keys & square
+    expanded: Tensor = known[causal]
+    return expanded

@@ -1,3 +1,6 @@
+import gc
+import weakref
+
 import pytest
 import torch
 from transformers import (
@@ -33,7 +36,7 @@ from transformers import (
 )
 
 from sparse_prune import BlockPattern
-from sparse_prune.attention import attach, detach, find_layers, list_layers
+from sparse_prune.attention import attach, detach, find_layers, hf, list_layers
 
 SMALL = {
     "vocab_size": 50,
@@ -314,3 +317,95 @@ def test_an_example_shows_a_bias_inside_a_mask():
     assert layer.problem.startswith("adds a bias to attention")
     with pytest.raises(ValueError, match="adds a bias to attention"):
         attach(model, image)
+
+
+class Options(list):
+    """Options of every call of a layer."""
+
+    def watch(self, handle, monkeypatch):
+        attend = handle.attend
+        monkeypatch.setattr(
+            handle, "attend", lambda *call, **dense: self.append(call[-1]) or attend(*call, **dense), raising=False
+        )
+        return self
+
+
+@pytest.mark.parametrize("padding", [False, True])
+@torch.no_grad()
+def test_a_sliding_window_reaches_the_kernels_as_one(monkeypatch, padding):
+    model, ids = make("mistral, sliding window"), tokens()
+    mask = torch.ones_like(ids)
+    mask[0, : 5 * padding] = 0
+    seen = Options().watch(attach(model)[0], monkeypatch)
+    model(ids, attention_mask=mask)
+    (options,) = seen
+    assert (options.window, options.attn_mask) == (6, None)
+    assert torch.equal(options.key_mask, mask.bool()) if padding else options.key_mask is None
+    model(ids[:, :6], attention_mask=mask[:, :6])  # the window hides nothing
+    assert (seen[1].window, seen[1].attn_mask) == (None, None)
+
+
+@pytest.mark.parametrize("mode", ["dense", "sparse"])
+@torch.no_grad()
+def test_what_is_more_than_a_sliding_window_stays_a_mask(monkeypatch, mode):
+    model, ids = make("mistral, sliding window"), tokens()
+    packed = {"position_ids": torch.cat([torch.arange(10), torch.arange(14)])[None].expand(2, -1)}
+    own = torch.rand(2, 1, LENGTH, LENGTH, generator=torch.Generator().manual_seed(3)) < 0.5
+    custom = {"attention_mask": own.tril() | torch.eye(LENGTH, dtype=torch.bool)}
+    expected = [model(ids, use_cache=False, **inputs)[0] for inputs in (packed, custom)]
+    handles = attach(model)
+    set_patterns(handles, mode)
+    seen = Options().watch(handles[0], monkeypatch)
+    for inputs, wanted in zip((packed, custom), expected, strict=True):
+        torch.testing.assert_close(model(ids, use_cache=False, **inputs)[0], wanted, atol=1e-4, rtol=1e-4)
+    assert all(options.window is None and options.attn_mask is not None for options in seen)
+    assert len(seen) == 2
+
+
+@pytest.mark.parametrize("name", ["gemma2", "modernbert"])
+@pytest.mark.parametrize("padding", [False, True])
+@torch.no_grad()
+def test_only_causal_layers_with_a_window_get_one(monkeypatch, name, padding):
+    torch.manual_seed(0)
+    if name == "gemma2":
+        model = Gemma2ForCausalLM(Gemma2Config(head_dim=8, sliding_window=6, attn_logit_softcapping=None, **SMALL))
+    else:
+        sizes = {key: SMALL[key] for key in BERT if key != "initializer_range"}
+        model = ModernBertModel(ModernBertConfig(local_attention=8, global_attn_every_n_layers=2, **sizes))
+    model, ids = model.eval(), tokens()
+    mask = torch.ones_like(ids)
+    mask[0, : 5 * padding] = 0
+    expected = model(ids, attention_mask=mask)[0]
+    handles = attach(model)
+    seen = Options()
+    for handle in handles:
+        seen.watch(handle, monkeypatch)
+    for mode in ("dense", "masked", "sparse"):
+        set_patterns(handles, mode)
+        found = model(ids, attention_mask=mask)[0]
+        torch.testing.assert_close(found[mask.bool()], expected[mask.bool()], atol=1e-4, rtol=1e-4)
+    windows = {options.window for options in seen}
+    assert windows == ({6, None} if name == "gemma2" else {None})
+
+
+@pytest.mark.parametrize("padding", [False, True])
+@pytest.mark.parametrize("settings", [{"use_cache": False}, {}, {"cache_implementation": "static"}])
+@torch.no_grad()
+def test_a_dense_model_with_a_window_generates_what_it_did(padding, settings):
+    model, ids = make("mistral, sliding window"), tokens()
+    mask = torch.ones_like(ids)
+    mask[0, : 5 * padding] = 0
+    settings |= {"attention_mask": mask, "max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
+    expected = model.generate(ids, **settings)
+    attach(model)
+    assert torch.equal(model.generate(ids, **settings), expected)
+
+
+def test_a_windowed_mask_is_expanded_once_for_all_layers():
+    mask = torch.ones(1, 1, 4, 9, dtype=torch.bool)
+    assert hf._expand(mask, True) is hf._expand(mask, True)
+    assert hf._expand(mask, True)[0, 0].sum(-1).tolist() == [1, 2, 3, 4, 4, 4, 4, 4, 4]
+    held = weakref.ref(hf._expand(mask, True))
+    del mask
+    gc.collect()
+    assert held() is None
