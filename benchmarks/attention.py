@@ -2,10 +2,13 @@
 
     python benchmarks/attention.py --output benchmarks/results/attention_gpu.json
 
-Batch 1, causal, random patterns. Every row gives three ratios: against our own kernel at full density, against the
-fastest dense SDPA that the device has, and against compiled FlexAttention with the same mask; and the time of the
-probe and of decoding one token. "ideal" is the kept
-share of blocks: fraction of ideal 1.0 means that pruned blocks cost nothing. Without a GPU it runs in Triton's
+Batch 1, causal, random patterns beside sink and diagonal; a sparsity that these two forbid at a length is left out.
+Launch configurations are found first (`--tune`), then outputs and gradients are checked with them, then the clock runs.
+Rows are kept as they come and a command that was broken off goes on; what fails, for want of memory say, takes nothing
+else along. Every row gives three ratios: against our own kernel at full density, against the
+fastest dense SDPA that the device has, and against compiled FlexAttention with the same mask; and the time of the probe
+and of decoding one token. "ideal" is the kept share of blocks: fraction of ideal 1.0 means that pruned blocks cost
+nothing. Without a GPU it runs in Triton's
 interpreter at the lengths asked for, which checks the kernels and this script; its times then mean nothing.
 """
 
@@ -13,11 +16,11 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import os
 import subprocess
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +29,13 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
+from rows import Rows
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sparse_prune import BlockPattern
+from sparse_prune.fixed_patterns import random_pattern
 from sparse_prune.kernels import AttentionOptions, block_sparse_attention
 from sparse_prune.kernels.triton.attend import decode, probe
 from sparse_prune.kernels.triton.tuning import tune
@@ -58,16 +63,6 @@ def timed(attend: Callable[[], Tensor], tensors: tuple[Tensor, ...], grad: Tenso
     return {"forward": forward, "both": milliseconds(lambda: torch.autograd.grad(attend(), tensors, grad))}
 
 
-def random_pattern(heads: int, length: int, block: int, sparsity: float) -> BlockPattern:
-    """Causal, diagonal kept, `sparsity` of the possible blocks pruned."""
-    dense = BlockPattern.dense(heads, length, length, block, causal=True)
-    scores = torch.rand(dense.keep.shape, generator=torch.Generator().manual_seed(0))
-    scores[:, torch.eye(scores.shape[1], dtype=torch.bool)] = 2.0
-    allowed = scores[:, dense.possible]
-    cut = allowed.flatten().kthvalue(max(1, int(sparsity * allowed.numel()))).values
-    return BlockPattern(scores > cut if sparsity else dense.keep, (block, block), True, length, length)
-
-
 def dense_times(query: Tensor, key: Tensor, value: Tensor, grad: Tensor) -> dict[str, dict[str, float]]:
     """Every dense backend that takes the call."""
     found = {}
@@ -82,7 +77,7 @@ def dense_times(query: Tensor, key: Tensor, value: Tensor, grad: Tensor) -> dict
 
         try:
             found[backend.name] = timed(attend, (query, key, value), grad)
-        except RuntimeError as error:
+        except RuntimeError as error:  # no such kernel, or not enough memory for it
             print(f"  {backend.name}: not available ({str(error).splitlines()[0][:90]})")
     return found
 
@@ -112,69 +107,124 @@ def decode_times(query: Tensor, key: Tensor, value: Tensor, pattern: BlockPatter
     }
 
 
-def check(query: Tensor, key: Tensor, value: Tensor, pattern: BlockPattern) -> None:
-    """Against the float64 reference, with SDPA's own error on the same mask as the measure."""
-    exact = block_sparse_attention(query.double(), key.double(), value.double(), pattern, backend="reference")
-    ours = block_sparse_attention(query, key, value, pattern, backend="triton").double()
-    eager = block_sparse_attention(query, key, value, pattern, backend="sdpa").double()
-    allowed = 3 * (eager - exact).abs().max() + 4 * torch.finfo(query.dtype).eps
-    if not (ours - exact).abs().max() <= allowed:
-        raise SystemExit(f"WRONG RESULT at {tuple(query.shape)}: {(ours - exact).abs().max()} > {allowed}")
+def check(query: Tensor, key: Tensor, value: Tensor, grad: Tensor, pattern: BlockPattern) -> bool:
+    """Output and gradients against the float64 reference, with SDPA's own error on the same mask as the measure.
+
+    Raises:
+        SystemExit: If the kernels are wrong: their times would mean nothing.
+    """
+
+    def results(backend: str, dtype: torch.dtype) -> list[Tensor]:
+        tensors = [tensor.detach().to(dtype).requires_grad_() for tensor in (query, key, value)]
+        output = block_sparse_attention(*tensors, pattern, backend=backend)
+        found = [output.detach(), *torch.autograd.grad(output, tensors, grad.to(dtype))]
+        return [tensor.double() for tensor in found]
+
+    exact = results("reference", torch.float64)
+    ours, eager = (results(backend, query.dtype) for backend in ("triton", "sdpa"))
+    names = ("output", "gradient of query", "gradient of key", "gradient of value")
+    for name, found, own, wanted in zip(names, ours, eager, exact, strict=True):
+        error, largest = (found - wanted).abs().max(), wanted.abs().max().clamp(min=1.0)
+        allowed = 3 * (own - wanted).abs().max() + 4 * torch.finfo(query.dtype).eps * largest
+        if not error <= allowed:
+            at = f"{tuple(query.shape)}, {pattern.sparsity:.0%}"
+            raise SystemExit(f"WRONG {name.upper()} at {at}: {error} > {allowed}")
+    return True
 
 
-def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """A row per shape and sparsity."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = torch.bfloat16 if device == "cuda" else torch.float16
-    rows = []
+def reachable(arguments: argparse.Namespace, length: int) -> dict[float, BlockPattern]:
+    """Patterns by the sparsity asked for, without those that sink and diagonal forbid."""
+    found = {}
+    for sparsity in arguments.sparsities:
+        pattern = random_pattern(arguments.heads, length, arguments.block, density=1.0 - sparsity)
+        if pattern.sparsity > sparsity - 0.02:
+            found[sparsity] = pattern
+        else:
+            print(f"{length:6d} {sparsity:4.0%}: left out, sink and diagonal allow {pattern.sparsity:.0%} at most")
+    return found
+
+
+def measure(arguments: argparse.Namespace, kept: Rows) -> None:
+    """Two rows per shape and sparsity: forward, and forward with backward."""
+    done = {(row["length"], row["head_dim"], row["group"], row["asked"]) for row in kept.rows}
     for length, dim, group in itertools.product(arguments.lengths, arguments.head_dims, arguments.groups):
-        heads = arguments.heads
-        generator = torch.Generator(device).manual_seed(0)
-        query, key, value = (
-            torch.randn(1, h, length, dim, device=device, dtype=dtype, generator=generator, requires_grad=True)
-            for h in (heads, heads // group, heads // group)
-        )
-        grad = torch.randn(query.shape, device=device, dtype=dtype, generator=generator)
-        dense = dense_times(query, key, value, grad)
-        tensors = (query, key, value, grad)
-        own = sparse_times("triton", *tensors, random_pattern(heads, length, arguments.block, 0.0))
-        sides = (arguments.block, arguments.block)
-        probed = milliseconds(lambda q=query, k=key, s=sides: probe(q.detach(), k.detach(), s, causal=True))
-        for sparsity in arguments.sparsities:
-            pattern = random_pattern(heads, length, arguments.block, sparsity)
-            if length <= CHECKED_UP_TO:
-                check(query, key, value, pattern)
-            if device == "cuda" and arguments.tune:
-                tune(query, key, value, pattern)
-            ours = sparse_times("triton", *tensors, pattern)
-            flex = sparse_times("flex", *tensors, pattern) if device == "cuda" else None
-            decoding = decode_times(query, key, value, pattern)
-            for part in ("forward", "both"):
-                best = min(dense, key=lambda name: dense[name][part])
-                kept = 1.0 - pattern.sparsity
-                rows.append(
-                    {
-                        "length": length, "head_dim": dim, "group": group, "sparsity": pattern.sparsity, "pass": part,
-                        "dense": {name: times[part] for name, times in dense.items()}, "best_dense": best,
-                        "ours_dense_ms": own[part], "ours_ms": ours[part], "flex_ms": flex and flex[part],
-                        "probe_ms": probed, "ideal_of_own": kept * own[part] / ours[part],
-                        "ideal_of_dense": kept * dense[best][part] / ours[part],
-                        "flex_over_ours": flex and flex[part] / ours[part], "decode": decoding,
-                    }
-                )  # fmt: skip
-                print(table_row(rows[-1]), flush=True)
-    return rows
+        patterns = {
+            sparsity: pattern
+            for sparsity, pattern in reachable(arguments, length).items()
+            if (length, dim, group, sparsity) not in done
+        }
+        if patterns:
+            label = f"{length} d{dim} g{group}"
+            kept.attempt(label, partial(measure_shape, arguments, kept, label, length, dim, group, patterns))
+
+
+def measure_shape(
+    arguments: argparse.Namespace,
+    kept: Rows,
+    label: str,
+    length: int,
+    dim: int,
+    group: int,
+    patterns: dict[float, BlockPattern],
+) -> None:
+    """Rows of one shape, by the sparsity asked for."""
+    on_gpu, heads = torch.cuda.is_available(), arguments.heads
+    device, dtype = ("cuda", torch.bfloat16) if on_gpu else ("cpu", torch.float16)
+    generator = torch.Generator(device).manual_seed(0)
+    query, key, value = (
+        torch.randn(1, h, length, dim, device=device, dtype=dtype, generator=generator, requires_grad=True)
+        for h in (heads, heads // group, heads // group)
+    )
+    grad = torch.randn(query.shape, device=device, dtype=dtype, generator=generator)
+    tensors = (query, key, value, grad)
+    everything = random_pattern(heads, length, arguments.block, density=1.0)
+    if on_gpu and arguments.tune:
+        for pattern in patterns.values():  # calls that are alike are measured once
+            kept.attempt(f"{label} tuning", partial(tune, query, key, value, pattern))
+    checked = length <= CHECKED_UP_TO and all(
+        kept.attempt(f"{label} check", partial(check, *tensors, pattern))
+        for pattern in (everything, *patterns.values())
+    )
+    own = sparse_times("triton", *tensors, everything)
+    dense = dense_times(*tensors)
+    probed = milliseconds(lambda: probe(query.detach(), key.detach(), everything.block_size, causal=True))
+    for sparsity, pattern in patterns.items():
+        at = f"{label} {sparsity:.0%}"
+        ours = kept.attempt(f"{at} triton", partial(sparse_times, "triton", *tensors, pattern))
+        if ours is None:
+            continue
+        flex = kept.attempt(f"{at} flex", partial(sparse_times, "flex", *tensors, pattern)) if on_gpu else None
+        decoding = kept.attempt(f"{at} decoding", partial(decode_times, query, key, value, pattern))
+        share, rows = 1.0 - pattern.sparsity, []
+        for part in ("forward", "both"):
+            best = min(dense, key=lambda name: dense[name][part], default=None)
+            rows.append(
+                {
+                    "length": length, "head_dim": dim, "group": group, "asked": sparsity, "sparsity": pattern.sparsity,
+                    "pass": part, "checked": checked, "dense": {name: times[part] for name, times in dense.items()}, "best_dense": best,
+                    "ours_dense_ms": own[part], "ours_ms": ours[part], "flex_ms": flex and flex[part],
+                    "probe_ms": probed, "ideal_of_own": share * own[part] / ours[part],
+                    "ideal_of_dense": best and share * dense[best][part] / ours[part],
+                    "flex_over_ours": flex and flex[part] / ours[part], "decode": decoding,
+                }
+            )  # fmt: skip
+            print(table_row(rows[-1]), flush=True)
+        kept.add(*rows)
 
 
 def table_row(row: dict[str, Any]) -> str:
-    """One line of the table that is printed."""
-    flex = "-" if row["flex_over_ours"] is None else f"{row['flex_over_ours']:.2f}"
+    """One line of the table that is printed; "-" where something failed or is not there."""
+
+    def number(value: float | None, digits: int = 3) -> str:
+        return "-" if value is None else f"{value:.{digits}f}"
+
+    best, decoding = row["best_dense"], row["decode"] or {}
     return (
         f"{row['length']:6d} d{row['head_dim']:<3d} g{row['group']} {row['sparsity']:4.0%} {row['pass']:7s} "
-        f"ours {row['ours_ms']:8.3f} ms, own dense {row['ours_dense_ms']:8.3f}, {row['best_dense']} "
-        f"{row['dense'][row['best_dense']]:8.3f}; of ideal: own {row['ideal_of_own']:.2f}, dense "
-        f"{row['ideal_of_dense']:.2f}; flex / ours {flex}; probe {row['probe_ms']:.3f} ms; decode "
-        f"{row['decode']['ours_ms']:.3f} of {row['decode']['dense_ms']:.3f} ms"
+        f"ours {row['ours_ms']:8.3f} ms, own dense {row['ours_dense_ms']:8.3f}, {best or 'no dense'} "
+        f"{number(row['dense'].get(best))}; of ideal: own {row['ideal_of_own']:.2f}, dense "
+        f"{number(row['ideal_of_dense'], 2)}; flex / ours {number(row['flex_over_ours'], 2)}; probe "
+        f"{row['probe_ms']:.3f} ms; decode {number(decoding.get('ours_ms'))} of {number(decoding.get('dense_ms'))} ms"
     )
 
 
@@ -184,9 +234,11 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
 
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot(xlabel="tokens", ylabel="fraction of ideal, against best dense SDPA", xscale="log")
-    first = [row for row in rows if row["pass"] == "both" and row["head_dim"] == rows[0]["head_dim"]]
-    for sparsity in sorted({round(row["sparsity"], 2) for row in first}):
-        points = [row for row in first if round(row["sparsity"], 2) == sparsity and row["group"] == rows[0]["group"]]
+    shape = (rows[0]["head_dim"], rows[0]["group"])
+    first = [row for row in rows if row["pass"] == "both" and (row["head_dim"], row["group"]) == shape]
+    first = sorted((row for row in first if row["ideal_of_dense"] is not None), key=lambda row: row["length"])
+    for sparsity in sorted({row["asked"] for row in first}):
+        points = [row for row in first if row["asked"] == sparsity]
         axes.plot([p["length"] for p in points], [p["ideal_of_dense"] for p in points], "o-", label=f"{sparsity:.0%}")
     axes.legend(title="sparsity")
     figure.savefig(path, dpi=120)
@@ -200,7 +252,7 @@ def commit() -> str:
 
 
 def main() -> None:
-    """Parse arguments, measure, write JSON and plot."""
+    """Parse arguments, measure what is missing in the output, draw."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 4096, 8192, 16384, 32768, 65536])
     parser.add_argument("--sparsities", type=float, nargs="+", default=[0.5, 0.8, 0.9, 0.95])
@@ -209,18 +261,23 @@ def main() -> None:
     parser.add_argument("--heads", type=int, default=16, help="query heads")
     parser.add_argument("--block", type=int, default=128)
     parser.add_argument("--tune", action="store_true", help="measure launch configurations first")
-    parser.add_argument("--output", type=Path, help="JSON file; a plot is written beside it")
+    parser.add_argument(
+        "--output", type=Path, help="JSON file; rows in it are not measured again; a plot is written beside it"
+    )
     arguments = parser.parse_args()
-    rows = measure(arguments)
-    if arguments.output:
-        import triton
+    import triton
 
-        device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU, interpreted: times mean nothing"
-        setup = {k: v for k, v in vars(arguments).items() if k != "output"}
-        setup |= {"device": device, "torch": torch.__version__, "triton": triton.__version__, "commit": commit()}
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(json.dumps({"setup": setup, "rows": rows}, indent=1) + "\n")
-        draw(rows, arguments.output.with_suffix(".png"))
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU, interpreted: times mean nothing"
+    setup = {"heads": arguments.heads, "block": arguments.block, "tune": arguments.tune, "device": device}
+    setup |= {"torch": torch.__version__, "triton": triton.__version__, "commit": commit()}
+    try:
+        kept = Rows(arguments.output, setup)
+    except ValueError as error:
+        parser.error(str(error))
+    measure(arguments, kept)
+    if arguments.output and kept.rows:
+        draw(kept.rows, arguments.output.with_suffix(".png"))
+    kept.finish()
 
 
 if __name__ == "__main__":

@@ -20,22 +20,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sparse_prune import BlockPattern
+from sparse_prune.fixed_patterns import random_pattern
 from sparse_prune.kernels import block_sparse_attention
 
 HEADS, KV_HEADS, HEAD_DIM = 9, 3, 64
 """SmolLM2-135M's."""
-
-
-def random_pattern(length: int, block: int, sparsity: float) -> BlockPattern:
-    """Random blocks beside sink and diagonal, as many as the sparsity leaves."""
-    dense = BlockPattern.dense(HEADS, length, length, block, True)
-    scores = torch.rand(dense.keep.shape, generator=torch.Generator().manual_seed(0))
-    scores[:, :, 0] = 2.0
-    scores.diagonal(dim1=1, dim2=2).fill_(2.0)
-    values = scores[dense.keep].sort().values
-    cut = values[min(int(sparsity * values.numel()), values.numel() - 1)]
-    return BlockPattern((scores >= cut) & dense.keep, (block, block), True, length, length)
 
 
 def milliseconds(attend: Callable[[], Tensor], inputs: tuple[Tensor, ...], backward: bool, repeats: int) -> float:
@@ -59,7 +48,7 @@ def measure(length: int, block: int, sparsity: float, dtype: torch.dtype, repeat
         return torch.randn(shape, generator=generator, dtype=dtype).requires_grad_()
 
     inputs = query, key, value = random(HEADS), random(KV_HEADS), random(KV_HEADS)
-    pattern = random_pattern(length, block, sparsity)
+    pattern = random_pattern(HEADS, length, block, density=1.0 - sparsity)
     mask, group = pattern.token_mask(length, length)[None], HEADS // KV_HEADS
 
     def dense(**how: Any) -> Tensor:

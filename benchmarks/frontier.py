@@ -5,15 +5,14 @@
 
 Every run fine-tunes the same model for the same steps on the same documents and is tested on the same held-out ones:
 without pruning, pruned at once before or after, pruned gradually in several ways, or with the fixed patterns of others.
-Each finished run is kept in the output at once; a command that was broken off goes on where it stopped.
+Each finished run is kept in the output at once; a command that was broken off goes on where it stopped. A run that
+fails, for want of memory say, is named, left out and tried again by the next command; the others go on.
 `benchmarks/frontier_page.py` makes the plot and the tables of docs/frontier.md.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import tempfile
 import time
 from collections.abc import Callable
@@ -25,6 +24,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from rows import Rows
 from sparse_prune.callbacks import AttentionPruning, Distillation, KernelSwap
 from sparse_prune.recipes.causal_lm.data import TextDataModule
 from sparse_prune.recipes.causal_lm.module import CausalLMModule
@@ -326,14 +326,6 @@ class Data:
         )
 
 
-def write(path: Path, setup: dict[str, Any], rows: list[dict[str, Any]]) -> None:
-    """Whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f".{os.getpid()}.partial")
-    partial.write_text(json.dumps({"setup": setup, "rows": rows}, indent=1) + "\n")
-    os.replace(partial, path)
-
-
 def main() -> None:
     """Parse arguments, run what is missing in the output."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -357,14 +349,11 @@ def main() -> None:
     of_command = {key: getattr(given, key) for key in ("model", "learning_rate", "gradient_checkpointing")}
     plan = Plan(accelerator=accelerator, **of_preset, **of_command)
     setup = {**vars(plan), "tests": chosen["tests"], "prompts per depth": chosen["prompts"], "depths": DEPTHS}
-    setup = json.loads(json.dumps(setup))
-    saved = json.loads(given.output.read_text()) if given.output.exists() else {"setup": setup, "rows": []}
-    if any(saved["setup"].get(key, value) != value for key, value in setup.items()):
-        parser.error(
-            f"`--output` must be of the same settings, got {given.output} with {saved['setup']}. Name another."
-        )
-    rows = saved["rows"]
-    done = {(row["method"], row["sparsity"], row["seed"]) for row in rows}
+    try:
+        kept = Rows(given.output, setup, describe_machine())
+    except ValueError as error:
+        parser.error(str(error))
+    done = {(row["method"], row["sparsity"], row["seed"]) for row in kept.rows}
     data = Data(plan, chosen["tests"], chosen["prompts"])
     for sparsity in chosen["sparsities"]:
         for seed in chosen["seeds"]:
@@ -372,11 +361,13 @@ def main() -> None:
                 asked = 0.0 if METHODS[name].callbacks is nothing else sparsity
                 if (name, asked, seed) in done:
                     continue
-                row = {"method": name, "sparsity": asked, "seed": seed}
-                rows.append(row | run(plan, METHODS[name], asked, seed, data))
                 done.add((name, asked, seed))
-                print(rows[-1], flush=True)
-                write(given.output, setup | describe_machine(), rows)
+                label = f"{name}, sparsity {asked:g}, seed {seed}"
+                found = kept.attempt(label, partial(run, plan, METHODS[name], asked, seed, data))
+                if found is not None:
+                    kept.add({"method": name, "sparsity": asked, "seed": seed} | found)
+                    print(kept.rows[-1], flush=True)
+    kept.finish()
 
 
 if __name__ == "__main__":

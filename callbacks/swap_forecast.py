@@ -6,12 +6,10 @@ import logging
 from collections.abc import Hashable
 from dataclasses import dataclass
 
-import torch
-
 from sparse_prune.attention.layer import PrunableAttention
 from sparse_prune.attention.measure import time_attention
+from sparse_prune.fixed_patterns import random_pattern
 from sparse_prune.kernels import skipping_backends
-from sparse_prune.pattern import BlockPattern
 from sparse_prune.pruner import AttentionPruner
 
 log = logging.getLogger(__name__)
@@ -53,9 +51,10 @@ def forecast_swap(pruner: AttentionPruner, tuned: bool) -> list[SwapForecast]:
     for alike in _by_shape(pruner).values():
         layer = alike[0]
         assert layer.last_shape is not None
-        pattern = random_pattern(layer, pruner.block_size, pruner.sparsity.final)
+        tokens, density = layer.last_shape.kv_len, 1.0 - pruner.sparsity.final
+        pattern = random_pattern(layer.num_heads, tokens, pruner.block_size, density=density, causal=layer.causal)
         times = time_attention(layer, skipping_backends(layer.last_shape.device), 1, tuned, pattern)
-        found.append(SwapForecast(layer.name, len(alike), layer.last_shape.kv_len, pattern.sparsity, times))
+        found.append(SwapForecast(layer.name, len(alike), tokens, pattern.sparsity, times))
     return found
 
 
@@ -93,24 +92,3 @@ def _by_shape(pruner: AttentionPruner) -> dict[Hashable, list[PrunableAttention]
             key = (layer.num_heads, layer.num_kv_heads, layer.causal, shape[:-1], shape.options.window)
             found.setdefault(key, []).append(layer)
     return found
-
-
-def random_pattern(layer: PrunableAttention, block_size: tuple[int, int], sparsity: float) -> BlockPattern:
-    """A pattern for the layer's last call that keeps the first key block, the diagonal, and others at random.
-
-    Args:
-        layer: It has seen a training call.
-        block_size: Tokens per block, (query, key).
-        sparsity: Share of possible blocks to leave out, in [0, 1); of few blocks the kept ones may be too many for it.
-    """
-    assert layer.last_shape is not None
-    _, q_len, kv_len, *_ = layer.last_shape
-    dense = BlockPattern.dense(layer.num_heads, q_len, kv_len, block_size, layer.causal)
-    order = torch.rand(dense.keep.shape, generator=torch.Generator().manual_seed(0))
-    order[:, :, 0] = 2.0
-    rows = torch.arange(dense.keep.shape[1])
-    order[:, rows, rows * block_size[0] // block_size[1]] = 2.0
-    order = order.masked_fill(~dense.keep, -1.0)
-    kept = max(1, round((1.0 - sparsity) * dense.possible_count))
-    cut = order.flatten().topk(kept).values[-1]
-    return BlockPattern(dense.keep & (order >= cut), block_size, layer.causal, q_len, kv_len)

@@ -1,7 +1,7 @@
-"""Patterns that are fixed in advance, as others propose them: what learned patterns have to beat.
+"""Patterns that are fixed in advance: those of others, which learned patterns have to beat, and random ones to time.
 
-Each is an order in which a query block would take key blocks; `fixed_pattern` cuts the order where the wanted density
-is reached, so that all kinds are compared at the same one.
+Each of others is an order in which a query block would take key blocks; `fixed_pattern` cuts the order where the wanted
+density is reached, so that all kinds are compared at the same one.
 """
 
 from __future__ import annotations
@@ -56,6 +56,43 @@ def fixed_pattern(
     order = _ORDERS[kind](distance, num_heads, torch.Generator().manual_seed(seed))
     order = order.masked_fill(distance == 0, -1.0)
     return BlockPattern(_first(order, dense.possible, density), (block_size, block_size), causal, length, length)
+
+
+def random_pattern(
+    num_heads: int,
+    length: int,
+    block_size: int | tuple[int, int],
+    *,
+    density: float,
+    causal: bool = True,
+    seed: int = 0,
+) -> BlockPattern:
+    """A pattern to measure time with: the first key block, the diagonal, and others at random.
+
+    Args:
+        num_heads: Query heads; they differ in what they keep, and in how much.
+        length: Tokens.
+        block_size: Tokens per block, (query, key); one number for both sides.
+        density: Share of the possible blocks of all heads to keep, in [0, 1]. Sink and diagonal are kept in any case:
+            of few blocks they are more than a low density allows.
+        causal: Whether queries see only keys up to themselves.
+        seed: Of the random blocks.
+
+    Raises:
+        ValueError: If `density` is out of range.
+    """
+    if not 0.0 <= density <= 1.0:
+        raise ValueError(f"`density` must lie in [0, 1], got {density}.")
+    dense = BlockPattern.dense(num_heads, length, length, block_size, causal)
+    block_q, block_kv = dense.block_size
+    rows = torch.arange(dense.keep.shape[1])
+    order = torch.rand(dense.keep.shape, generator=torch.Generator().manual_seed(seed))
+    order[:, :, 0] = 2.0
+    order[:, rows, rows * block_q // block_kv] = 2.0
+    order = order.masked_fill(~dense.keep, -1.0)
+    count = max(1, round(density * dense.possible_count))
+    cut = order.flatten().topk(count).values[-1]
+    return BlockPattern(dense.keep & (order >= cut), dense.block_size, causal, length, length)
 
 
 def _first(order: Tensor, possible: Tensor, density: float) -> Tensor:

@@ -5,7 +5,7 @@ import logging
 import pytest
 import torch
 from sparse_prune.callbacks import KernelSwap, swap_forecast
-from sparse_prune.callbacks.swap_forecast import SwapForecast, forecast_swap, random_pattern
+from sparse_prune.callbacks.swap_forecast import SwapForecast, forecast_swap
 from tiny import LENGTH, TinyModule, batches, pruning, tiny_llama, trainer
 
 from sparse_prune import AttentionPruner, ConstantSchedule
@@ -93,21 +93,3 @@ def test_thresholds_tell_no_sparsity():
     pruner = AttentionPruner(threshold=ConstantSchedule(final=0.1), block_size=8)
     pruner.attach(tiny_llama())
     assert forecast_swap(pruner, tuned=False) == []
-
-
-@pytest.mark.parametrize("block_size", [(8, 8), (8, 16), (16, 8)])
-@pytest.mark.parametrize("causal", [True, False])
-def test_random_patterns_keep_sink_and_diagonal(block_size, causal):
-    pruner = AttentionPruner(sparsity=ConstantSchedule(final=0.5), block_size=block_size)
-    model = tiny_llama()
-    pruner.attach(model)
-    model(input_ids=torch.randint(0, 32, (1, 253)), use_cache=False).logits.sum().backward()
-    layer = next(iter(pruner.layers.values())).layer
-    layer.causal = causal
-    pattern = random_pattern(layer, block_size, 0.5)
-    assert pattern.sparsity == pytest.approx(0.5, abs=0.02)
-    assert pattern.keep[:, :, 0].all()
-    rows = torch.arange(pattern.keep.shape[1])
-    assert pattern.keep[:, rows, rows * block_size[0] // block_size[1]].all()
-    assert (pattern.keep[0] != pattern.keep[1]).any()
-    assert random_pattern(layer, block_size, 0.99).keep.any(-1).all()

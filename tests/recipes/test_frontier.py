@@ -6,9 +6,16 @@ import sys
 from pathlib import Path
 
 import pytest
+import pytorch_lightning as pl
+import torch
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-METHODS = runpy.run_path(str(BENCHMARKS / "frontier.py"))["METHODS"]
+
+
+@pytest.fixture(autouse=True)
+def importable(monkeypatch):
+    """As for a script: what lies beside it can be imported."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
 
 
 def run(monkeypatch, script, *arguments):
@@ -24,7 +31,7 @@ def test_every_method_runs_and_a_broken_off_command_goes_on(tiny_model, tmp_path
     run(monkeypatch, *command, "--only", "dense")
     run(monkeypatch, *command)
     rows = json.loads(output.read_text())["rows"]
-    assert [row["method"] for row in rows] == list(METHODS)
+    assert [row["method"] for row in rows] == list(runpy.run_path(str(BENCHMARKS / "frontier.py"))["METHODS"])
     assert capsys.readouterr().out.count("{'method': 'dense',") == 1
     for row in rows:
         expected = 0.0 if row["method"].startswith("dense") else 0.5
@@ -32,6 +39,35 @@ def test_every_method_runs_and_a_broken_off_command_goes_on(tiny_model, tmp_path
         assert 0 < row["loss"] < 10, row
     losses = {row["method"]: row["loss"] for row in rows}
     assert len(set(losses.values())) > len(losses) / 2  # the methods differ
+
+
+def test_a_run_that_fails_is_named_left_out_and_tried_again(tiny_model, tmp_path, monkeypatch, capsys):
+    sizes = ["--length", "256", "--steps", "3", "--sparsities", "0.5", "--seeds", "0", "--tests", "1", "--prompts", "1"]
+    command = ["frontier.py", "--model", tiny_model, *sizes, "--output", tmp_path / "found.json", "--only"]
+    fit = pl.Trainer.fit
+
+    def full(trainer, module, datamodule):
+        if module.hparams.learning_rate > 2e-4:
+            raise torch.OutOfMemoryError("out of memory\nand more")
+        fit(trainer, module, datamodule=datamodule)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(pl.Trainer, "fit", full)
+        with pytest.raises(SystemExit, match="Failed.*: dense, 3x learning rate, sparsity 0, seed 0") as ended:
+            run(monkeypatch, *command, "dense, 3x learning rate", "dense")
+    assert ended.value.code != 0
+    assert "seed 0: failed: OutOfMemoryError: out of memory\n" in capsys.readouterr().out
+    assert [row["method"] for row in json.loads((tmp_path / "found.json").read_text())["rows"]] == ["dense"]
+    run(monkeypatch, *command, "dense, 3x learning rate", "dense")
+    found = [row["method"] for row in json.loads((tmp_path / "found.json").read_text())["rows"]]
+    assert found == ["dense", "dense, 3x learning rate"]
+
+
+def test_a_file_of_other_settings_is_refused(tiny_model, tmp_path, monkeypatch, capsys):
+    (tmp_path / "found.json").write_text(json.dumps({"setup": {"length": 99}, "rows": []}))
+    with pytest.raises(SystemExit):
+        run(monkeypatch, "frontier.py", "--model", tiny_model, "--output", tmp_path / "found.json")
+    assert "must be of the same settings" in capsys.readouterr().err
 
 
 def rows(seed):
