@@ -201,7 +201,8 @@ def measure_shape(
             rows.append(
                 {
                     "length": length, "head_dim": dim, "group": group, "asked": sparsity, "sparsity": pattern.sparsity,
-                    "pass": part, "checked": checked, "dense": {name: times[part] for name, times in dense.items()}, "best_dense": best,
+                    "pass": part, "checked": checked,
+                    "dense": {name: times[part] for name, times in dense.items()}, "best_dense": best,
                     "ours_dense_ms": own[part], "ours_ms": ours[part], "flex_ms": flex and flex[part],
                     "probe_ms": probed, "ideal_of_own": share * own[part] / ours[part],
                     "ideal_of_dense": best and share * dense[best][part] / ours[part],

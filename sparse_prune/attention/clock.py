@@ -37,7 +37,7 @@ def _on_gpu(run: Callable[[], object]) -> float:
     run()
     launching = _RUNS * (time.perf_counter() - start)
     torch.cuda.synchronize()
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call, unused-ignore]
     torch.cuda._sleep(int(_CYCLES * min(1.5 * launching, _LONGEST_WAIT)))  # type: ignore[no-untyped-call, unused-ignore]
     begin.record()
     for _ in range(_RUNS):

@@ -36,7 +36,7 @@ from transformers import (
 )
 
 from sparse_prune import BlockPattern
-from sparse_prune.attention import attach, detach, find_layers, hf, list_layers
+from sparse_prune.attention import attach, detach, find_layers, hf_masks, list_layers
 
 SMALL = {
     "vocab_size": 50,
@@ -401,11 +401,19 @@ def test_a_dense_model_with_a_window_generates_what_it_did(padding, settings):
     assert torch.equal(model.generate(ids, **settings), expected)
 
 
+def test_who_wants_all_of_a_mask_gets_it():
+    from transformers.masking_utils import sliding_window_causal_mask_function
+
+    asked = {"mask_function": sliding_window_causal_mask_function(4), "local_size": 4}
+    assert hf_masks.make_mask(1, 9, 9, **asked).shape == (1, 1, 4, 9)
+    assert hf_masks.make_mask(1, 9, 9, **asked, allow_is_causal_skip=False).shape == (1, 1, 9, 9)
+
+
 def test_a_windowed_mask_is_expanded_once_for_all_layers():
     mask = torch.ones(1, 1, 4, 9, dtype=torch.bool)
-    assert hf._expand(mask, True) is hf._expand(mask, True)
-    assert hf._expand(mask, True)[0, 0].sum(-1).tolist() == [1, 2, 3, 4, 4, 4, 4, 4, 4]
-    held = weakref.ref(hf._expand(mask, True))
+    assert hf_masks.expand(mask, True) is hf_masks.expand(mask, True)
+    assert hf_masks.expand(mask, True)[0, 0].sum(-1).tolist() == [1, 2, 3, 4, 4, 4, 4, 4, 4]
+    held = weakref.ref(hf_masks.expand(mask, True))
     del mask
     gc.collect()
     assert held() is None
