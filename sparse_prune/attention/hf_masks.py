@@ -35,12 +35,12 @@ def make_mask(
     from transformers.masking_utils import causal_mask_function
 
     mask_function = causal_mask_function if mask_function is None else mask_function
-    if not kwargs.get("allow_is_causal_skip", True):
-        kwargs["local_size"] = None  # who wants all of a mask may go on to change it: no window
+    # Who wants all of a mask may go on to change it.
+    window = _window(mask_function, kwargs.get("local_size")) if kwargs.get("allow_is_causal_skip", True) else None
     room = _room(q_length, kv_length, int(q_offset), kv_offset, mask_function)
     if room:
         kv_length, kwargs["allow_is_causal_skip"] = kv_length - room, False
-    mask = _mask(batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, **kwargs)
+    mask = _mask(batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, window, **kwargs)
     if mask is None and room:
         return torch.ones(batch_size, kv_length, dtype=torch.bool, device=kwargs.get("device"))
     return mask
@@ -66,12 +66,12 @@ def _mask(
     kv_offset: int,
     mask_function: Any,
     attention_mask: Tensor | None,
+    window: int | None,
     **kwargs: Any,
 ) -> Tensor | None:
     from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
 
     plain = mask_function is causal_mask_function or mask_function is bidirectional_mask_function
-    window = None if plain else _window(mask_function, kwargs.get("local_size"))
     if (plain or (window and not q_offset)) and q_length == kv_length and not kv_offset:
         padding = None if attention_mask is None else attention_mask[:, :kv_length].bool()
         # A tracer cannot look into the mask: it takes padding that hides nothing along.
