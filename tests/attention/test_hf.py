@@ -370,8 +370,7 @@ def test_only_causal_layers_with_a_window_get_one(monkeypatch, name, padding):
     if name == "gemma2":
         model = Gemma2ForCausalLM(Gemma2Config(head_dim=8, sliding_window=6, attn_logit_softcapping=None, **SMALL))
     else:
-        sizes = {key: SMALL[key] for key in BERT if key != "initializer_range"}
-        model = ModernBertModel(ModernBertConfig(local_attention=8, global_attn_every_n_layers=2, **sizes))
+        model = MODELS["modernbert, global and local"]()
     model, ids = model.eval(), tokens()
     mask = torch.ones_like(ids)
     mask[0, : 5 * padding] = 0
