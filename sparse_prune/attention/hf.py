@@ -133,8 +133,11 @@ def _hands_over(module: nn.Module, argument: str) -> bool:
 
 @cache
 def _keywords(forward: Callable[..., Any]) -> dict[str, ast.expr]:
-    """Keyword arguments of all calls in a forward pass."""
-    source = inspect.getsource(forward)
+    """Keyword arguments of all calls in a forward pass; none where its source is not there, as in a frozen program."""
+    try:
+        source = inspect.getsource(forward)
+    except (OSError, TypeError):
+        return {}
     tree = ast.parse(f"if True:\n{source}" if source[0].isspace() else source)
     calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
     return {keyword.arg: keyword.value for call in calls for keyword in call.keywords if keyword.arg is not None}

@@ -36,7 +36,7 @@ from transformers import (
 )
 
 from sparse_prune import BlockPattern
-from sparse_prune.attention import attach, detach, find_layers, hf_masks, list_layers
+from sparse_prune.attention import attach, detach, find_layers, hf, hf_masks, list_layers
 
 SMALL = {
     "vocab_size": 50,
@@ -270,6 +270,12 @@ def test_float_mask_is_refused_with_the_layer_named():
 def test_model_without_attention_is_refused():
     with pytest.raises(ValueError, match="no attention layers"):
         attach(torch.nn.Linear(2, 2))
+
+
+def test_a_layer_without_source_is_judged_when_it_runs():
+    scope = {}
+    exec("def forward(self, hidden_states):\n    return hidden_states\n", scope)
+    assert hf._keywords(scope["forward"]) == {}
 
 
 T5 = {"vocab_size": 50, "d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 2, "num_heads": 2}
