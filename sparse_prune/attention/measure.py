@@ -88,7 +88,7 @@ def tune(layer: PrunableAttention, backend: str, pattern: BlockPattern) -> None:
 
     query, key, value = _inputs(layer)
     check_supported(query)
-    tune_kernels(query, key, value, pattern)
+    tune_kernels(query, key, value, pattern, _options(layer))
 
 
 def _time(layer: PrunableAttention, backend: str, pattern: BlockPattern) -> float:

@@ -130,3 +130,15 @@ def test_dense_attention_is_called_as_transformers_calls_it(monkeypatch, padded)
     model(torch.ones_like(mask), attention_mask=mask, use_cache=False)
     measure._attention(layer, "dense", None, *measure._inputs(layer))()
     assert calls[0] == calls[1]
+
+
+def test_configurations_are_found_for_what_the_layer_asks(layer, monkeypatch):
+    attend, tuning = (pytest.importorskip(f"sparse_prune.kernels.triton.{name}") for name in ("attend", "tuning"))
+    asked = []
+    monkeypatch.setattr(attend, "check_supported", lambda query: None)
+    monkeypatch.setattr(tuning, "tune", lambda query, key, value, pattern, options: asked.append(options))
+    layer.last_shape = layer.last_shape._replace(
+        options=AttentionOptions(softcap=2.0, key_mask=torch.ones(1, 64).bool())
+    )
+    measure.tune(layer, "triton", layer.pattern)
+    assert (asked[0].softcap, asked[0].key_mask.shape) == (2.0, (1, 64))
