@@ -1,9 +1,11 @@
-"""What SparsityLogger costs: milliseconds per training step at the default cadence, 30 layers of 9 heads.
+"""What SparsityLogger costs: milliseconds per training step at the default cadence.
 
     python benchmarks/logging_overhead.py --output benchmarks/results/logging_overhead.json
+    python benchmarks/logging_overhead.py --size 8 32 128 --steps 60 --output benchmarks/results/logging_8k.json
 
-A model of SmolLM2-135M's layers and heads with 32 x 32 blocks and patterns that move; no attention is computed. The
-callback's own work is timed: with a CSVLogger, and with an offline W&B run where wandb is installed.
+A model of SmolLM2-135M's 30 layers and 9 heads with 32 x 32 blocks, or of another size, and patterns that move; no
+attention is computed. The callback's own work is timed: with a CSVLogger, and with an offline W&B run where wandb is
+installed.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import argparse
 import json
 import tempfile
 import time
+from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -28,7 +31,20 @@ from sparse_prune import LinearSchedule
 from sparse_prune.attention.layer import CallShape
 from sparse_prune.scores import BlockStatistics
 
-LAYERS, HEADS, KV_HEADS, BLOCKS, BLOCK = 30, 9, 3, 32, 64
+BLOCK = 64
+
+
+@dataclass(frozen=True)
+class Size:
+    """What grows with the model."""
+
+    layers: int = 30
+    heads: int = 9
+    blocks: int = 32
+    """Per side of a pattern."""
+
+
+DEFAULT = Size()
 
 
 class TimedLogger(SparsityLogger):
@@ -50,29 +66,32 @@ class TimedLogger(SparsityLogger):
 class Made(pl.LightningModule):
     """Its layers are never called: their statistics are drawn at random where a probe would collect them."""
 
-    def __init__(self, pruning: AttentionPruning) -> None:
+    def __init__(self, pruning: AttentionPruning, size: Size) -> None:
         super().__init__()
-        sizes = {"vocab_size": 8, "hidden_size": HEADS * 2, "intermediate_size": 8, "num_hidden_layers": LAYERS}
-        self.model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=HEADS, num_key_value_heads=KV_HEADS))
+        self.length = size.blocks * BLOCK
+        sizes = {"vocab_size": 8, "hidden_size": size.heads * 2, "intermediate_size": 8}
+        heads = {"num_attention_heads": size.heads, "num_key_value_heads": size.heads}
+        self.model = LlamaForCausalLM(LlamaConfig(**sizes, **heads, num_hidden_layers=size.layers))
         self.weight = nn.Parameter(torch.zeros(()))
         self.pruning = [pruning]
         generator = torch.Generator().manual_seed(0)
-        self.scores = torch.rand(LAYERS, 3, HEADS, BLOCKS, BLOCKS, generator=generator, dtype=torch.float64)
+        shape = (size.layers, 3, size.heads, size.blocks, size.blocks)
+        self.scores = torch.rand(shape, generator=generator, dtype=torch.float64)
 
     def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
         for state, scores in zip(self.pruning[0].pruner.layers.values(), self.scores, strict=True):
             layer = state.layer
-            layer.last_shape = CallShape(1, BLOCKS * BLOCK, BLOCKS * BLOCK, 64, torch.float32, torch.device("cpu"))
+            layer.last_shape = CallShape(1, self.length, self.length, 64, torch.float32, torch.device("cpu"))
             if layer.probe_block_size is not None:
                 noisy = scores * (1.0 + 0.1 * torch.rand_like(scores))
-                layer.statistics = BlockStatistics(noisy, torch.ones(2, BLOCKS, dtype=torch.float64))
+                layer.statistics = BlockStatistics(noisy, torch.ones(2, scores.shape[-1], dtype=torch.float64))
         return self.weight * 1.0
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD([self.weight], lr=0.1)
 
 
-def measure(steps: int, kind: str) -> dict[str, float]:
+def measure(steps: int, kind: str, size: Size = DEFAULT) -> dict[str, float]:
     """Milliseconds per step and per decision, seconds at the end, and the step of which that is 1 %, in seconds."""
     pruning, logger = AttentionPruning(LinearSchedule(final=0.7, end_step=10 * steps)), TimedLogger()
     with tempfile.TemporaryDirectory() as folder:
@@ -83,7 +102,7 @@ def measure(steps: int, kind: str) -> dict[str, float]:
             accelerator="cpu", max_steps=steps, logger=loggers, callbacks=[pruning, KernelSwap("gather"), logger],
             enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
         )  # fmt: skip
-        trainer.fit(Made(pruning), torch.utils.data.DataLoader(torch.zeros(steps, 1)))
+        trainer.fit(Made(pruning, size), torch.utils.data.DataLoader(torch.zeros(steps, 1)))
         if kind == "wandb":
             loggers[-1].experiment.finish()
     decisions = -(-steps // pruning.every_n_steps)
@@ -99,11 +118,14 @@ def main() -> None:
     """Parse arguments, measure, write JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--size", type=int, nargs=3, default=[30, 9, 32], metavar=("LAYERS", "HEADS", "BLOCKS"))
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     kinds = ["csv", *(["wandb"] if find_spec("wandb") else [])]
-    found = {kind: measure(arguments.steps, kind) for kind in kinds}
-    result = {"steps": arguments.steps, "every_n_steps": 10, **describe_machine(), "loggers": found}
+    size = Size(*arguments.size)
+    found = {kind: measure(arguments.steps, kind, size) for kind in kinds}
+    setting = {"steps": arguments.steps, "every_n_steps": 10, **asdict(size)}
+    result = {**setting, **describe_machine(), "loggers": found}
     text = json.dumps(result, indent=1)
     print(text)
     if arguments.output:

@@ -21,8 +21,16 @@ KEPT = (29, 78, 137)
 KEPT_STRONG = (8, 32, 72)
 REGROWN = (240, 150, 40)
 LOST = (222, 120, 140)
+LEVELS = 200
+_RAMP = np.linspace(0.0, 1.0, LEVELS)[:, None]
+PALETTE = np.concatenate(
+    [(PAPER, PRUNED, KEPT, REGROWN, LOST), (1.0 - _RAMP) * KEPT_WEAK + _RAMP * KEPT_STRONG]
+).astype(np.uint8)
+"""Colours by number: of no score, and then `LEVELS` of kept blocks from the lowest score to the highest."""
 LEAST = 1e-12
 """Scores below it look like it: the colour scale is logarithmic."""
+MOST_PIXELS = 2400
+"""Of a picture's side: where blocks are too many, squares of them are merged into pixels of their mean colour."""
 
 LEGEND = (
     "A column per layer, a row per head; in each, query blocks downwards, key blocks to the right. "
@@ -42,33 +50,53 @@ class LayerView:
 
 
 def draw_atlas(layers: Sequence[LayerView], pixels: int = 2, gap: int = 2) -> Picture:
-    """A model as one picture, a column per layer and a row per head.
+    """A model as one picture, a column per layer and a row per head, no side longer than `MOST_PIXELS` if it can be.
 
     Args:
         layers: In the order of the model. They may have different numbers of heads and blocks.
-        pixels: Side of a block.
+        pixels: Side of a block, if there is room.
         gap: Pixels between heads.
     """
     if not layers:
         return np.full((1, 1, 3), 255, dtype=np.uint8)
     heads = max(view.pattern.num_heads for view in layers)
-    height = max(view.pattern.keep.shape[1] for view in layers) * pixels + gap
-    width = max(view.pattern.keep.shape[2] for view in layers) * pixels + gap
+    rows, cols = (max(view.pattern.keep.shape[side] for view in layers) for side in (1, 2))
+    pixels, merged = _scale([(heads, rows), (len(layers), cols)], pixels, gap)
+    height, width = -(-rows // merged) * pixels + gap, -(-cols // merged) * pixels + gap
     picture = np.full((heads * height - gap, len(layers) * width - gap, 3), 255, dtype=np.uint8)
     strengths = _strengths(layers)
     for x, (view, strength) in enumerate(zip(layers, strengths, strict=True)):
-        for y, head in enumerate(_colours(view, strength)):
+        for y, head in enumerate(_colours(view, strength, merged)):
             tile = head.repeat(pixels, 0).repeat(pixels, 1)
             picture[y * height : y * height + tile.shape[0], x * width : x * width + tile.shape[1]] = tile
     return picture
 
 
-def draw_layer(pattern: BlockPattern, pixels: int = 96) -> Picture:
-    """Heads side by side; `pixels` is about the height."""
-    scale = max(1, pixels // pattern.keep.shape[1])
-    colours = _colours(LayerView(pattern), None).repeat(scale, 1).repeat(scale, 2)
-    gap = np.full((colours.shape[1], 4, 3), 255, dtype=np.uint8)
-    return np.concatenate([part for tile in colours for part in (tile, gap)][:-1], axis=1)
+def draw_layer(pattern: BlockPattern, pixels: int = 96, gap: int = 4) -> Picture:
+    """Heads side by side; `pixels` is about the height, less where that makes more than `MOST_PIXELS` of width."""
+    rows, cols = pattern.keep.shape[1:]
+    scale, merged = _scale([(1, rows), (pattern.num_heads, cols)], max(1, pixels // rows), gap)
+    colours = _colours(LayerView(pattern), None, merged).repeat(scale, 1).repeat(scale, 2)
+    between = np.full((colours.shape[1], gap, 3), 255, dtype=np.uint8)
+    return np.concatenate([part for tile in colours for part in (tile, between)][:-1], axis=1)
+
+
+def _scale(sides: Sequence[tuple[int, int]], pixels: int, gap: int) -> tuple[int, int]:
+    """The finest drawing of which no side is longer than `MOST_PIXELS`; if there is none, a pixel per head.
+
+    Args:
+        sides: Heads or layers along each side of the picture, and blocks of one of them.
+        pixels: Most pixels of a block's side.
+        gap: Pixels between heads.
+
+    Returns:
+        Pixels per side of what is drawn, and how many blocks are merged into a side of it.
+    """
+    most = max(blocks for _, blocks in sides)
+    for scale, merged in [(scale, 1) for scale in range(pixels, 0, -1)] + [(1, merged) for merged in range(2, most)]:
+        if all(tiles * (-(-blocks // merged) * scale + gap) - gap <= MOST_PIXELS for tiles, blocks in sides):
+            return scale, merged
+    return 1, most
 
 
 def views(
@@ -109,18 +137,29 @@ def _strengths(layers: Sequence[LayerView]) -> list[np.ndarray[Any, np.dtype[np.
     ]
 
 
-def _colours(view: LayerView, strength: np.ndarray[Any, np.dtype[np.float32]] | None) -> Picture:
-    """(num_heads, q_blocks, kv_blocks, 3)"""
+def _colours(view: LayerView, strength: np.ndarray[Any, np.dtype[np.float32]] | None, merged: int) -> Picture:
+    """(num_heads, q_blocks, kv_blocks, 3), with both numbers of blocks divided by `merged`, rounded up."""
+    paper, pruned, kept, regrown, lost, first_level = range(6)
     keep, possible = view.pattern.keep.numpy(), view.pattern.possible.numpy()
-    colours = np.full((*keep.shape, 3), PAPER, dtype=np.uint8)
-    colours[:, possible] = PRUNED
-    if strength is None:
-        colours[keep] = KEPT
-    else:
-        weak, strong = np.asarray(KEPT_WEAK, np.float32), np.asarray(KEPT_STRONG, np.float32)
-        colours[keep] = (weak + strength[keep][:, None] * (strong - weak)).astype(np.uint8)
+    numbers = np.full(keep.shape, paper, dtype=np.uint8)
+    numbers[:, possible] = pruned
+    numbers[keep] = kept if strength is None else first_level + (strength[keep] * (LEVELS - 1)).astype(np.uint8)
     if view.before is not None and view.before.shape == view.pattern.keep.shape:
         before = view.before.numpy()
-        colours[keep & ~before] = REGROWN
-        colours[~keep & before & possible] = LOST
-    return colours
+        numbers[keep & ~before] = regrown
+        numbers[~keep & before & possible] = lost
+    colours: Picture = PALETTE[numbers]
+    return colours if merged == 1 else _merge(colours, merged)
+
+
+def _merge(colours: Picture, merged: int) -> Picture:
+    """The mean colour of squares of blocks; those at the far edges may be smaller."""
+    heads, rows, cols, _ = colours.shape
+    sums = np.zeros((heads, -(-rows // merged), -(-cols // merged), 3), dtype=np.uint32)
+    counts = np.zeros((*sums.shape[1:3], 1), dtype=np.uint32)
+    for row in range(merged):
+        for col in range(merged):
+            part = colours[:, row::merged, col::merged]
+            sums[:, : part.shape[1], : part.shape[2]] += part
+            counts[: part.shape[1], : part.shape[2]] += 1
+    return (sums // counts).astype(np.uint8)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 LEFT, TOP, BOTTOM = 30, 26, 44
 """Pixels around the atlas: numbers of heads, numbers of layers, the scale."""
-LEAST_WIDTH = 620
+LEAST_WIDTH = 680
 """Pixels that the scale needs."""
 INK = (70, 80, 96)
 SWATCHES = ((atlas.PRUNED, "pruned"), (atlas.REGROWN, "regrown"), (atlas.LOST, "pruned since the last picture"))
@@ -28,7 +28,7 @@ def framed_atlas(layers: Sequence[LayerView], pixels: int = 2, gap: int = 2) -> 
 
     Args:
         layers: In the order of the model.
-        pixels: Side of a block.
+        pixels: Side of a block, if there is room.
         gap: Pixels between heads.
 
     Raises:

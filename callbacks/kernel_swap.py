@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import pytorch_lightning as pl
+import torch
 from sparse_prune.callbacks.swap_forecast import forecast_swap, warn_of_loss
 from typing_extensions import override
 
 from sparse_prune.attention.layer import PrunableAttention
-from sparse_prune.attention.measure import time_attention
+from sparse_prune.attention.measure import time_attention, wait_for
 from sparse_prune.kernels import BACKENDS, skipping_backends
 
 if TYPE_CHECKING:
@@ -62,6 +66,8 @@ class KernelSwap(pl.Callback):
         self.tune = tune
         self.events: list[SwapEvent] = []
         """All swaps so far, in order."""
+        self.measuring_seconds = 0.0
+        """What measurements took in this process, all in all: they fall into training steps and are no part of them."""
         self._forecast_due = backend == "auto"
 
     def forget_run(self) -> None:
@@ -77,7 +83,9 @@ class KernelSwap(pl.Callback):
         if self._forecast_due and pruner.open_layers:
             self._forecast_due = False
             if trainer.is_global_zero:
-                warn_of_loss(forecast_swap(pruner, self.tune))
+                with self._measuring(pl_module.device):
+                    forecasts = forecast_swap(pruner, self.tune)
+                warn_of_loss(forecasts)
         waiting = [
             name
             for name, state in pruner.layers.items()
@@ -88,7 +96,8 @@ class KernelSwap(pl.Callback):
         # Clocks differ between ranks, decisions must not: the first rank measures for all.
         events: list[SwapEvent] = []
         if trainer.is_global_zero:
-            events = [self._event(pruner.layers[name].layer, trainer.global_step) for name in waiting]
+            with self._measuring(pl_module.device):
+                events = [self._event(pruner.layers[name].layer, trainer.global_step) for name in waiting]
         for event in trainer.strategy.broadcast(events, src=0):
             if event.backend == "dense":
                 pruner.restore(event.layer)
@@ -97,6 +106,15 @@ class KernelSwap(pl.Callback):
             self.events.append(event)
             times = ", ".join(f"{name} {ms:.3g} ms" for name, ms in event.measured_ms.items())
             log.info("Step %d: %s -> %s (%s)", event.step, event.layer, event.backend, times or "not measured")
+
+    @contextmanager
+    def _measuring(self, device: torch.device) -> Iterator[None]:
+        """Adds up seconds; what a GPU has still to do of the training step comes before them."""
+        wait_for(device)
+        start = time.perf_counter()
+        yield
+        wait_for(device)
+        self.measuring_seconds += time.perf_counter() - start
 
     def _event(self, layer: PrunableAttention, step: int) -> SwapEvent:
         assert layer.pattern is not None

@@ -27,7 +27,7 @@ def save_frame(patterns: Mapping[str, BlockPattern], folder: Path, step: int) ->
     Returns:
         The file's path.
     """
-    target = folder / FOLDER / f"step_{step:08d}.npz"
+    target = _path(folder, step)
     target.parent.mkdir(parents=True, exist_ok=True)
     arrays = {}
     for name, pattern in patterns.items():
@@ -44,33 +44,60 @@ def save_frame(patterns: Mapping[str, BlockPattern], folder: Path, step: int) ->
     return target
 
 
-def remove_frames(folder: Path) -> None:
-    """Make room for the history of another run.
+def remove_frames(folder: Path, after: int) -> None:
+    """Make room for what happens from a step on: those frames are of another run, or of one that was given up.
+
+    Args:
+        folder: The run's folder.
+        after: Optimizer steps taken; later frames go.
+    """
+    for step in frame_steps(folder):
+        if step > after:
+            _path(folder, step).unlink()
+
+
+def frame_steps(folder: Path) -> list[int]:
+    """The steps of which there are frames, ascending; none if the run kept no history.
 
     Args:
         folder: The run's folder.
     """
-    for path in (folder / FOLDER).glob("step_*.npz"):
-        path.unlink()
+    return sorted(int(path.stem.removeprefix("step_")) for path in (folder / FOLDER).glob("step_*.npz"))
+
+
+def load_frame(folder: Path, step: int) -> dict[str, BlockPattern]:
+    """The patterns of one frame, by layer.
+
+    Args:
+        folder: The run's folder.
+        step: One of `frame_steps`.
+
+    Raises:
+        ValueError: If the frame is damaged; the message names the file.
+    """
+    path = _path(folder, step)
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            names = [key.removesuffix(":shape") for key in stored.files if key.endswith(":shape")]
+            return {name: _pattern(stored[f"{name}:bits"], stored[f"{name}:shape"].tolist()) for name in names}
+    except (OSError, ValueError, KeyError, TypeError, EOFError, RuntimeError, BadZipFile, zlib.error) as error:
+        raise ValueError(f"{path} must be a frame of the pattern history, got {error!r}. Remove it.") from error
 
 
 def load_frames(folder: Path) -> dict[int, dict[str, BlockPattern]]:
-    """Step -> patterns, ascending; empty if the run kept none.
+    """All frames, step -> patterns, ascending; a byte per block and frame.
+
+    Args:
+        folder: The run's folder.
 
     Raises:
         ValueError: If a frame is damaged; the message names the file.
     """
-    frames = {}
-    for path in sorted((folder / FOLDER).glob("step_*.npz")):
-        try:
-            with np.load(path, allow_pickle=False) as stored:
-                names = [key.removesuffix(":shape") for key in stored.files if key.endswith(":shape")]
-                frames[int(path.stem.removeprefix("step_"))] = {
-                    name: _pattern(stored[f"{name}:bits"], stored[f"{name}:shape"].tolist()) for name in names
-                }
-        except (OSError, ValueError, KeyError, TypeError, EOFError, RuntimeError, BadZipFile, zlib.error) as error:
-            raise ValueError(f"{path} must be a frame of the pattern history, got {error!r}. Remove it.") from error
-    return frames
+    return {step: load_frame(folder, step) for step in frame_steps(folder)}
+
+
+def _path(folder: Path, step: int) -> Path:
+    return folder / FOLDER / f"step_{step:08d}.npz"
 
 
 def _pattern(bits: np.ndarray[tuple[int], np.dtype[np.uint8]], shape: list[int]) -> BlockPattern:

@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytorch_lightning as pl
-from pytorch_lightning.loggers import WandbLogger
+from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 
 
 def run_folder(trainer: pl.Trainer) -> Path:
-    """The folder of the run alone, which every rank must ask for.
+    """The folder of the run alone, which every rank must ask for: only the first one knows it.
 
-    It is `trainer.log_dir`, or `default_root_dir` without a logger. W&B's logger has one folder for all its runs: there
-    it is the folder inside in which Lightning keeps the run's checkpoints.
+    It is the `log_dir` of the first `CSVLogger`, wherever it stands: `sparse-prune report` reads the two together. A
+    run without one has its files with the first logger: in the `log_dir` of a `TensorBoardLogger`; for others, such as
+    W&B's and MLflow's, where Lightning keeps the run's checkpoints, `save_dir/name/version`. Without a logger, and
+    instead of a `save_dir` that is None, it is `default_root_dir`.
 
     Args:
-        trainer: Its first logger decides.
+        trainer: With its loggers.
     """
-    folder = Path(trainer.log_dir or trainer.default_root_dir)
-    logger = trainer.loggers[0] if trainer.loggers else None
-    if isinstance(logger, WandbLogger):
-        # Only the first rank knows the run's id.
-        folder = folder / str(logger.name) / str(trainer.strategy.broadcast(logger.version))
-    return folder
+    return Path(trainer.strategy.broadcast(os.fspath(_folder(trainer))))
+
+
+def _folder(trainer: pl.Trainer) -> str | os.PathLike[str]:
+    logger = next((found for found in trainer.loggers if isinstance(found, CSVLogger)), trainer.logger)
+    if logger is None:
+        return trainer.default_root_dir
+    if isinstance(logger, CSVLogger | TensorBoardLogger):
+        return logger.log_dir
+    version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
+    return Path(logger.save_dir or trainer.default_root_dir) / str(logger.name) / version

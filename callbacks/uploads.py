@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from typing import Any
 
 log = logging.getLogger(__name__)
 
@@ -12,13 +13,16 @@ log = logging.getLogger(__name__)
 class Uploads:
     """Runs actions one after the other in a thread of its own; after the first failure it takes no more.
 
-    What was submitted is finished before the process ends.
+    What was submitted is finished before the process ends. A copy, or what a pickle gives back, has nothing to do.
     """
 
     def __init__(self) -> None:
         self._thread: ThreadPoolExecutor | None = None
         self._pending: list[Future[None]] = []
         self._failed: set[str] = set()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_thread": None, "_pending": [], "_failed": self._failed.copy()}
 
     def submit(self, receiver: str, action: Callable[[], object]) -> None:
         """Run `action` soon; `receiver` is named if it fails, and then gets nothing any more."""

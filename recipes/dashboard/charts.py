@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from sparse_prune.callbacks.losses import loss_keys
+
 Kind = Literal["lines", "number", "pictures", "table"]
 
 
@@ -43,8 +45,8 @@ SECTIONS = (
             Chart("Pruned", ("sparsity/total",), kind="number"),
             Chart("Layers on sparse kernels", ("swap/sparse_layers",), kind="number"),
             Chart("KV cache that can go", ("savings/kv_share",), kind="number"),
-            Chart("Training loss", ("train/loss", "dense/train_loss"), unit="loss"),
-            Chart("Held-out loss", ("val/loss",), unit="loss"),
+            Chart("Training loss", (*loss_keys("training"), "dense/train_loss"), unit="loss"),
+            Chart("Held-out loss", loss_keys("validation"), unit="loss"),
             Chart("Share of blocks pruned", ("prune/requested", "sparsity/total"), unit="share", top=1.0),
         ),
     ),
@@ -98,5 +100,5 @@ SECTIONS = (
 """The dashboard, top to bottom."""
 
 AXIS = "trainer/global_step"
-COLUMNS = ("final/sparsity", "val/loss.last", "final/sparse_layers", "final/settled_layers")
+COLUMNS = ("final/sparsity", "val/loss.last", "val_loss.last", "final/sparse_layers", "final/settled_layers")
 """Summary values beside the names of runs."""

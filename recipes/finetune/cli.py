@@ -15,8 +15,8 @@ import pytorch_lightning as pl
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from pytorch_lightning.loggers import CSVLogger
 from sparse_prune.callbacks import AttentionPruning, KernelSwap
+from sparse_prune.callbacks.pruning_metrics import savings_metrics
 from sparse_prune.callbacks.run_folder import run_folder
-from sparse_prune.callbacks.sparsity_logger import savings_metrics
 from sparse_prune.recipes.finetune.history import RunHistory
 from sparse_prune.recipes.finetune.machine import describe_machine
 from sparse_prune.recipes.finetune.module import FineTuneModule

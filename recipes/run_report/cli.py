@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from pathlib import Path
 
+from sparse_prune.callbacks.pattern_history import FOLDER
 from sparse_prune.recipes.run_report.logs import read_run
 from sparse_prune.recipes.run_report.page import render
 
@@ -20,10 +22,13 @@ def main(args: list[str] | None = None) -> None:
     given = parser.parse_args(args)
     try:
         logs = read_run(given.run)
+        page = render(logs)
     except (OSError, ValueError) as error:
         parser.error(str(error))
-    target = given.output or Path(logs.name) / "report.html"
-    write(render(logs), target)
+    if not logs.steps:
+        print(f"No frames of a pattern history in {logs.folder / FOLDER}: the page shows no patterns.", file=sys.stderr)
+    target = given.output or logs.folder / "report.html"
+    write(page, target)
     print(target)
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from sparse_prune.callbacks.pattern_history import load_frames
+from sparse_prune.callbacks.pattern_history import frame_steps, load_frame
 
 from sparse_prune.pattern import BlockPattern
 
@@ -20,28 +20,40 @@ Series = list[tuple[int, float]]
 class RunLogs:
     """A run as its loggers saw it."""
 
-    name: str
+    folder: Path
+    """Where metrics.csv is."""
     metrics: Mapping[str, Series]
     dense: Mapping[str, Series]
     """The same of the dense twin that a recipe trained; empty if there is none."""
-    frames: Mapping[int, Mapping[str, BlockPattern]]
-    """Step -> layer -> pattern."""
+    steps: Sequence[int]
+    """Those of which the pattern history has a frame, ascending."""
+
+    def frame(self, step: int) -> Mapping[str, BlockPattern]:
+        """Layer -> pattern after a step.
+
+        Args:
+            step: One of `steps`.
+
+        Raises:
+            ValueError: If the frame is damaged.
+        """
+        return load_frame(self.folder, step)
 
 
 def read_run(folder: Path) -> RunLogs:
-    """Read what `CSVLogger` and `SparsityLogger` wrote.
+    """Read what `CSVLogger` wrote, and find what `SparsityLogger` did.
 
     Args:
         folder: Where metrics.csv is, or any folder above it: then the latest one below is taken.
 
     Raises:
         FileNotFoundError: If there is no metrics.csv.
-        ValueError: If metrics.csv or a frame of the pattern history is damaged.
+        ValueError: If metrics.csv is damaged.
     """
     home = _home(folder)
     twin = home / "dense" / "metrics.csv"
     metrics = _read_csv(home / "metrics.csv")
-    return RunLogs(str(home), metrics, _read_csv(twin) if twin.is_file() else {}, load_frames(home))
+    return RunLogs(home, metrics, _read_csv(twin) if twin.is_file() else {}, frame_steps(home))
 
 
 def _home(folder: Path) -> Path:

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import base64
 import json
 from collections.abc import Mapping
 from importlib.resources import files
 from typing import Any
 
-import numpy as np
+from sparse_prune.callbacks.losses import find_loss
+from sparse_prune.recipes.run_report.animation import blocks_per_cell, frames, thin_out
 from sparse_prune.recipes.run_report.logs import RunLogs, Series
 
 from sparse_prune.pattern import BlockPattern
-
-MOST_FRAMES = 60
-"""Frames that the animation shows; longer histories are thinned out."""
 
 
 def render(logs: RunLogs) -> str:
@@ -29,21 +26,18 @@ def render(logs: RunLogs) -> str:
 def describe(logs: RunLogs) -> dict[str, Any]:
     """Everything that the page shows, as JSON types."""
     metrics = logs.metrics
-    steps = sorted(logs.frames)
-    shown = steps if len(steps) <= MOST_FRAMES else [steps[i] for i in _spread(len(steps), MOST_FRAMES)]
-    last = logs.frames[steps[-1]] if steps else {}
+    shown = thin_out(logs.steps)
+    last = logs.frame(shown[-1]) if shown else {}
+    merged = blocks_per_cell(last, len(shown))
     return {
-        "name": logs.name,
+        "name": str(logs.folder),
         "facts": _facts(logs),
         "charts": _charts(logs),
         "swaps": sorted({step for key in metrics if key.startswith("swap/layer_") for step, _ in metrics[key]}),
-        "frames": [{"step": step, "layers": [_packed(p) for p in logs.frames[step].values()]} for step in shown],
+        "frames": frames(((step, logs.frame(step)) for step in shown), merged),
+        "merged": merged,
         "table": _table(last, metrics),
     }
-
-
-def _spread(count: int, most: int) -> list[int]:
-    return sorted({round(i * (count - 1) / (most - 1)) for i in range(most)})
 
 
 def _facts(logs: RunLogs) -> list[list[str]]:
@@ -53,13 +47,14 @@ def _facts(logs: RunLogs) -> list[list[str]]:
         return of[key][-1][1] if key in of else None
 
     facts = []
-    sparsity, loss, kept = last("sparsity/total"), _final_loss(logs.metrics), last("mass/kept")
+    sparsity, kept = last("sparsity/total"), last("mass/kept")
+    loss = next((key for stage in ("test", "validation", "training") if (key := find_loss(stage, logs.metrics))), None)
     if sparsity is not None:
         facts.append(["Pruned", f"{sparsity:.1%}", "of the possible attention blocks"])
     if loss is not None:
-        dense = _final_loss(logs.dense)
-        note = "no dense twin" if dense is None else f"{loss[1] / dense[1] - 1.0:+.2%} against the dense twin"
-        facts.append(["Loss", f"{loss[1]:.4f}", f"{loss[0]}, {note}"])
+        value, dense = logs.metrics[loss][-1][1], last(loss, logs.dense)
+        note = f"{value / dense - 1.0:+.2%} against the dense twin" if dense else "no dense twin"
+        facts.append(["Loss", f"{value:.4f}", f"{loss}, {note}"])
     if kept is not None:
         facts.append(["Attention kept", f"{kept:.1%}", "of the probability falls into kept blocks"])
     swapped, layers = last("swap/sparse_layers"), sum(key.startswith("sparsity/layer_") for key in logs.metrics)
@@ -71,25 +66,21 @@ def _facts(logs: RunLogs) -> list[list[str]]:
     return facts
 
 
-def _final_loss(metrics: Mapping[str, Series]) -> tuple[str, float] | None:
-    for key in ("test/loss", "val/loss", "train/loss"):
-        if metrics.get(key):
-            return key, metrics[key][-1][1]
-    return None
-
-
 def _charts(logs: RunLogs) -> list[dict[str, Any]]:
     metrics, dense = logs.metrics, logs.dense
-    changes = sorted(key for key in metrics if key.startswith("settle/change_layer_"))
-    layers = sorted(key for key in metrics if key.startswith("sparsity/layer_"))
+    changes, layers = _of_layers("settle/change_layer_", metrics), _of_layers("sparsity/layer_", metrics)
+
+    def loss(stage: str, of: Mapping[str, Series]) -> Series:
+        return of.get(find_loss(stage, of) or "", [])
+
     wanted: list[tuple[str, str, list[tuple[str, Series, str]]]] = [
         (
-            "Loss", "nats",
+            "Loss", "as logged",
             [
-                ("dense, training", dense.get("train/loss", []), "muted"),
-                ("pruned, training", metrics.get("train/loss", []), "main"),
-                ("pruned, validation", metrics.get("val/loss", []), "accent"),
-                ("dense, validation", dense.get("val/loss", []), "second"),
+                ("dense, training", loss("training", dense), "muted"),
+                ("pruned, training", loss("training", metrics), "main"),
+                ("pruned, validation", loss("validation", metrics), "accent"),
+                ("dense, validation", loss("validation", dense), "second"),
             ],
         ),
         (
@@ -130,16 +121,13 @@ def _charts(logs: RunLogs) -> list[dict[str, Any]]:
     return charts
 
 
+def _of_layers(prefix: str, metrics: Mapping[str, Series]) -> list[str]:
+    """Keys of layers in the order of the layers' numbers, which may have two digits or more."""
+    return sorted((key for key in metrics if key.startswith(prefix)), key=lambda key: int(key.removeprefix(prefix)))
+
+
 def _number(key: str) -> str:
     return "layer " + key.rpartition("_")[2]
-
-
-def _packed(pattern: BlockPattern) -> dict[str, Any]:
-    heads, rows, cols = pattern.keep.shape
-    bits = {name: np.packbits(part.numpy()) for name, part in (("keep", pattern.keep), ("possible", pattern.possible))}
-    return {"heads": heads, "rows": rows, "cols": cols} | {
-        name: base64.b64encode(packed.tobytes()).decode() for name, packed in bits.items()
-    }
 
 
 def _table(patterns: Mapping[str, BlockPattern], metrics: Mapping[str, Series]) -> dict[str, Any]:

@@ -143,13 +143,14 @@ def _inputs(layer: PrunableAttention) -> tuple[Tensor, Tensor, Tensor]:
 def _milliseconds(attend: Callable[[], Tensor], inputs: tuple[Tensor, Tensor, Tensor]) -> float:
     device = inputs[0].device
     grad = torch.ones_like(inputs[0])
-    _wait(device)
+    wait_for(device)
     start = time.perf_counter()
     torch.autograd.grad(attend(), inputs, grad)
-    _wait(device)
+    wait_for(device)
     return 1e3 * (time.perf_counter() - start)
 
 
-def _wait(device: torch.device) -> None:
+def wait_for(device: torch.device) -> None:
+    """Until a GPU has done all that it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -1,0 +1,67 @@
+"""What only some loggers take beside numbers: pictures, tables, versions of files, summaries."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from pytorch_lightning.loggers import Logger, TensorBoardLogger, WandbLogger
+from sparse_prune.callbacks.atlas import LEGEND, LayerView, Picture
+from sparse_prune.callbacks.atlas_frame import framed_atlas
+from sparse_prune.callbacks.losses import loss_keys
+from sparse_prune.callbacks.pruning_metrics import HEAD_COLUMNS
+
+SUMMARIES = {
+    **dict.fromkeys((*loss_keys("training"), *loss_keys("validation")), "min,last"),
+    "time/tokens_per_second": "mean,last",
+}
+"""What W&B's summary holds of a key, where the last value is not what one wants to know."""
+
+
+def takes_pictures(logger: Logger) -> bool:
+    """Whether a logger shows pictures."""
+    return isinstance(logger, WandbLogger | TensorBoardLogger)
+
+
+def log_picture(logger: Logger, key: str, picture: Picture, step: int, caption: str) -> None:
+    """A picture, for loggers that show them."""
+    if isinstance(logger, WandbLogger):
+        logger.log_image(key, [picture], step=step, caption=[caption])
+    elif isinstance(logger, TensorBoardLogger):
+        logger.experiment.add_image(key, picture, step, dataformats="HWC")
+
+
+def log_atlas(logger: Logger, layers: Sequence[LayerView], step: int) -> None:
+    """The atlas, drawn where a logger shows pictures."""
+    if takes_pictures(logger):
+        log_picture(logger, "patterns/atlas", framed_atlas(layers), step, LEGEND)
+
+
+def log_table(logger: WandbLogger, table: list[list[Any]], step: int) -> None:
+    """The table of heads; W&B's client asks the server before it goes on."""
+    logger.log_table("patterns/heads", columns=list(HEAD_COLUMNS), data=table, step=step)
+
+
+def version_of(logger: WandbLogger, path: Path, aliases: list[str], metadata: dict[str, float]) -> Callable[[], object]:
+    """What uploads the file as it is now, as a version of the run's artifact."""
+    import wandb
+
+    run = logger.experiment
+    artifact = wandb.Artifact(f"attention-pattern-{run.id}", type="attention-pattern", metadata=metadata)
+    artifact.add_file(str(path))
+    return partial(run.log_artifact, artifact, aliases=aliases)
+
+
+def describe_metrics(logger: Logger) -> None:
+    """Summaries for W&B; Lightning's logger already makes trainer/global_step the axis of every key."""
+    if isinstance(logger, WandbLogger):
+        for key, summary in SUMMARIES.items():
+            logger.experiment.define_metric(key, step_metric="trainer/global_step", summary=summary)
+
+
+def log_summary(logger: Logger, summary: dict[str, float]) -> None:
+    """The end of a run, for W&B's list of runs."""
+    if isinstance(logger, WandbLogger):
+        logger.experiment.summary.update(summary)

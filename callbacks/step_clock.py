@@ -1,0 +1,105 @@
+"""How fast training steps are, told now and then without a wait at every step."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from typing import Any
+
+import torch
+
+_Mark = float | torch.cuda.Event
+"""A moment: seconds of the host's clock, or an event in the stream of a GPU."""
+
+
+class StepClock:
+    """Seconds per optimizer step and tokens per second, over intervals of several steps.
+
+    A step is what lies between the beginning of its batches and their end: not the loading of data, not validation. A
+    GPU works behind the Python that feeds it, so there its own clock is read: events are recorded around every batch,
+    and waited for only when an interval is closed. A copy, or what a pickle gives back, has seen nothing.
+    """
+
+    def __init__(self) -> None:
+        self._begin: _Mark = 0.0
+        self._spans: deque[tuple[_Mark, _Mark]] = deque()  # batches that a GPU may still be at
+        self._seconds = 0.0
+        self._tokens = 0
+        self._step: int | None = None  # optimizer step at which the interval began; None: the first step warms up
+        self._last: dict[str, float] = {}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), ()
+
+    def start(self, device: torch.device) -> None:
+        """A batch begins.
+
+        Args:
+            device: Where the module is.
+        """
+        self._begin = _mark(device)
+
+    def stop(self, device: torch.device, tokens: int, apart: float = 0.0) -> None:
+        """A batch ends.
+
+        Args:
+            device: As for `start`.
+            tokens: Tokens in the batch, of this process.
+            apart: Seconds since `start` that were no part of the step; the device had finished the step before them.
+        """
+        self._spans.append((self._begin, _mark(device)))
+        while self._spans and _is_over(self._spans[0][1]):
+            self._seconds += _seconds(*self._spans.popleft())
+        self._seconds -= apart
+        self._tokens += tokens
+
+    def read(self, step: int, every: int) -> dict[str, float]:
+        """Close the interval if it is long enough; then its metrics, else none.
+
+        Args:
+            step: Optimizer steps taken.
+            every: Steps of an interval.
+        """
+        if self._step is None:
+            if step:
+                self._begin_interval(step)
+            return {}
+        steps = step - self._step
+        if steps < max(1, every):
+            return {}
+        seconds = self._seconds + sum(_seconds(*span) for span in self._spans)
+        if seconds <= 0.0:
+            return {}
+        self._last = {"time/step_seconds": seconds / steps, "time/tokens_per_second": self._tokens / seconds}
+        self._begin_interval(step)
+        return self._last.copy()
+
+    def at_swap(self) -> dict[str, float]:
+        """The last speed again under keys of its own: marks of the swap on the curves of the speed."""
+        return {f"{key}_at_swap": value for key, value in self._last.items()}
+
+    def _begin_interval(self, step: int) -> None:
+        self._spans.clear()
+        self._step, self._seconds, self._tokens = step, 0.0, 0
+
+
+def _mark(device: torch.device) -> _Mark:
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record(torch.cuda.current_stream(device))
+    return event
+
+
+def _is_over(mark: _Mark) -> bool:
+    return isinstance(mark, float) or mark.query()
+
+
+def _seconds(begin: _Mark, end: _Mark) -> float:
+    """Between two marks of one device; waits for a GPU that is not there yet."""
+    if isinstance(begin, float) or isinstance(end, float):
+        assert isinstance(begin, float)
+        assert isinstance(end, float)
+        return end - begin
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e3

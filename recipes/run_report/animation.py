@@ -1,0 +1,91 @@
+"""The history of patterns as the page animates it: few frames, small ones, as text."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from sparse_prune.pattern import BlockPattern
+
+MOST_FRAMES = 60
+"""Frames that the animation shows; longer histories are thinned out."""
+MOST_BYTES = 5_000_000
+"""Of the frames inside the page, about; where they are more, squares of blocks are merged into cells."""
+LEVELS = 4
+"""Shades of a cell of several blocks: all pruned, up to a third of the possible ones kept, up to two thirds, more."""
+
+
+def thin_out(steps: Sequence[int]) -> list[int]:
+    """At most `MOST_FRAMES` of the steps, evenly, the first and the last among them."""
+    if len(steps) <= MOST_FRAMES:
+        return list(steps)
+    return [steps[round(i * (len(steps) - 1) / (MOST_FRAMES - 1))] for i in range(MOST_FRAMES)]
+
+
+def blocks_per_cell(patterns: Mapping[str, BlockPattern], frames: int) -> int:
+    """Side, in blocks, of the smallest cells with which so many frames stay below `MOST_BYTES`.
+
+    Args:
+        patterns: Those of one frame; the others are taken to be as large.
+        frames: How many frames are shown.
+    """
+    shapes = [pattern.keep.shape for pattern in patterns.values()]
+    most = max((max(shape[1:]) for shape in shapes), default=1)
+    for merged in range(1, most):
+        cells = sum(heads * -(-rows // merged) * -(-cols // merged) for heads, rows, cols in shapes)
+        if frames * cells * _depth(merged) / 8 * 4 / 3 <= MOST_BYTES:
+            return merged
+    return most
+
+
+def packed(pattern: BlockPattern, merged: int) -> dict[str, Any]:
+    """A layer of a frame as JSON types.
+
+    Args:
+        pattern: The layer's blocks.
+        merged: Blocks per side of a cell.
+
+    Returns:
+        heads, rows and cols of cells; `depth`, bits per cell; `keep`, levels of cells from the first head's first row
+        on, the highest bit first; `possible`, a bit per cell of one head. Both are base64.
+    """
+    kept, possible = _sums(pattern.keep, merged), _sums(pattern.possible[None], merged)[0]
+    depth = _depth(merged)
+    levels = ((2**depth - 1) * kept / possible.clamp(min=1)).ceil().to(torch.uint8).numpy()
+    bits = levels[..., None] >> np.arange(depth)[::-1] & 1
+    heads, rows, cols = kept.shape
+    return {
+        "heads": heads, "rows": rows, "cols": cols, "depth": depth,
+        "keep": _text(bits), "possible": _text((possible > 0).numpy()),
+    }  # fmt: skip
+
+
+def frames(history: Iterator[tuple[int, Mapping[str, BlockPattern]]], merged: int) -> list[dict[str, Any]]:
+    """Frames as JSON types; only one is held at full size at a time.
+
+    Args:
+        history: Step and patterns of every frame.
+        merged: As for `packed`.
+    """
+    return [{"step": step, "layers": [packed(p, merged) for p in patterns.values()]} for step, patterns in history]
+
+
+def _depth(merged: int) -> int:
+    return 1 if merged == 1 else (LEVELS - 1).bit_length()
+
+
+def _sums(blocks: Tensor, merged: int) -> Tensor:
+    """How many of a cell's blocks are set, (heads, rows, cols) of cells."""
+    heads, rows, cols = blocks.shape
+    whole = pad(blocks.int(), (0, -cols % merged, 0, -rows % merged))
+    return whole.view(heads, -(-rows // merged), merged, -(-cols // merged), merged).sum((2, 4))
+
+
+def _text(bits: Any) -> str:
+    return base64.b64encode(np.packbits(bits).tobytes()).decode()
