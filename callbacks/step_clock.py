@@ -67,7 +67,8 @@ class StepClock:
         steps = step - self._step
         if steps < max(1, every):
             return {}
-        seconds = self._seconds + sum(_seconds(*span) for span in self._spans)
+        # From the last one on: it is waited for, and with it the others are over.
+        seconds = self._seconds + sum(_seconds(*span) for span in reversed(self._spans))
         if seconds <= 0.0:
             return {}
         self._last = {"time/step_seconds": seconds / steps, "time/tokens_per_second": self._tokens / seconds}

@@ -82,3 +82,30 @@ def test_the_frame_of_unknown_scores_and_of_few_or_no_layers():
     kept = framed_atlas([LayerView(pattern([1, 0], [1, 1]))])
     assert list(atlas.KEPT) in kept[-BOTTOM:].reshape(-1, 3).tolist()
     assert framed_atlas([]).shape[0] == TOP + 1 + BOTTOM
+
+
+def test_blocks_are_merged_into_their_mean_colour_where_a_side_gets_too_long(monkeypatch):
+    layers = [LayerView(pattern(*([1, 0, 1, 1, 1],) * 5, causal=False))] * 2
+    assert draw_atlas(layers, pixels=3, gap=2).shape == (15, 32, 3)
+    for most, width in ((31, 2 * 5 * 2 + 2), (21, 2 * 5 + 2), (11, 2 * 3 + 2), (7, 2 * 2 + 2), (5, 2 + 2)):
+        monkeypatch.setattr(atlas, "MOST_PIXELS", most)
+        assert draw_atlas(layers, pixels=3, gap=2).shape[1] == width
+    monkeypatch.setattr(atlas, "MOST_PIXELS", 11)
+    picture = draw_atlas(layers, pixels=3, gap=2)
+    middle = (np.asarray(atlas.KEPT) + atlas.PRUNED) // 2
+    assert picture[0, :3].tolist() == [middle.tolist(), list(atlas.KEPT), list(atlas.KEPT)]
+    assert (picture[:, 5:] == picture[:, :3]).all()
+
+
+def test_a_layer_of_many_heads_is_no_wider_than_that(monkeypatch):
+    many = BlockPattern.dense(40, 512, 512, 8, True)
+    assert draw_layer(many).shape[1] <= atlas.MOST_PIXELS
+    monkeypatch.setattr(atlas, "MOST_PIXELS", 10_000)
+    assert draw_layer(many).shape[1] == 40 * (64 + 4) - 4
+
+
+def test_a_large_model_has_a_picture_that_can_be_looked_at():
+    layer = BlockPattern.dense(32, 8192, 8192, 64, True)
+    height, width, _ = framed_atlas([LayerView(layer)] * 8).shape
+    assert height < 2400 + TOP + BOTTOM
+    assert width < 800

@@ -1,16 +1,25 @@
+import copy
 import json
 import logging
+import pickle
 import sys
 import time
 
 import pytest
+import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
-from sparse_prune.callbacks import KernelSwap, SparsityLogger, sparsity_logger
-from sparse_prune.callbacks.pattern_history import load_frames
-from sparse_prune.callbacks.run_folder import run_folder
-from sparse_prune.callbacks.sparsity_logger import HEAD_COLUMNS, head_table
+from sparse_prune.callbacks import (
+    AttentionPruning,
+    KernelSwap,
+    SparsityLogger,
+    kernel_swap,
+    logger_extras,
+    sparsity_logger,
+)
+from sparse_prune.callbacks.pattern_history import FOLDER, load_frames
+from sparse_prune.callbacks.pruning_metrics import HEAD_COLUMNS, head_table, savings_metrics
 from tiny import TinyModule, batches, pruning, tiny_llama, trainer
 
 from sparse_prune import BlockPattern
@@ -63,6 +72,85 @@ def test_csv_holds_everything_at_the_right_steps(tmp_path):
     requested = {row["step"]: row["prune/requested"] for row in rows if "prune/requested" in row}
     assert requested == {step: pytest.approx(callback.pruner.schedule(int(step) + 1)) for step in requested}
     assert max(sparsity.values()) == pytest.approx(callback.pruner.total_sparsity)
+
+
+class Witness(pl.Callback):
+    """Keeps what holds when a batch is done: CSV step -> value."""
+
+    def __init__(self):
+        self.reports, self.savings, self.patterns = {}, {}, {}
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        pruning, step = trainer.callbacks[0], trainer.global_step - 1
+        if pruning.report.step == trainer.global_step:
+            self.reports[step] = pruning.report
+        self.savings[step] = savings_metrics(pruning.pruner)
+        self.patterns[step] = pruning.pruner.patterns
+
+
+def test_rows_hold_what_the_decision_of_their_step_reports(tmp_path):
+    witness, callback = Witness(), pruning()
+    callbacks = [callback, KernelSwap("gather"), SparsityLogger(), witness]
+    trainer(tmp_path, callbacks, logger=CSVLogger(tmp_path, name="", version="")).fit(TinyModule(), batches())
+    rows = {row["step"]: row for row in read_csv(tmp_path) if "prune/threshold" in row}
+    assert rows.keys() == witness.reports.keys()
+    assert len(rows) >= 6
+    for step, report in witness.reports.items():
+        wanted = {
+            "prune/threshold": report.threshold,
+            "prune/requested": report.requested,
+            "settle/min_delta": 0.5,
+            "sparsity/total": report.sparsity,
+            "mass/kept": sum(report.mass_kept.values()) / 2,
+            **witness.savings[step],
+        }
+        for number, name in enumerate(callback.pruner.layers):
+            wanted[f"sparsity/layer_{number:02d}"] = report.layer_sparsity[name]
+            wanted[f"mass/kept_layer_{number:02d}"] = report.mass_kept[name]
+            if name in report.change:
+                wanted[f"settle/change_layer_{number:02d}"] = report.change[name]
+        found = {key: value for key, value in rows[step].items() if not key.startswith(("time/", "swap/", "train/"))}
+        assert {key: found[key] for key in wanted} == pytest.approx(wanted)
+        assert found.keys() - wanted.keys() <= {"epoch", "step", "dense/train_loss"}
+    # The numbers are not all alike.
+    last = rows[max(rows)]
+    assert 0 < last["mass/kept"] < 1
+    assert last["sparsity/layer_00"] != last["sparsity/layer_01"]
+    assert len({row["savings/attention_flops"] for row in rows.values()}) > 3
+
+
+def test_savings_are_those_of_the_patterns(tmp_path):
+    callback = fit(tmp_path, CSVLogger(tmp_path, name="", version=""))
+    kept = possible = cache = 0
+    for pattern in callback.pruner.patterns.values():
+        # Two products of 8 x 8 blocks and 8 channels, times two, for two sequences.
+        kept += int(pattern.keep.sum()) * 2 * 2 * 8 * 8 * 8 * 2
+        possible += 4 * 36 * 2 * 2 * 8 * 8 * 8 * 2
+        cache += kv_blocks_droppable(pattern, 2) * 2 * 2 * 2 * 64 * 8 * 4
+    wanted = {
+        "savings/attention_flops": possible - kept,
+        "savings/attention_flops_share": 1 - kept / possible,
+        "savings/kv_bytes": cache,
+        "savings/kv_share": cache / (2 * 2 * 2 * 2 * 64 * 8 * 4),
+    }
+    row = [row for row in read_csv(tmp_path) if "savings/attention_flops" in row][-1]
+    assert {key: row[key] for key in wanted} == pytest.approx(wanted)
+    assert 0.3 < row["savings/attention_flops_share"] < 0.5
+
+
+def test_layers_that_are_given_back_are_logged_as_dense(tmp_path, monkeypatch):
+    monkeypatch.setattr(kernel_swap, "time_attention", lambda *args, **kwargs: {"dense": 1.0, "gather": 2.0})
+    monkeypatch.setattr(kernel_swap, "forecast_swap", lambda *args: [])
+    trainer(tmp_path, [pruning()], logger=CSVLogger(tmp_path, name="", version="")).fit(TinyModule(), batches())
+    last = {key: value for row in read_csv(tmp_path) for key, value in row.items()}
+    assert last["swap/sparse_layers"] == 0
+    assert last["settle/change_layer_00"] < 0.5
+    for number in ("00", "01"):
+        assert last[f"sparsity/layer_{number}"] == 0
+        assert last[f"mass/kept_layer_{number}"] == pytest.approx(1)
+    assert last["mass/kept"] == pytest.approx(1)
+    for key in ("sparsity/total", "savings/attention_flops", "savings/attention_flops_share", "savings/kv_bytes"):
+        assert last[key] == 0
 
 
 def test_patterns_land_beside_the_logs(tmp_path):
@@ -136,34 +224,13 @@ def test_offline_wandb_run_holds_metrics_pictures_artifact_and_summary(tmp_path,
     assert artifacts[-1] == {"latest", "final"}
     assert all(aliases == {"latest"} for aliases in artifacts[:-1])
     assert len(artifacts) >= 2
-    for key, wanted in sparsity_logger.SUMMARIES.items():
+    for key, wanted in logger_extras.SUMMARIES.items():
         summaries = {name for name in ("min", "max", "mean", "last") if getattr(metrics[key].summary, name)}
         assert summaries == set(wanted.split(","))
         assert metrics[key].step_metric == "trainer/global_step"
     # Every other key: W&B's client matches this one.
     assert metrics["*"].step_metric == "trainer/global_step"
     assert metrics["*"].options.step_sync
-
-
-def test_speed_is_what_the_steps_took(tmp_path):
-    logger = CSVLogger(tmp_path, name="", version="")
-    fit(tmp_path, logger, log_every_n_steps=4, accumulate_grad_batches=2)
-    speeds = [row for row in read_csv(tmp_path) if "time/step_seconds" in row]
-    assert len(speeds) == 2  # 12 steps, the first one warms up
-    for row in speeds:
-        # Two batches of two sequences of 64 tokens make a step.
-        assert row["time/tokens_per_second"] == pytest.approx(256 / row["time/step_seconds"], rel=1e-6)
-
-
-def test_swaps_are_marked_on_the_curves_of_the_speed(tmp_path):
-    fit(tmp_path, CSVLogger(tmp_path, name="", version=""))
-    rows = read_csv(tmp_path)
-    swaps = {row["step"] for row in rows if "swap/sparse_layers" in row}
-    assert swaps
-    for key in ("time/step_seconds", "time/tokens_per_second"):
-        speed = {row["step"]: row[key] for row in rows if key in row}
-        marks = {row["step"]: row[f"{key}_at_swap"] for row in rows if f"{key}_at_swap" in row}
-        assert marks == {step: speed[step] for step in swaps}
 
 
 def test_the_table_has_a_row_per_head(tmp_path):
@@ -214,18 +281,68 @@ def test_the_history_of_another_run_is_not_mixed_in(tmp_path):
     assert list(load_frames(tmp_path)) == [1, 3, 5, 7]
 
 
+def test_a_run_that_goes_on_from_an_older_checkpoint_forgets_the_steps_after_it(tmp_path):
+    def run(steps, **options):
+        saver = ModelCheckpoint(tmp_path / "kept", filename="cut", every_n_train_steps=4, save_top_k=1)
+        callbacks = [pruning(), KernelSwap("gather"), SparsityLogger(every_n_decisions=2), saver]
+        trainer(tmp_path, callbacks, steps=steps, enable_checkpointing=True).fit(TinyModule(), batches(), **options)
+
+    run(7)
+    assert list(load_frames(tmp_path)) == [1, 3, 5, 7]
+    run(6, ckpt_path=tmp_path / "kept" / "cut.ckpt", weights_only=False)
+    assert list(load_frames(tmp_path)) == [1, 3, 5, 6]
+
+
+class Fails(pl.Callback):
+    def __init__(self, step, error):
+        self.step, self.error = step, error
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.global_step == self.step:
+            raise self.error
+
+
+@pytest.mark.parametrize(("error", "seen"), [(KeyboardInterrupt(), SystemExit), (RuntimeError("boom"), RuntimeError)])
+def test_a_run_that_is_broken_off_leaves_its_patterns(tmp_path, error, seen):
+    callback = pruning()
+    run = trainer(tmp_path, [callback, KernelSwap("gather"), Fails(3, error)])
+    with pytest.raises(seen):
+        run.fit(TinyModule(), batches())
+    frames, saved = load_frames(tmp_path), load_patterns(tmp_path / "attention_pattern.safetensors")
+    assert list(frames) == [1, 3]
+    assert callback.pruner.total_sparsity > 0.2
+    for name, pattern in callback.pruner.patterns.items():
+        assert torch.equal(saved[name].keep, pattern.keep)
+        assert torch.equal(frames[3][name].keep, pattern.keep)
+
+
+def test_what_fails_after_an_exception_does_not_hide_it(tmp_path, monkeypatch, caplog):
+    def broken(*args):
+        raise TypeError("worse")
+
+    monkeypatch.setattr(sparsity_logger, "save_patterns", broken)
+    with pytest.raises(RuntimeError, match="boom"):
+        trainer(tmp_path, [pruning(), Fails(3, RuntimeError("boom"))]).fit(TinyModule(), batches())
+    assert "were not written" in caplog.text
+
+
+def test_exceptions_before_the_first_decision_and_after_the_fit_write_nothing(tmp_path):
+    callbacks = [pruning(), Fails(0, RuntimeError("boom"))]
+    with pytest.raises(RuntimeError, match="boom"):
+        trainer(tmp_path, callbacks).fit(TinyModule(), batches())
+    assert list(tmp_path.iterdir()) == []
+    callbacks[1].step = -1
+    run, module = trainer(tmp_path, callbacks, steps=3), TinyModule()
+    run.fit(module, batches())
+    (tmp_path / "attention_pattern.safetensors").unlink()
+    with pytest.raises(TypeError):
+        run.validate(module, torch.utils.data.DataLoader([None]))
+    assert not (tmp_path / "attention_pattern.safetensors").exists()
+
+
 def test_one_decision_makes_two_frames(tmp_path):
     trainer(tmp_path, [pruning(every_n_steps=10)], steps=3).fit(TinyModule(), batches())
     assert list(load_frames(tmp_path)) == [1, 3]
-
-
-def test_a_run_of_wandb_has_a_folder_of_its_own(tmp_path):
-    pytest.importorskip("wandb")
-    logger = WandbLogger(project="test", id="abc", save_dir=tmp_path, offline=True)
-    assert run_folder(trainer(tmp_path, [], logger=logger)) == tmp_path / "test" / "abc"
-    behind = [CSVLogger(tmp_path, name="", version=""), logger]
-    assert run_folder(trainer(tmp_path, [], logger=behind)) == tmp_path
-    assert run_folder(trainer(tmp_path, [])) == tmp_path
 
 
 def test_fast_dev_run_leaves_no_files(tmp_path):
@@ -241,6 +358,37 @@ def test_the_last_swaps_are_logged_behind_a_given_swap(tmp_path):
     run.fit(TinyModule(), batches())
     assert [type(callback) for callback in run.callbacks[1:3]] == [KernelSwap, SparsityLogger]
     assert [row["step"] for row in read_csv(tmp_path) if "swap/sparse_layers" in row] == [6]
+
+
+@pytest.mark.parametrize(
+    ("kinds", "late"),
+    [
+        ((SparsityLogger, AttentionPruning), "AttentionPruning"),
+        ((AttentionPruning, SparsityLogger, KernelSwap), "KernelSwap"),
+        ((SparsityLogger, KernelSwap, AttentionPruning), "AttentionPruning and KernelSwap"),
+    ],
+)
+def test_a_logger_in_front_of_what_it_watches_is_refused(tmp_path, kinds, late):
+    callbacks = [pruning() if kind is AttentionPruning else kind() for kind in kinds]
+    with pytest.raises(ValueError, match=f"SparsityLogger behind {late}, got it in front"):
+        trainer(tmp_path, callbacks).fit(TinyModule(), batches())
+
+
+@pytest.mark.parametrize("again", [copy.deepcopy, lambda logger: pickle.loads(pickle.dumps(logger))])
+def test_a_used_logger_can_be_copied(tmp_path, again):
+    logger = SparsityLogger(every_n_decisions=2)
+    logger._uploads.submit("anyone", lambda: None)
+    logger._uploads.wait(10)
+    trainer(tmp_path, [pruning(), KernelSwap("gather"), logger], steps=3).fit(TinyModule(), batches())
+    other = again(logger)
+    assert other.state_dict().keys() == logger.state_dict().keys()
+    assert other.state_dict()["decisions"] == 3
+    trainer(tmp_path / "other", [pruning(), KernelSwap("gather"), other], steps=3).fit(TinyModule(), batches())
+    assert list(load_frames(tmp_path / "other")) == [1, 3]
+    done = []
+    other._uploads.submit("anyone", lambda: done.append(1))
+    other._uploads.wait(10)
+    assert done == [1]
 
 
 class Pair(TinyModule):
@@ -279,6 +427,19 @@ def test_a_full_disk_stops_nothing(tmp_path, monkeypatch, caplog):
 def test_pictures_need_a_whole_number_of_decisions():
     with pytest.raises(ValueError, match="`every_n_decisions` must be at least 1, got 0"):
         SparsityLogger(every_n_decisions=0)
+
+
+def test_history_goes_with_the_metrics_and_the_artifact_to_wandb(tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    uploaded = []
+    monkeypatch.setattr(logger_extras, "version_of", lambda logger, path, *args: lambda: uploaded.append(path))
+    wandb_logger = WandbLogger(project="test", id="abc", save_dir=tmp_path, offline=True)
+    fit(tmp_path, [wandb_logger, CSVLogger(tmp_path, name="csv", version="")])
+    wandb_logger.experiment.finish()
+    assert load_frames(tmp_path / "csv")
+    assert set(uploaded) == {tmp_path / "csv" / "attention_pattern.safetensors"}
+    assert [path.parent for path in tmp_path.rglob(FOLDER)] == [tmp_path / "csv"]
 
 
 class Broken(Logger):

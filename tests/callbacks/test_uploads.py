@@ -1,4 +1,5 @@
 import logging
+import pickle
 import threading
 import time
 
@@ -40,3 +41,13 @@ def test_waiting_ends_when_the_time_is_up():
     uploads.wait(0.1)
     assert time.perf_counter() - start < 5
     gate.set()
+
+
+def test_a_copy_has_nothing_to_do_and_works():
+    uploads, got = Uploads(), []
+    uploads.submit("a", lambda: None)
+    uploads.wait(10)
+    other = pickle.loads(pickle.dumps(uploads))
+    other.submit("a", lambda: got.append(1))
+    other.wait(10)
+    assert got == [1]

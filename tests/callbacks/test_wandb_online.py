@@ -107,7 +107,7 @@ def test_an_online_run_lands_whole(whole):
     aliases = [{alias["alias"] for alias in version["aliases"]} for version in versions]
     assert aliases[-1] == {"latest", "final"}
     number = server.artifacts.index(versions[-1])
-    kept = (folder / "project" / "whole" / "attention_pattern.safetensors").read_bytes()
+    kept = (folder / "csv" / "attention_pattern.safetensors").read_bytes()
     assert server.files[f"artifacts/A{number}/attention_pattern.safetensors"] == kept
 
 

@@ -7,6 +7,7 @@ import sys
 import pytest
 from pytorch_lightning.loggers import CSVLogger
 from sparse_prune.callbacks import KernelSwap, SparsityLogger
+from sparse_prune.callbacks.losses import loss_keys
 from sparse_prune.recipes.dashboard.charts import AXIS, SECTIONS
 from sparse_prune.recipes.dashboard.cli import main, parse_target
 from tiny import TinyModule, batches, pruning, trainer
@@ -44,7 +45,8 @@ def test_every_logged_number_has_a_chart_and_every_chart_a_number(tmp_path):
     for key in logged:
         assert any(key in chart.keys or chart.pattern and re.fullmatch(chart.pattern, key) for chart in numbers), key
     for chart in numbers:
-        keys = set(chart.keys) - {"train/loss", "val/loss", "dense/train_loss"}  # of modules and recipes
+        losses = {*loss_keys("training"), *loss_keys("validation"), "dense/train_loss"}  # of modules and recipes
+        keys = set(chart.keys) - losses
         assert keys <= logged, chart
         assert chart.pattern is None or any(re.fullmatch(chart.pattern, key) for key in logged), chart
 
@@ -87,8 +89,10 @@ def test_losses_of_the_dense_run_stand_in_the_same_charts(specification):
     assert spec["workspace"]["spec"]["section"]["panelBankConfig"]
     charts = {p["config"]["chartTitle"]: p["config"] for p in panels_of(spec) if "Line" in p["viewType"]}
     # The twin of a recipe logs beside the run; a dense run of its own shows under the same keys.
-    assert charts["Training loss"]["metrics"] == ["train/loss", "dense/train_loss"]
-    assert charts["Held-out loss"]["metrics"] == ["val/loss"]
+    assert charts["Training loss"]["metrics"] == [*loss_keys("training"), "dense/train_loss"]
+    assert charts["Held-out loss"]["metrics"] == list(loss_keys("validation"))
+    assert {"train/loss", "train_loss", "loss"} <= set(charts["Training loss"]["metrics"])
+    assert {"val/loss", "val_loss"} <= set(charts["Held-out loss"]["metrics"])
     assert '["abc123", "dense1"]' in json.dumps(spec["workspace"])
 
 

@@ -1,20 +1,25 @@
 """A run's page: right numbers, nothing fetched, drawn by a real browser."""
 
+import base64
 import json
 import os
 import re
 import shutil
 import subprocess
 
+import numpy as np
 import pytest
 import torch
 from pytorch_lightning.loggers import CSVLogger
 from sparse_prune.callbacks import KernelSwap, SparsityLogger
-from sparse_prune.callbacks.pattern_history import save_frame
+from sparse_prune.callbacks.pattern_history import load_frames, save_frame
+from sparse_prune.callbacks.pruning_metrics import savings_metrics
 from sparse_prune.recipes.finetune.history import RunHistory
+from sparse_prune.recipes.run_report import animation
+from sparse_prune.recipes.run_report.animation import MOST_BYTES, MOST_FRAMES, blocks_per_cell, packed
 from sparse_prune.recipes.run_report.cli import main
 from sparse_prune.recipes.run_report.logs import read_run
-from sparse_prune.recipes.run_report.page import MOST_FRAMES, describe, render
+from sparse_prune.recipes.run_report.page import describe, render
 from tiny import TinyModule, batches, pruning, trainer
 
 from sparse_prune import BlockPattern
@@ -61,6 +66,26 @@ def test_the_page_holds_the_run(run):
         assert row["state"] == "sparse"
         assert row["settled"] in data["swaps"]
     assert len(data["frames"]) >= 8
+    assert {chart["title"]: chart["lines"][0]["points"][-1][1] for chart in data["charts"]}["Attention kept"] < 0.99
+    csv = read_run(folder).metrics
+    for title, key in LINES.items():
+        assert charts[title]["lines"][0]["points"] == [list(point) for point in csv[key]], title
+        assert len({value for _, value in csv[key]}) > 3, title
+    for title, key in (("Sparsity per layer", "sparsity/layer_01"), ("Change per layer", "settle/change_layer_01")):
+        assert charts[title]["lines"][1] == {"name": "layer 01", "points": [list(p) for p in csv[key]], "style": "thin"}
+    kept = sum(state.mass_kept for state in callback.pruner.layers.values()) / 2
+    facts = {label: value for label, value, _ in data["facts"]}
+    assert facts["Attention kept"] == f"{kept:.1%}"
+    assert facts["KV cache"] == f"−{savings_metrics(callback.pruner)['savings/kv_share']:.0%}"
+
+
+LINES = {
+    "Attention kept": "mass/kept",
+    "Threshold": "prune/threshold",
+    "Savings (estimates)": "savings/attention_flops_share",
+    "Attention FLOPs saved": "savings/attention_flops",
+    "KV cache saved": "savings/kv_bytes",
+}
 
 
 def test_nothing_is_fetched_and_nothing_is_executed_from_the_data(run, tmp_path):
@@ -76,13 +101,90 @@ def test_nothing_is_fetched_and_nothing_is_executed_from_the_data(run, tmp_path)
     assert data_of(page)["name"] == str(folder)
 
 
-def test_long_histories_are_thinned_out(tmp_path):
+def unpacked(layer):
+    """Levels of cells, (heads, rows, cols), as the page reads them."""
+    shape = (layer["heads"], layer["rows"], layer["cols"], layer["depth"])
+    bits = np.unpackbits(np.frombuffer(base64.b64decode(layer["keep"]), np.uint8), count=int(np.prod(shape)))
+    return (bits.reshape(shape) * 2 ** np.arange(layer["depth"])[::-1]).sum(-1)
+
+
+def test_frames_hold_the_blocks(run):
+    folder, _ = run
+    data = data_of(render(read_run(folder)))
+    frames = load_frames(folder / "csv")
+    assert data["merged"] == 1
+    assert [frame["step"] for frame in data["frames"]] == list(frames)
+    for frame in data["frames"]:
+        for layer, pattern in zip(frame["layers"], frames[frame["step"]].values(), strict=True):
+            assert (unpacked(layer) == pattern.keep.numpy()).all()
+
+
+def test_merged_cells_tell_how_many_of_their_blocks_are_kept():
+    keep = torch.tensor([[[1, 0, 0], [1, 1, 0], [0, 0, 1]], [[1, 0, 0], [0, 0, 0], [1, 0, 1]]], dtype=torch.bool)
+    layer = packed(BlockPattern(keep, (8, 8), True, 24, 24), 2)
+    # All three of three, none of two, none impossible; one of three, one of two.
+    assert unpacked(layer).tolist() == [[[3, 0], [0, 3]], [[1, 0], [2, 3]]]
+    possible = np.unpackbits(np.frombuffer(base64.b64decode(layer["possible"]), np.uint8), count=4)
+    assert possible.tolist() == [1, 0, 1, 1]
+
+
+def test_a_large_model_makes_a_page_of_a_few_megabytes():
+    large = {str(n): BlockPattern.dense(32, 128, 128, 1, True) for n in range(2)}
+    frames = MOST_FRAMES * 16  # as many cells as 32 layers have
+    merged = blocks_per_cell(large, frames)
+    size = frames * sum(len(packed(pattern, merged)["keep"]) for pattern in large.values())
+    assert merged > 1
+    assert MOST_BYTES / 3 < size <= 1.1 * MOST_BYTES
+    assert blocks_per_cell(large, 1) == 1
+
+
+def test_long_histories_are_thinned_out(tmp_path, monkeypatch):
+    monkeypatch.setattr(animation, "MOST_BYTES", 10**9)
     (tmp_path / "metrics.csv").write_text("step,sparsity/total\n1,0.5\n")
     for step in range(1, 2 * MOST_FRAMES + 20):
         save_frame({"a": BlockPattern.dense(1, 8, 8, 8, True)}, tmp_path, step)
     frames = describe(read_run(tmp_path))["frames"]
     assert len(frames) == MOST_FRAMES
     assert (frames[0]["step"], frames[-1]["step"]) == (1, 2 * MOST_FRAMES + 19)
+    # Those that are not shown are not read.
+    (tmp_path / "pattern_history" / "step_00000002.npz").write_bytes(b"")
+    assert describe(read_run(tmp_path))["frames"] == frames
+
+
+def test_a_page_without_frames_says_where_they_were_looked_for(tmp_path, capsys):
+    (tmp_path / "metrics.csv").write_text("step,sparsity/total\n1,0.5\n")
+    main([str(tmp_path)])
+    assert f"No frames of a pattern history in {tmp_path / 'pattern_history'}" in capsys.readouterr().err
+
+
+def test_a_damaged_frame_is_named(tmp_path, capsys):
+    (tmp_path / "metrics.csv").write_text("step,sparsity/total\n1,0.5\n")
+    save_frame({"a": BlockPattern.dense(1, 8, 8, 8, True)}, tmp_path, 1).write_bytes(b"no")
+    with pytest.raises(SystemExit):
+        main([str(tmp_path)])
+    assert "step_00000001.npz must be a frame" in capsys.readouterr().err
+
+
+def test_losses_of_other_names_are_found(tmp_path):
+    (tmp_path / "metrics.csv").write_text("step,train_loss_step,train_loss_epoch,val_loss\n1,3.0,,\n2,2.0,2.5,2.2\n")
+    (tmp_path / "dense").mkdir()
+    (tmp_path / "dense" / "metrics.csv").write_text("step,train_loss_step,val_loss\n1,2.9,\n2,1.9,2.0\n")
+    data = describe(read_run(tmp_path))
+    lines = {line["name"]: line["points"] for line in data["charts"][0]["lines"]}
+    assert lines == {
+        "dense, training": [(1, 2.9), (2, 1.9)],
+        "pruned, training": [(1, 3.0), (2, 2.0)],
+        "pruned, validation": [(2, 2.2)],
+        "dense, validation": [(2, 2.0)],
+    }
+    assert data["facts"] == [["Loss", "2.2000", "val_loss, +10.00% against the dense twin"]]
+
+
+def test_layers_are_in_order_from_a_hundred_on(tmp_path):
+    keys = [f"sparsity/layer_{n:02d}" for n in range(102)]
+    (tmp_path / "metrics.csv").write_text(f"step,{','.join(keys)}\n1,{','.join(['0.5'] * 102)}\n")
+    (chart,) = describe(read_run(tmp_path))["charts"]
+    assert [line["name"] for line in chart["lines"]] == [f"layer {n:02d}" for n in range(102)]
 
 
 def test_the_command_writes_beside_the_logs(run, capsys):
