@@ -14,10 +14,9 @@ import argparse
 import json
 import tempfile
 import time
-from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytorch_lightning as pl
 import torch
@@ -34,8 +33,7 @@ from sparse_prune.scores import BlockStatistics
 BLOCK = 64
 
 
-@dataclass(frozen=True)
-class Size:
+class Size(NamedTuple):
     """What grows with the model."""
 
     layers: int = 30
@@ -124,7 +122,7 @@ def main() -> None:
     kinds = ["csv", *(["wandb"] if find_spec("wandb") else [])]
     size = Size(*arguments.size)
     found = {kind: measure(arguments.steps, kind, size) for kind in kinds}
-    setting = {"steps": arguments.steps, "every_n_steps": 10, **asdict(size)}
+    setting = {"steps": arguments.steps, "every_n_steps": 10, **size._asdict()}
     result = {**setting, **describe_machine(), "loggers": found}
     text = json.dumps(result, indent=1)
     print(text)
