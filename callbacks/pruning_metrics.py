@@ -25,14 +25,17 @@ def decision_metrics(report: PruneReport, pruner: AttentionPruner) -> dict[str, 
     return metrics | {f"settle/change_layer_{numbers[name]:02d}": value for name, value in report.change.items()}
 
 
-def pattern_metrics(pruner: AttentionPruner) -> dict[str, float]:
-    """The patterns in force: how sparse they are, what attention they keep, what they save. Swaps change them too."""
+def pattern_metrics(pruner: AttentionPruner, report: PruneReport) -> dict[str, float]:
+    """The patterns in force: how sparse they are, what attention they keep, what they save. Swaps change them too.
+
+    Args:
+        pruner: As it is now.
+        report: The latest decision; layers that were given back since keep all attention.
+    """
     numbers = layer_numbers(pruner)
     sparsity = {name: pattern.sparsity for name, pattern in pruner.patterns.items()}
-    kept = {name: pruner.layers[name].mass_kept for name in sparsity}
-    metrics = {"sparsity/total": pruner.total_sparsity}
-    if kept:
-        metrics["mass/kept"] = sum(kept.values()) / len(kept)
+    kept = {name: 1.0 if pruner.layers[name].restored else mass for name, mass in report.mass_kept.items()}
+    metrics = {"sparsity/total": pruner.total_sparsity, "mass/kept": sum(kept.values()) / len(kept)}
     metrics |= {f"sparsity/layer_{numbers[name]:02d}": value for name, value in sparsity.items()}
     metrics |= {f"mass/kept_layer_{numbers[name]:02d}": value for name, value in kept.items()}
     return metrics | savings_metrics(pruner)

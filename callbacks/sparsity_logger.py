@@ -122,8 +122,8 @@ class SparsityLogger(pl.Callback):
         metrics = self._clock.read(trainer.global_step, trainer.log_every_n_steps)  # type: ignore[attr-defined]
         decided = report is not None and report.step > self._logged_step
         fresh = swap.events[self._logged_swaps :]
-        if decided or fresh:
-            metrics |= pattern_metrics(pruner)
+        if report is not None and (decided or fresh):
+            metrics |= pattern_metrics(pruner, report)
         if report is not None and decided:
             metrics |= decision_metrics(report, pruner)
             self._logged_step = report.step

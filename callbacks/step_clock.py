@@ -87,13 +87,13 @@ class StepClock:
 def _mark(device: torch.device) -> _Mark:
     if device.type != "cuda":
         return time.perf_counter()
-    event = torch.cuda.Event(enable_timing=True)
+    event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call, unused-ignore]
     event.record(torch.cuda.current_stream(device))
     return event
 
 
 def _is_over(mark: _Mark) -> bool:
-    return isinstance(mark, float) or mark.query()
+    return isinstance(mark, float) or bool(mark.query())  # type: ignore[no-untyped-call, unused-ignore]
 
 
 def _seconds(begin: _Mark, end: _Mark) -> float:
@@ -103,4 +103,4 @@ def _seconds(begin: _Mark, end: _Mark) -> float:
         assert isinstance(end, float)
         return end - begin
     end.synchronize()
-    return begin.elapsed_time(end) / 1e3
+    return float(begin.elapsed_time(end)) / 1e3
