@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 _LOW = 0xFFFFFFFF
+_AT_ONCE = 2**15  # numbers: what a round works on then stays in a core's cache
 
 
 def dropout_uniform(seed: int, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
@@ -23,12 +24,24 @@ def dropout_uniform(seed: int, head: Tensor, query: Tensor, key: Tensor) -> Tens
     Returns:
         float32, of the broadcast shape.
     """
-    shape = (head + query + key).shape
-    head, query, key = head.expand(shape), query.expand(shape), key.expand(shape)
+    shape = torch.broadcast_shapes(head.shape, query.shape, key.shape)
+    if head.device.type != "cpu" or not shape or shape.numel() <= _AT_ONCE:
+        return _philox(seed, head, query, key).expand(shape)
+    result = torch.empty(shape)
+    parts = [part.view((1,) * (len(shape) - part.dim()) + part.shape) for part in (head, query, key)]
+    step = max(1, _AT_ONCE * shape[0] // shape.numel())
+    for start in range(0, shape[0], step):
+        rows = slice(start, start + step)
+        result[rows] = _philox(seed, *(part if part.shape[0] == 1 else part[rows] for part in parts))
+    return result
+
+
+def _philox(seed: int, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    """The same at once; the first rounds are worked out before their inputs are broadcast."""
     c0, c1, c2, c3 = key & _LOW, query & _LOW, head & _LOW, torch.zeros_like(key)
     k0, k1 = seed & _LOW, (seed >> 32) & _LOW
     for _ in range(10):
         even, odd = c0 * 0xD2511F53, c2 * 0xCD9E8D57
-        c0, c1, c2, c3 = ((odd >> 32) & _LOW) ^ c1 ^ k0, odd & _LOW, ((even >> 32) & _LOW) ^ c3 ^ k1, even & _LOW
+        c0, c1, c2, c3 = ((odd >> 32) & _LOW) ^ (c1 ^ k0), odd & _LOW, ((even >> 32) & _LOW) ^ (c3 ^ k1), even & _LOW
         k0, k1 = (k0 + 0x9E3779B9) & _LOW, (k1 + 0xBB67AE85) & _LOW
     return (c0 >> 8).float() * 2.0**-24
