@@ -24,7 +24,7 @@ def dropout_uniform(seed: int, head: Tensor, query: Tensor, key: Tensor) -> Tens
     Returns:
         float32, of the broadcast shape.
     """
-    shape = torch.broadcast_shapes(head.shape, query.shape, key.shape)
+    shape = torch.broadcast_shapes(head.shape, query.shape, key.shape)  # type: ignore[no-untyped-call, unused-ignore]
     if head.device.type != "cpu" or not shape or shape.numel() <= _AT_ONCE:
         return _philox(seed, head, query, key).expand(shape)
     result = torch.empty(shape)
