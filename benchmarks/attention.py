@@ -147,15 +147,13 @@ def reachable(arguments: argparse.Namespace, length: int) -> dict[float, BlockPa
 def measure(arguments: argparse.Namespace, kept: Rows) -> None:
     """Two rows per shape and sparsity: forward, and forward with backward."""
     done = {(row["length"], row["head_dim"], row["group"], row["asked"]) for row in kept.rows}
-    for length, dim, group in itertools.product(arguments.lengths, arguments.head_dims, arguments.groups):
-        patterns = {
-            sparsity: pattern
-            for sparsity, pattern in reachable(arguments, length).items()
-            if (length, dim, group, sparsity) not in done
-        }
-        if patterns:
-            label = f"{length} d{dim} g{group}"
-            kept.attempt(label, partial(measure_shape, arguments, kept, label, length, dim, group, patterns))
+    for length in arguments.lengths:
+        patterns = reachable(arguments, length)
+        for dim, group in itertools.product(arguments.head_dims, arguments.groups):
+            missing = {asked: p for asked, p in patterns.items() if (length, dim, group, asked) not in done}
+            if missing:
+                label = f"{length} d{dim} g{group}"
+                kept.attempt(label, partial(measure_shape, arguments, kept, label, length, dim, group, missing))
 
 
 def measure_shape(

@@ -170,11 +170,7 @@ class AttentionPruning(pl.Callback):
         if not self._schedule.relative:
             return
         self._run_steps = self._run_steps or total
-        schedule = in_steps(self._schedule, self._run_steps)
-        if self.pruner.sparsity is not None:
-            self.pruner.sparsity = schedule
-        else:
-            self.pruner.threshold = schedule
+        self.pruner.schedule = in_steps(self._schedule, self._run_steps)
 
     @override
     def on_train_batch_start(

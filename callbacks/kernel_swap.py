@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -14,9 +13,9 @@ import torch
 from sparse_prune.callbacks.swap_forecast import forecast_swap, warn_of_loss
 from typing_extensions import override
 
-from sparse_prune.attention.clock import wait_for
+from sparse_prune.attention.clock import now
 from sparse_prune.attention.layer import PrunableAttention
-from sparse_prune.attention.measure import time_attention
+from sparse_prune.attention.measure import fastest, in_words, time_attention
 from sparse_prune.kernels import BACKENDS, skipping_backends
 
 if TYPE_CHECKING:
@@ -105,17 +104,15 @@ class KernelSwap(pl.Callback):
             else:
                 pruner.swap(event.layer, event.backend)
             self.events.append(event)
-            times = ", ".join(f"{name} {ms:.3g} ms" for name, ms in event.measured_ms.items())
-            log.info("Step %d: %s -> %s (%s)", event.step, event.layer, event.backend, times or "not measured")
+            times = in_words(event.measured_ms) or "not measured"
+            log.info("Step %d: %s -> %s (%s)", event.step, event.layer, event.backend, times)
 
     @contextmanager
     def _measuring(self, device: torch.device) -> Iterator[None]:
         """Adds up seconds; what a GPU has still to do of the training step comes before them."""
-        wait_for(device)
-        start = time.perf_counter()
+        start = now(device)
         yield
-        wait_for(device)
-        self.measuring_seconds += time.perf_counter() - start
+        self.measuring_seconds += now(device) - start
 
     def _event(self, layer: PrunableAttention, step: int) -> SwapEvent:
         assert layer.pattern is not None
@@ -123,9 +120,8 @@ class KernelSwap(pl.Callback):
         if self.backend != "auto" or layer.last_shape is None:
             return SwapEvent(step, layer.name, "gather" if self.backend == "auto" else self.backend, sparsity)
         times = time_attention(layer, skipping_backends(layer.last_shape.device), tuned=self.tune)
-        winner = min(times, key=times.__getitem__, default="dense")  # "dense" stands first: a draw goes to it
         sparse = min((ms for name, ms in times.items() if name != "dense"), default=None)
-        return SwapEvent(step, layer.name, winner, sparsity, times.get("dense"), sparse, times)
+        return SwapEvent(step, layer.name, fastest(times), sparsity, times.get("dense"), sparse, times)
 
     @override
     def state_dict(self) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from collections.abc import Hashable
 from dataclasses import dataclass
 
 from sparse_prune.attention.layer import PrunableAttention
-from sparse_prune.attention.measure import time_attention
+from sparse_prune.attention.measure import fastest, in_words, time_attention
 from sparse_prune.fixed_patterns import random_pattern
 from sparse_prune.kernels import skipping_backends
 from sparse_prune.pruner import AttentionPruner
@@ -33,8 +33,7 @@ class SwapForecast:
     @property
     def gains(self) -> bool:
         """Whether a backend is faster than dense attention; also where there is nothing to compare."""
-        sparse = [ms for name, ms in self.measured_ms.items() if name != "dense"]
-        return "dense" not in self.measured_ms or not sparse or min(sparse) < self.measured_ms["dense"]
+        return len(self.measured_ms) < 2 or fastest(self.measured_ms) != "dense"
 
 
 def forecast_swap(pruner: AttentionPruner, tuned: bool) -> list[SwapForecast]:
@@ -46,7 +45,6 @@ def forecast_swap(pruner: AttentionPruner, tuned: bool) -> list[SwapForecast]:
     """
     if pruner.sparsity is None or pruner.sparsity.final == 0.0:
         return []
-    assert isinstance(pruner.block_size, tuple)
     found = []
     for alike in _by_shape(pruner).values():
         layer = alike[0]
@@ -76,10 +74,9 @@ def warn_of_loss(forecasts: list[SwapForecast]) -> None:
 
 
 def _line(forecast: SwapForecast) -> str:
-    times = ", ".join(f"{name} {ms:.3g} ms" for name, ms in forecast.measured_ms.items())
     return (
         f"at {forecast.sparsity:.0%} sparsity and {forecast.tokens} tokens, attention like that of {forecast.layer} "
-        f"({forecast.layers} layers) measures {times}"
+        f"({forecast.layers} layers) measures {in_words(forecast.measured_ms)}"
     )
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import random
-import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 
 from sparse_prune.attention import PrunableAttention, find_layers, handle_of
+from sparse_prune.attention.clock import now
 from sparse_prune.attention.connections import unpruned
 from sparse_prune.passkey import Prompt, needle_prompt, passkey_prompt, retrieves
 
@@ -187,13 +187,6 @@ def live_bytes(device: torch.device) -> int:
         tensors = [thing for thing, kind in kinds if issubclass(kind, Tensor) and not issubclass(kind, FakeTensor)]
         storages = [t.untyped_storage() for t in tensors if t.device.type == "cpu" and t.layout == torch.strided]
     return sum({s.data_ptr(): s.nbytes() for s in storages}.values())
-
-
-def now(device: torch.device) -> float:
-    """Seconds of a clock, read when the device has done all that it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
 
 
 def _prefill(model: Any, inputs: Tensor, cache: Any, chunk: int) -> Tensor:

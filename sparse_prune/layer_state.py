@@ -54,11 +54,7 @@ class LayerState:
             zero = torch.zeros(self.layer.num_heads)
             return zero, zero
         mass = self.mass.value()
-        keep = (
-            pattern.at(*_lengths(mass.shape, pattern.block_size)).keep
-            if mass.shape != pattern.keep.shape
-            else pattern.keep
-        )
+        keep = _fitted(pattern, mass.shape).keep
         mass = mass.masked_fill(mass == torch.inf, 0.0)
         return (mass * keep).sum((1, 2)), mass.sum((1, 2))
 
@@ -72,13 +68,11 @@ class LayerState:
             RuntimeError: If nothing was probed yet.
         """
         pattern, shape = self.layer.pattern, self.scores.shape
-        lengths = _lengths(shape, block_size)
         if pattern is None:
             # The patterns cover whole blocks; a ragged end is a matter of `BlockPattern.at`.
+            lengths = _lengths(shape, block_size)
             return BlockPattern.dense(self.layer.num_heads, *lengths, block_size, self.layer.causal)
-        if self.settled_at is not None or shape == pattern.keep.shape:
-            return pattern
-        return pattern.at(*lengths)
+        return pattern if self.settled_at is not None else _fitted(pattern, shape)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next decision depends on; large tensors are packed."""
@@ -120,6 +114,11 @@ class LayerState:
         self.settled_at = state["settled_at"]
         sums = None if seen is None else unpack(seen["sums"])
         layer.statistics = None if sums is None else BlockStatistics(sums, seen["counts"])
+
+
+def _fitted(pattern: BlockPattern, scores: torch.Size) -> BlockPattern:
+    """The pattern at the lengths that scores of a shape cover; itself if they are its own."""
+    return pattern if scores == pattern.keep.shape else pattern.at(*_lengths(scores, pattern.block_size))
 
 
 def _lengths(scores: torch.Size, block_size: tuple[int, int]) -> tuple[int, int]:

@@ -110,6 +110,13 @@ class AttentionPruner:
         assert schedule is not None
         return schedule
 
+    @schedule.setter
+    def schedule(self, schedule: Schedule) -> None:
+        if self.sparsity is not None:
+            self.sparsity = schedule
+        else:
+            self.threshold = schedule
+
     def attach(self, model: nn.Module, module: str | None = None) -> None:
         """Find the attention layers of a model and take them over.
 

@@ -11,13 +11,11 @@ from typing import Any
 
 import torch
 from sparse_prune.recipes.finetune.hub import PREFIX, hub_rows
-from sparse_prune.recipes.finetune.loader import SplitDataModule
+from sparse_prune.recipes.finetune.loader import SPLITS, SplitDataModule
 from sparse_prune.recipes.finetune.pretrained import load_tokenizer
 from sparse_prune.recipes.finetune.sources import stdlib_sources
 from torch import Tensor
 from typing_extensions import override
-
-SPLITS = ("train", "val", "test")
 
 
 class TextDataModule(SplitDataModule):

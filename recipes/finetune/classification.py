@@ -11,7 +11,7 @@ from typing import Any, Literal, Protocol, cast
 
 import torch
 from sparse_prune.recipes.finetune.held_out import HeldOutBatch
-from sparse_prune.recipes.finetune.loader import SplitDataModule
+from sparse_prune.recipes.finetune.loader import SPLITS, SplitDataModule
 from sparse_prune.recipes.finetune.module import FineTuneModule
 from torch import Tensor
 from torch.nn import functional as F
@@ -22,7 +22,6 @@ from typing_extensions import override
 log = logging.getLogger(__name__)
 Example = dict[str, Tensor]
 """Inputs by name, and `labels`, int64, ()."""
-SPLITS = ("train", "val", "test")
 
 
 class Examples(Protocol):

@@ -131,14 +131,15 @@ class FineTuneCLI(LightningCLI):
         return self.trainer.world_size > 1 and is_sharded(self.model.model)
 
     def _notes(self) -> list[str]:
-        processes = self.trainer.world_size
-        notes = [f"{processes} processes: step times and training losses are those of the first."]
+        if self.trainer.world_size == 1:
+            return []
+        notes = [f"{self.trainer.world_size} processes: step times and training losses are those of the first."]
         if self._in_parts:
             notes.append(
                 "The KV cache and decoding were not measured, because FSDP2 keeps the model in parts: "
                 "`sparse-prune evaluate` measures an export."
             )
-        return notes if processes > 1 else []
+        return notes
 
     def _test(self, trainer: pl.Trainer, module: pl.LightningModule) -> tuple[float, dict[str, float]]:
         """Loss, and all else that tells how good a model is."""

@@ -9,7 +9,7 @@ import pytorch_lightning as pl
 from sparse_prune.callbacks import AttentionPruning
 from typing_extensions import override
 
-from sparse_prune.evaluation import now
+from sparse_prune.attention.clock import now
 
 Phase = Literal["dense", "masked", "sparse"]
 

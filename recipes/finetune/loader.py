@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
 from typing_extensions import override
 
+SPLITS = ("train", "val", "test")
 _Loader = TypeVar("_Loader", bound=DataLoader[Any])
 
 

@@ -7,7 +7,8 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-from sparse_prune.recipes.finetune.classification import SPLITS, ClassificationDataModule, Example
+from sparse_prune.recipes.finetune.classification import ClassificationDataModule, Example
+from sparse_prune.recipes.finetune.loader import SPLITS
 from sparse_prune.recipes.long_range.listops import DIGITS, END, OPERATORS, Rules, generate
 from typing_extensions import override
 

@@ -47,11 +47,12 @@ def _on_gpu(run: Callable[[], object]) -> float:
     return float(begin.elapsed_time(end)) / _RUNS
 
 
-def wait_for(device: torch.device) -> None:
-    """Until a GPU has done all that it was given.
+def now(device: torch.device) -> float:
+    """Seconds of a clock, read when the device has done all that it was given.
 
     Args:
         device: Others than a GPU are never behind.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+    return time.perf_counter()

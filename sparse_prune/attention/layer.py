@@ -244,13 +244,11 @@ def _attend_planned(
     layer: PrunableAttention, query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions
 ) -> Tensor:
     """Sparse attention in a form that torch.compile can trace: what hangs on the pattern is a constant to it."""
-    from sparse_prune.kernels.triton.attend import attend_planned
+    from sparse_prune.kernels.triton.attend import attend_planned, call_dtype
     from sparse_prune.kernels.triton.configs import traits
 
-    device = query.device
-    dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else query.dtype
-    lengths = query.shape[2], key.shape[2]
-    planned = _plan(layer._version, *lengths, query.shape[3], dtype, device, *traits(options))
+    lengths, dtype = (query.shape[2], key.shape[2]), call_dtype(query)
+    planned = _plan(layer._version, *lengths, query.shape[3], dtype, query.device, *traits(options))
     return attend_planned(query, key, value, planned, layer.causal, options)
 
 

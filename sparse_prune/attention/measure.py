@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import TypeVar
 
@@ -54,6 +54,16 @@ def time_attention(
         times = _each(layer, times, clock)
         turns.append(times)
     return {name: min(turn[name] for turn in turns) for name in times}
+
+
+def fastest(times: Mapping[str, float]) -> str:
+    """The fastest of what `time_attention` measured; "dense", which stands first, if none is faster or none ran."""
+    return min(times, key=times.__getitem__, default="dense")
+
+
+def in_words(times: Mapping[str, float]) -> str:
+    """What `time_attention` measured, for a log; empty if that is nothing."""
+    return ", ".join(f"{name} {ms:.3g} ms" for name, ms in times.items())
 
 
 def _each(

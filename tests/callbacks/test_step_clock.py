@@ -12,6 +12,8 @@ from sparse_prune.callbacks.step_clock import StepClock
 from test_sparsity_logger import read_csv
 from tiny import TinyModule, batches, pruning, trainer
 
+from sparse_prune.attention import clock as device_clock
+
 CPU = torch.device("cpu")
 
 
@@ -19,7 +21,7 @@ CPU = torch.device("cpu")
 def clock(monkeypatch):
     clock = types.SimpleNamespace(now=0.0)
     clock.perf_counter = lambda: clock.now
-    for module in (step_clock, kernel_swap):
+    for module in (step_clock, device_clock):
         monkeypatch.setattr(module, "time", clock)
     return clock
 

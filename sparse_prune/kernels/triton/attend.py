@@ -143,7 +143,7 @@ def probes(query: Tensor, block_size: tuple[int, int]) -> bool:
     """Whether `probe` takes such a call; arguments as there."""
     try:
         check_supported(query)
-        probe_config(Call(query.shape[3], _dtype(query), block_size))
+        probe_config(Call(query.shape[3], call_dtype(query), block_size))
     except ValueError:
         return False
     return True
@@ -214,7 +214,7 @@ _DECODE: WeakKeyDictionary[BlockPattern, tuple[tuple[Any, ...], _DecodeTables]] 
 def decodes(query: Tensor, key: Tensor) -> bool:
     """Whether a call has few enough rows (queries times heads of a KV group) for `decode`; shapes as there."""
     rows = query.shape[1] // key.shape[1] * query.shape[2]
-    return rows <= most_rows(query.shape[3], _dtype(query))
+    return rows <= most_rows(query.shape[3], call_dtype(query))
 
 
 def decode(query: Tensor, key: Tensor, value: Tensor, pattern: BlockPattern, options: AttentionOptions) -> Tensor:
@@ -272,14 +272,14 @@ def _decode_tables(
     return known[1], first
 
 
-def _dtype(query: Tensor) -> torch.dtype:
+def call_dtype(query: Tensor) -> torch.dtype:
     """What autocast asks for, or the query's own."""
     kind = query.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else query.dtype
 
 
 def _cast(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    dtype = _dtype(query)
+    dtype = call_dtype(query)
     return query.to(dtype), key.to(dtype), value.to(dtype)
 
 
