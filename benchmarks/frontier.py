@@ -339,7 +339,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+")
     parser.add_argument("--tests", type=int, help="held-out sequences")
     parser.add_argument("--prompts", type=int, help="passkeys and needles per depth")
-    parser.add_argument("--only", nargs="+", choices=METHODS, metavar="METHOD", help=f"of {', '.join(METHODS)}")
+    parser.add_argument(
+        "--only", nargs="+", choices=METHODS, metavar="METHOD", help=f"of {', '.join(METHODS)}".replace("%", "%%")
+    )
     parser.add_argument("--gradient-checkpointing", action="store_true", help="less memory, more time, same values")
     parser.add_argument("--output", type=Path, required=True, help="JSON file; rows in it are not run again")
     given = parser.parse_args()

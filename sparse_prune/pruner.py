@@ -187,7 +187,7 @@ class AttentionPruner:
                 (`sparse_prune.ranks`).
 
         Returns:
-            What was decided; None if nothing was probed.
+            What was decided; None if nothing was probed, or only padding.
 
         Raises:
             ValueError: If logits were NaN or infinite, on all ranks alike; the message names the layers.
@@ -196,9 +196,11 @@ class AttentionPruner:
         statistics = {name: seen for name, seen in found.items() if seen is not None}
         if reduce is not None:
             statistics = reduce(statistics)
+        _check_finite(statistics)
+        statistics = {name: seen.trimmed(self._sides) for name, seen in statistics.items()}
+        statistics = {name: seen for name, seen in statistics.items() if seen.sums.numel()}
         if not statistics:
             return None
-        _check_finite(statistics)
         for name, seen in statistics.items():
             self.layers[name].scores.update(seen)
             self.layers[name].mass.update(seen)

@@ -53,6 +53,17 @@ class BlockStatistics:
         sums, counts = F.pad(self.sums, (0, pad_cols, 0, pad_rows)), F.pad(self.counts, (0, pad_rows))
         return BlockStatistics(sums, counts, self.kinds)
 
+    def trimmed(self, block_size: tuple[int, int]) -> BlockStatistics:
+        """The same without the end of self-attention in which no query was seen, for it was padding in all samples.
+
+        Args:
+            block_size: Tokens per block side, (query, key).
+        """
+        seen = self.counts[0].nonzero()
+        rows = int(seen.max()) + 1 if seen.numel() else 0
+        cols = min(num_blocks(rows * block_size[0], block_size[1]), self.sums.shape[3])
+        return BlockStatistics(self.sums[:, :, :rows, :cols], self.counts[:, :rows], self.kinds)
+
     def only(self, kinds: tuple[Statistic, ...]) -> BlockStatistics:
         """Some of the statistics.
 

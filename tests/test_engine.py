@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparse_prune import (
+    AttentionPruner,
     BlockPattern,
     ConstantSchedule,
     Constraints,
@@ -19,6 +20,7 @@ from sparse_prune import (
     probe_blocks,
     select,
 )
+from sparse_prune.attention import PrunableAttention
 from sparse_prune.pattern import possible_blocks
 from sparse_prune.selection import _solve, row_mass
 
@@ -190,6 +192,38 @@ def test_probe_ignores_padding():
     torch.testing.assert_close(padded.sums[:, :, :3, :3], plain.sums, atol=1e-6, rtol=1e-5)
     assert torch.equal(padded.counts[:, :3], plain.counts)
     assert padded.sums[:, :, :, 3].abs().max() == 0
+
+
+@pytest.mark.parametrize(("block", "rows", "cols"), [((4, 4), 3, 3), ((8, 4), 2, 4), ((4, 8), 3, 2)])
+def test_the_end_that_was_padding_in_all_samples_is_trimmed(block, rows, cols):
+    real = torch.ones(2, 20, dtype=torch.bool)
+    real[0, 6:] = real[1, 11:] = False
+    padded = probe_blocks(*torch.randn(2, 2, 3, 20, 8), block, causal=False, key_mask=real)
+    trimmed = padded.trimmed(block)
+    assert trimmed.sums.shape == (3, 3, rows, cols)
+    assert trimmed.counts.shape == (2, rows)
+    torch.testing.assert_close(trimmed.sums.sum(), padded.sums.sum())
+    assert not padded.counts[:, rows:].any()
+
+
+def test_padding_does_not_hold_sparsity_down():
+    """What no sample has is never seen: it was kept, and counted."""
+    torch.manual_seed(0)
+    layer = PrunableAttention("a", 3, 3, causal=False)
+    pruner = AttentionPruner(ConstantSchedule(final=0.6), block_size=4)
+    pruner._begin([layer])
+    real = torch.ones(2, 64, dtype=torch.bool)
+    real[:, 32:] = False
+    query, key = torch.randn(2, 2, 3, 64, 8)
+    layer.statistics = probe_blocks(query, key, (4, 4), causal=False, key_mask=real)
+    report = pruner.update(1)
+    assert (layer.pattern.q_len, layer.pattern.kv_len) == (32, 32)
+    assert report.sparsity == pytest.approx(0.6, abs=0.01)
+    layer.statistics = probe_blocks(query, key, (4, 4), causal=False, key_mask=torch.zeros_like(real))
+    assert pruner.update(2) is None
+    layer.statistics = probe_blocks(query, key, (4, 4), causal=False)
+    assert pruner.update(3).sparsity == pytest.approx(0.6, abs=0.01)
+    assert layer.pattern.q_len == 64
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])

@@ -45,7 +45,7 @@ class CallShape(NamedTuple):
 class PrunableAttention:
     """A handle on an attention layer; the layer's module stays in place and keeps its parameters.
 
-    dense: the model's own attention. masked: a pattern that may still move, applied by `masked_backend`. sparse: a
+    dense: the model's own attention. masked: a pattern that may still move, applied by `moving_backend`. sparse: a
     frozen pattern, applied by `backend`. In every mode a probe may watch training steps.
     """
 
@@ -61,8 +61,6 @@ class PrunableAttention:
     """How the layer computes: "dense", "masked" or "sparse", as above."""
     backend: str = "sdpa"
     """Backend of the sparse mode."""
-    masked_backend: str | None = None
-    """Backend of the masked mode; None takes `moving_backend`."""
     probe_block_size: tuple[int, int] | None = None
     """Collect statistics with these blocks; None = do not probe."""
     statistics: BlockStatistics | None = None
@@ -187,9 +185,7 @@ class PrunableAttention:
         if q_len != kv_len:
             return self._attend_cached(query, key, value, options)
         pattern = self.pattern_at(q_len, kv_len)
-        backend = self.backend
-        if self.mode == "masked":
-            backend = self.masked_backend or moving_backend(query, pattern.block_size)
+        backend = moving_backend(query, pattern, options) if self.mode == "masked" else self.backend
         return block_sparse_attention(query, key, value, pattern, options, backend=backend)
 
     def _watch(self, query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions) -> None:

@@ -251,7 +251,7 @@ def _state(model: Any) -> tuple[dict[str, BlockPattern], dict[str, dict[str, Any
             "num_heads": handle.num_heads,
             "num_kv_heads": handle.num_kv_heads,
             "mode": "dense" if handle.mode == "dense" else "sparse",
-            "backend": (handle.masked_backend or "gather") if handle.mode == "masked" else handle.backend,
+            "backend": "gather" if handle.mode == "masked" else handle.backend,
         }
     if not patterns:
         raise ValueError(

@@ -1,12 +1,7 @@
 """Block-sparse attention and its backends."""
 
-from sparse_prune.kernels.api import (
-    BACKENDS,
-    block_sparse_attention,
-    moving_backend,
-    probe_attention,
-    skipping_backends,
-)
+from sparse_prune.kernels.api import BACKENDS, block_sparse_attention, probe_attention
+from sparse_prune.kernels.choice import moving_backend, skipping_backends
 from sparse_prune.kernels.options import AttentionOptions, documents_from_cu_seqlens
 
 __all__ = [

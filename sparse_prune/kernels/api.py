@@ -8,17 +8,18 @@ import torch
 from torch import Tensor
 
 from sparse_prune.kernels import gather, reference, sdpa
+from sparse_prune.kernels.choice import triton_kernels
 from sparse_prune.kernels.options import AttentionOptions
 from sparse_prune.pattern import BlockPattern
 from sparse_prune.scores import BlockStatistics, probe_blocks
 
 
 def _triton(query: Tensor, key: Tensor, value: Tensor, pattern: BlockPattern, options: AttentionOptions) -> Tensor:
-    try:
-        from sparse_prune.kernels.triton.attend import attend
-    except ImportError as error:
-        raise ValueError("`backend='triton'` needs the triton package. Install it, or use 'gather'.") from error
-    return attend(query, key, value, pattern, options)
+    kernels = triton_kernels()
+    if kernels is None:
+        raise ValueError("`backend='triton'` needs the triton package. Install it, or use 'gather'.")
+    output: Tensor = kernels.attend(query, key, value, pattern, options)
+    return output
 
 
 def _flex(query: Tensor, key: Tensor, value: Tensor, pattern: BlockPattern, options: AttentionOptions) -> Tensor:
@@ -37,25 +38,6 @@ BACKENDS = {
 """Name -> implementation. 'gather', 'triton' and, on a GPU, 'flex' skip pruned blocks; the others mask them."""
 
 
-def skipping_backends(device: torch.device) -> tuple[str, ...]:
-    """Backends that skip pruned blocks on a device, for a measurement to choose from.
-
-    Args:
-        device: Where the layer runs.
-    """
-    return ("triton", "flex", "gather") if device.type == "cuda" else ("gather",)
-
-
-def moving_backend(query: Tensor, block_size: tuple[int, int]) -> str:
-    """The skipping backend for a pattern that still moves: its tables must be cheap to rebuild.
-
-    Args:
-        query: (batch, num_heads, q_len, head_dim).
-        block_size: Tokens per block side, (query, key).
-    """
-    return "triton" if query.device.type == "cuda" and _triton_takes(query, block_size) else "gather"
-
-
 def probe_attention(
     query: Tensor, key: Tensor, block_size: tuple[int, int], *, causal: bool, options: AttentionOptions
 ) -> BlockStatistics:
@@ -70,10 +52,10 @@ def probe_attention(
         causal: Whether query i sees only keys up to i + kv_len - q_len.
         options: Masks, scale and soft cap.
     """
-    if query.device.type == "cuda" and _triton_probes(query, block_size):
-        from sparse_prune.kernels.triton.attend import probe
-
-        return probe(query, key, block_size, causal=causal, options=options)
+    kernels = triton_kernels() if query.device.type == "cuda" else None
+    if kernels is not None and kernels.probes(query, block_size):
+        statistics: BlockStatistics = kernels.probe(query, key, block_size, causal=causal, options=options)
+        return statistics
     attn_mask = options.attn_mask
     if options.documents is not None or options.window is not None:
         rest = replace(options, key_mask=None)
@@ -88,22 +70,6 @@ def probe_attention(
         attn_mask=attn_mask,
         softcap=options.softcap,
     )
-
-
-def _triton_takes(query: Tensor, block_size: tuple[int, int]) -> bool:
-    try:
-        from sparse_prune.kernels.triton.attend import unsupported
-    except ImportError:
-        return False
-    return unsupported(query, block_size) is None
-
-
-def _triton_probes(query: Tensor, block_size: tuple[int, int]) -> bool:
-    try:
-        from sparse_prune.kernels.triton.attend import probes
-    except ImportError:
-        return False
-    return probes(query, block_size)
 
 
 def block_sparse_attention(
