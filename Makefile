@@ -13,8 +13,9 @@ BIN := .venv/bin
 quickstart: .venv/done
 	$(BIN)/python -m sparse_prune.recipes.causal_lm fit --config quickstart
 
+# Two processes of one thread each: much of the time they wait for processes and servers of their own.
 test: .venv/done
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: .venv/done types
 	$(BIN)/ruff check .

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import subprocess
 import sys
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from sparse_prune.recipes.finetune.machine import describe_machine
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -102,18 +102,9 @@ def main() -> None:
                     )
     if args.output:
         commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
-        machine = {"cpu": _cpu(), "threads": torch.get_num_threads(), "torch": torch.__version__}
-        record = {"command": " ".join(sys.argv), "commit": commit, **machine, "rows": rows}
+        record = {"command": " ".join(sys.argv), "commit": commit, **describe_machine(), "rows": rows}
         args.output.parent.mkdir(parents=True, exist_ok=True)
         args.output.write_text(json.dumps(record, indent=1) + "\n")
-
-
-def _cpu() -> str:
-    info = Path("/proc/cpuinfo")
-    for line in info.read_text().splitlines() if info.exists() else []:
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor()
 
 
 if __name__ == "__main__":
