@@ -8,10 +8,14 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
 from aot import GROUPS  # noqa: E402
 
 from sparse_prune.kernels.triton.configs import SHARED_MEMORY  # noqa: E402
+
+MORE = 0 if triton.__version__.startswith("3.9.") else 160
+"""Bytes that other compilers than that of `aot.py` may spill beyond it: 3.6, with every option on, spills 16 more in dq
+and 140 in the probe."""
 
 
 @pytest.mark.slow
@@ -24,7 +28,7 @@ def test_no_configuration_spills_more_or_takes_more_than_is_known(group):
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     assert len(rows) == len(GROUPS[group])
     for row in rows:
-        assert row["spilled"] <= row["spills"], row
+        assert row["spilled"] <= row["spills"] + MORE, row
         assert row["shared"] <= SHARED_MEMORY[row["capability"]], row
         assert row["registers"] * 32 * row["num_warps"] <= 65536, row
     if group == "plain":
