@@ -11,12 +11,13 @@ from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
 from sparse_prune.attention import PrunableAttention, attach, find_layers, handle_of
+from sparse_prune.attention.layer import Mode
 from sparse_prune.export.folder import file_hash, previous, recover, whole_folder
 from sparse_prune.export.patterns import describe_pruning, read_pattern_file, save_patterns
 from sparse_prune.export.sharded import is_sharded, plain_class, whole_weights
@@ -250,8 +251,8 @@ def _state(model: Any) -> tuple[dict[str, BlockPattern], dict[str, dict[str, Any
         layers[name] = {
             "num_heads": handle.num_heads,
             "num_kv_heads": handle.num_kv_heads,
-            "mode": "dense" if handle.mode == "dense" else "sparse",
-            "backend": "gather" if handle.mode == "masked" else handle.backend,
+            "mode": handle.mode,
+            "backend": handle.backend,
         }
     if not patterns:
         raise ValueError(
@@ -382,7 +383,8 @@ def _apply(
         _check_layer(handles[name], pattern, layers[name])
     for name, pattern in patterns.items():
         handle, part = handles[name], layers[name]
-        handle.pattern, handle.mode = pattern, part["mode"]
+        handle.pattern = pattern
+        handle.mode = "sparse" if backend is not None and part["mode"] == "masked" else part["mode"]
         usable = part["backend"] != "triton" or torch.cuda.is_available()
         handle.backend = backend or (part["backend"] if usable else "gather")
 
@@ -395,5 +397,7 @@ def _check_layer(handle: PrunableAttention, pattern: BlockPattern, part: Mapping
             f"The patterns are of another model: layer {handle.name!r} has (query heads, key heads, heads in the "
             f"pattern, causal) {there} there, {here} here."
         )
-    if part["mode"] not in ("dense", "sparse") or part["backend"] not in BACKENDS:
-        raise ValueError(f"Layer {handle.name!r} must run dense or sparse on a known backend, got {dict(part)}.")
+    if part["mode"] not in get_args(Mode) or part["backend"] not in BACKENDS:
+        raise ValueError(
+            f"Layer {handle.name!r} must have one of the modes {get_args(Mode)} and a known backend, got {dict(part)}."
+        )
