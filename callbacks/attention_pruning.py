@@ -13,6 +13,7 @@ from sparse_prune.callbacks.distilling import DistilledStep
 from sparse_prune.callbacks.kernel_swap import KernelSwap
 from sparse_prune.callbacks.refused import refuse_trainer
 from sparse_prune.callbacks.run_length import in_steps, steps_of_run, warn_of_begin, warn_of_end
+from sparse_prune.callbacks.schedule_checks import warn_of_change, warn_of_reach
 from sparse_prune.callbacks.sparsity_logger import SparsityLogger
 from typing_extensions import override
 
@@ -53,7 +54,8 @@ class AttentionPruning(pl.Callback):
         distillation: Let the dense model teach the pruned one while patterns move (docs/frontier.md). None: no teacher.
 
     Raises:
-        TypeError: In `setup`, if the Trainer is of the package `lightning`, not `pytorch_lightning`.
+        TypeError: If an argument is of another type; in `setup`, if the Trainer is of the package `lightning`, not
+            `pytorch_lightning`.
         ValueError: If an argument is out of range, before training starts; in `setup`, if the Trainer holds more than
             one AttentionPruning, or trains in copies of this process (ddp_spawn, ddp_fork, ddp_notebook).
     """
@@ -74,8 +76,12 @@ class AttentionPruning(pl.Callback):
         module: str | None = None,
         distillation: Distillation | None = None,
     ) -> None:
-        if every_n_steps < 1:
-            raise ValueError(f"`every_n_steps` must be at least 1, got {every_n_steps}.")
+        if not isinstance(every_n_steps, int) or every_n_steps < 1:
+            raise ValueError(f"`every_n_steps` must be a whole number of at least 1, got {every_n_steps!r}.")
+        if distillation is not None and not isinstance(distillation, Distillation):
+            raise TypeError(
+                f"`distillation` must be a Distillation or None, got {distillation!r}. Write Distillation()."
+            )
         self.every_n_steps = every_n_steps
         self.module = module
         self.distillation = distillation
@@ -220,6 +226,8 @@ class AttentionPruning(pl.Callback):
             return
         report = self.pruner.update(step, _reduction(trainer))
         if report is not None:
+            if self.report is None:
+                warn_of_reach(self.pruner)
             self.report = report
         elif (step - 1) % self.every_n_steps == 0:
             waiting = [state.layer.name for state in self.pruner.open_layers]
@@ -238,6 +246,7 @@ class AttentionPruning(pl.Callback):
             "last_step": self._last_step,
             "report": report,
             "run_steps": self._run_steps,
+            "schedule": repr(self._schedule),
         }
 
     @override
@@ -248,6 +257,9 @@ class AttentionPruning(pl.Callback):
         self._run_steps = state_dict.get("run_steps")  # state of before schedules took shares has none
         if self._run_steps is not None:
             self._reckon(self._run_steps)
+        before = state_dict.get("schedule", repr(self._schedule))
+        if self.report is not None and before != repr(self._schedule):
+            warn_of_change(before, self._schedule, bool(self.pruner.open_layers))
 
 
 def _gradient_scale(trainer: pl.Trainer) -> float:

@@ -18,16 +18,12 @@ def newest_checkpoint(folder: str | os.PathLike[str]) -> Path | None:
     several files (folders, as FSDP writes them) are not looked at.
 
     Args:
-        folder: Where `ModelCheckpoint` writes, or any folder above it.
-
-    Raises:
-        FileNotFoundError: If there is no such folder.
+        folder: Where `ModelCheckpoint` writes, or any folder above it. Before the first start there is none: a log
+            line says so.
     """
     root = Path(folder)
     if not root.is_dir():
-        raise FileNotFoundError(
-            f"`folder` must be an existing folder of checkpoints, got {str(root)!r}. Check the path."
-        )
+        log.info("There is no folder %s, and so no checkpoint to go on from.", root)
     found = [path for path in root.rglob("*.ckpt") if path.is_file()]
     for path in sorted(found, key=lambda path: path.stat().st_mtime_ns, reverse=True):
         if _whole(path):

@@ -16,7 +16,7 @@ from typing_extensions import override
 from sparse_prune.attention.clock import now
 from sparse_prune.attention.layer import PrunableAttention
 from sparse_prune.attention.measure import fastest, in_words, time_attention
-from sparse_prune.kernels import BACKENDS, skipping_backends
+from sparse_prune.kernels import BACKENDS, check_trains, skipping_backends
 
 if TYPE_CHECKING:
     from sparse_prune.callbacks.attention_pruning import AttentionPruning
@@ -56,7 +56,7 @@ class KernelSwap(pl.Callback):
             kept on disk (`SPARSE_PRUNE_CACHE_DIR`), so that a device does it once.
 
     Raises:
-        ValueError: If there is no such backend.
+        ValueError: If there is no such backend; when training starts, if it cannot train on the module's device.
     """
 
     def __init__(self, backend: str = "auto", tune: bool = True) -> None:
@@ -74,6 +74,11 @@ class KernelSwap(pl.Callback):
         """A new run begins: the swaps so far are those of another."""
         self.events = []
         self._forecast_due = self.backend == "auto"
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.backend != "auto":
+            check_trains(self.backend, pl_module.device)
 
     @override
     def on_train_batch_end(

@@ -51,6 +51,8 @@ def forecast_swap(pruner: AttentionPruner, tuned: bool) -> list[SwapForecast]:
         assert layer.last_shape is not None
         tokens, density = layer.last_shape.kv_len, 1.0 - pruner.sparsity.final
         pattern = random_pattern(layer.num_heads, tokens, pruner.block_size, density=density, causal=layer.causal)
+        if not pattern.sparsity:
+            continue  # sequences so short that nothing can be pruned
         times = time_attention(layer, skipping_backends(layer.last_shape.device), 1, tuned, pattern)
         found.append(SwapForecast(layer.name, len(alike), tokens, pattern.sparsity, times))
     return found

@@ -20,9 +20,9 @@ def check_block_size(block_size: int | tuple[int, int]) -> tuple[int, int]:
     Raises:
         ValueError: If a side is not positive, or if neither side divides the other.
     """
-    sides = (block_size, block_size) if isinstance(block_size, int) else tuple(block_size)
-    if len(sides) != 2 or min(sides) < 1:
-        raise ValueError(f"`block_size` must be a positive int or two of them, got {block_size}.")
+    sides = tuple(block_size) if isinstance(block_size, tuple | list) else (block_size, block_size)
+    if len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
+        raise ValueError(f"`block_size` must be a positive int or two of them, got {block_size!r}.")
     if max(sides) % min(sides):
         raise ValueError(
             f"One side of `block_size` must divide the other, got {sides}. "

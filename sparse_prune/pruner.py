@@ -53,6 +53,7 @@ class AttentionPruner:
     step `update(step)`.
 
     Raises:
+        TypeError: If `sparsity` or `threshold` is no schedule, or `constraints` no `Constraints`.
         ValueError: If not exactly one of `sparsity` and `threshold` is given, or a value is out of range.
     """
 
@@ -76,6 +77,17 @@ class AttentionPruner:
     """Decisions in a row that must stand still after the ramp."""
 
     def __post_init__(self) -> None:
+        for name in ("sparsity", "threshold"):
+            given = getattr(self, name)
+            if given is not None and not isinstance(given, Schedule):
+                raise TypeError(
+                    f"`{name}` must be a schedule, got {given!r}. Write ConstantSchedule(final=...), or "
+                    "CubicSchedule(final=..., end_step=...) to prune gradually."
+                )
+        if not isinstance(self.constraints, Constraints):
+            raise TypeError(
+                f"`constraints` must be Constraints, got {self.constraints!r}. Write Constraints(sink_blocks=2), say."
+            )
         if (self.sparsity is None) == (self.threshold is None):
             raise ValueError("Give `sparsity` or `threshold`, a schedule each; got both or none.")
         if self.sparsity is not None and self.sparsity.final >= 1.0:
@@ -93,8 +105,8 @@ class AttentionPruner:
         return average, ScoreAverage("mean", self.decay), StabilityTracker(self.min_delta, self.patience)
 
     @property
-    def _sides(self) -> tuple[int, int]:
-        """The block size, normalised."""
+    def sides(self) -> tuple[int, int]:
+        """Tokens per block side, (query, key)."""
         assert isinstance(self.block_size, tuple)
         return self.block_size
 
@@ -176,7 +188,7 @@ class AttentionPruner:
     def probe(self, enabled: bool) -> None:
         """Watch the next training steps, or stop watching. Frozen layers are never probed."""
         for state in self.layers.values():
-            state.layer.probe_block_size = self._sides if enabled and state.settled_at is None else None
+            state.layer.probe_block_size = self.sides if enabled and state.settled_at is None else None
 
     def update(self, step: int, reduce: Reduce | None = None) -> PruneReport | None:
         """Decide on new patterns after an optimizer step.
@@ -197,7 +209,7 @@ class AttentionPruner:
         if reduce is not None:
             statistics = reduce(statistics)
         _check_finite(statistics)
-        statistics = {name: seen.trimmed(self._sides) for name, seen in statistics.items()}
+        statistics = {name: seen.trimmed(self.sides) for name, seen in statistics.items()}
         statistics = {name: seen for name, seen in statistics.items() if seen.sums.numel()}
         if not statistics:
             return None
@@ -212,7 +224,7 @@ class AttentionPruner:
             if state.settled_at is not None:
                 continue
             layer = state.layer
-            change[layer.name] = pattern.difference(state.pattern_at_scores(self._sides))
+            change[layer.name] = pattern.difference(state.pattern_at_scores(self.sides))
             layer.pattern = pattern
             layer.mode = "masked" if pattern.kept_blocks < pattern.possible_count else "dense"
             if step >= self.schedule.end_step and state.tracker.update(change[layer.name]):
@@ -226,11 +238,26 @@ class AttentionPruner:
         for state in self.layers.values():
             state.layer.take_statistics()
 
+    @property
+    def reachable_sparsity(self) -> float:
+        """Share of possible blocks, over the layers that were seen, that constraints and frozen layers let go."""
+        layers = self._scored([state for state in self.layers.values() if not state.scores.empty])
+        patterns, _ = select(layers, self.constraints, sparsity=1.0)
+        possible = sum(pattern.possible_count for pattern in patterns)
+        return 1.0 - sum(pattern.kept_blocks for pattern in patterns) / possible if possible else 0.0
+
     def _select(self, states: list[LayerState], requested: float) -> tuple[list[BlockPattern], float]:
+        layers = self._scored(states)
+        if self.sparsity is not None:
+            return select(layers, self.constraints, sparsity=requested)
+        return select(layers, self.constraints, threshold=requested)
+
+    def _scored(self, states: list[LayerState]) -> list[LayerScores]:
+        """What selection looks at."""
         layers = []
         for state in states:
             # What was given back counts as if it were still pruned, so that the others need not make up for it.
-            pattern = state.given_back or state.pattern_at_scores(self._sides)
+            pattern = state.given_back or state.pattern_at_scores(self.sides)
             if state.settled_at is not None:
                 scores = pattern.keep.float()  # not looked at: the layer is frozen
             elif self.criterion == "row_mass":
@@ -239,9 +266,7 @@ class AttentionPruner:
                 scores = state.scores.value()
             layer = state.layer
             layers.append(LayerScores(layer.name, scores, pattern, layer.num_kv_heads, state.settled_at is not None))
-        if self.sparsity is not None:
-            return select(layers, self.constraints, sparsity=requested)
-        return select(layers, self.constraints, threshold=requested)
+        return layers
 
     def _report(
         self, step: int, threshold: float, requested: float, change: dict[str, float], settled: tuple[str, ...]
@@ -320,7 +345,8 @@ class AttentionPruner:
             raise ValueError(f"Pruning state must have version {known}, got {saved.get('version')!r}.")
         if tuple(saved["block_size"]) != self.block_size:
             raise ValueError(
-                f"`block_size` must be {tuple(saved['block_size'])} as in the checkpoint, got {self.block_size}."
+                f"`block_size` must be {tuple(saved['block_size'])} as in the checkpoint, got {self.block_size}. "
+                "Use that size, or start without the checkpoint."
             )
         layers = saved["layers"]
         if not layers:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
+from numbers import Real
 from typing import Self
 
 
@@ -35,18 +36,18 @@ class Schedule(ABC):
     def __post_init__(self) -> None:
         for name in ("initial", "final"):
             value = getattr(self, name)
-            if not math.isfinite(value) or value < 0:
-                raise ValueError(f"`{name}` must be a finite number of at least 0, got {value}.")
+            if not _is_number(value) or not math.isfinite(value) or value < 0:
+                raise ValueError(f"`{name}` must be a finite number of at least 0, got {value!r}.")
         if self.final < self.initial:
             raise ValueError(
                 f"`final` must be at least `initial` ({self.initial}), got {self.final}. Swap them to prune gradually."
             )
         for name in ("begin_step", "end_step"):
             value = getattr(self, name)
-            if isinstance(value, float) and not 0.0 <= value <= 1.0:
+            if not _is_number(value) or (isinstance(value, float) and not 0.0 <= value <= 1.0):
                 raise ValueError(
-                    f"`{name}` must be a whole number of optimizer steps or a share of the run in [0, 1], got {value}. "
-                    "Write 800 for a step, 0.8 for 80 % of the run."
+                    f"`{name}` must be a whole number of optimizer steps or a share of the run in [0, 1], "
+                    f"got {value!r}. Write 800 for a step, 0.8 for 80 % of the run."
                 )
         if self.begin_step < 0:
             raise ValueError(f"`begin_step` must be at least 0, got {self.begin_step}.")
@@ -79,6 +80,11 @@ class Schedule(ABC):
         begin, end = (
             round(step * total_steps) if isinstance(step, float) else step for step in (self.begin_step, self.end_step)
         )
+        if end < begin:
+            raise ValueError(
+                f"`end_step` must not come before `begin_step`, got {self.end_step} and {self.begin_step}: steps {end} "
+                f"and {begin} of {total_steps}."
+            )
         return replace(self, begin_step=begin, end_step=end)
 
     def __call__(self, step: int) -> float:
@@ -109,6 +115,10 @@ class Schedule(ABC):
     @abstractmethod
     def shape(self, progress: float) -> float:
         """Monotone map of [0, 1] onto itself."""
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 @dataclass(frozen=True, kw_only=True)

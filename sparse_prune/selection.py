@@ -22,6 +22,7 @@ class Constraints:
     """What pruning must respect.
 
     Raises:
+        TypeError: If a count is no whole number, a switch no bool, or one name or head stands where several are wanted.
         ValueError: If a count is negative or a share is outside its range.
     """
 
@@ -57,6 +58,20 @@ class Constraints:
     """Layer name -> query heads that stay dense."""
 
     def __post_init__(self) -> None:
+        for name in ("sink_blocks", "recent_blocks"):
+            if not isinstance(getattr(self, name), int):
+                raise TypeError(f"`{name}` must be a whole number of blocks, got {getattr(self, name)!r}.")
+        for name in ("share_kv_groups", "fill_reach", "regrow"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"`{name}` must be True or False, got {getattr(self, name)!r}.")
+        if isinstance(self.protected_layers, str):
+            raise TypeError(
+                f"`protected_layers` must be several names, got the string {self.protected_layers!r}. "
+                f"Write ({self.protected_layers!r},)."
+            )
+        for layer, heads in (self.protected_heads or {}).items():
+            if isinstance(heads, int):
+                raise TypeError(f"`protected_heads` of {layer!r} must be several heads, got {heads}. Write ({heads},).")
         if self.sink_blocks < 0:
             raise ValueError(f"`sink_blocks` must be at least 0, got {self.sink_blocks}.")
         if self.recent_blocks < 1:

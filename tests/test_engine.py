@@ -53,6 +53,9 @@ def test_constant_schedule_jumps_at_begin_step():
         ({"final": 0.1, "end_step": float("nan")}, "end_step"),
         ({"final": 0.1, "begin_step": -0.1, "end_step": 4}, "begin_step"),
         ({"final": 0.1, "begin_step": 0.5, "end_step": 0.4}, "end_step"),
+        ({"final": "0.5", "end_step": 4}, "final"),
+        ({"final": 0.5, "end_step": "10"}, "end_step"),
+        ({"final": 0.5, "end_step": True}, "end_step"),
     ],
 )
 def test_bad_schedule_names_the_argument(arguments, name):
@@ -67,7 +70,7 @@ def test_shares_of_a_run_become_steps(ramp):
     assert ramp(final=0.8, begin_step=3, end_step=1.0).resolved(50) == ramp(final=0.8, begin_step=3, end_step=50)
     steps = ramp(final=0.8, begin_step=1, end_step=1)
     assert steps.resolved(50) is steps  # 1 is a step, 1.0 the whole run
-    with pytest.raises(ValueError, match=r"`end_step` must be at least `begin_step` \(30\), got 5"):
+    with pytest.raises(ValueError, match="must not come before `begin_step`, got 0.1 and 30: steps 5 and 30 of 50"):
         ramp(final=0.8, begin_step=30, end_step=0.1).resolved(50)
     with pytest.raises(ValueError, match="`total_steps` must be at least 1, got 0"):
         schedule.resolved(0)
@@ -446,6 +449,42 @@ def test_diagonal_of_which_nothing_is_known_stays():
     keep = select([layer], Constraints(share_diagonals=1.0), threshold=2.0)[0][0].keep
     assert keep[:, 15, 1:9].all()  # at distances that the first eight rows have at the sink only
     assert not keep[:, 15, 9:15].any()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"sink_blocks": 1.5},
+        {"recent_blocks": "1"},
+        {"regrow": "no"},
+        {"protected_layers": "model.layers.0"},
+        {"protected_heads": {"model.layers.0": 0}},
+    ],
+)
+def test_constraints_of_another_type_are_refused(arguments):
+    (name,) = arguments
+    with pytest.raises(TypeError, match=f"`{name}`"):
+        Constraints(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "remedy"),
+    [
+        ({"sparsity": 0.5}, "Write ConstantSchedule"),
+        ({"sparsity": CubicSchedule}, "Write ConstantSchedule"),
+        ({"threshold": 0.01}, "Write ConstantSchedule"),
+        ({"sparsity": ConstantSchedule(final=0.5), "constraints": {"sink_blocks": 2}}, "Write Constraints"),
+    ],
+)
+def test_a_pruner_names_what_should_have_been_a_schedule_or_constraints(arguments, remedy):
+    with pytest.raises(TypeError, match=remedy):
+        AttentionPruner(**arguments)
+
+
+@pytest.mark.parametrize("size", ["64", 64.0, (64, 64.0), (64,), 0])
+def test_a_block_size_that_is_none_is_refused(size):
+    with pytest.raises(ValueError, match="`block_size` must be a positive int or two of them"):
+        AttentionPruner(ConstantSchedule(final=0.5), block_size=size)
 
 
 def test_regrowth_and_hysteresis():

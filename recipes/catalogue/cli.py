@@ -38,7 +38,7 @@ def main(args: list[str] | None = None) -> None:
         except (OSError, ValueError) as error:
             parser.error(str(error))
         print(f"Copied {len(written)} files. Edit them, then, in {given.folder.resolve().parent}:")
-        print(f"  python -m {given.folder.name} fit --config {known[given.name].configs[-1]}")
+        print(f"  python -m {given.folder.name} fit --config quickstart")
     else:
         for recipe in known.values():
             print(f"{recipe.name}\n  {recipe.description}\n  configurations: {', '.join(recipe.configs)}")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import keyword
+import sys
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -53,8 +55,11 @@ def copy(recipe: Recipe, target: Path) -> list[Path]:
         FileExistsError: If the folder is there already.
         ValueError: If its name cannot be a package's.
     """
-    if not target.name.isidentifier():
-        raise ValueError(f"`folder` must end in a name that Python can import, got {target.name!r}. Try my_recipe.")
+    name = target.name
+    if not name.isidentifier() or keyword.iskeyword(name) or name in sys.stdlib_module_names:
+        raise ValueError(
+            f"`folder` must end in a name that Python can import and does not use itself, got {name!r}. Try my_recipe."
+        )
     if target.exists():
         raise FileExistsError(f"`folder` must not exist yet, got {str(target)!r}. Name another, or remove it.")
     sources = sorted([*recipe.folder.glob("*.py"), *recipe.folder.glob("*.yaml")])

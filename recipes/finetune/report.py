@@ -117,7 +117,9 @@ class RunReport:
             f"{len(self.events)} of {len(self.layers)} layers settled; {len(swapped)} run sparse, "
             f"{len(self.events) - len(swapped)} gained nothing and got their connections back.",
         ]
-        if self.dense is not None:
+        if self.dense is None:
+            lines.append(f"Held-out loss {self.loss:.4f}.")
+        else:
             change = self.loss / self.dense.loss_after - 1.0
             lines.append(
                 f"Held-out loss {self.loss:.4f}, dense fine-tune {self.dense.loss_after:.4f} ({change:+.2%}), "

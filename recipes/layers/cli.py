@@ -14,6 +14,7 @@ from torch import nn
 
 from sparse_prune.attention import FoundLayer, list_layers
 
+_KINDS = "a hub id or a folder of a transformers model, timm:NAME, or package.module:factory, a callable"
 COLUMNS = ("layer", "kind", "heads", "kv heads", "causal", "window", "cannot be pruned because")
 
 
@@ -22,9 +23,7 @@ def main(args: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="sparse-prune layers", description="Attention layers of a model, and why some cannot be pruned."
     )
-    parser.add_argument(
-        "model", help="hub id or folder of a transformers model, timm:NAME, or package.module:factory, a callable"
-    )
+    parser.add_argument("model", help=_KINDS)
     given = parser.parse_args(args)
     try:
         model, example = build(given.model)
@@ -52,7 +51,10 @@ def build(name: str) -> tuple[nn.Module, Any]:
     """
     kind, _, rest = name.partition(":")
     if kind == "timm":
-        import timm
+        try:
+            import timm
+        except ImportError as error:
+            raise ImportError(f"{error}. Run `pip install timm`.") from error
 
         model = timm.create_model(rest, pretrained=False)
         return model, torch.zeros(1, *model.pretrained_cfg["input_size"])
@@ -80,7 +82,10 @@ def _made(module: str, attribute: str) -> nn.Module:
     factory = getattr(import_module(module), attribute, None)
     if not callable(factory):
         raise ValueError(f"MODEL must name a callable, got {module}:{attribute}, which is {factory!r}.")
-    model = factory()
+    try:
+        model = factory()
+    except TypeError as error:
+        raise ValueError(f"{module}:{attribute} must be callable without arguments: {error}") from error
     if not isinstance(model, nn.Module):
         raise ValueError(f"{module}:{attribute} must make an nn.Module, got {type(model).__name__}.")
     return model
@@ -90,7 +95,14 @@ def _transformers(name: str) -> nn.Module:
     """On the meta device: the configuration is enough."""
     import transformers
 
-    config = transformers.AutoConfig.from_pretrained(name)
+    folder = Path(name).expanduser()
+    is_path = folder.is_absolute() or name.startswith(".") or folder.exists()
+    if is_path and not (folder / "config.json").is_file():
+        raise ValueError(f"MODEL must be {_KINDS}, got {name!r}, where there is no config.json.")
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder if folder.exists() else name)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"MODEL must be {_KINDS}, got {name!r}: {error}") from error
     kind = getattr(transformers, (config.architectures or [""])[0], None)
     with torch.device("meta"):
         model: nn.Module = transformers.AutoModel.from_config(config) if kind is None else kind(config)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from types import ModuleType
 
 import torch
@@ -30,6 +31,21 @@ def skipping_backends(device: torch.device) -> tuple[str, ...]:
         device: Where the layer runs.
     """
     return ("triton", "flex", "gather") if device.type == "cuda" else ("gather",)
+
+
+def check_trains(backend: str, device: torch.device) -> None:
+    """Refuse a backend that cannot train on a device.
+
+    Args:
+        backend: One of `BACKENDS`.
+        device: Where the layers run.
+
+    Raises:
+        ValueError: If it needs a GPU and there is none.
+    """
+    interpreted = backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
+    if backend in ("triton", "flex") and device.type != "cuda" and not interpreted:
+        raise ValueError(f"`backend={backend!r}` must train on a CUDA device, got {device}. Use 'auto' or 'gather'.")
 
 
 def moving_backend(query: Tensor, pattern: BlockPattern, options: AttentionOptions) -> str:

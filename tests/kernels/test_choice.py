@@ -5,7 +5,7 @@ import torch
 
 from sparse_prune.attention.layer import PrunableAttention
 from sparse_prune.fixed_patterns import random_pattern
-from sparse_prune.kernels import BACKENDS, AttentionOptions, moving_backend
+from sparse_prune.kernels import BACKENDS, AttentionOptions, check_trains, moving_backend
 
 
 def chosen(batch, heads, length, dim, block, density, *, causal=True, dtype=torch.float32, device="cpu", **options):
@@ -70,3 +70,14 @@ def test_a_layer_whose_pattern_moves_takes_it(monkeypatch, density, wanted):
     assert taken == [wanted]
     exact = BACKENDS["reference"](query, key, value, layer.pattern, AttentionOptions())
     torch.testing.assert_close(found, exact, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("backend", sorted(BACKENDS))
+def test_a_backend_that_cannot_train_on_a_cpu_is_refused(monkeypatch, backend):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    check_trains(backend, torch.device("cuda", 0))
+    if backend in ("flex", "triton"):
+        with pytest.raises(ValueError, match=f"`backend='{backend}'` must train on a CUDA device, got cpu. Use 'auto'"):
+            check_trains(backend, torch.device("cpu"))
+    else:
+        check_trains(backend, torch.device("cpu"))

@@ -38,12 +38,21 @@ def test_a_model_without_attention_says_so_and_fails(capsys):
     assert "0 of 0 attention layers of Identity can be pruned." in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", ["torch.nn:nothing", "no_such_package:make", "/no/such/folder"])
-def test_a_model_that_cannot_be_made_is_refused(name, capsys):
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("torch.nn:nothing", "MODEL must name a callable"),
+        ("torch.nn:Linear", "torch.nn:Linear must be callable without arguments"),
+        ("no_such_package:make", "No module named 'no_such_package'"),
+        ("/no/such/folder", "got '/no/such/folder', where there is no config.json"),
+        ("./folder", "got './folder', where there is no config.json"),
+    ],
+)
+def test_a_model_that_cannot_be_made_is_refused(name, told, capsys):
     with pytest.raises(SystemExit) as stopped:
         main(["layers", name])
     assert stopped.value.code == 2
-    assert capsys.readouterr().err
+    assert told in capsys.readouterr().err
 
 
 def test_timm_models_are_listed():
