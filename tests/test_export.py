@@ -384,7 +384,8 @@ def test_crash_at_any_moment_leaves_a_whole_export(tmp_path, monkeypatch, moment
 
             module.save_patterns = lambda *args: os._exit(1)
         if moment == "after the swap":
-            folder.shutil.rmtree = lambda *args, **kwargs: os._exit(1) if len(done) == 2 else None
+            remove = shutil.rmtree
+            folder.shutil.rmtree = lambda *args, **kwargs: os._exit(1) if len(done) == 2 else remove(*args, **kwargs)
         try:
             save_pretrained(model, path)
         finally:
