@@ -459,6 +459,10 @@ def normed(model):
     torch.nn.utils.parametrizations.weight_norm(model.model.layers[1].mlp.down_proj)
 
 
+def tied(model):
+    model.lm_head.weight = model.model.embed_tokens.weight
+
+
 def quantized(model):
     torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear}, dtype=torch.qint8, inplace=True)
 
@@ -471,6 +475,7 @@ def quantized(model):
         (other_head, r"none for lm_head.weight; also lm_head.0.bias"),
         (larger_head, r"other shapes for lm_head.weight"),
         (normed, r"none for model.layers.1.mlp.down_proj.weight; also .*original0"),
+        (tied, r"those of others for lm_head.weight"),
         (quantized, r"and 12 more; also"),
     ],
 )

@@ -10,8 +10,6 @@ import torch
 
 from sparse_prune.export.sharded import plain_class
 
-_PLAIN = "Give the transformers model itself, or save the patterns alone with `save_patterns`."
-
 
 def loadable(model: Any) -> Any:
     """The model as `load` makes it again: without the wrapper of torch.compile.
@@ -26,19 +24,26 @@ def loadable(model: Any) -> Any:
     kind = plain_class(model)
     if model_class(kind.__name__) is not kind:
         merging = "Merge its adapters first: `model = model.merge_and_unload()`."
+        plain = "Give the transformers model itself, or save the patterns alone with `save_patterns`."
         raise ValueError(
             f"`model` must be of a class of transformers, so that `load` can make it again, got "
-            f"{kind.__module__}.{kind.__qualname__}. {merging if hasattr(model, 'merge_and_unload') else _PLAIN}"
+            f"{kind.__module__}.{kind.__qualname__}. {merging if hasattr(model, 'merge_and_unload') else plain}"
         )
     # A quantizer puts layers of its own into a model while it is loaded.
     if quantization(model) in (None, "gguf"):
-        found, wanted = _shapes(model), _shapes(empty_twin(model))
-        reshaped = [name for name in wanted.keys() & found.keys() if wanted[name] != found[name]]
-        difference = _difference(wanted.keys() - found.keys(), found.keys() - wanted.keys(), reshaped)
+        twin = empty_twin(model)
+        found, wanted = _shapes(model), _shapes(twin)
+        difference = _difference(
+            missing=wanted.keys() - found.keys(),
+            unexpected=found.keys() - wanted.keys(),
+            reshaped=[name for name in wanted.keys() & found.keys() if wanted[name] != found[name]],
+            shared=_shared(model) - _shared(twin),
+        )
         if difference:
             raise ValueError(
                 f"`model` must have the weights of {kind.__name__}, so that `load` can make it again, got "
-                f"{difference}. Merge adapters into the weights first. {_PLAIN}"
+                f"{difference}. Merge adapters, give it its own layers back, tie weights by its configuration, or "
+                "save the patterns alone with `save_patterns`."
             )
     return model
 
@@ -53,8 +58,11 @@ def check_loaded(kind: type[Any], report: Mapping[str, Any]) -> None:
     Raises:
         ValueError: If something is missing, left over, or of another shape.
     """
-    reshaped = [name for name, *_ in report["mismatched_keys"]]
-    difference = _difference(report["missing_keys"], report["unexpected_keys"], reshaped)
+    difference = _difference(
+        missing=report["missing_keys"],
+        unexpected=report["unexpected_keys"],
+        reshaped=[name for name, *_ in report["mismatched_keys"]],
+    )
     if difference:
         raise ValueError(
             f"The export must hold the weights of {kind.__name__}, got {difference}. Export the model again."
@@ -89,9 +97,18 @@ def _shapes(model: Any) -> dict[str, Any]:
     return {name: getattr(value, "shape", None) for name, value in model.state_dict().items()}
 
 
-def _difference(missing: Collection[str], unexpected: Collection[str], reshaped: Collection[str]) -> str:
+def _shared(model: Any) -> set[str]:
+    """Names of parameters that have another name before."""
+    first: dict[int, str] = {}
+    named = model.named_parameters(remove_duplicate=False)
+    return {name for name, parameter in named if first.setdefault(id(parameter), name) != name}
+
+
+def _difference(
+    missing: Collection[str], unexpected: Collection[str], reshaped: Collection[str], shared: Collection[str] = ()
+) -> str:
     """Empty if there is none."""
-    parts = {"none for": missing, "also": unexpected, "other shapes for": reshaped}
+    parts = {"none for": missing, "also": unexpected, "other shapes for": reshaped, "those of others for": shared}
     return "; ".join(f"{what} {_some(names)}" for what, names in parts.items() if names)
 
 
