@@ -89,7 +89,9 @@ def empty_twin(model: Any) -> Any:
     if quantization(model) == "gguf":  # plain numbers by now
         del config.quantization_config
     with torch.device("meta"):
-        return plain_class(model)(config)
+        twin = plain_class(model)(config)
+    twin.tie_weights()  # transformers 5.0 leaves that out on the meta device
+    return twin
 
 
 def _shapes(model: Any) -> dict[str, Any]:
