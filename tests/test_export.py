@@ -1,5 +1,6 @@
 import json
 import os
+import platform
 import shutil
 
 import huggingface_hub
@@ -25,6 +26,7 @@ from sparse_prune.attention import attach
 from sparse_prune.cache import PatternCache
 from sparse_prune.export import (
     PATTERN_FILE,
+    check_folder,
     folder,
     load,
     load_patterns,
@@ -284,6 +286,79 @@ def test_a_new_export_replaces_the_old_one_and_keeps_what_others_put_there(tmp_p
     assert os.listdir(tmp_path) == ["model"]
 
 
+def test_links_and_empty_folders_of_others_stay(tmp_path):
+    path = save_pretrained(pruned()[0], tmp_path / "model")
+    (tmp_path / "large").mkdir()
+    (tmp_path / "large" / "data").write_text("theirs")
+    (path / "notes" / "empty").mkdir(parents=True)
+    for name, where in {"to_folder": tmp_path / "large", "to_file": "../large/data", "broken": "nowhere"}.items():
+        (path / "notes" / name).symlink_to(where)
+    save_pretrained(pruned(seed=1)[0], path)
+    assert sorted(os.listdir(path / "notes")) == ["broken", "empty", "to_file", "to_folder"]
+    assert (path / "notes" / "to_folder").readlink() == tmp_path / "large"
+    assert os.readlink(path / "notes" / "to_file") == "../large/data"
+    assert (path / "notes" / "to_folder" / "data").read_text() == "theirs"
+
+
+def test_permissions_stay(tmp_path):
+    (tmp_path / "model").mkdir(mode=0o700)
+    for _ in range(2):  # into the empty folder, and over an earlier export
+        assert save_pretrained(pruned()[0], tmp_path / "model").stat().st_mode & 0o777 == 0o700
+
+
+def test_home_is_the_same_for_all(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    check_folder("~/model")
+    assert save_pretrained(pruned()[0], "~/model") == (tmp_path / "model").resolve()
+    assert load("~/model") is not None
+    check_folder("~/model")
+
+
+def test_a_run_s_folder_is_no_earlier_export(tmp_path):
+    save_patterns(patterns(), tmp_path / PATTERN_FILE)
+    (tmp_path / "metrics.csv").write_text("step,loss")
+    for refuse in (check_folder, lambda folder: save_pretrained(pruned()[0], folder)):
+        with pytest.raises(ValueError, match="new, empty or an earlier export"):
+            refuse(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == [PATTERN_FILE, "metrics.csv"]
+
+
+def test_a_place_that_cannot_be_replaced_is_refused_beforehand(tmp_path, monkeypatch):
+    (tmp_path / "volume").mkdir()
+    monkeypatch.setattr(folder.os.path, "ismount", lambda path: path == tmp_path / "volume")
+    monkeypatch.chdir(tmp_path / "volume")
+    for place, reason in ((".", "the working folder is"), ("..", r"new, empty|the working folder is")):
+        with pytest.raises(ValueError, match=reason):
+            check_folder(place)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        ValueError, match=r"`export` must be a folder that .*volume': it is a mount point\. Name a folder"
+    ):
+        check_folder("volume", "export")
+    with pytest.raises(ValueError, match=r"'/proc/pruned': .*/proc/"):  # where nobody may write
+        check_folder("/proc/pruned")
+    check_folder("volume/new/pruned")
+    check_folder("new/pruned")
+    assert os.listdir(tmp_path) == ["volume"]
+    assert not os.listdir(tmp_path / "volume")
+
+
+def test_what_killed_exports_left_is_removed(tmp_path):
+    child = os.fork()
+    if not child:
+        os._exit(0)
+    os.waitpid(child, 0)
+    machine = platform.node()
+    left = [f".model.{machine}.{child}.partial", f".{PATTERN_FILE}.{machine}.{child}.partial"]
+    others = [f".model.{machine}.{os.getppid()}.partial", f".model.elsewhere.{child}.partial", f".model.{child}.mine"]
+    for name in (*left[:1], *others):
+        (tmp_path / name).mkdir()
+    (tmp_path / left[1]).write_text("half")
+    save_pretrained(pruned()[0], tmp_path / "model")
+    save_patterns(patterns(), tmp_path / PATTERN_FILE)
+    assert sorted(os.listdir(tmp_path)) == sorted(["model", PATTERN_FILE, *others])
+
+
 @pytest.mark.parametrize("exchange", [True, False])
 def test_a_link_to_a_folder_stays_a_link(tmp_path, monkeypatch, exchange):
     if not exchange:
@@ -356,6 +431,82 @@ def test_a_model_that_could_not_be_loaded_again_is_refused_before_anything_is_wr
     assert not os.listdir(tmp_path)
 
 
+class Adapter(torch.nn.Module):
+    """As `peft.inject_adapter_in_model` puts into a module."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base_layer, self.lora = base, torch.nn.Linear(32, 32)
+
+    def forward(self, x):
+        return self.base_layer(x) + self.lora(x)
+
+
+def adapted(model):
+    attention = model.model.layers[0].self_attn
+    attention.q_proj = Adapter(attention.q_proj)
+
+
+def other_head(model):
+    model.lm_head = torch.nn.Sequential(torch.nn.Linear(32, 8), torch.nn.Linear(8, 50))
+
+
+def larger_head(model):
+    model.lm_head = torch.nn.Linear(32, 51, bias=False)
+
+
+def normed(model):
+    torch.nn.utils.parametrizations.weight_norm(model.model.layers[1].mlp.down_proj)
+
+
+def tied(model):
+    model.lm_head.weight = model.model.embed_tokens.weight
+
+
+def quantized(model):
+    torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear}, dtype=torch.qint8, inplace=True)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (adapted, r"none for model.layers.0.self_attn.q_proj.weight; also .*lora.bias"),
+        (other_head, r"none for lm_head.weight; also lm_head.0.bias"),
+        (larger_head, r"other shapes for lm_head.weight"),
+        (normed, r"none for model.layers.1.mlp.down_proj.weight; also .*original0"),
+        (tied, r"those of others for lm_head.weight"),
+        (quantized, r"and 12 more; also"),
+    ],
+)
+def test_layers_that_the_class_does_not_have_are_refused_before_anything_is_written(tmp_path, change, named):
+    model, _ = pruned()
+    change(model)
+    with pytest.raises(ValueError, match=rf"`model` must have the weights of LlamaForCausalLM.*{named}"):
+        save_pretrained(model, tmp_path / "model")
+    assert not os.listdir(tmp_path)
+
+
+def test_an_export_without_all_weights_or_with_others_is_refused(tmp_path):
+    path = save_pretrained(pruned()[0], tmp_path / "model")
+    weights = load_file(path / "model.safetensors")
+    weights["head.weight"] = weights.pop("lm_head.weight")
+    save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"weights of LlamaForCausalLM, got none for lm_head.weight; also head.weight"):
+        load(path, verify=False)
+    with pytest.raises(ValueError, match="`output_loading_info` must be left out"):
+        load(path, output_loading_info=True)
+
+
+def test_layers_may_share_one_pattern(tmp_path):
+    model, _ = pruned()
+    for handle in attach(model):
+        handle.pattern = BlockPattern.dense(4, 64, 64, 8, True)
+    first, second = attach(model)
+    second.pattern = first.pattern
+    assert torch.equal(logits(load(save_pretrained(model, tmp_path / "model"))), logits(model))
+
+
 @pytest.mark.parametrize("exchange", [True, False])
 @pytest.mark.parametrize("moment", ["after the model", "before the swap", "within the swap", "after the swap"])
 def test_crash_at_any_moment_leaves_a_whole_export(tmp_path, monkeypatch, moment, exchange):
@@ -384,7 +535,8 @@ def test_crash_at_any_moment_leaves_a_whole_export(tmp_path, monkeypatch, moment
 
             module.save_patterns = lambda *args: os._exit(1)
         if moment == "after the swap":
-            folder.shutil.rmtree = lambda *args, **kwargs: os._exit(1) if len(done) == 2 else None
+            remove = shutil.rmtree
+            folder.shutil.rmtree = lambda *args, **kwargs: os._exit(1) if len(done) == 2 else remove(*args, **kwargs)
         try:
             save_pretrained(model, path)
         finally:

@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import torch
@@ -57,12 +58,8 @@ def evaluate(
     Raises:
         ValueError: If something is out of range; nothing was measured then.
     """
-    check_lengths(model, lengths, decode)
-    text = tokens[0].tolist()
-    if prompts:
-        for haystack in (None, text):
-            retrieval_prompts(tokenizer, min(lengths), depths, prompts, haystack)
-    make_cache = partial(fresh_cache, model)
+    check(model, tokenizer, tokens, lengths, depths, prompts, decode)
+    text, make_cache = tokens[0].tolist(), partial(fresh_cache, model)
     results = []
     for length in lengths:
         whole = tokens.shape[1] // length * length
@@ -76,30 +73,51 @@ def evaluate(
     return results
 
 
+def check(
+    model: Any,
+    tokenizer: Any,
+    tokens: torch.Tensor,
+    lengths: Sequence[int],
+    depths: Sequence[float],
+    prompts: int,
+    decode: int,
+) -> None:
+    """Refuse what `evaluate` cannot measure; arguments as there.
+
+    Raises:
+        ValueError: If the model is no causal language model, or something is out of range.
+    """
+    if not model.can_generate():
+        raise ValueError(f"`model` must be a causal language model, got {type(model).__name__}. Name another.")
+    fresh_cache(model)  # which not every model has
+    check_lengths(model, lengths, decode)
+    if prompts:
+        for haystack in (None, tokens[0].tolist()):
+            retrieval_prompts(tokenizer, min(lengths), depths, prompts, haystack)
+
+
 def main(args: list[str] | None = None) -> None:
     """Parse arguments, measure, write evaluation.md, .json and .png, print the table."""
     parser = _parser()
     given = parser.parse_args(args)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
-        model, twin, tokenizer, lengths, tokens = _prepare(given)
+        model, twin, measure = _prepare(given)
     except ImportError as error:
         parser.error(with_remedy(error))
     except (OSError, ValueError) as error:
         parser.error(str(error))
-    measure = {name: getattr(given, name) for name in ("depths", "prompts", "decode", "chunk")}
-    measure |= {"tokenizer": tokenizer, "tokens": tokens, "lengths": lengths}
-    pruned = evaluate(model, **measure)
+    pruned = evaluate(model, **measure, chunk=given.chunk)
     if twin is not None:
-        plain = evaluate(twin.to(given.device), **measure)
+        plain = evaluate(twin.to(given.device), **measure, chunk=given.chunk)
     else:
         with all_connections(model):
-            plain = evaluate(model, **measure)
+            plain = evaluate(model, **measure, chunk=given.chunk)
     setup = {
         "model": given.model,
         "dense model": given.dense or "the same weights, nothing pruned",
         "text": given.text,
-        "sequences of the longest length": len(tokens),
+        "sequences of the longest length": len(measure["tokens"]),
         "prompts per depth": given.prompts,
         "dtype": str(model.dtype),
         "device": given.device,
@@ -110,15 +128,41 @@ def main(args: list[str] | None = None) -> None:
     print(f"{report.text()}\nReport: {path}")
 
 
-def _prepare(given: argparse.Namespace) -> tuple[Any, Any, Any, Sequence[int], torch.Tensor]:
-    """Pruned model, dense twin or None, tokenizer, lengths, and text, (sequences, longest length)."""
+def _prepare(given: argparse.Namespace) -> tuple[Any, Any, dict[str, Any]]:
+    """Pruned model, dense twin or None, and what `evaluate` shall measure of both: all that can be refused is."""
     import matplotlib  # noqa: F401 - the report draws with it; better missed now than after the measurement
 
     options = {"dtype": getattr(torch, given.dtype)} if given.dtype else {}
-    model, tokenizer = load(given.model, **options).to(given.device), load_tokenizer(given.model)
+    model = load(given.model, **options).to(given.device)
     twin = load_model(given.dense, model.dtype).eval() if given.dense else None
-    lengths = given.lengths or lengths_around(model, given.decode)
-    return model, twin, tokenizer, lengths, held_out(tokenizer, given.text, max(lengths), given.sequences)
+    tokenizer, lengths = _tokenizer(given.model), given.lengths or lengths_around(model, given.decode)
+    tokens = held_out(tokenizer, given.text, max(lengths), given.sequences)
+    measure = {name: getattr(given, name) for name in ("depths", "prompts", "decode")}
+    measure |= {"tokenizer": tokenizer, "tokens": tokens, "lengths": lengths}
+    for each in (model, twin):
+        if each is not None:
+            check(each, **measure)
+    _check_output(given.output)
+    return model, twin, measure
+
+
+def _tokenizer(model: str) -> Any:
+    try:
+        return load_tokenizer(model)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"`model` must hold a tokenizer, got none from {model!r}. "
+            "Export it with `save_pretrained(..., tokenizer=tokenizer)`."
+        ) from error
+
+
+def _check_output(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(f"`output` must be a folder to write into, got {str(folder)!r}: {error}.") from error
 
 
 def sparsity_of(model: Any) -> float:
@@ -151,7 +195,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--decode", type=count, default=32, help="tokens to decode for the speed")
     parser.add_argument("--chunk", type=count, default=1024, help="tokens per forward pass")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help="default: as saved")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", type=_device, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", type=Path, default=Path("runs/evaluate"), help="folder for the report")
     return parser
 
@@ -169,3 +213,12 @@ def _share(text: str) -> float:
     if not 0.0 <= float(text) <= 1.0:
         raise argparse.ArgumentTypeError(f"must lie in [0, 1], got {text}")
     return float(text)
+
+
+def _device(text: str) -> str:
+    try:
+        torch.zeros(1, device=text).item()
+    except (AssertionError, ImportError, RuntimeError) as error:  # the first two where torch was built without it
+        reason = str(error).partition("\n")[0]
+        raise argparse.ArgumentTypeError(f"must be a device of this machine, got {text}: {reason}") from error
+    return text

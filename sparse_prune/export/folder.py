@@ -6,9 +6,11 @@ import ctypes
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from sparse_prune.export.unfinished import remove, unfinished
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
@@ -19,25 +21,58 @@ def whole_folder(target: Path) -> Iterator[Path]:
 
     An error, or a crash at any moment, leaves the previous folder whole. On Linux the two change places in one step;
     where the file system cannot do that, a crash between two renames leaves the previous one as `previous(target)`,
-    which `recover` puts back.
+    which `recover` puts back. The new folder has the permissions of the previous one.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     recover(target)
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    try:
+    with _partial(target, target.parent) as partial:
         yield partial
         for file in (*partial.rglob("*"), partial):
-            _flush(file)
+            if not file.is_symlink():
+                _flush(file)
         if not target.exists():
             os.rename(partial, target)
         elif not _exchange(partial, target):
             os.rename(target, previous(target))
             os.rename(partial, target)
             shutil.rmtree(previous(target))
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+
+
+def obstacle(target: Path) -> str | None:
+    """Why `whole_folder` could not put a folder in the place of `target`; None if it can. It is tried, without a trace.
+
+    Args:
+        target: An absolute path without links.
+    """
+    if target.exists() and Path.cwd().is_relative_to(target):
+        return f"the working folder is {Path.cwd()}"
+    if os.path.ismount(target):
+        return "it is a mount point"
+    try:
+        with _partial(target, next(parent for parent in target.parents if parent.exists())) as partial:
+            (partial / "trial").touch()
+    except OSError as error:
+        return str(error)
+    return None
+
+
+def carry_over(old: Path, new: Path, own: Collection[str]) -> None:
+    """Copy what others put into a folder, links and empty folders included, as far as the new one lacks it.
+
+    Args:
+        old: The folder that `new` will replace.
+        new: Where to.
+        own: Paths within `old` that are not to be copied.
+    """
+
+    def skip(folder: str, names: list[str]) -> list[str]:
+        within = Path(folder).relative_to(old)
+        return [name for name in names if str(within / name) in own or taken(within / name)]
+
+    def taken(path: Path) -> bool:
+        return os.path.lexists(new / path) and not (_is_folder(old / path) and _is_folder(new / path))
+
+    shutil.copytree(old, new, symlinks=True, ignore=skip, dirs_exist_ok=True)
 
 
 def previous(target: Path) -> Path:
@@ -60,6 +95,19 @@ def file_hash(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+@contextmanager
+def _partial(target: Path, parent: Path) -> Iterator[Path]:
+    """A new folder in `parent`, with the permissions of `target`; it is gone when the block ends."""
+    partial = unfinished(parent / target.name)
+    partial.mkdir()
+    try:
+        if target.exists():
+            shutil.copystat(target, partial)
+        yield partial
+    finally:
+        remove(partial)
+
+
 def _exchange(one: Path, other: Path) -> bool:
     """Let two paths change places in one step, if system and file system can."""
     try:
@@ -67,6 +115,10 @@ def _exchange(one: Path, other: Path) -> bool:
     except (AttributeError, OSError):
         return False
     return int(rename(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE)) == 0
+
+
+def _is_folder(path: Path) -> bool:
+    return path.is_dir() and not path.is_symlink()
 
 
 def _flush(path: Path) -> None:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import os
-import shutil
 from collections.abc import Mapping
 from functools import partial
 from importlib.metadata import version
@@ -18,7 +16,8 @@ from torch import Tensor
 
 from sparse_prune.attention import PrunableAttention, attach, find_layers, handle_of
 from sparse_prune.attention.layer import Mode
-from sparse_prune.export.folder import file_hash, previous, recover, whole_folder
+from sparse_prune.export.folder import carry_over, file_hash, obstacle, previous, whole_folder
+from sparse_prune.export.loadable import check_loaded, empty_twin, loadable, model_class, quantization
 from sparse_prune.export.patterns import describe_pruning, read_pattern_file, save_patterns
 from sparse_prune.export.sharded import is_sharded, plain_class, whole_weights
 from sparse_prune.first_rank import is_first_rank, on_first_rank
@@ -30,6 +29,8 @@ log = logging.getLogger(__name__)
 
 PATTERN_FILE = "attention_pattern.safetensors"
 """Name of the file that holds the patterns, beside the model's own files."""
+_HEADER = {"model", "attention", "buffers", "files"}
+"""What the header of an export holds, and that of patterns alone does not."""
 _HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
 _SHAPE = ("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "hidden_size", "vocab_size")
 
@@ -52,18 +53,19 @@ def save_pretrained(
 
     Args:
         model: A transformers model with patterns, compiled, sharded by `fully_shard`, or neither.
-        folder: New, empty, or an earlier export; a link to a folder stays one.
+        folder: New, empty, or an earlier export; a link to a folder stays one, and its permissions stay.
         pruner: What pruned it, for the header: schedule, settings and a summary of the scores.
         tokenizer: To be saved with it.
 
     Raises:
-        ValueError: If no layer has a pattern, `load` could not make the model again, or `folder` holds something else.
+        ValueError: If no layer has a pattern, `load` could not make the model again, or `check_folder` refuses the
+            folder.
         RuntimeError: On other ranks than 0, if rank 0 failed to write a sharded model.
     """
-    model = _loadable(model)
+    model = loadable(model)
     if is_sharded(model):
         return on_first_rank(partial(_write, model, folder, pruner, tokenizer, whole_weights(model)))
-    return _write(model, folder, pruner, tokenizer, None) if is_first_rank() else Path(folder).resolve()
+    return _write(model, folder, pruner, tokenizer, None) if is_first_rank() else _absolute(folder)
 
 
 def _write(
@@ -74,9 +76,8 @@ def _write(
     weights: dict[str, Tensor] | None,
 ) -> Path:
     """`weights` are those of a model in parts."""
-    target = Path(folder).resolve()
+    target = _absolute(folder)
     patterns, layers = _state(model)
-    recover(target)
     check_folder(folder)
     dtypes = {parameter.dtype for parameter in model.parameters() if parameter.dtype.is_floating_point}
     if len(dtypes) > 1:
@@ -95,8 +96,8 @@ def _write(
             **({} if pruner is None else describe_pruning(pruner, _names(model))),
         }
         save_patterns(patterns, new / PATTERN_FILE, details)
-        if (target / PATTERN_FILE).is_file():
-            _carry_over(target, new)
+        if (earlier := _export_header(target)) is not None:
+            carry_over(target, new, {PATTERN_FILE, *earlier["files"]})
     return target
 
 
@@ -108,14 +109,21 @@ def check_folder(folder: str | os.PathLike[str], argument: str = "folder") -> No
         argument: What the error calls it.
 
     Raises:
-        ValueError: If `folder` holds something else.
+        ValueError: If `folder` holds something else, or no other folder could take its place: a mount point, the
+            working folder, a place where this process may not write.
     """
-    target = Path(folder)
+    target = _absolute(folder)
     occupied = target.exists() and (not target.is_dir() or any(target.iterdir()))
-    if occupied and not (target / PATTERN_FILE).is_file():
+    if occupied and _export_header(target) is None:
         raise ValueError(
-            f"`{argument}` must be new, empty or an earlier export, got {os.fspath(folder)!r} without {PATTERN_FILE}. "
-            "Choose another folder."
+            f"`{argument}` must be new, empty or an earlier export, got {os.fspath(folder)!r} without a "
+            f"{PATTERN_FILE} of an export. Choose another folder."
+        )
+    reason = obstacle(target)
+    if reason is not None:
+        raise ValueError(
+            f"`{argument}` must be a folder that another can take the place of, got {os.fspath(folder)!r}: {reason}. "
+            "Name a folder inside it, or elsewhere."
         )
 
 
@@ -130,7 +138,7 @@ def load(
 ) -> Any:
     """A pruned model as it was saved, in eval mode: the same logits, bit for bit, on the same machine.
 
-    No file is unpickled and no code of the folder runs.
+    Another machine, or another `backend`, gives them to rounding. No file is unpickled and no code of the folder runs.
 
     Args:
         name: A folder that `save_pretrained` wrote, or a hub repository.
@@ -143,10 +151,13 @@ def load(
 
     Raises:
         FileNotFoundError: If there is no such folder, or no patterns in it.
-        ValueError: If a file was altered, or patterns and model do not belong together; the message names what differs.
+        ValueError: If a file was altered, or patterns, weights and model do not belong together; the message names what
+            differs.
     """
     if backend is not None and backend not in BACKENDS:
         raise ValueError(f"`backend` must be one of {sorted(BACKENDS)}, got {backend!r}.")
+    if "output_loading_info" in options:
+        raise ValueError("`output_loading_info` must be left out: weights that do not fit are an error. Remove it.")
     folder = _fetch(os.fspath(name), revision, token)
     if not (folder / PATTERN_FILE).is_file():
         raise FileNotFoundError(
@@ -154,19 +165,20 @@ def load(
             "Write it with `sparse_prune.export.save_pretrained`."
         )
     patterns, header = read_pattern_file(folder / PATTERN_FILE)
-    if not {"model", "attention", "buffers", "files"} <= set(header):
+    if not _HEADER.issubset(header):
         raise ValueError(f"{PATTERN_FILE} must belong to an export, got patterns alone. Use `load_patterns`.")
     if verify:
         _verify(folder, header["files"])
-    settings = {"dtype": "auto", "trust_remote_code": False, **options, "use_safetensors": True}
-    kind = _model_class(header["model"]["class"])
+    kind = model_class(header["model"]["class"])
     if kind is None:
         raise ValueError(
             f"The exported model must be of a class of transformers, got {header['model']['class']!r}. "
             "Update transformers."
         )
-    model = kind.from_pretrained(folder, **settings)
+    settings = {"dtype": "auto", "trust_remote_code": False, **options, "use_safetensors": True}
+    model, report = kind.from_pretrained(folder, **settings, output_loading_info=True)
     _compare("class", header["model"], identity(model))
+    check_loaded(kind, report)
     _cast_buffers(model, header["buffers"])
     _apply(model, patterns, header["attention"], backend)
     return model.eval()
@@ -226,20 +238,6 @@ def identity(model: Any) -> dict[str, Any]:
     return {"class": plain_class(model).__name__, "model_type": model.config.model_type, **shape}
 
 
-def _loadable(model: Any) -> Any:
-    """The model as `load` makes it again: without the wrapper of torch.compile."""
-    model = getattr(model, "_orig_mod", model)
-    kind = plain_class(model)
-    if _model_class(kind.__name__) is not kind:
-        merging = "Merge its adapters first: `model = model.merge_and_unload()`."
-        plain = "Give the transformers model itself, or save the patterns alone with `save_patterns`."
-        raise ValueError(
-            f"`model` must be of a class of transformers, so that `load` can make it again, got "
-            f"{kind.__module__}.{kind.__qualname__}. {merging if hasattr(model, 'merge_and_unload') else plain}"
-        )
-    return model
-
-
 def _state(model: Any) -> tuple[dict[str, BlockPattern], dict[str, dict[str, Any]]]:
     """Patterns by layer name, and how each layer computes."""
     patterns, layers = {}, {}
@@ -286,18 +284,11 @@ def _cast_buffers(model: Any, kinds: Mapping[str, str]) -> None:
 
 def _save_model(model: Any, folder: Path, weights: dict[str, Tensor] | None) -> None:
     """`weights` are those of a model in parts."""
-    method = getattr(getattr(model.config, "quantization_config", None), "quant_method", None)
-    unpacked = str(getattr(method, "value", method)) == "gguf"
-    if weights is None and not unpacked:
+    if weights is None and quantization(model) != "gguf":
         model.save_pretrained(folder)
         return
-    # The model has not got its whole weights, or transformers does not save what it loaded from GGUF, though they are
-    # plain numbers by now.
-    config = copy.deepcopy(model.config)
-    if unpacked:
-        del config.quantization_config
-    with torch.device("meta"):
-        shell = plain_class(model)(config).to(model.dtype)
+    # The model has not got its whole weights, or transformers does not save what it loaded from GGUF.
+    shell = empty_twin(model).to(model.dtype)
     shell.generation_config = model.generation_config
     shell.save_pretrained(folder, state_dict=model.state_dict() if weights is None else weights)
 
@@ -306,21 +297,21 @@ def _files(folder: Path) -> list[Path]:
     return sorted(file for file in folder.rglob("*") if file.is_file())
 
 
-def _carry_over(old: Path, new: Path) -> None:
-    """Copy what an earlier export did not write itself and the new one lacks."""
+def _export_header(folder: Path) -> dict[str, Any] | None:
+    """The header of an export; None if the folder is none."""
     try:
-        written = {PATTERN_FILE, *read_pattern_file(old / PATTERN_FILE)[1].get("files", {})}
-    except ValueError:
-        written = {PATTERN_FILE}  # altered or of another version: what it wrote is not known, so all stays
-    for file in _files(old):
-        name = file.relative_to(old)
-        if str(name) not in written and not (new / name).exists():
-            (new / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(file, new / name)
+        header = read_pattern_file(folder / PATTERN_FILE)[1]
+    except (FileNotFoundError, ValueError):
+        return None
+    return header if _HEADER.issubset(header) else None
+
+
+def _absolute(folder: str | os.PathLike[str]) -> Path:
+    return Path(folder).expanduser().resolve()
 
 
 def _fetch(name: str, revision: str | None, token: str | None) -> Path:
-    folder = Path(name).expanduser().resolve()
+    folder = _absolute(name)
     if folder.is_dir():
         return folder
     if previous(folder).is_dir():
@@ -351,14 +342,6 @@ def _verify(folder: Path, files: Mapping[str, str]) -> None:
                 f"{name!r} was altered since the patterns were saved. Export the model again, "
                 "or load with verify=False if you changed it yourself."
             )
-
-
-def _model_class(name: str) -> Any:
-    """Transformers' model class of that name; None if there is none."""
-    import transformers
-
-    found = getattr(transformers, name, None)
-    return found if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel) else None
 
 
 def _compare(what: str, expected: Mapping[str, Any], found: Mapping[str, Any]) -> None:

@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from sparse_prune.export.unfinished import unfinished
 from sparse_prune.pattern import BlockPattern
 from sparse_prune.pruner import AttentionPruner
 
@@ -49,11 +50,12 @@ def save_patterns(
         "sparsity": 1.0 - kept / sum(pattern.possible_count for pattern in patterns.values()),
         **(details or {}),
     }
-    tensors = {name: pattern.keep.contiguous() for name, pattern in patterns.items()}
+    # Layers may share a pattern, tensors in a file no memory.
+    tensors = {name: p.keep.clone(memory_format=torch.contiguous_format) for name, p in patterns.items()}
     text = json.dumps(header)
     metadata = {"format": FORMAT, "version": str(VERSION), "header": text, "sha256": _checksum(text, tensors)}
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    partial = unfinished(target)
     try:
         save_file(tensors, partial, metadata=metadata)
         os.replace(partial, target)

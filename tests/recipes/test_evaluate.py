@@ -10,7 +10,15 @@ from sparse_prune.recipes.evaluate.lengths import lengths_around
 from sparse_prune.recipes.evaluate.report import EvaluationReport, LengthResult
 from sparse_prune.recipes.evaluate.text import held_out
 from sparse_prune.recipes.finetune.pretrained import load_tokenizer
-from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, OPTConfig, OPTForCausalLM
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    DynamicCache,
+    GPT2Config,
+    GPT2LMHeadModel,
+    OPTConfig,
+    OPTForCausalLM,
+)
 
 from sparse_prune import AttentionPruner, BlockPattern, ConstantSchedule, Constraints
 from sparse_prune.__main__ import main as command_line
@@ -263,3 +271,47 @@ def test_a_missing_export_or_package_ends_in_one_line(tmp_path, monkeypatch, cap
         with pytest.raises(SystemExit):
             command_line(["evaluate", "owner/pruned"])
         assert f"Run `pip install 'sparse_prune[{extra}]'`." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ("--device nowhere", "--device: must be a device of this machine, got nowhere"),
+        ("--device meta", "--device: must be a device of this machine, got meta"),
+        ("--lengths 40 --prompts 1", "`length` must be at least"),
+        ("--lengths 128 --output {text}", "`output` must be a folder to write into, got '{text}'"),
+    ],
+)
+def test_what_cannot_be_done_ends_in_one_line(exported, tmp_path, monkeypatch, capsys, options, named):
+    monkeypatch.setattr("sparse_prune.recipes.evaluate.cli.evaluate", lambda *args, **given: pytest.fail("measured"))
+    text = tmp_path / "text"
+    text.write_text("some words " * 30)
+    with pytest.raises(SystemExit) as done:
+        main(f"{exported} --text {text} --prompts 0 {options.format(text=text)}".split())
+    assert done.value.code == 2
+    assert f"error: {named.format(text=text)}" in capsys.readouterr().err.replace("argument --", "--")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_ends_in_one_line(capsys):
+    with pytest.raises(SystemExit):
+        main(["model", "--device", "cuda"])
+    assert "--device: must be a device of this machine, got cuda" in capsys.readouterr().err
+
+
+def test_an_export_of_an_encoder_or_without_a_tokenizer_is_refused(exported, tiny_model, tmp_path, capsys):
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    encoder = BertForMaskedLM(BertConfig(vocab_size=98, **sizes)).eval()
+    (handle,) = attach(encoder)
+    handle.pattern, handle.mode = BlockPattern.dense(2, 128, 128, 32, False), "sparse"
+    save_pretrained(encoder, tmp_path / "encoder", tokenizer=load_tokenizer(tiny_model))
+    save_pretrained(load(exported), tmp_path / "alone")
+    (tmp_path / "text").write_text("some words " * 30)
+    for name, error in {
+        "encoder": "`model` must be a causal language model, got BertForMaskedLM",
+        "alone": f"`model` must hold a tokenizer, got none from '{tmp_path / 'alone'}'. Export it with",
+    }.items():
+        with pytest.raises(SystemExit) as done:
+            main(f"{tmp_path / name} --text {tmp_path / 'text'} --lengths 128 --prompts 0 --device cpu".split())
+        assert done.value.code == 2
+        assert f"error: {error}" in capsys.readouterr().err
