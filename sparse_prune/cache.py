@@ -53,10 +53,7 @@ class PatternCache(Cache):  # type: ignore[misc]
 
 
 class PatternLayer(CacheLayerMixin):  # type: ignore[misc]
-    """One layer of a `PatternCache`.
-
-    The attention layer's handle gets what to attend to from `update`, just before its attention is called.
-    """
+    """One layer of a `PatternCache`."""
 
     is_croppable = True
 
@@ -85,8 +82,13 @@ class PatternLayer(CacheLayerMixin):  # type: ignore[misc]
         self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
 
     @torch.compiler.disable  # type: ignore[untyped-decorator, unused-ignore]
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Take new keys and values, (batch, num_kv_heads, new tokens, head_dim), and return them.
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor] | tuple[PackedKeys, PackedKeys]:
+        """Take new keys and values, (batch, num_kv_heads, new tokens, head_dim).
+
+        Returns:
+            What to attend to, as keys and as values: the first tokens themselves, later all that is held.
 
         Raises:
             ValueError: If gradients would be lost.
@@ -119,10 +121,11 @@ class PatternLayer(CacheLayerMixin):  # type: ignore[misc]
             bucket.keys[:, :, at : at + new] = key_states[:, index]
             bucket.values[:, :, at : at + new] = value_states[:, index]
         self.length += new
-        self.handle.hand_over(PackedKeys(self.buckets, self.length, self.pattern), key_states)
+        batch, num_kv_heads, _, head_dim = key_states.shape
+        packed = PackedKeys(self.buckets, (batch, num_kv_heads, self.length, head_dim), self.pattern)
         if crossed and new > 1:
             self._evict()
-        return key_states, value_states
+        return packed, packed
 
     def _evict(self, room: int = 0, copy: bool = False, judged: bool = False) -> None:
         """Copy what lasts into tensors of its own, with room for more tokens; what does not last is freed.
