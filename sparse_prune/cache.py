@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from sparse_prune.attention.hf import attached_layers
 from sparse_prune.attention.layer import PrunableAttention
@@ -33,11 +33,14 @@ class PatternCache(Cache):  # type: ignore[misc]
             `sparse_prune.export.load`). Its patterns must not change while the cache is in use.
 
     Raises:
-        ValueError: If the model's attention was not taken over, or if a layer is not causal self-attention.
+        ValueError: If the model's attention was not taken over, if a layer is not causal self-attention, or if the
+            model caches other things than keys and values of every layer.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        super().__init__(layers=[_cache_layer(handle) for handle in attached_layers(model)])
+        handles = attached_layers(model)
+        _check_own_cache(model, len(handles))
+        super().__init__(layers=[_cache_layer(handle) for handle in handles])
 
     def nbytes(self) -> int:
         """Bytes of all storages that the cache holds on to, masks and spare room included."""
@@ -258,6 +261,18 @@ class PatternLayer(CacheLayerMixin):  # type: ignore[misc]
             NotImplementedError: Always.
         """
         raise NotImplementedError("`PatternCache` cannot be offloaded. It is small: leave it on the device.")
+
+
+def _check_own_cache(model: nn.Module, layers: int) -> None:
+    """The model's own cache must hold keys and values of every layer, and nothing else."""
+    own = [type(layer) for layer in DynamicCache(config=model.config).layers]
+    others = sorted({kind.__name__ for kind in own} - {DynamicLayer.__name__, DynamicSlidingWindowLayer.__name__})
+    if others or len(own) != layers:
+        raise ValueError(
+            f"`model` must cache keys and values of each of its {layers} layers and nothing else, got "
+            f"{', '.join(others) or f'a cache of {len(own)} layers'}: its layers share keys, or keep other states. "
+            "Use a cache that evicts nothing, such as DynamicCache(config=model.config)."
+        )
 
 
 def _cache_layer(handle: PrunableAttention) -> CacheLayerMixin:
