@@ -271,7 +271,7 @@ def _check_own_cache(model: nn.Module, layers: int) -> None:
         raise ValueError(
             f"`model` must cache keys and values of each of its {layers} layers and nothing else, got "
             f"{', '.join(others) or f'a cache of {len(own)} layers'}: its layers share keys, or keep other states. "
-            "Use a cache that evicts nothing, such as DynamicCache(config=model.config)."
+            "Use the model's own cache."
         )
 
 

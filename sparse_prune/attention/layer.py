@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Literal, NamedTuple
 from weakref import WeakValueDictionary
 
 import torch
@@ -72,9 +73,20 @@ class PrunableAttention:
     repeats_keys: bool = False
     """Whether the model's own attention repeats key heads where a shared one would get a slow kernel, as transformers
     does; else it shares them in any case (`enable_gqa`)."""
+    on_load: Callable[[], None] | None = None
+    """Called where the handle was copied or loaded, as by `torch.load` in another process; a function of a module."""
     _pattern: BlockPattern | None = None
     _version: str = ""  # names the pattern for torch.compile, which compiles anew when it changes
-    _at: dict[tuple[int, int], BlockPattern] = field(default_factory=dict)
+    _at: Callable[[int, int], BlockPattern] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_at": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self.pattern = self._pattern  # versions count anew in every process
+        if self.on_load is not None:
+            self.on_load()
 
     @property
     def pattern(self) -> BlockPattern | None:
@@ -84,10 +96,11 @@ class PrunableAttention:
     @pattern.setter
     def pattern(self, pattern: BlockPattern | None) -> None:
         self._pattern = pattern
+        self._at = None
         if pattern is not None:
             self._version = str(next(_COUNT))
             _PATTERNS[self._version] = pattern
-        self._at = {}
+            self._at = lru_cache(_LENGTHS_KEPT)(pattern.at)
 
     @property
     def traceable(self) -> bool:
@@ -106,12 +119,8 @@ class PrunableAttention:
             q_len: Query tokens.
             kv_len: Key tokens.
         """
-        assert self._pattern is not None
-        if (q_len, kv_len) not in self._at:
-            if len(self._at) == _LENGTHS_KEPT:
-                self._at.pop(next(iter(self._at)))
-            self._at[q_len, kv_len] = self._pattern.at(q_len, kv_len)
-        return self._at[q_len, kv_len]
+        assert self._at is not None
+        return self._at(q_len, kv_len)
 
     def take_statistics(self, kinds: tuple[Statistic, ...] = STATISTICS) -> BlockStatistics | None:
         """What was collected, on the CPU; the handle forgets it.
