@@ -25,8 +25,9 @@ class PatternCache(Cache):  # type: ignore[misc]
         model.generate(**inputs, past_key_values=PatternCache(model))
 
     Greedy decoding, sampling, beams, padded batches, continued chats (pass the cache again) and chunked prefill
-    work; so does assisted decoding, for which blocks stay until the candidates are judged. Positions count from
-    the padded start, as in the patterns. For inference only.
+    work; so does assisted decoding from an empty cache, for which blocks stay until the candidates are judged.
+    (transformers gives a filled cache, of whatever kind, the whole text again.) Threads may share a model, each with a
+    cache of its own. Positions count from the padded start, as in the patterns. For inference only.
 
     Args:
         model: A decoder whose attention was taken over (`sparse_prune.attention.attach`, the callbacks, or

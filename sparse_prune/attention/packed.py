@@ -73,8 +73,8 @@ class Bucket:
 class PackedKeys:
     """All keys and values that a layer's cache holds, those of the latest queries included.
 
-    The model's code gets it from its cache in place of both tensors and passes it on. It is no tensor: whatever computes
-    with it, other than attention that was taken over, fails instead of taking some keys for all.
+    The model's code gets it from its cache in place of both tensors and passes it on. It is no tensor: whatever
+    computes with it, other than attention that was taken over, fails instead of taking some keys for all.
     """
 
     buckets: tuple[Bucket, ...]
@@ -155,7 +155,7 @@ class PackedKeys:
 
 def _misused(operation: str) -> str:
     return (
-        f"What `PatternCache` holds must go to attention that was taken over, as it came from the cache, got `{operation}`. "
+        f"What `PatternCache` holds must go as it is to attention that was taken over, got `{operation}` of it. "
         "If the model was detached, call `sparse_prune.attention.attach(model)`; else its code changes keys or values "
         "behind the cache: use a cache that evicts nothing, such as DynamicCache()."
     )

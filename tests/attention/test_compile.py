@@ -74,7 +74,6 @@ def test_a_copy_compiles_with_its_own_patterns(swapped):
 def test_a_compiled_model_goes_on_with_a_small_cache(swapped):
     model, compiled = swapped[0], torch.compile(swapped[0], backend="eager")
     cache, ids = PatternCache(model), tokens(40)
-    found = [
-        compiled(part, past_key_values=cache).logits for part in ids.split(20, 1)
-    ]  # as many queries as keys before
+    # The second part has as many queries as new keys.
+    found = [compiled(part, past_key_values=cache).logits for part in ids.split(20, 1)]
     torch.testing.assert_close(torch.cat(found, 1), model(ids, use_cache=False).logits, atol=2e-4, rtol=2e-4)
