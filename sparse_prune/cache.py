@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from sparse_prune.attention.hf import attached_layers
 from sparse_prune.attention.layer import PrunableAttention
@@ -25,19 +25,23 @@ class PatternCache(Cache):  # type: ignore[misc]
         model.generate(**inputs, past_key_values=PatternCache(model))
 
     Greedy decoding, sampling, beams, padded batches, continued chats (pass the cache again) and chunked prefill
-    work; so does assisted decoding, for which blocks stay until the candidates are judged. Positions count from
-    the padded start, as in the patterns. For inference only.
+    work; so does assisted decoding from an empty cache, for which blocks stay until the candidates are judged.
+    (transformers gives a filled cache, of whatever kind, the whole text again.) Threads may share a model, each with a
+    cache of its own. Positions count from the padded start, as in the patterns. For inference only.
 
     Args:
         model: A decoder whose attention was taken over (`sparse_prune.attention.attach`, the callbacks, or
             `sparse_prune.export.load`). Its patterns must not change while the cache is in use.
 
     Raises:
-        ValueError: If the model's attention was not taken over, or if a layer is not causal self-attention.
+        ValueError: If the model's attention was not taken over, if a layer is not causal self-attention, or if the
+            model caches other things than keys and values of every layer.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        super().__init__(layers=[_cache_layer(handle) for handle in attached_layers(model)])
+        handles = attached_layers(model)
+        _check_own_cache(model, len(handles))
+        super().__init__(layers=[_cache_layer(handle) for handle in handles])
 
     def nbytes(self) -> int:
         """Bytes of all storages that the cache holds on to, masks and spare room included."""
@@ -53,10 +57,7 @@ class PatternCache(Cache):  # type: ignore[misc]
 
 
 class PatternLayer(CacheLayerMixin):  # type: ignore[misc]
-    """One layer of a `PatternCache`.
-
-    The attention layer's handle gets what to attend to from `update`, just before its attention is called.
-    """
+    """One layer of a `PatternCache`."""
 
     is_croppable = True
 
@@ -85,8 +86,13 @@ class PatternLayer(CacheLayerMixin):  # type: ignore[misc]
         self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
 
     @torch.compiler.disable  # type: ignore[untyped-decorator, unused-ignore]
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Take new keys and values, (batch, num_kv_heads, new tokens, head_dim), and return them.
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor] | tuple[PackedKeys, PackedKeys]:
+        """Take new keys and values, (batch, num_kv_heads, new tokens, head_dim).
+
+        Returns:
+            What to attend to, as keys and as values: the first tokens themselves, later all that is held.
 
         Raises:
             ValueError: If gradients would be lost.
@@ -119,10 +125,11 @@ class PatternLayer(CacheLayerMixin):  # type: ignore[misc]
             bucket.keys[:, :, at : at + new] = key_states[:, index]
             bucket.values[:, :, at : at + new] = value_states[:, index]
         self.length += new
-        self.handle.hand_over(PackedKeys(self.buckets, self.length, self.pattern), key_states)
+        batch, num_kv_heads, _, head_dim = key_states.shape
+        packed = PackedKeys(self.buckets, (batch, num_kv_heads, self.length, head_dim), self.pattern)
         if crossed and new > 1:
             self._evict()
-        return key_states, value_states
+        return packed, packed
 
     def _evict(self, room: int = 0, copy: bool = False, judged: bool = False) -> None:
         """Copy what lasts into tensors of its own, with room for more tokens; what does not last is freed.
@@ -255,6 +262,18 @@ class PatternLayer(CacheLayerMixin):  # type: ignore[misc]
             NotImplementedError: Always.
         """
         raise NotImplementedError("`PatternCache` cannot be offloaded. It is small: leave it on the device.")
+
+
+def _check_own_cache(model: nn.Module, layers: int) -> None:
+    """The model's own cache must hold keys and values of every layer, and nothing else."""
+    own = [type(layer) for layer in DynamicCache(config=model.config).layers]
+    others = sorted({kind.__name__ for kind in own} - {DynamicLayer.__name__, DynamicSlidingWindowLayer.__name__})
+    if others or len(own) != layers:
+        raise ValueError(
+            f"`model` must cache keys and values of each of its {layers} layers and nothing else, got "
+            f"{', '.join(others) or f'a cache of {len(own)} layers'}: its layers share keys, or keep other states. "
+            "Use the model's own cache."
+        )
 
 
 def _cache_layer(handle: PrunableAttention) -> CacheLayerMixin:

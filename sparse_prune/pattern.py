@@ -133,6 +133,13 @@ class BlockPattern:
         """Possible blocks over all heads."""
         return int(self.possible.sum()) * self.num_heads
 
+    def equals(self, other: BlockPattern) -> bool:
+        """Whether both keep the same connections of the same lengths, in the same blocks."""
+        if self is other:
+            return True
+        ours, theirs = ((p.block_size, p.causal, p.q_len, p.kv_len) for p in (self, other))
+        return ours == theirs and torch.equal(self.keep, other.keep)
+
     def difference(self, other: BlockPattern) -> float:
         """Share of blocks kept by either pattern that only one keeps, in [0, 1] (Jaccard distance).
 

@@ -1,6 +1,9 @@
 import copy
 import gc
+import pickle
+import threading
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -9,9 +12,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     BertConfig,
     BertModel,
+    DiffLlamaConfig,
+    DiffLlamaForCausalLM,
     DynamicCache,
+    FalconH1Config,
+    FalconH1ForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
+    Gemma3nForCausalLM,
+    Gemma3nTextConfig,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -23,7 +32,7 @@ from transformers import (
 )
 
 from sparse_prune import BlockPattern
-from sparse_prune.attention import attach
+from sparse_prune.attention import attach, detach
 from sparse_prune.cache import PatternCache, PatternLayer
 from sparse_prune.kernels import AttentionOptions
 
@@ -69,7 +78,10 @@ def short_reach(heads, block, seed=0, dense_heads=()):
 
 def make(name="llama", block=(4, 4), dense_heads=()):
     torch.manual_seed(0)
-    model = MODELS[name]().eval()
+    return prune(MODELS[name]().eval(), block, dense_heads)
+
+
+def prune(model, block=(4, 4), dense_heads=()):
     for seed, handle in enumerate(attach(model)):
         handle.pattern = short_reach(handle.num_heads, block, seed, dense_heads)
         handle.mode, handle.backend = "sparse", "gather"
@@ -241,13 +253,12 @@ def test_tokens_within_a_block_bring_nothing_from_the_host(masks, softcap):
 
     def decode(new, seen):
         key = torch.empty(1, 2, new, 8, device="meta")
-        layer.update(key, key)
-        handed, handle._handed_over = handle._handed_over, None
+        held, _ = layer.update(key, key)
         key_mask = torch.ones(1, seen, dtype=torch.bool, device="meta") if masks == "padding" else None
         attn_mask = torch.ones(1, 4, new, seen, dtype=torch.bool, device="meta") if "own" in masks else None
         options = AttentionOptions(key_mask=key_mask, attn_mask=attn_mask, softcap=softcap)
-        if handed is not None:
-            handed[0].attend(torch.empty(1, 4, new, 8, device="meta"), options)
+        if seen > new:
+            held.attend(torch.empty(1, 4, new, 8, device="meta"), options)
 
     decode(61, 61)
     decode(1, 62)
@@ -360,6 +371,110 @@ def test_caches_do_not_mix():
             torch.testing.assert_close(found[:, -1], expected[:, step], atol=2e-4, rtol=2e-4)
 
 
+def decode(model, ids, cache):
+    return torch.cat([model(token, past_key_values=cache).logits for token in ids.split(1, 1)], 1)
+
+
+def reattached(model):
+    patterns = [handle.pattern for handle in attach(model)]
+    detach(model)
+    for handle, pattern in zip(attach(model), patterns, strict=True):
+        handle.pattern, handle.mode, handle.backend = pattern, "sparse", "gather"
+    return model
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        lambda model, cache: (model, pickle.loads(pickle.dumps(cache))),
+        lambda model, cache: (copy.deepcopy(model), cache),
+        lambda model, cache: copy.deepcopy((model, cache)),
+        lambda model, cache: pickle.loads(pickle.dumps((model, cache))),
+        lambda model, cache: (reattached(model), cache),
+    ],
+    ids=["pickled cache", "copied model", "both copied", "both pickled", "attached anew"],
+)
+@torch.no_grad()
+def test_pickled_and_copied_caches_and_models_go_on(changed):
+    model, ids = make(), tokens(50)
+    whole = model(ids, use_cache=False).logits
+    cache = PatternCache(model)
+    model(ids[:, :30], past_key_values=cache)
+    model, cache = changed(model, cache)
+    found = decode(model, ids[:, 30:], cache)
+    torch.testing.assert_close(found, whole[:, 30:], atol=2e-4, rtol=2e-4)
+
+
+def test_threads_share_a_model(monkeypatch):
+    model, ids = make(), tokens(40)
+    parts = [ids, ids.flip(1)]
+    both, update = threading.Barrier(2), PatternLayer.update
+
+    def update_in_step(*args):
+        held = update(*args)
+        both.wait(10)  # each has given its keys before either attends
+        return held
+
+    monkeypatch.setattr(PatternLayer, "update", update_in_step)
+
+    @torch.no_grad()
+    def serve(part):
+        cache = PatternCache(model)
+        model(part[:, :30], past_key_values=cache)
+        return decode(model, part[:, 30:], cache)
+
+    with ThreadPoolExecutor(2) as pool, torch.no_grad():
+        for part, found in zip(parts, pool.map(serve, parts), strict=True):
+            torch.testing.assert_close(found, model(part, use_cache=False).logits[:, 30:], atol=2e-4, rtol=2e-4)
+
+
+@torch.no_grad()
+def test_what_a_cache_holds_is_for_attention_that_was_taken_over():
+    model, ids = make(), tokens()
+    cache = PatternCache(model)
+    model(ids, past_key_values=cache)
+    detach(model)
+    for implementation in ("sdpa", "eager"):
+        model.set_attn_implementation(implementation)
+        with pytest.raises(TypeError, match="taken over.*attach"):
+            model(ids[:, :1], past_key_values=cache)
+    model = prune(DiffLlamaForCausalLM(DiffLlamaConfig(**SMALL)).eval())
+    cache = PatternCache(model)
+    model(ids, past_key_values=cache)
+    with pytest.raises(TypeError, match="chunk.*changes keys or values behind the cache"):
+        model(ids[:, :1], past_key_values=cache)
+    held, _ = cache.layers[0].update(torch.zeros(2, 2, 1, 8), torch.zeros(2, 2, 1, 8))
+    with pytest.raises(AttributeError, match="repeat"):
+        held.repeat(1, 2, 1, 1)
+    with pytest.raises(ValueError, match=r"layers\.0\.self_attn.*from one PatternCache"):
+        attach(model)[0].attend(torch.zeros(2, 4, 1, 8), held, torch.zeros(2, 2, 38, 8), AttentionOptions(), dense=None)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        lambda: FalconH1ForCausalLM(FalconH1Config(**SMALL, mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8)),
+        lambda: Gemma3nForCausalLM(
+            Gemma3nTextConfig(
+                **SMALL | {"num_hidden_layers": 4},
+                head_dim=8,
+                layer_types=["sliding_attention", "full_attention"] * 2,
+                num_kv_shared_layers=2,
+                vocab_size_per_layer_input=50,
+                hidden_size_per_layer_input=8,
+                activation_sparsity_pattern=None,
+            )
+        ),
+    ],
+    ids=["keeps other states", "layers share keys"],
+)
+def test_models_that_cache_other_things_are_refused(model):
+    model = model()
+    attach(model)
+    with pytest.raises(ValueError, match="`model` must cache keys and values of each"):
+        PatternCache(model)
+
+
 def test_what_cannot_be_right_is_refused():
     torch.manual_seed(0)
     with pytest.raises(ValueError, match="attach"):
@@ -377,7 +492,7 @@ def test_what_cannot_be_right_is_refused():
     with torch.no_grad():
         model(ids, past_key_values=cache)
         attach(model)[0].pattern = short_reach(4, (4, 4), seed=9)
-        with pytest.raises(ValueError, match=r"layers\.0\.self_attn.*changed"):
+        with pytest.raises(ValueError, match=r"layers\.0\.self_attn.*evicted by"):
             model(ids[:, :1], past_key_values=cache)
         model(ids, use_cache=False)  # what broke off leaves nothing behind
         with pytest.raises(NotImplementedError, match="offloaded"):

@@ -49,15 +49,25 @@ def find(modules: dict[str, nn.Module], calls: Calls | None = None) -> Iterator[
 
 def attach(model: nn.Module, layers: list[FoundLayer]) -> list[PrunableAttention]:
     """Route layers of the transformers models inside `model` through a handle each."""
-    from transformers import AttentionInterface, PreTrainedModel
+    from transformers import PreTrainedModel
+
+    register()
+    for name, module in modules_of(model).items():
+        if isinstance(module, PreTrainedModel) and any(layer.name.startswith(name) for layer in layers):
+            module.set_attn_implementation(IMPLEMENTATION)
+    handles = [give_handle(layer) for layer in layers]
+    for handle in handles:
+        handle.on_load = register
+    return handles
+
+
+def register() -> None:
+    """Let models of this process find the attention function by its name."""
+    from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface
 
     AttentionInterface.register(IMPLEMENTATION, _attention_forward)
     AttentionMaskInterface.register(IMPLEMENTATION, make_mask)
-    for name, module in modules_of(model).items():
-        if isinstance(module, PreTrainedModel) and any(layer.name.startswith(name) for layer in layers):
-            module.set_attn_implementation(IMPLEMENTATION)
-    return [give_handle(layer) for layer in layers]
 
 
 def attached_layers(model: nn.Module) -> list[PrunableAttention]:

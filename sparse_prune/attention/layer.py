@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Literal, NamedTuple
 from weakref import WeakValueDictionary
 
 import torch
@@ -72,10 +73,20 @@ class PrunableAttention:
     repeats_keys: bool = False
     """Whether the model's own attention repeats key heads where a shared one would get a slow kernel, as transformers
     does; else it shares them in any case (`enable_gqa`)."""
-    _handed_over: tuple[PackedKeys, Tensor] | None = None
+    on_load: Callable[[], None] | None = None
+    """Called where the handle was copied or loaded, as by `torch.load` in another process; a function of a module."""
     _pattern: BlockPattern | None = None
     _version: str = ""  # names the pattern for torch.compile, which compiles anew when it changes
-    _at: dict[tuple[int, int], BlockPattern] = field(default_factory=dict)
+    _at: Callable[[int, int], BlockPattern] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_at": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self.pattern = self._pattern  # versions count anew in every process
+        if self.on_load is not None:
+            self.on_load()
 
     @property
     def pattern(self) -> BlockPattern | None:
@@ -85,10 +96,11 @@ class PrunableAttention:
     @pattern.setter
     def pattern(self, pattern: BlockPattern | None) -> None:
         self._pattern = pattern
+        self._at = None
         if pattern is not None:
             self._version = str(next(_COUNT))
             _PATTERNS[self._version] = pattern
-        self._at = {}
+            self._at = lru_cache(_LENGTHS_KEPT)(pattern.at)
 
     @property
     def traceable(self) -> bool:
@@ -107,12 +119,8 @@ class PrunableAttention:
             q_len: Query tokens.
             kv_len: Key tokens.
         """
-        assert self._pattern is not None
-        if (q_len, kv_len) not in self._at:
-            if len(self._at) == _LENGTHS_KEPT:
-                self._at.pop(next(iter(self._at)))
-            self._at[q_len, kv_len] = self._pattern.at(q_len, kv_len)
-        return self._at[q_len, kv_len]
+        assert self._at is not None
+        return self._at(q_len, kv_len)
 
     def take_statistics(self, kinds: tuple[Statistic, ...] = STATISTICS) -> BlockStatistics | None:
         """What was collected, on the CPU; the handle forgets it.
@@ -126,29 +134,11 @@ class PrunableAttention:
         taken = statistics.only(kinds)
         return BlockStatistics(taken.sums.cpu(), taken.counts.cpu(), kinds)
 
-    def hand_over(self, packed: PackedKeys, key: Tensor) -> None:
-        """Let the next call, which must come with these new keys, attend to what a cache holds."""
-        self._handed_over = packed, key
-
-    def _take_over(self, key: Tensor) -> PackedKeys | None:
-        handed, self._handed_over = self._handed_over, None
-        if handed is None:
-            return None
-        packed, new = handed
-        if new is not key:
-            raise ValueError(
-                f"Layer {self.name!r} must attend to the keys that it gave its PatternCache, got others. "
-                "If the last call broke off, call again; else use a cache that evicts nothing."
-            )
-        if packed.pattern is not self._pattern or self.mode == "dense":
-            raise ValueError(f"The pattern of layer {self.name!r} changed under its PatternCache. Make a new cache.")
-        return packed
-
     def attend(
         self,
         query: Tensor,
-        key: Tensor,
-        value: Tensor,
+        key: Tensor | PackedKeys,
+        value: Tensor | PackedKeys,
         options: AttentionOptions,
         *,
         dense: Callable[[], Tensor],
@@ -157,8 +147,8 @@ class PrunableAttention:
 
         Args:
             query: (batch, num_heads, q_len, head_dim).
-            key: (batch, num_kv_heads, kv_len, head_dim).
-            value: (batch, num_kv_heads, kv_len, head_dim).
+            key: (batch, num_kv_heads, kv_len, head_dim), or what a `PatternCache` gave.
+            value: (batch, num_kv_heads, kv_len, head_dim), or what a `PatternCache` gave.
             options: What the model asks for.
             dense: The model's own attention.
 
@@ -166,19 +156,19 @@ class PrunableAttention:
             (batch, num_heads, q_len, head_dim).
 
         Raises:
-            ValueError: If the call has another number of heads than the layer.
+            ValueError: If the call has another number of heads than the layer, or keys that were evicted by another
+                pattern.
         """
         if (query.shape[1], key.shape[1]) != (self.num_heads, self.num_kv_heads):
             raise ValueError(
                 f"Layer {self.name!r} must be called with {self.num_heads} query and {self.num_kv_heads} key heads, "
                 f"got {query.shape[1]} and {key.shape[1]}. Add it to `protected_layers` if it changes its heads."
             )
+        if isinstance(key, PackedKeys) or isinstance(value, PackedKeys):
+            return self._attend_packed(query, key, value, options)
         q_len, kv_len = query.shape[2], key.shape[2]
         if self.traceable and torch.compiler.is_compiling():
             return _attend_planned(self, query, key, value, options)
-        packed = self._take_over(key)
-        if packed is not None:
-            return packed.attend(query, options)
         self._watch(query, key, value, options)
         if self.mode == "dense" or self._pattern is None:
             return dense()
@@ -210,6 +200,22 @@ class PrunableAttention:
     def _probe(self, query: Tensor, key: Tensor, options: AttentionOptions, block_size: tuple[int, int]) -> None:
         seen = probe_attention(query.detach(), key.detach(), block_size, causal=self.causal, options=options)
         self.statistics = seen if self.statistics is None else self.statistics + seen
+
+    def _attend_packed(
+        self, query: Tensor, key: Tensor | PackedKeys, value: Tensor | PackedKeys, options: AttentionOptions
+    ) -> Tensor:
+        """The last queries against what a `PatternCache` holds."""
+        if not isinstance(key, PackedKeys) or value is not key:
+            raise ValueError(
+                f"Layer {self.name!r} must get keys and values from one PatternCache, got others. "
+                "Use a cache that evicts nothing, such as DynamicCache()."
+            )
+        if self.mode == "dense" or self._pattern is None or not key.pattern.equals(self._pattern):
+            raise ValueError(
+                f"Layer {self.name!r} must have the pattern that its PatternCache evicted by, got another. The pattern "
+                "changed, or the cache is of another model. Make a new cache."
+            )
+        return key.attend(query, options)
 
     def _attend_cached(self, query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions) -> Tensor:
         """The last queries against a cache: few rows, so that off the GPU a mask costs little."""

@@ -1,8 +1,9 @@
-"""Attention over keys of which every KV head holds other blocks: what a cache that evicts hands over."""
+"""Attention over keys of which every KV head holds other blocks: what a cache that evicts has instead of tensors."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -70,33 +71,47 @@ class Bucket:
 
 @dataclass(frozen=True, eq=False)
 class PackedKeys:
-    """What a layer's queries may attend to: all keys that its cache holds, the queries' own included."""
+    """All keys and values that a layer's cache holds, those of the latest queries included.
+
+    The model's code gets it from its cache in place of both tensors and passes it on. It is no tensor: whatever
+    computes with it, other than attention that was taken over, fails instead of taking some keys for all.
+    """
 
     buckets: tuple[Bucket, ...]
     """Every KV head is in one of them."""
-    length: int
-    """Tokens of the sequence so far, the queries included."""
+    shape: tuple[int, int, int, int]
+    """(batch, num_kv_heads, length, head_dim), as if nothing had been evicted."""
     pattern: BlockPattern
     """The pattern that the cache evicted by."""
+
+    def __getattr__(self, name: str) -> NoReturn:
+        raise AttributeError(_misused(name))
+
+    def __getitem__(self, index: Any) -> NoReturn:
+        raise TypeError(_misused("indexing"))
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> NoReturn:
+        raise TypeError(_misused(func.__name__))
 
     def attend(self, query: Tensor, options: AttentionOptions) -> Tensor:
         """Attention of the last queries.
 
         Args:
-            query: (batch, num_heads, q_len, head_dim), the last `q_len` of `length` positions.
-            options: Masks over all `length` keys, scale, soft cap. Dropout is not applied.
+            query: (batch, num_heads, q_len, head_dim), the last `q_len` of the sequence's positions.
+            options: Masks over all keys of the sequence, scale, soft cap. Dropout is not applied.
 
         Returns:
             (batch, num_heads, q_len, value_dim). Rows that may attend to nothing are zero.
         """
         q_len = query.shape[2]
-        num_kv_heads = sum(len(bucket.heads) for bucket in self.buckets)
+        num_kv_heads = self.shape[1]
         grouped = torch.unflatten(query, 1, (num_kv_heads, -1))  # (batch, kv_heads, group, q_len, head_dim)
         output: Tensor | None = None
         for bucket in self.buckets:
             used = self._used(bucket)
             index = bucket.index(num_kv_heads)
-            mask = self._mask(bucket, q_len, used, num_kv_heads, options)
+            mask = self._mask(bucket, q_len, used, options)
             if mask is not None:
                 mask = mask.expand(-1, -1, grouped.shape[2], q_len, -1).flatten(2, 3)
             # The group's queries become rows of one head, so that keys are not repeated.
@@ -109,20 +124,19 @@ class PackedKeys:
         return output.flatten(1, 2)
 
     def _used(self, bucket: Bucket) -> int:
-        return bucket.keys.shape[2] - -self.length % self.pattern.block_size[1]
+        return bucket.keys.shape[2] - -self.shape[2] % self.pattern.block_size[1]
 
-    def _mask(
-        self, bucket: Bucket, q_len: int, used: int, num_kv_heads: int, options: AttentionOptions
-    ) -> Tensor | None:
+    def _mask(self, bucket: Bucket, q_len: int, used: int, options: AttentionOptions) -> Tensor | None:
         """Which slots each query attends to, (batch or 1, heads, group or 1, q_len or 1, used); None: all."""
         block_q, block_kv = self.pattern.block_size
-        start, device = self.length - q_len, bucket.keys.device
+        _, num_kv_heads, length, _ = self.shape
+        start, device = length - q_len, bucket.keys.device
         if q_len == 1:
             mask = bucket.row_mask(start // block_q, self.pattern, num_kv_heads)
             mask = None if mask is None else mask[None, ..., :used]
         else:
-            query = torch.arange(start, self.length)
-            first, end = start // block_q, (self.length - 1) // block_q + 1
+            query = torch.arange(start, length)
+            first, end = start // block_q, (length - 1) // block_q + 1
             keep = bucket.block_mask(first, end, self.pattern, num_kv_heads)[:, :, query // block_q - first]
             keep = keep.to(device).repeat_interleave(block_kv, -1)[..., :used]
             position = bucket.positions(block_kv)[:, None, None, :used]
@@ -137,6 +151,14 @@ class PackedKeys:
                     given = torch.unflatten(options.attn_mask, 1, (num_kv_heads, -1))[:, bucket.index(num_kv_heads)]
                 mask = _both(mask, given.take_along_dim(position, -1))
         return mask
+
+
+def _misused(operation: str) -> str:
+    return (
+        f"What `PatternCache` holds must go as it is to attention that was taken over, got `{operation}` of it. "
+        "If the model was detached, call `sparse_prune.attention.attach(model)`; else its code changes keys or values "
+        "behind the cache: use a cache that evicts nothing, such as DynamicCache()."
+    )
 
 
 def masked_attention(

@@ -1,11 +1,14 @@
 """A swapped model compiles whole: torch.compile sees no break at attention, and follows what changes."""
 
+import copy
+
 import pytest
 import torch
 from test_hf import make
 
 from sparse_prune import BlockPattern
 from sparse_prune.attention import attach
+from sparse_prune.cache import PatternCache
 
 pytest.importorskip("triton")
 
@@ -55,3 +58,22 @@ def test_other_lengths_padding_and_patterns_compile_anew(swapped):
     changed = compiled(tokens(), use_cache=False)[0]
     assert torch.equal(changed, model(tokens(), use_cache=False)[0])
     assert not torch.equal(changed, first)
+
+
+@torch.no_grad()
+def test_a_copy_compiles_with_its_own_patterns(swapped):
+    model = copy.deepcopy(swapped[0])
+    wanted = model(tokens(), use_cache=False)[0]
+    attach(swapped[0])[0].pattern = pattern(7)  # frees the one that was copied
+    compiled = torch.compile(model, fullgraph=True, dynamic=False, backend="eager")
+    assert torch.equal(compiled(tokens(), use_cache=False)[0], wanted)
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_a_compiled_model_goes_on_with_a_small_cache(swapped):
+    model, compiled = swapped[0], torch.compile(swapped[0], backend="eager")
+    cache, ids = PatternCache(model), tokens(40)
+    # The second part has as many queries as new keys.
+    found = [compiled(part, past_key_values=cache).logits for part in ids.split(20, 1)]
+    torch.testing.assert_close(torch.cat(found, 1), model(ids, use_cache=False).logits, atol=2e-4, rtol=2e-4)

@@ -1,9 +1,11 @@
 import gc
+import io
 import weakref
 
 import pytest
 import torch
 from transformers import (
+    AttentionInterface,
     BartConfig,
     BartForConditionalGeneration,
     BertConfig,
@@ -34,6 +36,7 @@ from transformers import (
     ViTConfig,
     ViTModel,
 )
+from transformers.masking_utils import AttentionMaskInterface
 
 from sparse_prune import BlockPattern
 from sparse_prune.attention import attach, detach, find_layers, hf, hf_masks, list_layers
@@ -191,6 +194,19 @@ def test_a_window_that_drops_keys_is_refused_unless_the_cache_knows_positions():
     set_patterns(attach(model), "sparse", density=0.3)
     with pytest.raises(ValueError, match=r"layers\.0\.self_attn.*PatternCache"):
         model.generate(ids, max_new_tokens=2, do_sample=False)
+
+
+@torch.no_grad()
+def test_a_loaded_model_brings_its_attention_function_along(monkeypatch):
+    model, ids = make("llama"), tokens()
+    set_patterns(attach(model), "sparse", density=0.3)
+    file = io.BytesIO()
+    torch.save((model, model(ids)[0]), file)
+    for registry in (AttentionInterface, AttentionMaskInterface):  # as in a new process
+        monkeypatch.delitem(registry._global_mapping, hf.IMPLEMENTATION)
+    file.seek(0)
+    model, expected = torch.load(file, weights_only=False)
+    assert torch.equal(model(ids)[0], expected)
 
 
 @torch.no_grad()
