@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import ast
 import inspect
-from collections.abc import Callable, Iterator
-from functools import cache
+import re
+from collections.abc import Callable, Iterable, Iterator
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -19,12 +20,24 @@ from sparse_prune.attention.trial import BIAS, Calls
 from sparse_prune.kernels import AttentionOptions
 
 IMPLEMENTATION = "sparse_prune"
-_CROSS = ("encoder_attn", "crossattention", "cross_attn", "EncDecAttention")
+BESIDE_EAGER = "sparse_prune_beside_eager"
+"""The same for configs of layers of which some must go on in eager attention: all get whole masks."""
+_INTERFACE = "ALL_ATTENTION_FUNCTIONS"
+_OWN = "_attn_implementation_before_pruning"
+_CROSS = re.compile(r"cross_?att(n|ention)|encoder_attn|encoder_decoder_attention|EncDecAttention")
 _REFUSED = {
     "position_bias": "an additive position bias",
     "s_aux": "learned attention sinks",
+    "sinks": "learned attention sinks",
+    "indices": "a sparse index of its own",
+    "block_indices": "a sparse index of its own",
     "cache": "a paged cache",
 }
+_DROPPED_BY_SDPA = ("s_aux", "sinks", "indices", "block_indices")
+# What a layer may hand to attention; what else it hands over could be left out without a word.
+_KNOWN = {"query", "key", "value", "attention_mask", "dropout", "scaling", "is_causal", "sliding_window", "softcap"}
+_KNOWN |= {"position_ids", "output_attentions", "deterministic"}
+_KNOWN |= {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"}
 
 
 def find(modules: dict[str, nn.Module], calls: Calls | None = None) -> Iterator[FoundLayer]:
@@ -39,8 +52,8 @@ def find(modules: dict[str, nn.Module], calls: Calls | None = None) -> Iterator[
             config: Any = getattr(module, "config", None)
             heads = getattr(config, "num_attention_heads", None)
             kv_heads = getattr(config, "num_key_value_heads", None) or heads
-            causal = bool(getattr(module, "is_causal", False))
             window = getattr(module, "sliding_window", None)
+            causal = _is_causal(module, _sdpa_holds(modules.values(), config)) and not _is_cross(name, module)
             problem = _problem(name, module, heads)
             if problem is None and any(call.problem == BIAS for call in (calls or {}).get(name, ())):
                 problem = BIAS
@@ -48,26 +61,48 @@ def find(modules: dict[str, nn.Module], calls: Calls | None = None) -> Iterator[
 
 
 def attach(model: nn.Module, layers: list[FoundLayer]) -> list[PrunableAttention]:
-    """Route layers of the transformers models inside `model` through a handle each."""
-    from transformers import PreTrainedModel
-
+    """Route layers through a handle each; those that share a config with them go on without one."""
     register()
-    for name, module in modules_of(model).items():
-        if isinstance(module, PreTrainedModel) and any(layer.name.startswith(name) for layer in layers):
-            module.set_attn_implementation(IMPLEMENTATION)
     handles = [give_handle(layer) for layer in layers]
     for handle in handles:
         handle.on_load = register
+    attention = [module for module in model.modules() if is_attention(type(module))]
+    configs: dict[int, Any] = {id(layer.module.config): layer.module.config for layer in layers}
+    for config in configs.values():
+        sharing = [module for module in attention if getattr(module, "config", None) is config]
+        if config._attn_implementation not in (IMPLEMENTATION, BESIDE_EAGER):
+            for module in sharing:
+                vars(module)[_OWN] = config._attn_implementation
+        # Not by `set_attn_implementation`, which goes on to the configs of other models inside.
+        config._attn_implementation_internal = _implementation(model, config, sharing)
     return handles
 
 
 def register() -> None:
-    """Let models of this process find the attention function by its name."""
+    """Let models of this process find the attention functions by their names."""
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface
 
-    AttentionInterface.register(IMPLEMENTATION, _attention_forward)
-    AttentionMaskInterface.register(IMPLEMENTATION, make_mask)
+    for name, whole in ((IMPLEMENTATION, False), (BESIDE_EAGER, True)):
+        AttentionInterface.register(name, _attention_forward)
+        AttentionMaskInterface.register(name, partial(make_mask, whole=whole))
+
+
+def _implementation(model: nn.Module, config: Any, sharing: list[nn.Module]) -> str:
+    """The one for layers that share a config."""
+    known = all(handle_of(module) is not None and getattr(module, "is_causal", False) for module in sharing)
+    return IMPLEMENTATION if known or _sdpa_holds(model.modules(), config) else BESIDE_EAGER
+
+
+def _sdpa_holds(modules: Iterable[nn.Module], config: Any) -> bool:
+    """Whether SDPA computes what the models of a config compute, by its arguments and the layers' `is_causal`.
+
+    Transformers vouches for it where a model supports SDPA.
+    """
+    from transformers import PreTrainedModel
+
+    models = (module for module in modules if isinstance(module, PreTrainedModel) and module.config is config)
+    return all(model._supports_sdpa for model in models)
 
 
 def attached_layers(model: nn.Module) -> list[PrunableAttention]:
@@ -100,14 +135,13 @@ def attached_layers(model: nn.Module) -> list[PrunableAttention]:
 
 
 def detach(model: nn.Module) -> None:
-    """Give transformers models their own SDPA attention back."""
-    from transformers import PreTrainedModel
-
+    """Give transformers models the attention back that they had."""
     for module in model.modules():
         if is_attention(type(module)):
             drop_handle(module)
-        if isinstance(module, PreTrainedModel) and module.config._attn_implementation == IMPLEMENTATION:
-            module.set_attn_implementation("sdpa")
+            own = vars(module).pop(_OWN, None)
+            if own is not None:
+                module.config._attn_implementation_internal = own  # type: ignore[union-attr]
 
 
 def is_attention(kind: type[nn.Module]) -> bool:
@@ -116,7 +150,7 @@ def is_attention(kind: type[nn.Module]) -> bool:
     if kind.forward.__module__.startswith("torch."):
         return False
     try:
-        return "ALL_ATTENTION_FUNCTIONS" in inspect.getsource(kind.forward)
+        return _INTERFACE in inspect.getsource(kind.forward)
     except (OSError, TypeError):
         return False
 
@@ -124,9 +158,9 @@ def is_attention(kind: type[nn.Module]) -> bool:
 def _problem(name: str, module: nn.Module, heads: int | None) -> str | None:
     if _is_cross(name, module):
         return "cross-attention"
-    for argument in ("position_bias", "s_aux"):
-        if _hands_over(module, argument):
-            return f"{_REFUSED[argument]} (`{argument}`)"
+    for argument in _keywords(type(module).forward):
+        if argument not in _KNOWN and _hands_over(module, argument):
+            return f"{_REFUSED.get(argument, 'an argument of attention that pruning does not know')} (`{argument}`)"
     return None if heads else "its config has no `num_attention_heads`"
 
 
@@ -143,19 +177,29 @@ def _hands_over(module: nn.Module, argument: str) -> bool:
 
 @cache
 def _keywords(forward: Callable[..., Any]) -> dict[str, ast.expr]:
-    """Keyword arguments of all calls in a forward pass; none where its source is not there, as in a frozen program."""
+    """Keyword arguments of the attention function; none where the source is not there, as in a frozen program."""
     try:
         source = inspect.getsource(forward)
     except (OSError, TypeError):
         return {}
     tree = ast.parse(f"if True:\n{source}" if source[0].isspace() else source)
-    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    nodes = list(ast.walk(tree))
+    chosen = [
+        n for n in nodes if isinstance(n, ast.Assign | ast.AnnAssign) and n.value and _INTERFACE in ast.dump(n.value)
+    ]
+    names = {ast.unparse(target) for n in chosen for target in (n.targets if isinstance(n, ast.Assign) else [n.target])}
+    calls = [node for node in nodes if isinstance(node, ast.Call) and ast.unparse(node.func) in names]
     return {keyword.arg: keyword.value for call in calls for keyword in call.keywords if keyword.arg is not None}
 
 
 def _is_cross(name: str, module: nn.Module) -> bool:
-    named = any(part in _CROSS for part in name.split("."))
+    named = _CROSS.search(name) is not None
     return named or "Cross" in type(module).__name__ or bool(getattr(module, "is_cross_attention", False))
+
+
+def _is_causal(module: nn.Module, sdpa_holds: bool) -> bool:
+    """Whether a layer of self-attention sees no future; without SDPA a mask may be all that says so."""
+    return bool(getattr(module, "is_causal", False) or (getattr(module, "is_decoder", False) and not sdpa_holds))
 
 
 def _attention_forward(
@@ -165,19 +209,95 @@ def _attention_forward(
     value: Tensor,
     attention_mask: Tensor | None,
     **kwargs: Any,
-) -> tuple[Tensor, None]:
+) -> tuple[Tensor, Tensor | None]:
     """An attention function as the AttentionInterface wants it; returns (batch, q_len, num_heads, head_dim)."""
     if attention_mask is not None and attention_mask.shape[-1] < key.shape[2]:  # the room of a static cache
         key, value = key[:, :, : attention_mask.shape[-1]], value[:, :, : attention_mask.shape[-1]]
     handle = handle_of(module)
-    traceable = handle is not None and handle.traceable and query.shape[2] == key.shape[2]
+    if handle is None:
+        return _run_own_eagerly(module, query, key, value, attention_mask, **kwargs)
     # What still moves, probes or measures is not for a compiler to trace.
-    attention = _attend if traceable and not kwargs.get("dropout") else _attend_eagerly
-    return attention(module, query, key, value, attention_mask, **kwargs)
+    traceable = handle.traceable and query.shape[2] == key.shape[2] and not kwargs.get("dropout")
+    attention = _attend if traceable else _attend_eagerly
+    return attention(handle, module, query, key, value, attention_mask, **kwargs)
+
+
+def _run_own(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, Tensor | None]:
+    """A layer without a handle computes what it did."""
+    eager = module.config._attn_implementation == BESIDE_EAGER
+    _refuse_arguments(type(module).__name__, kwargs, ("indices", "block_indices") if eager else _DROPPED_BY_SDPA)
+    if not eager:
+        window = window_of(attention_mask, query.shape[2])
+        return _dense(module, query, key, value, attention_mask, window, **kwargs).transpose(1, 2).contiguous(), None
+    if attention_mask is not None and attention_mask.dtype == torch.bool:
+        hidden = torch.zeros_like(attention_mask, dtype=query.dtype)
+        attention_mask = hidden.masked_fill(~attention_mask, torch.finfo(query.dtype).min)
+    output: tuple[Tensor, Tensor | None] = _eager_function(type(module))(
+        module, query, key, value, _newest(attention_mask, key.shape[2]), **kwargs
+    )
+    return output
+
+
+_run_own_eagerly: Callable[..., tuple[Tensor, Tensor | None]] = torch.compiler.disable(_run_own)  # type: ignore[no-untyped-call, unused-ignore]
+
+
+def _eager_function(kind: type[nn.Module]) -> Callable[..., Any]:
+    """What the file of a layer's class has for eager attention."""
+    forward: Any = inspect.unwrap(kind.forward)
+    for name in forward.__code__.co_names:
+        if name.endswith("eager_attention_forward"):
+            function: Callable[..., Any] = forward.__globals__[name]
+            return function
+    raise ValueError(
+        f"{kind.__name__} must name its eager attention `eager_attention_forward`, as transformers does, got none. Its "
+        "layers are left dense, which takes that function: prune another model."
+    )
+
+
+def _dense(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    window: int | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    softcap: float | None = None,
+    **kwargs: Any,
+) -> Tensor:
+    """The model's own attention by SDPA, (batch, num_heads, q_len, head_dim)."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    causal = bool(getattr(module, "is_causal", False)) if is_causal is None else is_causal
+    mask = _newest(mask, key.shape[2])
+    if softcap is not None:
+        mask, window = _for_kernels(mask, window, causal)
+        return softcapped(query, key, value, causal, _options(mask, window, dropout, scaling, softcap))
+    if mask is not None and (mask.dim() == 2 or window is not None):
+        mask = expand(mask, causal)
+    output, _ = sdpa_attention_forward(
+        module, query, key, value, mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
+    )
+    return torch.as_tensor(output).transpose(1, 2)
+
+
+def _newest(mask: Tensor | None, kv_len: int) -> Tensor | None:
+    """A mask without the keys that a cache with a window has dropped."""
+    return mask if mask is None or mask.shape[-1] <= kv_len else mask[..., -kv_len:]
+
+
+def _for_kernels(mask: Tensor | None, window: int | None, causal: bool) -> tuple[Tensor | None, int | None]:
+    """The kernels' windows are for causal layers."""
+    return (mask, window) if mask is None or window is None or causal else (expand(mask, causal), None)
 
 
 def _attend(
-    module: nn.Module,
+    handle: PrunableAttention,
+    module: Any,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -185,39 +305,28 @@ def _attend(
     dropout: float = 0.0,
     scaling: float | None = None,
     is_causal: bool | None = None,
+    softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
-    handle = handle_of(module)
-    causal = bool(getattr(module, "is_causal", False)) if is_causal is None else is_causal
-    softcap = kwargs.pop("softcap", None)
-    window = window_of(attention_mask, query.shape[2])
-    if attention_mask is not None and window is not None and not causal:  # the kernels' windows are for causal layers
-        attention_mask, window = expand(attention_mask, causal), None
-
-    def dense() -> Tensor:
-        if softcap is not None:
-            return softcapped(query, key, value, causal, _options(attention_mask, window, dropout, scaling, softcap))
-        mask = attention_mask
-        if mask is not None and (mask.dim() == 2 or window is not None):
-            mask = expand(mask, causal)
-        output, _ = sdpa_attention_forward(
-            module, query, key, value, mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
-        )
-        return torch.as_tensor(output).transpose(1, 2)
-
-    if handle is None:
-        return dense().transpose(1, 2).contiguous(), None
+    if module.config._attn_implementation == BESIDE_EAGER:  # the mask is whole
+        causal, is_causal = handle.causal, False
+    else:
+        causal = bool(getattr(module, "is_causal", False)) if is_causal is None else is_causal
     if causal != handle.causal:
         raise ValueError(
             f"Layer {handle.name!r} must be called with is_causal={handle.causal}, got {causal}. "
             "Set the module's `is_causal` before pruning starts."
         )
+    _refuse_arguments(handle.name, kwargs, _REFUSED)
     if handle.mode != "dense" or handle.probe_block_size is not None:
-        _refuse(handle, attention_mask, kwargs)
+        _refuse_float(handle, attention_mask)
     handle.sliding_window = kwargs.get("sliding_window")
-    options = _options(attention_mask, window, dropout, scaling, softcap)
+    mask, window = _for_kernels(attention_mask, window_of(attention_mask, query.shape[2]), causal)
+
+    def dense() -> Tensor:
+        return _dense(module, query, key, value, mask, window, dropout, scaling, is_causal, softcap, **kwargs)
+
+    options = _options(mask, window, dropout, scaling, softcap)
     output = handle.attend(query, key, value, options, dense=dense)
     return output.transpose(1, 2).contiguous(), None
 
@@ -243,13 +352,17 @@ def _options(
     )
 
 
-def _refuse(handle: PrunableAttention, mask: Tensor | None, kwargs: dict[str, Any]) -> None:
-    """What a pattern cannot respect must not be dropped in silence."""
-    for name, meaning in _REFUSED.items():
-        if kwargs.get(name) is not None:
+def _refuse_arguments(name: str, kwargs: dict[str, Any], refused: Iterable[str]) -> None:
+    """What cannot be respected must not be dropped in silence."""
+    for argument in refused:
+        if kwargs.get(argument) is not None:
             raise ValueError(
-                f"Layer {handle.name!r} uses {meaning} (`{name}`), which pruning does not support. Prune another model."
+                f"Layer {name!r} uses {_REFUSED[argument]} (`{argument}`), which pruning does not support. "
+                "Prune another model."
             )
+
+
+def _refuse_float(handle: PrunableAttention, mask: Tensor | None) -> None:
     if mask is not None and mask.dtype != torch.bool:
         raise ValueError(
             f"Layer {handle.name!r} must get a boolean attention mask, got {mask.dtype}. "

@@ -22,6 +22,7 @@ def make_mask(
     kv_offset: int = 0,
     mask_function: Any = None,
     attention_mask: Tensor | None = None,
+    whole: bool = False,
     **kwargs: Any,
 ) -> Tensor | None:
     """The mask of a call; None hides nothing beside what causality does.
@@ -30,19 +31,25 @@ def make_mask(
     sliding window shorter than the sequence (`window_of`); else (batch, 1, q_len, kv_len). transformers may call again
     with the result: masks of four dimensions it takes as they are.
 
-    Masks for a static cache end with the latest key: from their width the attention function knows how many keys count.
+    Masks cover the keys from the first one to the latest. From their width the attention function knows how many keys
+    of a static cache count, and how many a cache with a window has dropped.
+
+    With `whole` causality is not left to the layers: all masks have four dimensions, but None hides nothing at all.
     """
-    from transformers.masking_utils import causal_mask_function
+    from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
 
     mask_function = causal_mask_function if mask_function is None else mask_function
-    # Who wants all of a mask may go on to change it.
-    window = _window(mask_function, kwargs.get("local_size")) if kwargs.get("allow_is_causal_skip", True) else None
+    # Who wants all of a causal mask may go on to change it.
+    bidirectional = mask_function is bidirectional_mask_function
+    small = not whole and (bidirectional or kwargs.get("allow_is_causal_skip", True))
+    window = _window(mask_function, kwargs.get("local_size")) if small else None
     room = _room(q_length, kv_length, int(q_offset), kv_offset, mask_function)
-    if room:
-        kv_length, kwargs["allow_is_causal_skip"] = kv_length - room, False
-    mask = _mask(batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, window, **kwargs)
+    if room or kv_offset or whole:
+        kwargs["allow_is_causal_skip"] = False
+    sizes = batch_size, q_length, kv_offset + kv_length - room, q_offset
+    mask = _mask(*sizes, mask_function, attention_mask, window, small, **kwargs)
     if mask is None and room:
-        return torch.ones(batch_size, kv_length, dtype=torch.bool, device=kwargs.get("device"))
+        return torch.ones(batch_size, sizes[2], dtype=torch.bool, device=kwargs.get("device"))
     return mask
 
 
@@ -63,16 +70,16 @@ def _mask(
     q_length: int,
     kv_length: int,
     q_offset: int,
-    kv_offset: int,
     mask_function: Any,
     attention_mask: Tensor | None,
     window: int | None,
+    small: bool,
     **kwargs: Any,
 ) -> Tensor | None:
     from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
 
     plain = mask_function is causal_mask_function or mask_function is bidirectional_mask_function
-    if (plain or (window and not q_offset)) and q_length == kv_length and not kv_offset:
+    if small and (plain or (window and not q_offset)) and q_length == kv_length:
         padding = None if attention_mask is None else attention_mask[:, :kv_length].bool()
         # A tracer cannot look into the mask: it takes padding that hides nothing along.
         if padding is not None and not torch.compiler.is_compiling() and bool(padding.all()):
@@ -85,7 +92,7 @@ def _mask(
         elif padding is None or padding.shape[1] == kv_length:
             return padding
     mask: Tensor | None = sdpa_mask(
-        batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, **kwargs
+        batch_size, q_length, kv_length, q_offset, 0, mask_function, attention_mask, **kwargs
     )
     return mask
 

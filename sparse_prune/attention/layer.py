@@ -221,10 +221,11 @@ class PrunableAttention:
         """The last queries against a cache: few rows, so that off the GPU a mask costs little."""
         assert self._pattern is not None
         q_len, kv_len = query.shape[2], key.shape[2]
-        if self.sliding_window is not None and kv_len >= self.sliding_window - 1 + q_len:
+        dropped = options.attn_mask is not None and options.attn_mask.shape[3] > kv_len
+        if dropped or (self.sliding_window is not None and kv_len >= self.sliding_window - 1 + q_len):
             raise ValueError(
-                f"Layer {self.name!r} has a sliding window of {self.sliding_window} tokens, and its cache may have "
-                "dropped keys that the pattern counts. Generate with past_key_values=PatternCache(model)."
+                f"Layer {self.name!r} sees a window of its tokens, and its cache may have dropped keys that the "
+                "pattern counts. Generate with past_key_values=PatternCache(model)."
             )
         if self.mode == "sparse" and self.backend == "triton" and not torch.is_grad_enabled():
             from sparse_prune.kernels.triton.attend import decode, decodes

@@ -10,7 +10,11 @@ from transformers import (
     BartForConditionalGeneration,
     BertConfig,
     BertModel,
+    BigBirdPegasusConfig,
+    BigBirdPegasusForCausalLM,
     DynamicCache,
+    EncoderDecoderConfig,
+    EncoderDecoderModel,
     Gemma2Config,
     Gemma2ForCausalLM,
     GPT2Config,
@@ -23,8 +27,14 @@ from transformers import (
     MistralForCausalLM,
     ModernBertConfig,
     ModernBertModel,
+    NllbMoeConfig,
+    NllbMoeForConditionalGeneration,
+    PhimoeConfig,
+    PhimoeForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
     RobertaConfig,
     RobertaModel,
     StaticCache,
@@ -40,6 +50,7 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from sparse_prune import BlockPattern
 from sparse_prune.attention import attach, detach, find_layers, hf, hf_masks, list_layers
+from sparse_prune.cache import PatternCache
 
 SMALL = {
     "vocab_size": 50,
@@ -188,6 +199,33 @@ def test_soft_cap_is_respected_in_every_mode():
     assert torch.equal(cached, model.generate(ids, use_cache=False, **settings))
 
 
+MOE = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16}
+UNTOLD = {  # their window does not reach the attention function
+    "qwen2_moe": lambda: Qwen2MoeForCausalLM(
+        Qwen2MoeConfig(use_sliding_window=True, sliding_window=9, layer_types=["sliding_attention"] * 2, **MOE, **SMALL)
+    ),
+    "phimoe": lambda: PhimoeForCausalLM(
+        PhimoeConfig(sliding_window=9, num_local_experts=2, num_experts_per_tok=1, **SMALL)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", UNTOLD)
+@torch.no_grad()
+def test_keys_that_a_cache_dropped_are_missed_even_where_no_window_is_told(name):
+    torch.manual_seed(0)
+    model, ids = UNTOLD[name]().eval(), tokens()
+    settings = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
+    expected = model.generate(ids, **settings)
+    handles = attach(model)
+    assert torch.equal(model.generate(ids, **settings), expected)
+    set_patterns(handles, "sparse", density=0.3)
+    with pytest.raises(ValueError, match=r"layers\.0\.self_attn.*PatternCache"):
+        model.generate(ids, **settings)
+    cached = model.generate(ids, past_key_values=PatternCache(model), **settings)
+    assert torch.equal(cached, model.generate(ids, use_cache=False, **settings))
+
+
 @torch.no_grad()
 def test_a_window_that_drops_keys_is_refused_unless_the_cache_knows_positions():
     model, ids = make("mistral, sliding window"), tokens()
@@ -327,6 +365,108 @@ def test_sinks_stand_in_the_way_only_where_a_layer_has_them(learned):
     assert layer.problem == ("learned attention sinks (`s_aux`)" if learned else None)
 
 
+def test_a_layer_with_sinks_keeps_them_beside_one_that_was_taken_over():
+    mimo = pytest.importorskip("transformers.models.mimo_v2_flash")
+    torch.manual_seed(0)
+    kinds = {"layer_types": ["full_attention", "sliding_attention"], "mlp_layer_types": ["dense", "dense"]}
+    sizes = {"head_dim": 8, "v_head_dim": 8, "n_routed_experts": 2, "num_experts_per_tok": 1, "sliding_window": 9}
+    config = mimo.MiMoV2FlashConfig(moe_intermediate_size=16, **kinds, **sizes, **SMALL)
+    model = mimo.MiMoV2FlashForCausalLM(config).eval()
+    ids, padding = tokens(), torch.ones_like(tokens())
+    padding[0, :5] = 0
+    with torch.no_grad():
+        expected = model(ids, attention_mask=padding).logits
+        (handle,) = attach(model)
+        assert handle.name == "model.layers.0.self_attn"
+        for mode in ("dense", "masked", "sparse"):
+            set_patterns([handle], mode)
+            found = model(ids, attention_mask=padding).logits
+            torch.testing.assert_close(found[padding.bool()], expected[padding.bool()], atol=1e-4, rtol=1e-4)
+        settings = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
+        handle.mode = "dense"
+        generated = model.generate(ids, **settings)
+        detach(model)
+        assert torch.equal(model.generate(ids, **settings), generated)
+        assert torch.equal(model(ids, attention_mask=padding).logits, expected)
+
+
+def own_argument(self, query, index):
+    index = self.indexer(query, other=index)
+    attention_interface = ALL_ATTENTION_FUNCTIONS.get_interface("sdpa", None)  # noqa: F821
+    return attention_interface(self, query, query, query, None, scaling=self.scaling, block_indices=index)
+
+
+def test_what_a_layer_hands_to_attention_is_known_or_the_layer_stays_dense():
+    module = type("Attention", (torch.nn.Module,), {"forward": own_argument})()
+    assert hf._problem("self_attn", module, 4) == "a sparse index of its own (`block_indices`)"
+
+
+@torch.no_grad()
+def test_a_decoder_that_leaves_causality_to_its_mask_sees_no_future():
+    torch.manual_seed(0)
+    sizes = {"d_model": 32, "decoder_layers": 2, "decoder_ffn_dim": 32}
+    sizes |= {"encoder_attention_heads": 4, "decoder_attention_heads": 4}
+    model = BigBirdPegasusForCausalLM(
+        BigBirdPegasusConfig(vocab_size=50, init_std=0.5, is_decoder=True, pad_token_id=0, **sizes)
+    ).eval()
+    ids, other = tokens(), tokens()
+    other[:, 12:] = 5
+    expected = model(ids).logits
+    handles = attach(model)
+    assert [handle.causal for handle in handles] == [True, True]
+    for mode in ("dense", "masked", "sparse"):
+        set_patterns(handles, mode)
+        torch.testing.assert_close(model(ids).logits, expected, atol=1e-3, rtol=1e-3)
+        assert torch.equal(model(ids).logits[:, :12], model(other).logits[:, :12])
+    set_patterns(handles, "sparse", density=0.3)
+    settings = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
+    assert torch.equal(model.generate(ids, **settings), model.generate(ids, use_cache=False, **settings))
+
+
+@torch.no_grad()
+def test_a_model_without_sdpa_is_taken_over_and_given_back():
+    torch.manual_seed(0)
+    sizes = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16}
+    sizes |= {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "num_experts": 2}
+    sizes |= {"encoder_sparse_step": 0, "decoder_sparse_step": 0, "init_std": 0.5}
+    model = NllbMoeForConditionalGeneration(NllbMoeConfig(vocab_size=50, **sizes)).eval()
+    inputs = {"input_ids": tokens(), "decoder_input_ids": tokens().flip(1), "use_cache": False}
+    inputs["attention_mask"] = torch.ones(2, LENGTH).tril(20)
+    expected = model(**inputs).logits
+    layers = {layer.name.removeprefix("model."): (layer.causal, layer.problem) for layer in list_layers(model)}
+    assert layers == {
+        "encoder.layers.0.self_attn": (False, None),
+        "decoder.layers.0.self_attn": (True, None),
+        "decoder.layers.0.cross_attention": (False, "cross-attention"),
+    }
+    attach(model)
+    torch.testing.assert_close(model(**inputs).logits, expected, atol=1e-4, rtol=1e-4)
+    detach(model)
+    assert model.config._attn_implementation == "eager"
+    assert torch.equal(model(**inputs).logits, expected)
+
+
+@pytest.mark.parametrize("own", ["eager", "sdpa"])
+def test_detach_gives_back_the_implementation_that_was_in_force(own):
+    model = LlamaForCausalLM(LlamaConfig(attn_implementation=own, **SMALL))
+    attach(model)
+    attach(model)
+    assert model.config._attn_implementation == "sparse_prune"
+    detach(model)
+    assert model.config._attn_implementation == own
+
+
+def test_only_models_with_layers_that_were_taken_over_are_switched():
+    config = EncoderDecoderConfig.from_encoder_decoder_configs(BertConfig(**BERT), BertConfig(**BERT))
+    whole = EncoderDecoderModel(config)
+    attach(whole, module="encoder")
+    assert whole.encoder.config._attn_implementation == "sparse_prune"
+    assert whole.decoder.config._attn_implementation == "sdpa"
+    pair = torch.nn.ModuleDict({"model": make("llama"), "model_ref": make("llama")})
+    attach(pair, module="model_ref")
+    assert pair["model"].config._attn_implementation == "sdpa"
+
+
 def test_an_example_shows_a_bias_inside_a_mask():
     torch.manual_seed(0)
     sizes = {"image_size": 16, "patch_size": 4, "embed_dim": 8, "depths": [1], "num_heads": [2], "window_size": 4}
@@ -428,6 +568,8 @@ def test_who_wants_all_of_a_mask_gets_it():
     asked = {"mask_function": sliding_window_causal_mask_function(4), "local_size": 4}
     assert hf_masks.make_mask(1, 9, 9, **asked).shape == (1, 1, 4, 9)
     assert hf_masks.make_mask(1, 9, 9, **asked, allow_is_causal_skip=False).shape == (1, 1, 9, 9)
+    assert hf_masks.make_mask(1, 9, 9) is None
+    assert hf_masks.make_mask(1, 9, 9, allow_is_causal_skip=False).shape == (1, 1, 9, 9)
 
 
 def test_a_windowed_mask_is_expanded_once_for_all_layers():
