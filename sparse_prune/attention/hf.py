@@ -15,13 +15,14 @@ from torch import Tensor, nn
 from sparse_prune.attention.found import FoundLayer, drop_handle, give_handle, handle_of, modules_of
 from sparse_prune.attention.hf_masks import expand, make_mask, window_of
 from sparse_prune.attention.layer import PrunableAttention
+from sparse_prune.attention.masks import is_bias, visible
 from sparse_prune.attention.softcap import softcapped
 from sparse_prune.attention.trial import BIAS, Calls
 from sparse_prune.kernels import AttentionOptions
 
 IMPLEMENTATION = "sparse_prune"
 BESIDE_EAGER = "sparse_prune_beside_eager"
-"""The same for configs of layers of which some must go on in eager attention: all get whole masks."""
+"""The same for configs of layers of which some must go on in eager attention: all get the masks of that."""
 _INTERFACE = "ALL_ATTENTION_FUNCTIONS"
 _OWN = "_attn_implementation_before_pruning"
 _CROSS = re.compile(r"cross_?att(n|ention)|encoder_attn|encoder_decoder_attention|EncDecAttention")
@@ -231,9 +232,6 @@ def _run_own(
     if not eager:
         window = window_of(attention_mask, query.shape[2])
         return _dense(module, query, key, value, attention_mask, window, **kwargs).transpose(1, 2).contiguous(), None
-    if attention_mask is not None and attention_mask.dtype == torch.bool:
-        hidden = torch.zeros_like(attention_mask, dtype=query.dtype)
-        attention_mask = hidden.masked_fill(~attention_mask, torch.finfo(query.dtype).min)
     output: tuple[Tensor, Tensor | None] = _eager_function(type(module))(
         module, query, key, value, _newest(attention_mask, key.shape[2]), **kwargs
     )
@@ -310,6 +308,8 @@ def _attend(
 ) -> tuple[Tensor, None]:
     if module.config._attn_implementation == BESIDE_EAGER:  # the mask is whole
         causal, is_causal = handle.causal, False
+        if attention_mask is not None and not is_bias(attention_mask):
+            attention_mask = visible(attention_mask)
     else:
         causal = bool(getattr(module, "is_causal", False)) if is_causal is None else is_causal
     if causal != handle.causal:

@@ -34,7 +34,7 @@ def make_mask(
     Masks cover the keys from the first one to the latest. From their width the attention function knows how many keys
     of a static cache count, and how many a cache with a window has dropped.
 
-    With `whole` causality is not left to the layers: all masks have four dimensions, but None hides nothing at all.
+    With `whole` causality is not left to the layers: masks are those of eager attention, and None hides nothing at all.
     """
     from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
 
@@ -48,6 +48,9 @@ def make_mask(
         kwargs["allow_is_causal_skip"] = False
     sizes = batch_size, q_length, kv_offset + kv_length - room, q_offset
     mask = _mask(*sizes, mask_function, attention_mask, window, small, **kwargs)
+    if whole and mask is not None:
+        dtype = kwargs.get("dtype", torch.float32)
+        return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
     if mask is None and room:
         return torch.ones(batch_size, sizes[2], dtype=torch.bool, device=kwargs.get("device"))
     return mask

@@ -12,6 +12,7 @@ from transformers import (
     BertModel,
     BigBirdPegasusConfig,
     BigBirdPegasusForCausalLM,
+    BigBirdPegasusForConditionalGeneration,
     DynamicCache,
     EncoderDecoderConfig,
     EncoderDecoderModel,
@@ -421,6 +422,19 @@ def test_a_decoder_that_leaves_causality_to_its_mask_sees_no_future():
     set_patterns(handles, "sparse", density=0.3)
     settings = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
     assert torch.equal(model.generate(ids, **settings), model.generate(ids, use_cache=False, **settings))
+
+
+@torch.no_grad()
+def test_an_encoder_of_its_own_gets_the_masks_that_it_got():
+    torch.manual_seed(0)
+    sizes = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16}
+    sizes |= {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "attention_type": "original_full"}
+    model = BigBirdPegasusForConditionalGeneration(BigBirdPegasusConfig(vocab_size=50, init_std=0.5, **sizes)).eval()
+    inputs = {"input_ids": tokens(), "decoder_input_ids": tokens().flip(1), "attention_mask": torch.ones(2, LENGTH)}
+    inputs["attention_mask"][0, -5:] = 0
+    expected = model(**inputs).logits
+    attach(model)
+    torch.testing.assert_close(model(**inputs).logits, expected, atol=1e-4, rtol=1e-4)
 
 
 @torch.no_grad()
