@@ -150,10 +150,21 @@ def held_out(model, data):
 
 @pytest.mark.slow
 def test_an_export_that_fails_on_rank_0_ends_both(choices, tmp_path):
-    (tmp_path / "file").touch()
-    done = start(tmp_path / "two", *choices, *DDP, f"--export={tmp_path / 'file' / 'export'}", max_steps=2)
+    program = tmp_path / "full_disk.py"
+    program.write_text(
+        "import errno\n"
+        "from sparse_prune.recipes.causal_lm.cli import main\n"
+        "from sparse_prune.export import model\n"
+        "def fail(*args):\n"
+        "    raise OSError(errno.ENOSPC, 'no space left')\n"
+        "model.save_patterns = fail\n"
+        "main()\n"
+    )
+    export = f"--export={tmp_path / 'export'}"
+    done = start(tmp_path / "two", *choices, *DDP, export, program=[str(program)], max_steps=2)
     assert done.returncode != 0
-    assert "Rank 1 ends because rank 0 failed, whose log tells more: FileExistsError" in done.stderr
+    assert "Rank 1 ends because rank 0 failed, whose log tells more: OSError: [Errno 28]" in done.stderr
+    assert not (tmp_path / "export").exists()
     assert not (tmp_path / "two" / "report.md").exists()
 
 
