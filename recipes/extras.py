@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-EXTRAS = {
-    "datasets": "recipes",
-    "gguf": "recipes",
-    "huggingface_hub": "hf",
-    "jsonargparse": "recipes",
-    "matplotlib": "wandb",
-    "transformers": "hf",
-    "wandb": "wandb",
-    "wandb_workspaces": "wandb",
+REQUIREMENTS = {
+    "datasets": "sparse_prune[recipes]",
+    "gguf": "sparse_prune[recipes]",
+    "huggingface_hub": "sparse_prune[hf]",
+    "jsonargparse": "sparse_prune[recipes]",
+    "matplotlib": "sparse_prune[wandb]",
+    "timm": "timm",
+    "transformers": "sparse_prune[hf]",
+    "wandb": "sparse_prune[wandb]",
+    "wandb_workspaces": "sparse_prune[wandb]",
 }
-"""Package -> the extra of sparse_prune that brings it."""
+"""Package -> what brings it: an extra of sparse_prune, or the package itself."""
 
 
 def with_remedy(error: ImportError) -> str:
-    """What an error says, and the command that installs what is missing, where one of `EXTRAS` brings it."""
-    extra = EXTRAS.get((error.name or "").partition(".")[0])
-    return str(error) if extra is None else f"{error}. Run `pip install 'sparse_prune[{extra}]'`."
+    """What an error says, and the command that installs what is missing, where it is one of `REQUIREMENTS`."""
+    wanted = REQUIREMENTS.get((error.name or "").partition(".")[0])
+    return str(error) if wanted is None else f"{error}. Run `pip install '{wanted}'`."

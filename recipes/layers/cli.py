@@ -51,10 +51,7 @@ def build(name: str) -> tuple[nn.Module, Any]:
     """
     kind, _, rest = name.partition(":")
     if kind == "timm":
-        try:
-            import timm
-        except ImportError as error:
-            raise ImportError(f"{error}. Run `pip install timm`.") from error
+        import timm
 
         model = timm.create_model(rest, pretrained=False)
         return model, torch.zeros(1, *model.pretrained_cfg["input_size"])

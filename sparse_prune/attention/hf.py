@@ -54,7 +54,7 @@ def find(modules: dict[str, nn.Module], calls: Calls | None = None) -> Iterator[
             heads = getattr(config, "num_attention_heads", None)
             kv_heads = getattr(config, "num_key_value_heads", None) or heads
             window = getattr(module, "sliding_window", None)
-            causal = _is_causal(module, _sdpa_holds(modules.values(), config)) and not _is_cross(name, module)
+            causal = _is_causal(module, modules.values()) and not _is_cross(name, module)
             problem = _problem(name, module, heads)
             if problem is None and any(call.problem == BIAS for call in (calls or {}).get(name, ())):
                 problem = BIAS
@@ -198,9 +198,11 @@ def _is_cross(name: str, module: nn.Module) -> bool:
     return named or "Cross" in type(module).__name__ or bool(getattr(module, "is_cross_attention", False))
 
 
-def _is_causal(module: nn.Module, sdpa_holds: bool) -> bool:
+def _is_causal(module: Any, modules: Iterable[nn.Module]) -> bool:
     """Whether a layer of self-attention sees no future; without SDPA a mask may be all that says so."""
-    return bool(getattr(module, "is_causal", False) or (getattr(module, "is_decoder", False) and not sdpa_holds))
+    if getattr(module, "is_causal", False):
+        return True
+    return bool(getattr(module, "is_decoder", False)) and not _sdpa_holds(modules, getattr(module, "config", None))
 
 
 def _attention_forward(

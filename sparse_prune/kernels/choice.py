@@ -24,6 +24,11 @@ def triton_kernels() -> ModuleType | None:
     return attend
 
 
+def triton_interprets() -> bool:
+    """Whether Triton runs its kernels on a CPU, in its interpreter."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
 def skipping_backends(device: torch.device) -> tuple[str, ...]:
     """Backends that skip pruned blocks on a device, for a measurement to choose from.
 
@@ -43,8 +48,8 @@ def check_trains(backend: str, device: torch.device) -> None:
     Raises:
         ValueError: If it needs a GPU and there is none.
     """
-    interpreted = backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
-    if backend in ("triton", "flex") and device.type != "cuda" and not interpreted:
+    missing = backend == "flex" or (backend == "triton" and not triton_interprets())
+    if missing and device.type != "cuda":
         raise ValueError(f"`backend={backend!r}` must train on a CUDA device, got {device}. Use 'auto' or 'gather'.")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -10,6 +9,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from sparse_prune.kernels.choice import triton_interprets
 from sparse_prune.kernels.options import AttentionOptions
 from sparse_prune.kernels.triton import ops, tuning
 from sparse_prune.kernels.triton.configs import (
@@ -125,7 +125,7 @@ def check_supported(query: Tensor) -> None:
         ValueError: If the tensor is not on a GPU (or Triton does not interpret), has another dtype or holds more
             sequences than a launch takes.
     """
-    if query.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+    if query.device.type != "cuda" and not triton_interprets():
         raise ValueError(
             f"The Triton backend needs CUDA tensors, got {query.device}. "
             "Use backend='gather', or set TRITON_INTERPRET=1 before the import to check kernels on the CPU."
