@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
+from sparse_prune.attention.found import handle_of
 from sparse_prune.attention.hf import attached_layers
 from sparse_prune.attention.layer import PrunableAttention
 from sparse_prune.attention.packed import Bucket, PackedKeys
@@ -20,7 +22,7 @@ class PatternCache(Cache):  # type: ignore[misc]
 
     Per layer and KV head it holds the key blocks that any of the head's queries may still attend to
     (`BlockPattern.needed_after`) and frees the others: sinks, the head's reach, kept columns. Layers without a
-    pattern hold everything. Outputs are those of the same patterns with a cache that evicts nothing.
+    pattern hold everything, and so do those whose keys other layers use again (Gemma 3n). Outputs are those of the same patterns with a cache that evicts nothing.
 
         model.generate(**inputs, past_key_values=PatternCache(model))
 
@@ -39,9 +41,14 @@ class PatternCache(Cache):  # type: ignore[misc]
     """
 
     def __init__(self, model: nn.Module) -> None:
+        modules = {handle_of(module): module for module in model.modules()}
         handles = attached_layers(model)
-        _check_own_cache(model, len(handles))
-        super().__init__(layers=[_cache_layer(handle) for handle in handles])
+        reuses = [getattr(modules[handle], "is_kv_shared_layer", False) for handle in handles]
+        _check_own_cache(model, reuses)
+        # What others use again they need by patterns of their own.
+        stores = [any(reuses) and getattr(modules[handle], "store_full_length_kv", False) for handle in handles]
+        whole = [store or reuse for store, reuse in zip(stores, reuses, strict=True)]
+        super().__init__(layers=[_cache_layer(*layer) for layer in zip(handles, whole, strict=True)])
 
     def nbytes(self) -> int:
         """Bytes of all storages that the cache holds on to, masks and spare room included."""
@@ -88,11 +95,11 @@ class PatternLayer(CacheLayerMixin):  # type: ignore[misc]
     @torch.compiler.disable  # type: ignore[untyped-decorator, unused-ignore]
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor] | tuple[PackedKeys, PackedKeys]:
+    ) -> tuple[PackedKeys, PackedKeys]:
         """Take new keys and values, (batch, num_kv_heads, new tokens, head_dim).
 
         Returns:
-            What to attend to, as keys and as values: the first tokens themselves, later all that is held.
+            What to attend to, as keys and as values.
 
         Raises:
             ValueError: If gradients would be lost.
@@ -105,7 +112,7 @@ class PatternLayer(CacheLayerMixin):  # type: ignore[misc]
         if self.judged_at is not None and start > self.judged_at:
             # No `crop` judged the latest tokens: they were no candidates.
             self.record_past = False
-        block = self.pattern.block_size[1]
+        block, shape = self.pattern.block_size[1], (*key_states.shape[:2], start + new, key_states.shape[3])
         if not start:
             # The first queries attend to keys that came with them: what is stored is already what lasts.
             heads = torch.arange(key_states.shape[1])
@@ -113,7 +120,8 @@ class PatternLayer(CacheLayerMixin):  # type: ignore[misc]
             self.length = new
             self.buckets = (Bucket(heads, blocks, key_states, value_states),)
             self._evict(copy=True)
-            return key_states, value_states
+            first = PackedKeys(self.buckets, shape, self.pattern, (key_states, value_states))
+            return first, first
         crossed = new > -start % block
         if crossed:
             # No query after `start` needs what goes now, the new ones included.
@@ -125,8 +133,7 @@ class PatternLayer(CacheLayerMixin):  # type: ignore[misc]
             bucket.keys[:, :, at : at + new] = key_states[:, index]
             bucket.values[:, :, at : at + new] = value_states[:, index]
         self.length += new
-        batch, num_kv_heads, _, head_dim = key_states.shape
-        packed = PackedKeys(self.buckets, (batch, num_kv_heads, self.length, head_dim), self.pattern)
+        packed = PackedKeys(self.buckets, shape, self.pattern)
         if crossed and new > 1:
             self._evict()
         return packed, packed
@@ -264,20 +271,21 @@ class PatternLayer(CacheLayerMixin):  # type: ignore[misc]
         raise NotImplementedError("`PatternCache` cannot be offloaded. It is small: leave it on the device.")
 
 
-def _check_own_cache(model: nn.Module, layers: int) -> None:
-    """The model's own cache must hold keys and values of every layer, and nothing else."""
-    own = [type(layer) for layer in DynamicCache(config=model.config).layers]
-    others = sorted({kind.__name__ for kind in own} - {DynamicLayer.__name__, DynamicSlidingWindowLayer.__name__})
-    if others or len(own) != layers:
+def _check_own_cache(model: nn.Module, reuses: list[bool]) -> None:
+    """The model's own cache must hold keys and values of every layer that does not use another's, and nothing else."""
+    own = [type(layer).__name__ for layer in DynamicCache(config=model.config).layers]
+    own += ["nothing"] * (len(reuses) - len(own))
+    held = {kind for kind, reuse in itertools.zip_longest(own, reuses, fillvalue=False) if not reuse}
+    others = held - {DynamicLayer.__name__, DynamicSlidingWindowLayer.__name__}
+    if others:
         raise ValueError(
-            f"`model` must cache keys and values of each of its {layers} layers and nothing else, got "
-            f"{', '.join(others) or f'a cache of {len(own)} layers'}: its layers share keys, or keep other states. "
-            "Use the model's own cache."
+            f"`model` must cache keys and values of each of its {len(reuses)} layers and nothing else, got "
+            f"{', '.join(sorted(others))}: its layers share keys, or keep other states. Use the model's own cache."
         )
 
 
-def _cache_layer(handle: PrunableAttention) -> CacheLayerMixin:
-    if handle.mode == "dense" or handle.pattern is None:
+def _cache_layer(handle: PrunableAttention, whole: bool) -> CacheLayerMixin:
+    if whole or handle.mode == "dense" or handle.pattern is None:
         return DynamicLayer()
     if handle.pattern.q_len != handle.pattern.kv_len:
         raise ValueError(

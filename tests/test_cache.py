@@ -10,6 +10,8 @@ import torch
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
+    BartConfig,
+    BartForCausalLM,
     BertConfig,
     BertModel,
     DiffLlamaConfig,
@@ -21,6 +23,8 @@ from transformers import (
     Gemma2ForCausalLM,
     Gemma3nForCausalLM,
     Gemma3nTextConfig,
+    Gemma4ForCausalLM,
+    Gemma4TextConfig,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -440,9 +444,8 @@ def test_what_a_cache_holds_is_for_attention_that_was_taken_over():
             model(ids[:, :1], past_key_values=cache)
     model = prune(DiffLlamaForCausalLM(DiffLlamaConfig(**SMALL)).eval())
     cache = PatternCache(model)
-    model(ids, past_key_values=cache)
     with pytest.raises(TypeError, match="chunk.*changes keys or values behind the cache"):
-        model(ids[:, :1], past_key_values=cache)
+        model(ids, past_key_values=cache)
     held, _ = cache.layers[0].update(torch.zeros(2, 2, 1, 8), torch.zeros(2, 2, 1, 8))
     with pytest.raises(AttributeError, match="repeat"):
         held.repeat(1, 2, 1, 1)
@@ -450,29 +453,43 @@ def test_what_a_cache_holds_is_for_attention_that_was_taken_over():
         attach(model)[0].attend(torch.zeros(2, 4, 1, 8), held, torch.zeros(2, 2, 38, 8), AttentionOptions(), dense=None)
 
 
-@pytest.mark.parametrize(
-    "model",
-    [
-        lambda: FalconH1ForCausalLM(FalconH1Config(**SMALL, mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8)),
-        lambda: Gemma3nForCausalLM(
-            Gemma3nTextConfig(
-                **SMALL | {"num_hidden_layers": 4},
-                head_dim=8,
-                layer_types=["sliding_attention", "full_attention"] * 2,
-                num_kv_shared_layers=2,
-                vocab_size_per_layer_input=50,
-                hidden_size_per_layer_input=8,
-                activation_sparsity_pattern=None,
-            )
-        ),
-    ],
-    ids=["keeps other states", "layers share keys"],
-)
-def test_models_that_cache_other_things_are_refused(model):
-    model = model()
+def test_models_that_cache_other_things_are_refused():
+    model = FalconH1ForCausalLM(FalconH1Config(**SMALL, mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8))
     attach(model)
     with pytest.raises(ValueError, match="`model` must cache keys and values of each"):
         PatternCache(model)
+
+
+@pytest.mark.parametrize("padding", [False, True])
+@pytest.mark.parametrize("name", ["gemma3n", "gemma4"])
+@torch.no_grad()
+def test_keys_that_other_layers_use_again_are_kept(name, padding):
+    torch.manual_seed(0)
+    sizes = SMALL | {"num_hidden_layers": 6, "head_dim": 8, "sliding_window": 9, "num_kv_shared_layers": 2}
+    sizes |= {"vocab_size_per_layer_input": 50, "hidden_size_per_layer_input": 8}
+    sizes |= {"layer_types": ["sliding_attention", "full_attention"] * 3}
+    if name == "gemma3n":
+        model = Gemma3nForCausalLM(Gemma3nTextConfig(activation_sparsity_pattern=None, **sizes))
+    else:
+        model = Gemma4ForCausalLM(Gemma4TextConfig(global_head_dim=8, **sizes))
+    model, ids = prune(model.eval()), tokens(21)
+    settings = {"attention_mask": left_padded(ids) if padding else torch.ones_like(ids), "max_new_tokens": 20, **GREEDY}
+    cache = PatternCache(model)
+    found = model.generate(ids, past_key_values=cache, **settings)
+    assert torch.equal(found, model.generate(ids, use_cache=False, **settings))
+    assert [isinstance(layer, PatternLayer) for layer in cache.layers] == [True] * 2 + [False] * 4
+
+
+@torch.no_grad()
+def test_a_decoder_is_served_whose_config_counts_an_encoder_too():
+    torch.manual_seed(0)
+    sizes = {"d_model": 32, "encoder_layers": 3, "decoder_layers": 2, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16}
+    sizes |= {"encoder_attention_heads": 2, "decoder_attention_heads": 4, "init_std": 0.5, "is_decoder": True}
+    model, ids = prune(BartForCausalLM(BartConfig(vocab_size=50, **sizes)).eval()), tokens()
+    cache = PatternCache(model)
+    found = model.generate(ids, past_key_values=cache, max_new_tokens=20, **GREEDY)
+    assert torch.equal(found, model.generate(ids, use_cache=False, max_new_tokens=20, **GREEDY))
+    assert len(cache.layers) == 2
 
 
 def test_what_cannot_be_right_is_refused():

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from sparse_prune.attention.found import FoundLayer, drop_handle, give_handle, handle_of, modules_of
-from sparse_prune.attention.hf_masks import expand, make_mask, window_of
+from sparse_prune.attention.hf_masks import expand, make_mask, may_lack_keys, window_of
 from sparse_prune.attention.layer import PrunableAttention
 from sparse_prune.attention.masks import is_bias, visible
+from sparse_prune.attention.packed import PackedKeys
 from sparse_prune.attention.softcap import softcapped
 from sparse_prune.attention.trial import BIAS, Calls
 from sparse_prune.kernels import AttentionOptions
@@ -50,9 +51,7 @@ def find(modules: dict[str, nn.Module], calls: Calls | None = None) -> Iterator[
     """
     for name, module in modules.items():
         if is_attention(type(module)):
-            config: Any = getattr(module, "config", None)
-            heads = getattr(config, "num_attention_heads", None)
-            kv_heads = getattr(config, "num_key_value_heads", None) or heads
+            heads, kv_heads = _heads(module)
             window = getattr(module, "sliding_window", None)
             causal = _is_causal(module, modules.values()) and not _is_cross(name, module)
             problem = _problem(name, module, heads)
@@ -121,7 +120,9 @@ def attached_layers(model: nn.Module) -> list[PrunableAttention]:
     found = [layer for layer in find(modules_of(model)) if layer.problem is None]
     modules = {getattr(layer.module, "layer_idx", None): layer.module for layer in found}
     handles: dict[Any, PrunableAttention | None] = {index: handle_of(module) for index, module in modules.items()}
-    wanted = range(config.get_text_config(decoder=True).num_hidden_layers)
+    decoder = config.get_text_config(decoder=True)
+    # Where a config has encoder layers too, they are its `num_hidden_layers`.
+    wanted = range(getattr(decoder, "decoder_layers", decoder.num_hidden_layers))
     missing = [index for index in wanted if handles.get(index) is None]
     if missing:
         raise ValueError(
@@ -162,7 +163,17 @@ def _problem(name: str, module: nn.Module, heads: int | None) -> str | None:
     for argument in _keywords(type(module).forward):
         if argument not in _KNOWN and _hands_over(module, argument):
             return f"{_REFUSED.get(argument, 'an argument of attention that pruning does not know')} (`{argument}`)"
-    return None if heads else "its config has no `num_attention_heads`"
+    return None if heads else "neither it nor its config says how many heads it has"
+
+
+def _heads(module: Any) -> tuple[int | None, int | None]:
+    """Query and key heads; of an encoder-decoder, whose config counts those of the encoder, the layer's own."""
+    counts = (getattr(module, name, None) for name in ("num_heads", "num_attention_heads", "n_heads"))
+    heads = next((count for count in counts if isinstance(count, int)), None)
+    if heads is None:
+        heads = getattr(getattr(module, "config", None), "num_attention_heads", None)
+    # So many queries share a key head in transformers' SDPA.
+    return heads, None if heads is None else heads // int(getattr(module, "num_key_value_groups", 1))
 
 
 def _hands_over(module: nn.Module, argument: str) -> bool:
@@ -221,6 +232,7 @@ def _attention_forward(
         return _run_own_eagerly(module, query, key, value, attention_mask, **kwargs)
     # What still moves, probes or measures is not for a compiler to trace.
     traceable = handle.traceable and query.shape[2] == key.shape[2] and not kwargs.get("dropout")
+    traceable = traceable and not isinstance(key, PackedKeys)
     attention = _attend if traceable else _attend_eagerly
     return attention(handle, module, query, key, value, attention_mask, **kwargs)
 
@@ -329,7 +341,8 @@ def _attend(
         return _dense(module, query, key, value, mask, window, dropout, scaling, is_causal, softcap, **kwargs)
 
     options = _options(mask, window, dropout, scaling, softcap)
-    output = handle.attend(query, key, value, options, dense=dense)
+    whole = not may_lack_keys(attention_mask, query.shape[2], key.shape[2], handle.sliding_window)
+    output = handle.attend(query, key, value, options, dense=dense, whole=whole)
     return output.transpose(1, 2).contiguous(), None
 
 

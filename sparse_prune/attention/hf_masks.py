@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+_MADE = WeakTensorKeyDictionary()  # masks of `make_mask` -> their width
+
 
 def make_mask(
     batch_size: int,
@@ -41,10 +43,12 @@ def make_mask(
     mask_function = causal_mask_function if mask_function is None else mask_function
     # Who wants all of a causal mask may go on to change it.
     bidirectional = mask_function is bidirectional_mask_function
-    small = not whole and (bidirectional or kwargs.get("allow_is_causal_skip", True))
+    # Gemma 4 takes rows out of it for layers that use the keys of others.
+    sliced = bool(getattr(kwargs.get("config"), "num_kv_shared_layers", 0))
+    small = not whole and not sliced and (bidirectional or kwargs.get("allow_is_causal_skip", True))
     window = _window(mask_function, kwargs.get("local_size")) if small else None
     room = _room(q_length, kv_length, int(q_offset), kv_offset, mask_function)
-    if room or kv_offset or whole:
+    if room or kv_offset or whole or sliced:
         kwargs["allow_is_causal_skip"] = False
     sizes = batch_size, q_length, kv_offset + kv_length - room, q_offset
     mask = _mask(*sizes, mask_function, attention_mask, window, small, **kwargs)
@@ -52,7 +56,9 @@ def make_mask(
         dtype = kwargs.get("dtype", torch.float32)
         return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
     if mask is None and room:
-        return torch.ones(batch_size, sizes[2], dtype=torch.bool, device=kwargs.get("device"))
+        mask = torch.ones(batch_size, sizes[2], dtype=torch.bool, device=kwargs.get("device"))
+    if mask is not None and not torch.compiler.is_compiling():
+        _MADE[_root(mask)] = mask.shape[-1]  # type: ignore[no-untyped-call, unused-ignore]
     return mask
 
 
@@ -124,6 +130,24 @@ def window_of(mask: Tensor | None, q_len: int) -> int | None:
     """The window of a mask that stands for one: its rows are fewer than the queries, which no other mask's are."""
     rows = 1 if mask is None or mask.dim() < 4 else mask.shape[2]
     return rows if 1 < rows < q_len else None
+
+
+def may_lack_keys(mask: Tensor | None, q_len: int, kv_len: int, window: int | None) -> bool:
+    """Whether a cache may have dropped keys of a sequence before its last `kv_len`.
+
+    The width of a mask of `make_mask` tells, also where a model took a part of the mask. Others may cover the keys that
+    are left, as many as a window leaves.
+    """
+    if q_len == kv_len:
+        return False
+    made = None if mask is None else _MADE.get(_root(mask))  # type: ignore[no-untyped-call, unused-ignore]
+    if made is not None:
+        return bool(made > kv_len)
+    return (mask is not None and mask.shape[-1] > kv_len) or (window is not None and kv_len == window - 1 + q_len)
+
+
+def _root(mask: Tensor) -> Tensor:
+    return mask if mask._base is None else mask._base
 
 
 _EXPANDED = WeakTensorKeyDictionary()  # by the mask of a forward pass, which all its layers get

@@ -142,6 +142,7 @@ class PrunableAttention:
         options: AttentionOptions,
         *,
         dense: Callable[[], Tensor],
+        whole: bool = True,
     ) -> Tensor:
         """Attention in the layer's mode.
 
@@ -151,13 +152,14 @@ class PrunableAttention:
             value: (batch, num_kv_heads, kv_len, head_dim), or what a `PatternCache` gave.
             options: What the model asks for.
             dense: The model's own attention.
+            whole: Whether the keys are known to be all of the sequence's so far, of which no cache has dropped any.
 
         Returns:
             (batch, num_heads, q_len, head_dim).
 
         Raises:
             ValueError: If the call has another number of heads than the layer, or keys that were evicted by another
-                pattern.
+                pattern or by none.
         """
         if (query.shape[1], key.shape[1]) != (self.num_heads, self.num_kv_heads):
             raise ValueError(
@@ -165,7 +167,10 @@ class PrunableAttention:
                 f"got {query.shape[1]} and {key.shape[1]}. Add it to `protected_layers` if it changes its heads."
             )
         if isinstance(key, PackedKeys) or isinstance(value, PackedKeys):
-            return self._attend_packed(query, key, value, options)
+            held = self._held(key, value)
+            if held.first is None:
+                return held.attend(query, options)
+            key, value = held.first
         q_len, kv_len = query.shape[2], key.shape[2]
         if self.traceable and torch.compiler.is_compiling():
             return _attend_planned(self, query, key, value, options)
@@ -173,6 +178,12 @@ class PrunableAttention:
         if self.mode == "dense" or self._pattern is None:
             return dense()
         if q_len != kv_len:
+            if not whole:
+                raise ValueError(
+                    f"Layer {self.name!r} sees a window of its tokens, and its cache may have dropped keys that the "
+                    "pattern counts. Generate with past_key_values=PatternCache(model), or with DynamicCache() where "
+                    "that refuses the model."
+                )
             return self._attend_cached(query, key, value, options)
         pattern = self.pattern_at(q_len, kv_len)
         backend = moving_backend(query, pattern, options) if self.mode == "masked" else self.backend
@@ -201,10 +212,8 @@ class PrunableAttention:
         seen = probe_attention(query.detach(), key.detach(), block_size, causal=self.causal, options=options)
         self.statistics = seen if self.statistics is None else self.statistics + seen
 
-    def _attend_packed(
-        self, query: Tensor, key: Tensor | PackedKeys, value: Tensor | PackedKeys, options: AttentionOptions
-    ) -> Tensor:
-        """The last queries against what a `PatternCache` holds."""
+    def _held(self, key: Tensor | PackedKeys, value: Tensor | PackedKeys) -> PackedKeys:
+        """What a `PatternCache` of this layer's pattern holds."""
         if not isinstance(key, PackedKeys) or value is not key:
             raise ValueError(
                 f"Layer {self.name!r} must get keys and values from one PatternCache, got others. "
@@ -215,18 +224,12 @@ class PrunableAttention:
                 f"Layer {self.name!r} must have the pattern that its PatternCache evicted by, got another. The pattern "
                 "changed, or the cache is of another model. Make a new cache."
             )
-        return key.attend(query, options)
+        return key
 
     def _attend_cached(self, query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions) -> Tensor:
         """The last queries against a cache: few rows, so that off the GPU a mask costs little."""
         assert self._pattern is not None
         q_len, kv_len = query.shape[2], key.shape[2]
-        dropped = options.attn_mask is not None and options.attn_mask.shape[3] > kv_len
-        if dropped or (self.sliding_window is not None and kv_len >= self.sliding_window - 1 + q_len):
-            raise ValueError(
-                f"Layer {self.name!r} sees a window of its tokens, and its cache may have dropped keys that the "
-                "pattern counts. Generate with past_key_values=PatternCache(model)."
-            )
         if self.mode == "sparse" and self.backend == "triton" and not torch.is_grad_enabled():
             from sparse_prune.kernels.triton.attend import decode, decodes
 

@@ -83,6 +83,9 @@ class PackedKeys:
     """(batch, num_kv_heads, length, head_dim), as if nothing had been evicted."""
     pattern: BlockPattern
     """The pattern that the cache evicted by."""
+    first: tuple[Tensor, Tensor] | None = None
+    """The first tokens' keys and values, whose queries attend to all of them: (batch, num_kv_heads, length, head_dim)
+    each. None: there were tokens before, and `attend` knows what is held of them."""
 
     def __getattr__(self, name: str) -> NoReturn:
         raise AttributeError(_misused(name))

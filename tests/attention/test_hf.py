@@ -18,6 +18,8 @@ from transformers import (
     EncoderDecoderModel,
     Gemma2Config,
     Gemma2ForCausalLM,
+    Gemma4ForCausalLM,
+    Gemma4TextConfig,
     GPT2Config,
     GPT2LMHeadModel,
     GptOssConfig,
@@ -167,6 +169,40 @@ def test_cross_attention_sees_no_padding_when_source_and_target_are_equally_long
     assert torch.equal(model(**inputs).logits, expected)
 
 
+@torch.no_grad()
+def test_heads_are_the_layers_own_where_a_decoder_has_other_ones():
+    torch.manual_seed(0)
+    size = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 4}
+    model = BartForConditionalGeneration(BartConfig(vocab_size=50, init_std=0.3, **size, **heads)).eval()
+    inputs = {"input_ids": tokens(), "decoder_input_ids": tokens().flip(1)}
+    expected = model(**inputs).logits
+    handles = attach(model)
+    assert [(handle.num_heads, handle.num_kv_heads) for handle in handles] == [(2, 2), (4, 4)]
+    set_patterns(handles, "sparse")
+    torch.testing.assert_close(model(**inputs).logits, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("padding", [False, True])
+@pytest.mark.parametrize("last", [1, 3, 12])
+@torch.no_grad()
+def test_layers_that_share_keys_may_leave_out_queries(last, padding):
+    torch.manual_seed(0)
+    kinds = {"layer_types": ["sliding_attention", "full_attention"] * 2, "num_kv_shared_layers": 2}
+    sizes = {"head_dim": 8, "global_head_dim": 8, "vocab_size_per_layer_input": 50, "hidden_size_per_layer_input": 8}
+    config = Gemma4TextConfig(sliding_window=6, **kinds, **sizes, **SMALL | {"num_hidden_layers": 4})
+    model, ids = Gemma4ForCausalLM(config).eval(), tokens()
+    inputs = {"attention_mask": torch.ones_like(ids), "use_cache": False}
+    inputs["attention_mask"][0, : 5 * padding] = 0
+    expected = model(ids, logits_to_keep=last, **inputs).logits
+    handles = attach(model)
+    torch.testing.assert_close(model(ids, logits_to_keep=last, **inputs).logits, expected, atol=1e-4, rtol=1e-4)
+    set_patterns(handles, "sparse", density=0.3)
+    expected = model(ids, **inputs).logits[:, -last:]
+    torch.testing.assert_close(model(ids, logits_to_keep=last, **inputs).logits, expected, atol=1e-4, rtol=1e-4)
+    model(ids[:, :6], logits_to_keep=1)  # as many keys as a window leaves
+
+
 def test_vision_transformer_is_reached():
     torch.manual_seed(0)
     config = ViTConfig(
@@ -231,8 +267,17 @@ def test_keys_that_a_cache_dropped_are_missed_even_where_no_window_is_told(name)
 def test_a_window_that_drops_keys_is_refused_unless_the_cache_knows_positions():
     model, ids = make("mistral, sliding window"), tokens()
     set_patterns(attach(model), "sparse", density=0.3)
-    with pytest.raises(ValueError, match=r"layers\.0\.self_attn.*PatternCache"):
-        model.generate(ids, max_new_tokens=2, do_sample=False)
+    settings = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
+    for prompt in (ids, ids[:, :3]):
+        with pytest.raises(ValueError, match=r"layers\.0\.self_attn.*PatternCache.*DynamicCache\(\)"):
+            model.generate(prompt, **settings)
+        expected = model.generate(prompt, use_cache=False, **settings)
+        for cache in (DynamicCache(), PatternCache(model)):
+            assert torch.equal(model.generate(prompt, past_key_values=cache, **settings), expected)
+    own = torch.ones(2, 1, 1, 6, dtype=torch.bool)  # as wide as the window: it does not tell what was dropped
+    cache = model(ids[:, :7]).past_key_values
+    with pytest.raises(ValueError, match="may have dropped keys"):
+        model(ids[:, 7:8], attention_mask=own, past_key_values=cache)
 
 
 @torch.no_grad()
