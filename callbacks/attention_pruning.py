@@ -18,6 +18,7 @@ from sparse_prune.callbacks.sparsity_logger import SparsityLogger
 from typing_extensions import override
 
 from sparse_prune.distillation import Distillation
+from sparse_prune.pattern import whole_number
 from sparse_prune.pruner import AttentionPruner, Criterion, PruneReport, Reduce
 from sparse_prune.ranks import sum_over_ranks
 from sparse_prune.schedules import Schedule
@@ -76,13 +77,14 @@ class AttentionPruning(pl.Callback):
         module: str | None = None,
         distillation: Distillation | None = None,
     ) -> None:
-        if not isinstance(every_n_steps, int) or every_n_steps < 1:
+        steps = whole_number(every_n_steps)
+        if steps is None or steps < 1:
             raise ValueError(f"`every_n_steps` must be a whole number of at least 1, got {every_n_steps!r}.")
         if distillation is not None and not isinstance(distillation, Distillation):
             raise TypeError(
                 f"`distillation` must be a Distillation or None, got {distillation!r}. Write Distillation()."
             )
-        self.every_n_steps = every_n_steps
+        self.every_n_steps = steps
         self.module = module
         self.distillation = distillation
         self.pruner = AttentionPruner(

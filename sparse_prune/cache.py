@@ -22,7 +22,8 @@ class PatternCache(Cache):  # type: ignore[misc]
 
     Per layer and KV head it holds the key blocks that any of the head's queries may still attend to
     (`BlockPattern.needed_after`) and frees the others: sinks, the head's reach, kept columns. Layers without a
-    pattern hold everything, and so do those whose keys other layers use again (Gemma 3n). Outputs are those of the same patterns with a cache that evicts nothing.
+    pattern hold everything, and so do those whose keys other layers use again (Gemma 3n). Outputs are those of the same
+    patterns with a cache that evicts nothing.
 
         model.generate(**inputs, past_key_values=PatternCache(model))
 
@@ -280,7 +281,7 @@ def _check_own_cache(model: nn.Module, reuses: list[bool]) -> None:
     if others:
         raise ValueError(
             f"`model` must cache keys and values of each of its {len(reuses)} layers and nothing else, got "
-            f"{', '.join(sorted(others))}: its layers share keys, or keep other states. Use the model's own cache."
+            f"{', '.join(sorted(others))}: some keep other states, or share keys. Use the model's own cache."
         )
 
 

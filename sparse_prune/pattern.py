@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -14,18 +15,24 @@ def num_blocks(length: int, block: int) -> int:
     return -(-length // block)
 
 
+def whole_number(value: object) -> int | None:
+    """A whole number of any type, NumPy's included, as an int; None if it is none. True and False are none."""
+    return int(value) if isinstance(value, Integral) and not isinstance(value, bool) else None
+
+
 def check_block_size(block_size: int | tuple[int, int]) -> tuple[int, int]:
     """Normalise a block size to (query tokens, key tokens).
 
     Raises:
         ValueError: If a side is not positive, or if neither side divides the other.
     """
-    sides = tuple(block_size) if isinstance(block_size, tuple | list) else (block_size, block_size)
-    if len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
+    given = block_size if isinstance(block_size, tuple | list) else (block_size, block_size)
+    sides = [whole_number(side) or 0 for side in given]
+    if len(sides) != 2 or min(sides) < 1:
         raise ValueError(f"`block_size` must be a positive int or two of them, got {block_size!r}.")
     if max(sides) % min(sides):
         raise ValueError(
-            f"One side of `block_size` must divide the other, got {sides}. "
+            f"One side of `block_size` must divide the other, got {tuple(sides)}. "
             f"Use ({min(sides)}, {min(sides)}) or a multiple such as ({2 * min(sides)}, {min(sides)})."
         )
     return sides[0], sides[1]

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparse_prune.attention import attach
+from sparse_prune.attention import attach, detach
+from sparse_prune.evaluation import handles_of
 from sparse_prune.passkey import passkey_prompt
 
 _BLOCK = 32
@@ -24,7 +25,8 @@ def retrieval_scores(model: Any, tokenizer: Any, length: int, prompts: int = 4, 
     (arXiv:2410.10819) finds them by training gates, here the probe of block statistics sees them at once.
 
     Args:
-        model: A causal transformers model in eval mode; its layers are watched in the mode that they are in.
+        model: A causal transformers model in eval mode. Layers that were taken over are watched in the mode that they
+            are in; if none was, all are taken over meanwhile.
         tokenizer: Its tokenizer.
         length: Tokens per prompt.
         prompts: How many, with keys at evenly spread depths.
@@ -38,7 +40,8 @@ def retrieval_scores(model: Any, tokenizer: Any, length: int, prompts: int = 4, 
     """
     if prompts < 1:
         raise ValueError(f"`prompts` must be at least 1, got {prompts}.")
-    handles, digits = attach(model), random.Random(seed)
+    own, digits = handles_of(model), random.Random(seed)
+    handles = own or attach(model)
     before = [(handle.probe_block_size, handle.statistics) for handle in handles]
     scores = {handle.name: torch.zeros(handle.num_heads, dtype=torch.float64) for handle in handles}
     try:
@@ -58,6 +61,8 @@ def retrieval_scores(model: Any, tokenizer: Any, length: int, prompts: int = 4, 
     finally:
         for handle, (block_size, statistics) in zip(handles, before, strict=True):
             handle.probe_block_size, handle.statistics = block_size, statistics
+        if not own:
+            detach(model)
     return scores
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sparse_prune.pattern import BlockPattern
+from sparse_prune.pattern import BlockPattern, whole_number
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,8 +59,10 @@ class Constraints:
 
     def __post_init__(self) -> None:
         for name in ("sink_blocks", "recent_blocks"):
-            if not isinstance(getattr(self, name), int):
+            count = whole_number(getattr(self, name))
+            if count is None:
                 raise TypeError(f"`{name}` must be a whole number of blocks, got {getattr(self, name)!r}.")
+            object.__setattr__(self, name, count)
         for name in ("share_kv_groups", "fill_reach", "regrow"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"`{name}` must be True or False, got {getattr(self, name)!r}.")

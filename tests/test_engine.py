@@ -1,5 +1,6 @@
 import itertools
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -455,6 +456,7 @@ def test_diagonal_of_which_nothing_is_known_stays():
     "arguments",
     [
         {"sink_blocks": 1.5},
+        {"sink_blocks": True},
         {"recent_blocks": "1"},
         {"regrow": "no"},
         {"protected_layers": "model.layers.0"},
@@ -481,10 +483,18 @@ def test_a_pruner_names_what_should_have_been_a_schedule_or_constraints(argument
         AttentionPruner(**arguments)
 
 
-@pytest.mark.parametrize("size", ["64", 64.0, (64, 64.0), (64,), 0])
+@pytest.mark.parametrize("size", ["64", 64.0, (64, 64.0), (64,), 0, True])
 def test_a_block_size_that_is_none_is_refused(size):
     with pytest.raises(ValueError, match="`block_size` must be a positive int or two of them"):
         AttentionPruner(ConstantSchedule(final=0.5), block_size=size)
+
+
+def test_counts_of_numpy_become_ints():
+    constraints = Constraints(sink_blocks=np.int64(2), recent_blocks=np.int32(1))
+    pruner = AttentionPruner(ConstantSchedule(final=0.5), block_size=np.int64(8), constraints=constraints)
+    counts = [constraints.sink_blocks, constraints.recent_blocks, *pruner.block_size]
+    assert counts == [2, 1, 8, 8]
+    assert {type(count) for count in counts} == {int}
 
 
 def test_regrowth_and_hysteresis():

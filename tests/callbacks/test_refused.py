@@ -1,5 +1,6 @@
 """Trainers under which pruning would fail late, or be lost, are refused before training."""
 
+import numpy as np
 import pytest
 from tiny import TinyModule, batches, pruning, trainer
 
@@ -10,6 +11,12 @@ def test_a_trainer_of_the_other_package_is_refused_by_name():
     message = r"got lightning\.pytorch\.trainer\.trainer\.Trainer\. Write `import pytorch_lightning as pl`"
     with pytest.raises(TypeError, match=message):
         pruning().setup(other(), TinyModule(), "fit")
+
+
+def test_steps_of_numpy_are_counted_and_true_is_no_count():
+    assert type(pruning(every_n_steps=np.int64(10)).every_n_steps) is int
+    with pytest.raises(ValueError, match="`every_n_steps` must be a whole number"):
+        pruning(every_n_steps=True)
 
 
 @pytest.mark.parametrize("strategy", ["ddp_spawn", "ddp_fork", "ddp_notebook"])

@@ -6,7 +6,7 @@ from sparse_prune.recipes.causal_lm.pretrained import load_model
 from sparse_prune.recipes.finetune.pretrained import load_tokenizer
 
 from sparse_prune import AttentionPruner, ConstantSchedule, Constraints
-from sparse_prune.attention import attach
+from sparse_prune.attention import attach, detach, handle_of
 from sparse_prune.passkey import passkey_prompt
 from sparse_prune.retrieval_heads import retrieval_heads, retrieval_scores
 
@@ -58,6 +58,11 @@ def test_watching_leaves_no_trace(tiny_model):
     before = handles[0].statistics
     retrieval_scores(model, tokenizer, 300, prompts=2)
     assert handles[0].statistics is before
+    detach(model)
+    own = model.config._attn_implementation
+    assert len(retrieval_scores(model, tokenizer, 300, prompts=1)) == len(handles)
+    assert model.config._attn_implementation == own
+    assert not any(handle_of(module) for module in model.modules())
     assert [handle.probe_block_size for handle in handles] == [(8, 8), None]
     with pytest.raises(ValueError, match="`prompts`"):
         retrieval_scores(model, tokenizer, 300, prompts=0)
