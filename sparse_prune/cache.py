@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -275,8 +274,9 @@ class PatternLayer(CacheLayerMixin):  # type: ignore[misc]
 def _check_own_cache(model: nn.Module, reuses: list[bool]) -> None:
     """The model's own cache must hold keys and values of every layer that does not use another's, and nothing else."""
     own = [type(layer).__name__ for layer in DynamicCache(config=model.config).layers]
-    own += ["nothing"] * (len(reuses) - len(own))
-    held = {kind for kind, reuse in itertools.zip_longest(own, reuses, fillvalue=False) if not reuse}
+    short = len(reuses) - len(own)
+    kinds = zip(own + ["nothing"] * short, reuses + [False] * -short, strict=True)
+    held = {kind for kind, reuse in kinds if not reuse}
     others = held - {DynamicLayer.__name__, DynamicSlidingWindowLayer.__name__}
     if others:
         raise ValueError(
