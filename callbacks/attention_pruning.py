@@ -31,11 +31,12 @@ class AttentionPruning(pl.Callback):
     """Prunes the attention connections of the model under a schedule while it trains.
 
     One of these in `Trainer(callbacks=[...])` is enough: unless they are given as well, it adds a `KernelSwap`
-    and a `SparsityLogger` with their defaults. Callbacks run in order, so these two are moved behind it if they stand in
+    and a `SparsityLogger` with their defaults. Callbacks run in order, so these two are moved behind it if they are in
     front. More than one is refused.
 
     Steps of the schedule count from the run's first, those before a resume included; shares are those of
-    `Trainer.estimated_stepping_batches`. A resumed run keeps the steps that they came to, whatever its `max_steps`.
+    `Trainer.estimated_stepping_batches`, or of what a `GradientAccumulationScheduler` makes of them. A resumed run
+    keeps the steps that they came to, whatever its `max_steps`.
 
     Args:
         sparsity: Schedule of the share of possible blocks to prune, over all layers.
@@ -138,8 +139,8 @@ class AttentionPruning(pl.Callback):
         if stage != "fit" and trainer.ckpt_path is not None and not self._resumed:
             log.warning(
                 "The checkpoint %s holds no pruning, as it is of a dense run or was saved with "
-                "`save_weights_only=True`: its weights ran with the patterns that the model had already, dense where it "
-                "had none. Pass a whole checkpoint of the pruned run.",
+                "`save_weights_only=True`: its weights ran with the patterns that the model had already, or dense "
+                "without any. Pass a whole checkpoint of the pruned run.",
                 trainer.ckpt_path,
             )
 
