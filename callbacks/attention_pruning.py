@@ -277,7 +277,7 @@ def _line_up(callbacks: list[pl.Callback]) -> None:
 
     Lightning walks the list while it calls `setup`: what comes to stand behind this callback is set up as well.
     """
-    for kind, leaders in ((KernelSwap, AttentionPruning), (SparsityLogger, (AttentionPruning, KernelSwap))):
+    for kind, leaders in ((KernelSwap, (AttentionPruning,)), (SparsityLogger, (AttentionPruning, KernelSwap))):
         last = max(index for index, callback in enumerate(callbacks) if isinstance(callback, leaders))
         early = [callback for callback in callbacks[:last] if isinstance(callback, kind)]
         if not any(isinstance(callback, kind) for callback in callbacks):
