@@ -13,7 +13,7 @@ from sparse_prune.callbacks.distilling import DistilledStep
 from sparse_prune.callbacks.kernel_swap import KernelSwap
 from sparse_prune.callbacks.refused import refuse_trainer
 from sparse_prune.callbacks.run_length import in_steps, steps_of_run, warn_of_begin, warn_of_end
-from sparse_prune.callbacks.schedule_checks import warn_of_change, warn_of_reach
+from sparse_prune.callbacks.schedule_checks import warn_of_change, warn_of_reach, warn_of_return
 from sparse_prune.callbacks.sparsity_logger import SparsityLogger
 from typing_extensions import override
 
@@ -32,10 +32,12 @@ class AttentionPruning(pl.Callback):
     """Prunes the attention connections of the model under a schedule while it trains.
 
     One of these in `Trainer(callbacks=[...])` is enough: unless they are given as well, it adds a `KernelSwap`
-    and a `SparsityLogger` with their defaults. More than one is refused.
+    and a `SparsityLogger` with their defaults. Callbacks run in order, so these two are moved behind it if they are in
+    front. More than one is refused.
 
     Steps of the schedule count from the run's first, those before a resume included; shares are those of
-    `Trainer.estimated_stepping_batches`. A resumed run keeps the steps that they came to, whatever its `max_steps`.
+    `Trainer.estimated_stepping_batches`, or of what a `GradientAccumulationScheduler` makes of them. A resumed run
+    keeps the steps that they came to, whatever its `max_steps`.
 
     Args:
         sparsity: Schedule of the share of possible blocks to prune, over all layers.
@@ -104,6 +106,7 @@ class AttentionPruning(pl.Callback):
         self.report: PruneReport | None = None
         """The latest decision."""
         self._last_step = 0  # the latest optimizer step seen
+        self._resumed = False  # whether the checkpoint of the fit or evaluation that runs held pruning
         self._watching = False  # whether the batch is probed
         self._scale = 1.0  # the gradient scale before the batch
         self._distilled: DistilledStep | None = None
@@ -111,16 +114,11 @@ class AttentionPruning(pl.Callback):
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         refuse_trainer(trainer, AttentionPruning, stage)
-        # What `configure_model` builds or shards is there only after it ran, which is after this hook.
-        if stage == "fit" and not is_overridden("configure_model", pl_module):
+        self._resumed = False
+        # What the module's own `setup` and `configure_model` build, wrap or shard is there only after this hook.
+        if stage == "fit" and not any(is_overridden(hook, pl_module) for hook in ("setup", "configure_model")):
             self._attach(trainer, pl_module)
-        # Lightning walks this list while it calls `setup`: what is put in behind this one is set up as well.
-        callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        for kind in (KernelSwap, SparsityLogger):
-            if not any(isinstance(callback, kind) for callback in callbacks):
-                # The logger tells of swaps at the step at which they happen only if it stands behind them.
-                last = max(i for i, c in enumerate(callbacks) if c is self or isinstance(c, KernelSwap))
-                callbacks.insert(last + 1, kind())
+        _line_up(trainer.callbacks)  # type: ignore[attr-defined]
 
     @override
     def on_load_checkpoint(
@@ -137,6 +135,16 @@ class AttentionPruning(pl.Callback):
     @override
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._stop_teaching()
+
+    @override
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if stage != "fit" and trainer.ckpt_path is not None and not self._resumed:
+            log.warning(
+                "The checkpoint %s holds no pruning, as it is of a dense run or was saved with "
+                "`save_weights_only=True`: its weights ran with the patterns that the model had already, or dense "
+                "without any. Pass a whole checkpoint of the pruned run.",
+                trainer.ckpt_path,
+            )
 
     def _stop_teaching(self) -> None:
         if self._distilled is not None:
@@ -170,6 +178,7 @@ class AttentionPruning(pl.Callback):
         self._reckon(total)
         if self.report is None:
             warn_of_begin(self.pruner.schedule, trainer.global_step)
+            warn_of_return(self.pruner, trainer.global_step)
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]
             warn_of_end(self.pruner.schedule, total, self.every_n_steps, self.pruner.patience)
 
@@ -253,6 +262,7 @@ class AttentionPruning(pl.Callback):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._resumed = True
         self.pruner.load_state_dict(state_dict["pruner"])
         self._last_step = state_dict["last_step"]
         self.report = None if state_dict["report"] is None else PruneReport(**state_dict["report"])
@@ -262,6 +272,20 @@ class AttentionPruning(pl.Callback):
         before = state_dict.get("schedule", repr(self._schedule))
         if self.report is not None and before != repr(self._schedule):
             warn_of_change(before, self._schedule, bool(self.pruner.open_layers))
+
+
+def _line_up(callbacks: list[pl.Callback]) -> None:
+    """Swaps follow decisions, and the logger both, all in one batch; what is missing is added.
+
+    Lightning walks the list while it calls `setup`: what comes to stand behind this callback is set up as well.
+    """
+    for kind, leaders in ((KernelSwap, (AttentionPruning,)), (SparsityLogger, (AttentionPruning, KernelSwap))):
+        last = max(index for index, callback in enumerate(callbacks) if isinstance(callback, leaders))
+        early = [callback for callback in callbacks[:last] if isinstance(callback, kind)]
+        if not any(isinstance(callback, kind) for callback in callbacks):
+            early = [kind()]
+        before = [callback for callback in callbacks[: last + 1] if callback not in early]
+        callbacks[:] = [*before, *early, *callbacks[last + 1 :]]
 
 
 def _gradient_scale(trainer: pl.Trainer) -> float:

@@ -6,6 +6,7 @@ import logging
 import math
 
 import pytorch_lightning as pl
+from pytorch_lightning.callbacks import GradientAccumulationScheduler
 
 from sparse_prune.schedules import Schedule
 
@@ -22,8 +23,20 @@ def steps_of_run(trainer: pl.Trainer, pl_module: pl.LightningModule) -> int | No
         trainer: Its data are set up.
         pl_module: What it trains.
     """
-    total = trainer.estimated_stepping_batches
+    total = _estimated(trainer)
     return int(total) if pl_module.automatic_optimization and 1 <= total < math.inf else None
+
+
+def _estimated(trainer: pl.Trainer) -> float:
+    """Lightning's estimate, in which every epoch accumulates as many batches as its scheduler says."""
+    total = trainer.estimated_stepping_batches
+    callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    scheduler = next((found for found in callbacks if isinstance(found, GradientAccumulationScheduler)), None)
+    batches, epochs = trainer.num_training_batches, trainer.max_epochs
+    if scheduler is None or epochs is None or epochs < 1 or batches == math.inf:
+        return total
+    steps = sum(math.ceil(batches / scheduler.get_accumulate_grad_batches(epoch)) for epoch in range(epochs))
+    return steps if trainer.max_steps == -1 else min(steps, trainer.max_steps)
 
 
 def in_steps(schedule: Schedule, total: int | None) -> Schedule:

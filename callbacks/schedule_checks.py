@@ -31,6 +31,25 @@ def warn_of_reach(pruner: AttentionPruner) -> None:
         )
 
 
+def warn_of_return(pruner: AttentionPruner, step: int) -> None:
+    """Say so if a model that was pruned before gets connections back.
+
+    Args:
+        pruner: It is attached and has made no decision; its schedule is in optimizer steps.
+        step: Optimizer steps taken.
+    """
+    if pruner.sparsity is None or pruner.total_sparsity <= pruner.sparsity(step + 1) + 0.01:
+        return
+    log.warning(
+        "The model comes with %.1f %% of its attention pruned, and the schedule begins at %.1f %%: the first decision "
+        "gives connections back. Let it begin where the model is (`initial=%.2f`), or leave AttentionPruning out to "
+        "train with the patterns.",
+        100 * pruner.total_sparsity,
+        100 * pruner.sparsity(step + 1),
+        pruner.total_sparsity,
+    )
+
+
 def warn_of_change(before: str, schedule: Schedule, open_layers: bool) -> None:
     """Tell that a resumed run has another schedule than the one that was saved.
 

@@ -63,8 +63,7 @@ class SparsityLogger(pl.Callback):
         every_n_decisions: Decisions between pictures of the atlas and frames of the history.
 
     Raises:
-        ValueError: If `every_n_decisions` is below 1, or, when a fit begins, if it does not stand behind
-            `AttentionPruning` and `KernelSwap` in the Trainer's callbacks.
+        ValueError: If `every_n_decisions` is below 1, or, when a fit begins, if the Trainer has no `AttentionPruning`.
     """
 
     def __init__(self, images: bool = True, every_n_decisions: int = 5) -> None:
@@ -89,7 +88,7 @@ class SparsityLogger(pl.Callback):
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage == "fit":
-            _check_order(trainer, self)
+            find_pruning(trainer)
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -244,18 +243,6 @@ class SparsityLogger(pl.Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._logged_step, self._logged_swaps = state_dict["logged_step"], state_dict["logged_swaps"]
         self._decisions, self._drawn = state_dict["decisions"], state_dict["drawn"]
-
-
-def _check_order(trainer: pl.Trainer, logger: SparsityLogger) -> None:
-    """Callbacks run in order: in front of the others, the logger would be a batch late, and miss what the last does."""
-    callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    watched = [find_pruning(trainer), *(callback for callback in callbacks if isinstance(callback, KernelSwap))]
-    late = [type(callback).__name__ for callback in watched if callbacks.index(callback) > callbacks.index(logger)]
-    if late:
-        raise ValueError(
-            f"`Trainer(callbacks=...)` must hold SparsityLogger behind {' and '.join(late)}, got it in front. "
-            "Callbacks run in order: move it to the end."
-        )
 
 
 def _swap(trainer: pl.Trainer) -> KernelSwap:

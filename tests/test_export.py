@@ -2,6 +2,7 @@ import json
 import os
 import platform
 import shutil
+from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
@@ -447,6 +448,11 @@ def adapted(model):
     attention.q_proj = Adapter(attention.q_proj)
 
 
+def adapted_and_quantized(model):
+    adapted(model)
+    model.config.quantization_config = SimpleNamespace(quant_method="bitsandbytes")
+
+
 def other_head(model):
     model.lm_head = torch.nn.Sequential(torch.nn.Linear(32, 8), torch.nn.Linear(8, 50))
 
@@ -472,6 +478,7 @@ def quantized(model):
     ("change", "named"),
     [
         (adapted, r"none for model.layers.0.self_attn.q_proj.weight; also .*lora.bias"),
+        (adapted_and_quantized, r"also model.layers.0.self_attn.q_proj.base_layer.weight"),
         (other_head, r"none for lm_head.weight; also lm_head.0.bias"),
         (larger_head, r"other shapes for lm_head.weight"),
         (normed, r"none for model.layers.1.mlp.down_proj.weight; also .*original0"),

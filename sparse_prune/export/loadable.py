@@ -29,23 +29,29 @@ def loadable(model: Any) -> Any:
             f"`model` must be of a class of transformers, so that `load` can make it again, got "
             f"{kind.__module__}.{kind.__qualname__}. {merging if hasattr(model, 'merge_and_unload') else plain}"
         )
-    # A quantizer puts layers of its own into a model while it is loaded.
-    if quantization(model) in (None, "gguf"):
-        twin = empty_twin(model)
-        found, wanted = _shapes(model), _shapes(twin)
-        difference = _difference(
-            missing=wanted.keys() - found.keys(),
-            unexpected=found.keys() - wanted.keys(),
-            reshaped=[name for name in wanted.keys() & found.keys() if wanted[name] != found[name]],
-            shared=_shared(model) - _shared(twin),
+    if difference := _from_its_class(model):
+        raise ValueError(
+            f"`model` must have the weights of {kind.__name__}, so that `load` can make it again, got "
+            f"{difference}. Merge adapters, give it its own layers back, tie weights by its configuration, or "
+            "save the patterns alone with `save_patterns`."
         )
-        if difference:
-            raise ValueError(
-                f"`model` must have the weights of {kind.__name__}, so that `load` can make it again, got "
-                f"{difference}. Merge adapters, give it its own layers back, tie weights by its configuration, or "
-                "save the patterns alone with `save_patterns`."
-            )
     return model
+
+
+def _from_its_class(model: Any) -> str:
+    """In what its weights differ from those of its class; empty if in nothing."""
+    found = _shapes(model)
+    if quantization(model) not in (None, "gguf"):
+        # The quantizer put layers of its own into the model while it was loaded. Adapters keep those as `base_layer`.
+        return _difference(missing=(), unexpected=[name for name in found if ".base_layer." in name], reshaped=())
+    twin = empty_twin(model)
+    wanted = _shapes(twin)
+    return _difference(
+        missing=wanted.keys() - found.keys(),
+        unexpected=found.keys() - wanted.keys(),
+        reshaped=[name for name in wanted.keys() & found.keys() if wanted[name] != found[name]],
+        shared=_shared(model) - _shared(twin),
+    )
 
 
 def check_loaded(kind: type[Any], report: Mapping[str, Any]) -> None:

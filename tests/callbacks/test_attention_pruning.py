@@ -475,6 +475,38 @@ class Late(TinyModule):
             self.model = tiny_llama()
 
 
+class Wrapping(TinyModule):
+    """Puts its model into another one in `setup`, as adapters are."""
+
+    def setup(self, stage):
+        if not isinstance(self.model, Wrapped):
+            self.model = Wrapped(self.model or tiny_llama())
+
+
+class Wrapped(torch.nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, **inputs):
+        return self.inner(**inputs)
+
+
+@pytest.mark.parametrize("built", [True, False])
+def test_layers_are_those_that_setup_made(tmp_path, built):
+    module, again = Wrapping(), Wrapping()
+    if not built:
+        module.model = again.model = None
+    first, second = pruning(), pruning()
+    fit = trainer(tmp_path, [first, KernelSwap("gather")], steps=3)
+    fit.fit(module, batches())
+    assert list(first.pruner.patterns) == [f"model.inner.model.layers.{i}.self_attn" for i in (0, 1)]
+    fit.save_checkpoint(tmp_path / "a.ckpt")
+    resumed = trainer(tmp_path, [second, KernelSwap("gather")], steps=4)
+    resumed.fit(again, batches(), ckpt_path=tmp_path / "a.ckpt", weights_only=False)
+    assert second.report.step == 4
+
+
 def test_learning_rate_is_found_before_there_is_a_model(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     callback, module = pruning(), Late()

@@ -16,6 +16,7 @@ def trained(tmp_path_factory):
     savers = [ModelCheckpoint(folder, filename=f"at{step}", every_n_train_steps=step) for step in (4, 12)]
     fit = trainer(folder, [pruning(), KernelSwap("gather"), *savers], enable_checkpointing=True)
     fit.fit(module, batches())
+    fit.save_checkpoint(folder / "weights.ckpt", weights_only=True)
     dense = trainer(folder, [], steps=1)
     dense.fit(TinyModule(), batches())
     dense.save_checkpoint(folder / "dense.ckpt")
@@ -66,3 +67,16 @@ def test_what_holds_no_pruning_of_this_model_is_refused(trained, tmp_path):
     for missing in (tmp_path / "none.ckpt", tmp_path):
         with pytest.raises(FileNotFoundError, match="`path` must be a checkpoint, got"):
             restore_patterns(TinyModule(), missing)
+
+
+@pytest.mark.parametrize(("name", "told"), [("weights", True), ("dense", True), ("at12", False)])
+def test_a_checkpoint_that_brings_no_patterns_to_an_evaluation_is_told(trained, tmp_path, caplog, name, told):
+    folder, _ = trained
+    callback, path = pruning(), folder / f"{name}.ckpt"
+    run = trainer(tmp_path, [callback, KernelSwap("gather")])
+    run.test(TinyModule(), batches(4), ckpt_path=path, verbose=False)
+    assert (f"The checkpoint {path} holds no pruning" in caplog.text) == told
+    assert bool(callback.pruner.patterns) != told
+    caplog.clear()
+    run.test(TinyModule(), batches(4), verbose=False)
+    assert "holds no pruning" not in caplog.text

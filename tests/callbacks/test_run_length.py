@@ -2,7 +2,7 @@
 
 import pytest
 from jsonargparse import ArgumentParser
-from pytorch_lightning.callbacks import Callback, ModelCheckpoint
+from pytorch_lightning.callbacks import Callback, GradientAccumulationScheduler, ModelCheckpoint
 from sparse_prune.callbacks import AttentionPruning, KernelSwap
 from sparse_prune.callbacks.run_length import earliest_settling
 from tiny import BLOCK, TinyModule, batches, pruning, trainer
@@ -38,6 +38,17 @@ def run(path, callback, steps=6, ckpt=None, extra=(), **changes):
 def test_a_share_is_that_of_the_optimizer_steps(tmp_path, changes):
     steps = CubicSchedule(final=0.4, end_step=6)
     assert run(tmp_path, in_shares(), **changes) == [steps(step) for step in range(1, 13)]
+
+
+@pytest.mark.parametrize(("steps", "end"), [(-1, 7), (4, 2)])
+def test_a_run_whose_accumulation_changes_is_counted_epoch_by_epoch(tmp_path, steps, end):
+    callback, scheduler = in_shares(), GradientAccumulationScheduler({0: 1, 1: 4, 2: 7})
+    fit = trainer(
+        tmp_path, [callback, KernelSwap("gather"), scheduler], steps=steps, max_epochs=3, limit_train_batches=9
+    )
+    fit.fit(TinyModule(), batches())
+    assert fit.global_step == (14 if steps == -1 else steps)
+    assert callback.pruner.schedule.end_step == end
 
 
 def test_a_threshold_may_ramp_over_a_share_too(tmp_path):

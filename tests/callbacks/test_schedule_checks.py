@@ -3,10 +3,10 @@
 import logging
 
 import pytest
-from sparse_prune.callbacks import KernelSwap
-from tiny import TinyModule, batches, pruning, trainer
+from sparse_prune.callbacks import AttentionPruning, KernelSwap
+from tiny import BLOCK, TinyModule, batches, pruning, trainer
 
-from sparse_prune import Constraints
+from sparse_prune import Constraints, CubicSchedule
 
 
 def warnings(caplog, words):
@@ -42,6 +42,21 @@ def test_another_schedule_on_resume_is_told(tmp_path, caplog, saved, settled):
         told = warnings(caplog, "The schedule was")
         assert len(told) == changed
         assert not changed or ("changes nothing" in told[0]) == settled
+
+
+@pytest.mark.parametrize(
+    ("second", "back"),
+    [(CubicSchedule(final=0.5, end_step=4), True), (CubicSchedule(final=0.5, end_step=4, initial=0.4), False)],
+)
+def test_connections_that_a_pruned_model_gets_back_are_told(tmp_path, caplog, second, back):
+    module = TinyModule()
+    trainer(tmp_path, [pruning(), KernelSwap("gather")]).fit(module, batches())
+    words = "the first decision gives connections back"
+    assert not warnings(caplog, words)
+    callback = AttentionPruning(second, block_size=BLOCK, every_n_steps=1)
+    trainer(tmp_path, [callback, KernelSwap("gather")], steps=1).fit(module, batches())
+    assert bool(warnings(caplog, words)) == back
+    assert (callback.pruner.total_sparsity < 0.39) == back
 
 
 def test_a_backend_that_cannot_train_here_ends_the_run_before_its_first_step(tmp_path):

@@ -361,17 +361,37 @@ def test_the_last_swaps_are_logged_behind_a_given_swap(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("kinds", "late"),
+    "kinds",
     [
-        ((SparsityLogger, AttentionPruning), "AttentionPruning"),
-        ((AttentionPruning, SparsityLogger, KernelSwap), "KernelSwap"),
-        ((SparsityLogger, KernelSwap, AttentionPruning), "AttentionPruning and KernelSwap"),
+        (SparsityLogger, AttentionPruning),
+        (AttentionPruning, SparsityLogger, KernelSwap),
+        (SparsityLogger, KernelSwap, AttentionPruning),
     ],
 )
-def test_a_logger_in_front_of_what_it_watches_is_refused(tmp_path, kinds, late):
-    callbacks = [pruning() if kind is AttentionPruning else kind() for kind in kinds]
-    with pytest.raises(ValueError, match=f"SparsityLogger behind {late}, got it in front"):
-        trainer(tmp_path, callbacks).fit(TinyModule(), batches())
+def test_callbacks_are_put_into_their_order(tmp_path, kinds):
+    callbacks = {kind: pruning() if kind is AttentionPruning else kind() for kind in kinds}
+    last = pl.Callback()
+    fit = trainer(tmp_path, [*callbacks.values(), last], steps=1)
+    fit.fit(TinyModule(), batches())
+    order = (AttentionPruning, KernelSwap, SparsityLogger)
+    found = [callback for callback in fit.callbacks if isinstance(callback, order)]
+    assert tuple(type(callback) for callback in found) == order
+    assert set(callbacks.values()) <= set(found)
+    assert fit.callbacks[-1] is last
+
+
+class Bringing(TinyModule):
+    """Lightning puts what `configure_callbacks` returns at the end, at every fit anew."""
+
+    def configure_callbacks(self):
+        return [pruning(final=0.1)]
+
+
+def test_callbacks_of_the_module_may_come_again(tmp_path):
+    fit, module = trainer(tmp_path, [], steps=2), Bringing()
+    for _ in range(2):
+        fit.fit(module, batches())
+    assert [type(callback) for callback in fit.callbacks] == [AttentionPruning, KernelSwap, SparsityLogger]
 
 
 @pytest.mark.parametrize("again", [copy.deepcopy, lambda logger: pickle.loads(pickle.dumps(logger))])
