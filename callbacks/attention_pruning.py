@@ -118,7 +118,12 @@ class AttentionPruning(pl.Callback):
         # What the module's own `setup` and `configure_model` build, wrap or shard is there only after this hook.
         if stage == "fit" and not any(is_overridden(hook, pl_module) for hook in ("setup", "configure_model")):
             self._attach(trainer, pl_module)
-        _line_up(trainer.callbacks)  # type: ignore[attr-defined]
+        # Lightning is walking this list, so that another takes its place; what is new in that is set up here.
+        given: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        trainer.callbacks = _in_order(given)  # type: ignore[attr-defined]
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if callback not in given:
+                callback.setup(trainer, pl_module, stage)
 
     @override
     def on_load_checkpoint(
@@ -274,18 +279,15 @@ class AttentionPruning(pl.Callback):
             warn_of_change(before, self._schedule, bool(self.pruner.open_layers))
 
 
-def _line_up(callbacks: list[pl.Callback]) -> None:
-    """Swaps follow decisions, and the logger both, all in one batch; what is missing is added.
-
-    Lightning walks the list while it calls `setup`: what comes to stand behind this callback is set up as well.
-    """
+def _in_order(callbacks: list[pl.Callback]) -> list[pl.Callback]:
+    """Swaps follow decisions, and the logger both, all in one batch; what is missing is added."""
     for kind, leaders in ((KernelSwap, (AttentionPruning,)), (SparsityLogger, (AttentionPruning, KernelSwap))):
-        last = max(index for index, callback in enumerate(callbacks) if isinstance(callback, leaders))
-        early = [callback for callback in callbacks[:last] if isinstance(callback, kind)]
+        behind = 1 + max(index for index, callback in enumerate(callbacks) if isinstance(callback, leaders))
+        early = [callback for callback in callbacks[:behind] if isinstance(callback, kind)]
         if not any(isinstance(callback, kind) for callback in callbacks):
             early = [kind()]
-        before = [callback for callback in callbacks[: last + 1] if callback not in early]
-        callbacks[:] = [*before, *early, *callbacks[last + 1 :]]
+        callbacks = [c for c in callbacks[:behind] if c not in early] + early + callbacks[behind:]
+    return callbacks
 
 
 def _gradient_scale(trainer: pl.Trainer) -> float:

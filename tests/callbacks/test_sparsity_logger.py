@@ -1,4 +1,5 @@
 import copy
+import itertools
 import json
 import logging
 import pickle
@@ -364,20 +365,25 @@ def test_the_last_swaps_are_logged_behind_a_given_swap(tmp_path):
     "kinds",
     [
         (SparsityLogger, AttentionPruning),
+        (SparsityLogger, AttentionPruning, KernelSwap),
         (AttentionPruning, SparsityLogger, KernelSwap),
         (SparsityLogger, KernelSwap, AttentionPruning),
     ],
 )
 def test_callbacks_are_put_into_their_order(tmp_path, kinds):
     callbacks = {kind: pruning() if kind is AttentionPruning else kind() for kind in kinds}
-    last = pl.Callback()
-    fit = trainer(tmp_path, [*callbacks.values(), last], steps=1)
+    set_up = []
+    others = [pl.callbacks.LambdaCallback(setup=lambda *_, stage, name=name: set_up.append(name)) for name in range(4)]
+    places = itertools.zip_longest(callbacks.values(), others)
+    given = [callback for place in places for callback in place if callback is not None]
+    fit = trainer(tmp_path, given, steps=1)
     fit.fit(TinyModule(), batches())
+    assert set_up == [0, 1, 2, 3]
     order = (AttentionPruning, KernelSwap, SparsityLogger)
     found = [callback for callback in fit.callbacks if isinstance(callback, order)]
     assert tuple(type(callback) for callback in found) == order
     assert set(callbacks.values()) <= set(found)
-    assert fit.callbacks[-1] is last
+    assert [callback for callback in fit.callbacks if callback in others] == others
 
 
 class Bringing(TinyModule):
