@@ -10,6 +10,7 @@ import pytorch_lightning as pl
 import torch
 from sparse_prune.callbacks.attention_pruning import AttentionPruning
 
+from sparse_prune.kernels import usable_backend
 from sparse_prune.pattern import BlockPattern
 from sparse_prune.pruner import AttentionPruner
 from sparse_prune.schedules import ConstantSchedule
@@ -50,8 +51,7 @@ def restore_patterns(
     pruner.attach(pl_module, module)
     pruner.load_state_dict(state)
     for layer in (state.layer for state in pruner.layers.values()):
-        if layer.backend == "triton" and not torch.cuda.is_available():
-            layer.backend = "gather"
+        layer.backend = usable_backend(layer.backend)
     return pruner.patterns
 
 
@@ -64,7 +64,7 @@ def _pruning_state(path: Path, weights_only: bool) -> dict[str, Any]:
     if name not in callbacks:
         raise ValueError(
             f"`path` must be a checkpoint of a run with {name}, got {str(path)!r} with the callbacks "
-            f"{sorted(callbacks)}. Patterns alone come from a pattern file: `sparse_prune.export.load_patterns`."
+            f"{sorted(callbacks)}. Patterns of a pattern file: `load_patterns` and `apply_patterns`."
         )
     state: dict[str, Any] = callbacks[name]["pruner"]
     return state

@@ -14,14 +14,15 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from sparse_prune.attention import PrunableAttention, attach, find_layers, handle_of
+from sparse_prune.attention import PrunableAttention, find_layers, handle_of
+from sparse_prune.attention.apply import fitting_layers
 from sparse_prune.attention.layer import Mode
 from sparse_prune.export.folder import carry_over, file_hash, obstacle, previous, whole_folder
 from sparse_prune.export.loadable import check_loaded, empty_twin, loadable, model_class, quantization
 from sparse_prune.export.patterns import describe_pruning, read_pattern_file, save_patterns
 from sparse_prune.export.sharded import is_sharded, plain_class, whole_weights
 from sparse_prune.first_rank import is_first_rank, on_first_rank
-from sparse_prune.kernels import BACKENDS
+from sparse_prune.kernels import BACKENDS, check_backend, usable_backend
 from sparse_prune.pattern import BlockPattern
 from sparse_prune.pruner import AttentionPruner
 
@@ -154,8 +155,8 @@ def load(
         ValueError: If a file was altered, or patterns, weights and model do not belong together; the message names what
             differs.
     """
-    if backend is not None and backend not in BACKENDS:
-        raise ValueError(f"`backend` must be one of {sorted(BACKENDS)}, got {backend!r}.")
+    if backend is not None:
+        check_backend(backend)
     if "output_loading_info" in options:
         raise ValueError("`output_loading_info` must be left out: weights that do not fit are an error. Remove it.")
     folder = _fetch(os.fspath(name), revision, token)
@@ -166,7 +167,10 @@ def load(
         )
     patterns, header = read_pattern_file(folder / PATTERN_FILE)
     if not _HEADER.issubset(header):
-        raise ValueError(f"{PATTERN_FILE} must belong to an export, got patterns alone. Use `load_patterns`.")
+        raise ValueError(
+            f"{PATTERN_FILE} must belong to an export, got patterns alone. Put them on a model with `load_patterns` "
+            "and `sparse_prune.attention.apply_patterns`."
+        )
     if verify:
         _verify(folder, header["files"])
     kind = model_class(header["model"]["class"])
@@ -356,29 +360,23 @@ def _apply(
     model: Any, patterns: Mapping[str, BlockPattern], layers: Mapping[str, Mapping[str, Any]], backend: str | None
 ) -> None:
     """Put patterns on a model. Nothing is changed if anything does not fit."""
-    handles = {handle.name: handle for handle in attach(model)}
-    if not set(patterns) <= set(handles) or set(patterns) != set(layers):
-        missing = sorted(set(patterns) - set(handles))
-        raise ValueError(
-            f"The patterns are of another model: it has layers {missing[:4]}, this one {list(handles)[:4]}."
-        )
-    for name, pattern in patterns.items():
-        _check_layer(handles[name], pattern, layers[name])
-    for name, pattern in patterns.items():
-        handle, part = handles[name], layers[name]
-        handle.pattern = pattern
+    handles = fitting_layers(model, patterns)
+    if patterns.keys() != layers.keys():
+        raise ValueError(f"The header must describe the layers that have patterns, got {sorted(layers)[:4]}.")
+    for name, handle in handles.items():
+        _check_layer(handle, layers[name])
+    for name, handle in handles.items():
+        part = layers[name]
+        handle.pattern = patterns[name]
         handle.mode = "sparse" if backend is not None and part["mode"] == "masked" else part["mode"]
-        usable = part["backend"] != "triton" or torch.cuda.is_available()
-        handle.backend = backend or (part["backend"] if usable else "gather")
+        handle.backend = backend or usable_backend(part["backend"])
 
 
-def _check_layer(handle: PrunableAttention, pattern: BlockPattern, part: Mapping[str, Any]) -> None:
-    there = (part["num_heads"], part["num_kv_heads"], pattern.num_heads, pattern.causal)
-    here = (handle.num_heads, handle.num_kv_heads, handle.num_heads, handle.causal)
-    if there != here:
+def _check_layer(handle: PrunableAttention, part: Mapping[str, Any]) -> None:
+    if part["num_kv_heads"] != handle.num_kv_heads:
         raise ValueError(
-            f"The patterns are of another model: layer {handle.name!r} has (query heads, key heads, heads in the "
-            f"pattern, causal) {there} there, {here} here."
+            f"The patterns are of another model: layer {handle.name!r} has {part['num_kv_heads']} key heads there, "
+            f"{handle.num_kv_heads} here."
         )
     if part["mode"] not in get_args(Mode) or part["backend"] not in BACKENDS:
         raise ValueError(

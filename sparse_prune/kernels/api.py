@@ -38,6 +38,19 @@ BACKENDS = {
 """Name -> implementation. 'gather', 'triton' and, on a GPU, 'flex' skip pruned blocks; the others mask them."""
 
 
+def check_backend(backend: str) -> None:
+    """Refuse what is no backend.
+
+    Args:
+        backend: One of `BACKENDS`.
+
+    Raises:
+        ValueError: If it is none.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"`backend` must be one of {sorted(BACKENDS)}, got {backend!r}.")
+
+
 def probe_attention(
     query: Tensor, key: Tensor, block_size: tuple[int, int], *, causal: bool, options: AttentionOptions
 ) -> BlockStatistics:
@@ -97,8 +110,7 @@ def block_sparse_attention(
     Raises:
         ValueError: If the backend is unknown or the shapes do not fit together; the message names which.
     """
-    if backend not in BACKENDS:
-        raise ValueError(f"`backend` must be one of {sorted(BACKENDS)}, got {backend!r}.")
+    check_backend(backend)
     options = options or AttentionOptions()
     _check(query, key, value, pattern, options)
     if not query.shape[0]:  # no sequences, nothing to tile: the reference takes any shape

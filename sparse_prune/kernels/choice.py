@@ -38,6 +38,15 @@ def skipping_backends(device: torch.device) -> tuple[str, ...]:
     return ("triton", "flex", "gather") if device.type == "cuda" else ("gather",)
 
 
+def usable_backend(backend: str) -> str:
+    """The backend itself, or "gather" in the place of "triton" where there is no GPU.
+
+    Args:
+        backend: One of `BACKENDS`.
+    """
+    return "gather" if backend == "triton" and not torch.cuda.is_available() else backend
+
+
 def check_trains(backend: str, device: torch.device) -> None:
     """Refuse a backend that cannot train on a device.
 
