@@ -13,9 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from sparse_prune.attention.found import FoundLayer, drop_handle, give_handle, handle_of, modules_of
-from sparse_prune.attention.hf_masks import expand, make_mask, may_lack_keys, window_of
+from sparse_prune.attention.hf_masks import boolean, expand, make_mask, may_lack_keys, window_of
 from sparse_prune.attention.layer import PrunableAttention
-from sparse_prune.attention.masks import is_bias, visible
 from sparse_prune.attention.packed import PackedKeys
 from sparse_prune.attention.softcap import softcapped
 from sparse_prune.attention.trial import BIAS, Calls
@@ -320,10 +319,12 @@ def _attend(
     softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    if module.config._attn_implementation == BESIDE_EAGER:  # the mask is whole
+    beside_eager = module.config._attn_implementation == BESIDE_EAGER
+    active = handle.mode != "dense" or handle.probe_block_size is not None
+    if attention_mask is not None and (beside_eager or active):
+        attention_mask = boolean(attention_mask)
+    if beside_eager:  # the mask is whole
         causal, is_causal = handle.causal, False
-        if attention_mask is not None and not is_bias(attention_mask):
-            attention_mask = visible(attention_mask)
     else:
         causal = bool(getattr(module, "is_causal", False)) if is_causal is None else is_causal
     if causal != handle.causal:
@@ -332,8 +333,8 @@ def _attend(
             "Set the module's `is_causal` before pruning starts."
         )
     _refuse_arguments(handle.name, kwargs, _REFUSED)
-    if handle.mode != "dense" or handle.probe_block_size is not None:
-        _refuse_float(handle, attention_mask)
+    if active:
+        _refuse_bias(handle, attention_mask)
     handle.sliding_window = kwargs.get("sliding_window")
     mask, window = _for_kernels(attention_mask, window_of(attention_mask, query.shape[2]), causal)
 
@@ -377,10 +378,9 @@ def _refuse_arguments(name: str, kwargs: dict[str, Any], refused: Iterable[str])
             )
 
 
-def _refuse_float(handle: PrunableAttention, mask: Tensor | None) -> None:
+def _refuse_bias(handle: PrunableAttention, mask: Tensor | None) -> None:
     if mask is not None and mask.dtype != torch.bool:
         raise ValueError(
-            f"Layer {handle.name!r} must get a boolean attention mask, got {mask.dtype}. "
-            "Pass the (batch, length) padding mask, or a boolean 4D mask. If the layer adds a bias to its mask, set "
-            "`example_input_array` on the LightningModule: the layer is then left dense."
+            f"Layer {handle.name!r} must get an attention mask that only hides keys, got one of {mask.dtype} that "
+            "adds a bias. Set `example_input_array` on the LightningModule: the layer is then left dense."
         )

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from sparse_prune.attention.masks import is_bias, visible
+
 _MADE = WeakTensorKeyDictionary()  # masks of `make_mask` -> their width
 
 
@@ -148,6 +150,23 @@ def may_lack_keys(mask: Tensor | None, q_len: int, kv_len: int, window: int | No
 
 def _root(mask: Tensor) -> Tensor:
     return mask if mask._base is None else mask._base
+
+
+_BOOLEAN = WeakTensorKeyDictionary()  # likewise
+
+
+def boolean(mask: Tensor) -> Tensor:
+    """A mask of zeros and what hides keys as a boolean one, looked at once per forward pass; others as they are."""
+    if mask.dtype == torch.bool:
+        return mask
+    found: Tensor | None
+    if torch.compiler.is_compiling():
+        found = None if is_bias(mask) else visible(mask)
+    elif mask in _BOOLEAN:
+        found = _BOOLEAN[mask]
+    else:
+        found = _BOOLEAN[mask] = None if is_bias(mask) else visible(mask)
+    return mask if found is None else found
 
 
 _EXPANDED = WeakTensorKeyDictionary()  # by the mask of a forward pass, which all its layers get

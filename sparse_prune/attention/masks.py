@@ -15,8 +15,8 @@ def visible(mask: Tensor) -> Tensor:
 
 
 def is_bias(mask: Tensor) -> bool:
-    """Whether a mask does more than hide keys. Reads its values."""
-    return mask.dtype != torch.bool and bool(((mask != 0) & (mask > HIDDEN)).any())
+    """Whether a mask does more than hide keys, or learns to. Reads its values."""
+    return mask.dtype != torch.bool and (mask.requires_grad or bool(((mask != 0) & (mask > HIDDEN)).any()))
 
 
 def hides_future(mask: Tensor) -> bool:

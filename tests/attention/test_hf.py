@@ -24,6 +24,8 @@ from transformers import (
     GPT2LMHeadModel,
     GptOssConfig,
     GptOssForCausalLM,
+    LayoutLMConfig,
+    LayoutLMModel,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -51,7 +53,7 @@ from transformers import (
 )
 from transformers.masking_utils import AttentionMaskInterface
 
-from sparse_prune import BlockPattern
+from sparse_prune import AttentionPruner, BlockPattern, ConstantSchedule
 from sparse_prune.attention import attach, detach, find_layers, hf, hf_masks, list_layers
 from sparse_prune.cache import PatternCache
 
@@ -360,11 +362,41 @@ def test_attaching_twice_gives_the_same_handles():
     assert list(find_layers(model)) == ["model.layers.0.self_attn", "model.layers.1.self_attn"]
 
 
-def test_float_mask_is_refused_with_the_layer_named():
+def test_a_float_mask_hides_what_a_boolean_one_hides():
+    model, ids = make("llama"), tokens()
+    set_patterns(attach(model), "masked")
+    shown = torch.ones(2, 1, LENGTH, LENGTH, dtype=torch.bool).tril()
+    shown[0, ..., 3] = False
+    added = torch.zeros(shown.shape).masked_fill(~shown, torch.finfo(torch.float32).min)
+    rows = slice(4, None)  # whose keys are not all hidden
+    expected = model(ids, attention_mask=shown).logits[:, rows]
+    assert not torch.allclose(expected[0], model(ids).logits[0, rows])
+    torch.testing.assert_close(model(ids, attention_mask=added).logits[:, rows], expected)
+
+
+@pytest.mark.parametrize(
+    "bias", [torch.full((2, 1, LENGTH, LENGTH), 0.5), torch.zeros(LENGTH, LENGTH).requires_grad_()]
+)
+def test_a_mask_that_adds_a_bias_is_refused_with_the_layer_named(bias):
     model = make("llama")
     set_patterns(attach(model), "masked")
-    with pytest.raises(ValueError, match=r"layers\.0\.self_attn.*boolean"):
-        model(tokens(), attention_mask=torch.zeros(2, 1, LENGTH, LENGTH))
+    with pytest.raises(ValueError, match=r"layers\.0\.self_attn.*adds a bias"):
+        model(tokens(), attention_mask=bias.expand(2, 1, -1, -1))
+
+
+def test_an_encoder_is_pruned_that_makes_its_own_float_mask():
+    config = LayoutLMConfig(
+        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16, vocab_size=50
+    )
+    model, ids = LayoutLMModel(config).train(), tokens()
+    padding = torch.ones(2, LENGTH, dtype=torch.int64)
+    padding[0, LENGTH // 2 :] = 0
+    pruner = AttentionPruner(ConstantSchedule(final=0.4), block_size=BLOCK)
+    pruner.attach(model)
+    pruner.probe(True)
+    model(ids, bbox=torch.zeros(2, LENGTH, 4, dtype=torch.int64), attention_mask=padding)
+    pruner.update(1)
+    assert pruner.total_sparsity > 0.2
 
 
 def test_model_without_attention_is_refused():
@@ -404,7 +436,8 @@ def test_layers_that_add_a_position_bias_are_listed_and_stay_dense(caplog):
 @pytest.mark.parametrize("learned", [True, False])
 def test_sinks_stand_in_the_way_only_where_a_layer_has_them(learned):
     config = {"intermediate_size": 32, "num_hidden_layers": 1, "num_local_experts": 2, "num_experts_per_tok": 1}
-    model = GptOssForCausalLM(GptOssConfig(vocab_size=50, hidden_size=16, head_dim=8, num_attention_heads=2, **config))
+    sizes = {"vocab_size": 50, "hidden_size": 16, "head_dim": 8, "num_attention_heads": 2, "num_key_value_heads": 2}
+    model = GptOssForCausalLM(GptOssConfig(**sizes, **config))
     if not learned:
         model.model.layers[0].self_attn.sinks = None
     (layer,) = list_layers(model)
