@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
 from sparse_prune.callbacks.pattern_history import FOLDER
 from sparse_prune.recipes.run_report.logs import read_run
 from sparse_prune.recipes.run_report.page import render
+
+from sparse_prune.whole_file import whole_file
 
 
 def main(args: list[str] | None = None) -> None:
@@ -28,16 +29,6 @@ def main(args: list[str] | None = None) -> None:
     if not logs.steps:
         print(f"No frames of a pattern history in {logs.folder / FOLDER}: the page shows no patterns.", file=sys.stderr)
     target = given.output or logs.folder / "report.html"
-    write(page, target)
+    with whole_file(target) as file:
+        file.write_text(page, encoding="utf-8")
     print(target)
-
-
-def write(page: str, target: Path) -> None:
-    """Write the page, whole or not at all."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    try:
-        partial.write_text(page, encoding="utf-8")
-        os.replace(partial, target)
-    finally:
-        partial.unlink(missing_ok=True)

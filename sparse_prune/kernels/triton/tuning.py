@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import os
@@ -21,6 +20,7 @@ from sparse_prune.kernels.triton.configs import KERNELS, Call, Kernel, LaunchCon
 from sparse_prune.kernels.triton.launch import launch_dkdv, launch_dq, launch_forward
 from sparse_prune.kernels.triton.tables import index_tables
 from sparse_prune.pattern import BlockPattern
+from sparse_prune.whole_file import whole_file
 
 log = logging.getLogger(__name__)
 
@@ -188,13 +188,9 @@ def _sound(entry: list[int]) -> bool:
 def _write(path: Path, entries: dict[str, list[int]]) -> None:
     """Add entries to the file, whole or not at all. A cache that cannot be written is no reason to stop a run."""
     entries = _read(path) | entries
-    partial_file = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial_file.write_text(json.dumps({"entries": entries}, indent=1))
-        os.replace(partial_file, path)
+        with whole_file(path) as file:
+            file.write_text(json.dumps({"entries": entries}, indent=1))
     except OSError as error:
         log.warning("Measured configurations cannot be kept in %s: %r. They last as long as this process.", path, error)
-        with contextlib.suppress(OSError):
-            partial_file.unlink()
     _KNOWN[path] = (_stamp(path), entries)
