@@ -78,18 +78,6 @@ def load_frame(folder: Path, step: int) -> dict[str, BlockPattern]:
         raise ValueError(f"{path} must be a frame of the pattern history, got {error!r}. Remove it.") from error
 
 
-def load_frames(folder: Path) -> dict[int, dict[str, BlockPattern]]:
-    """All frames, step -> patterns, ascending; a byte per block and frame.
-
-    Args:
-        folder: The run's folder.
-
-    Raises:
-        ValueError: If a frame is damaged; the message names the file.
-    """
-    return {step: load_frame(folder, step) for step in frame_steps(folder)}
-
-
 def _path(folder: Path, step: int) -> Path:
     return folder / FOLDER / f"step_{step:08d}.npz"
 

@@ -26,10 +26,6 @@ def main(args: list[str] | None = None) -> None:
     if rest and given.action != "run":
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if given.action == "run":
-        shipped = known[given.name].configs
-        for config in given.config:
-            if config not in shipped and not Path(config).is_file():
-                parser.error(f"`--config` must be a file or one of {', '.join(shipped)}, got {config!r}.")
         configs = [part for config in given.config for part in ("--config", config)]
         import_module(f"{known[given.name].package}.cli").main(["fit", *configs, *rest])
     elif given.action == "copy":

@@ -221,6 +221,10 @@ def test_what_would_fail_after_the_training_is_refused_before_it(config, tmp_pat
     (tmp_path / "foreign" / "notes.txt").write_text("mine")
     with pytest.raises(ValueError, match=r"`export` must be new, empty or an earlier export, got '.*foreign'"):
         fit(config, monkeypatch, "--export", str(tmp_path / "foreign"), *processes)
+    for logs in ("new", "new/logs"):
+        options = ["--trainer.logger.init_args.save_dir", str(tmp_path / logs), "--export", str(tmp_path / "new")]
+        with pytest.raises(ValueError, match=rf"`export` must .* not fill itself, .* go to '.*/{logs}'\. Name another"):
+            fit(config, monkeypatch, *options, *processes)
     settings = yaml.safe_load(config.read_text())
     callbacks = settings["trainer"]["callbacks"]
     for missing in callbacks[:2]:

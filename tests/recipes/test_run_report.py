@@ -12,7 +12,7 @@ import pytest
 import torch
 from pytorch_lightning.loggers import CSVLogger
 from sparse_prune.callbacks import KernelSwap, SparsityLogger
-from sparse_prune.callbacks.pattern_history import load_frames, save_frame
+from sparse_prune.callbacks.pattern_history import save_frame
 from sparse_prune.callbacks.pruning_metrics import savings_metrics
 from sparse_prune.recipes.finetune.history import RunHistory
 from sparse_prune.recipes.run_report import animation
@@ -20,7 +20,7 @@ from sparse_prune.recipes.run_report.animation import MOST_BYTES, MOST_FRAMES, b
 from sparse_prune.recipes.run_report.cli import main
 from sparse_prune.recipes.run_report.logs import read_run
 from sparse_prune.recipes.run_report.page import describe, render
-from tiny import TinyModule, batches, pruning, trainer
+from tiny import TinyModule, batches, load_frames, pruning, trainer
 
 from sparse_prune import BlockPattern
 from sparse_prune.__main__ import main as sparse_prune
