@@ -57,6 +57,7 @@ def test_a_copy_lists_its_configurations(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit) as done:
         import_module("my_vision.cli").main(["fit", "--config", "typo"])
     assert done.value.code == 2
+    printed = capsys.readouterr().err
     assert "my_vision: error: `--config` must be a file or one of mine, quickstart, got 'typo'" in printed
 
 
