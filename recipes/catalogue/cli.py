@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 from importlib import import_module
-from pathlib import Path
 
 from sparse_prune.recipes.catalogue.shelf import copy, recipes
+from sparse_prune.recipes.user_path import user_path
 
 
 def main(args: list[str] | None = None) -> None:
@@ -17,7 +17,7 @@ def main(args: list[str] | None = None) -> None:
     actions.add_parser("list", help="every recipe with its configurations (the default)")
     copying = actions.add_parser("copy", help="copy code and configurations for editing")
     copying.add_argument("name", choices=known)
-    copying.add_argument("folder", type=Path, help="new folder; its name becomes the package's")
+    copying.add_argument("folder", type=user_path, help="new folder; its name becomes the package's")
     running = actions.add_parser("run", help="fit with a configuration")
     running.add_argument("name", choices=known)
     what = "name of a shipped configuration, or a file; may be repeated"

@@ -194,6 +194,16 @@ def test_the_command_writes_beside_the_logs(run, capsys):
     assert path.read_text() == render(read_run(run[0] / "csv"))
 
 
+def test_a_page_that_cannot_be_written_ends_in_one_line(run, tmp_path, monkeypatch, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main([str(run[0]), "--output", str(tmp_path)])
+    assert stopped.value.code == 2
+    assert f"`output` must be a file that can be written, got '{tmp_path}': " in capsys.readouterr().err
+    monkeypatch.setenv("HOME", str(tmp_path))
+    main([str(run[0]), "--output=~/new/page.html"])
+    assert (tmp_path / "new" / "page.html").is_file()
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

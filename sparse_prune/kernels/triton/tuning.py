@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import tempfile
 from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
@@ -37,8 +38,15 @@ def cache_file() -> Path:
 
 @cache
 def _cache_file(folder: str | None, user: str | None) -> Path:
-    base = Path(user or Path.home() / ".cache") / "sparse_prune"
-    return (Path(folder) if folder else base) / "triton_tuning.json"
+    base = Path(folder) if folder else (Path(user) if user else _home() / ".cache") / "sparse_prune"
+    return base / "triton_tuning.json"
+
+
+def _home() -> Path:
+    try:
+        return Path.home()
+    except RuntimeError:  # a user that the system does not know, as in containers
+        return Path(tempfile.gettempdir())
 
 
 def revision() -> tuple[object, ...]:
