@@ -11,6 +11,8 @@ from typing import Any, TypeVar
 
 import torch
 
+from sparse_prune.whole_file import whole_file
+
 _T = TypeVar("_T")
 
 
@@ -44,10 +46,8 @@ class Rows:
         self.rows += rows
         if self.path is None:
             return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.path.with_suffix(f".{os.getpid()}.partial")
-        partial.write_text(json.dumps({"setup": self.setup, "rows": self.rows}, indent=1) + "\n")
-        os.replace(partial, self.path)
+        with whole_file(self.path) as file:
+            file.write_text(json.dumps({"setup": self.setup, "rows": self.rows}, indent=1) + "\n")
 
     def attempt(self, name: str, run: Callable[[], _T]) -> _T | None:
         """What `run` gives; None, a printed line and the traceback if it fails, for want of memory say.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +11,7 @@ import numpy as np
 import torch
 
 from sparse_prune.pattern import BlockPattern
+from sparse_prune.whole_file import whole_file
 
 FOLDER = "pattern_history"
 
@@ -28,19 +28,13 @@ def save_frame(patterns: Mapping[str, BlockPattern], folder: Path, step: int) ->
         The file's path.
     """
     target = _path(folder, step)
-    target.parent.mkdir(parents=True, exist_ok=True)
     arrays = {}
     for name, pattern in patterns.items():
         shape = (*pattern.keep.shape, *pattern.block_size, int(pattern.causal), pattern.q_len, pattern.kv_len)
         arrays[f"{name}:bits"] = np.packbits(pattern.keep.numpy())
         arrays[f"{name}:shape"] = np.asarray(shape, dtype=np.int64)
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    try:
-        with open(partial, "wb") as file:
-            np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
-        os.replace(partial, target)
-    finally:
-        partial.unlink(missing_ok=True)
+    with whole_file(target) as path, open(path, "wb") as file:
+        np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
     return target
 
 
@@ -82,18 +76,6 @@ def load_frame(folder: Path, step: int) -> dict[str, BlockPattern]:
             return {name: _pattern(stored[f"{name}:bits"], stored[f"{name}:shape"].tolist()) for name in names}
     except (OSError, ValueError, KeyError, TypeError, EOFError, RuntimeError, BadZipFile, zlib.error) as error:
         raise ValueError(f"{path} must be a frame of the pattern history, got {error!r}. Remove it.") from error
-
-
-def load_frames(folder: Path) -> dict[int, dict[str, BlockPattern]]:
-    """All frames, step -> patterns, ascending; a byte per block and frame.
-
-    Args:
-        folder: The run's folder.
-
-    Raises:
-        ValueError: If a frame is damaged; the message names the file.
-    """
-    return {step: load_frame(folder, step) for step in frame_steps(folder)}
 
 
 def _path(folder: Path, step: int) -> Path:

@@ -23,6 +23,17 @@ def run_folder(trainer: pl.Trainer) -> Path:
     return Path(trainer.strategy.broadcast(os.fspath(_folder(trainer))))
 
 
+def filled_folders(trainer: pl.Trainer) -> list[Path]:
+    """Folders into which a run will write, as far as its Trainer says so before the start: logs, checkpoints.
+
+    Args:
+        trainer: With its loggers and callbacks.
+    """
+    found = [logger.log_dir or logger.save_dir for logger in trainer.loggers] or [trainer.default_root_dir]
+    found += [getattr(callback, "dirpath", None) for callback in trainer.checkpoint_callbacks]
+    return [Path(folder) for folder in found if folder]
+
+
 def _folder(trainer: pl.Trainer) -> str | os.PathLike[str]:
     logger = next((found for found in trainer.loggers if isinstance(found, CSVLogger)), trainer.logger)
     if logger is None:

@@ -9,7 +9,7 @@ PACKAGES = {"sparse_prune": ROOT / "sparse_prune", "sparse_prune.callbacks": ROO
 PACKAGES["sparse_prune.recipes"] = ROOT / "recipes"
 ORDER = [
     {"sparse_prune.schedules", "sparse_prune.pattern", "sparse_prune.stability"},
-    {"sparse_prune.packing", "sparse_prune.first_rank"},
+    {"sparse_prune.packing", "sparse_prune.first_rank", "sparse_prune.whole_file"},
     {"sparse_prune.scores", "sparse_prune.ranks", "sparse_prune.selection", "sparse_prune.fixed_patterns"},
     {"sparse_prune.kernels"},
     {"sparse_prune.attention"},

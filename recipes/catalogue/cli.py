@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 from importlib import import_module
-from pathlib import Path
 
 from sparse_prune.recipes.catalogue.shelf import copy, recipes
+from sparse_prune.recipes.user_path import user_path
 
 
 def main(args: list[str] | None = None) -> None:
@@ -17,7 +17,7 @@ def main(args: list[str] | None = None) -> None:
     actions.add_parser("list", help="every recipe with its configurations (the default)")
     copying = actions.add_parser("copy", help="copy code and configurations for editing")
     copying.add_argument("name", choices=known)
-    copying.add_argument("folder", type=Path, help="new folder; its name becomes the package's")
+    copying.add_argument("folder", type=user_path, help="new folder; its name becomes the package's")
     running = actions.add_parser("run", help="fit with a configuration")
     running.add_argument("name", choices=known)
     what = "name of a shipped configuration, or a file; may be repeated"
@@ -26,10 +26,6 @@ def main(args: list[str] | None = None) -> None:
     if rest and given.action != "run":
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if given.action == "run":
-        shipped = known[given.name].configs
-        for config in given.config:
-            if config not in shipped and not Path(config).is_file():
-                parser.error(f"`--config` must be a file or one of {', '.join(shipped)}, got {config!r}.")
         configs = [part for config in given.config for part in ("--config", config)]
         import_module(f"{known[given.name].package}.cli").main(["fit", *configs, *rest])
     elif given.action == "copy":

@@ -28,7 +28,7 @@ class TextDataModule(SplitDataModule):
         text: "stdlib" (the sources of the Python standard library), files, folders or globs, or
             `hub:NAME[:CONFIG[:COLUMN]]` for the training split of a hub data set, or of a folder that holds the like
             (`hub_rows`). Of such a data set only as many rows are read as are needed, from the first on.
-        context_length: Tokens per sequence.
+        context_length: Tokens per sequence, at least 2.
         batch_size: Sequences per batch.
         train_sequences: Sequences to train on per epoch.
         val_sequences: Sequences of the validation documents.
@@ -38,7 +38,7 @@ class TextDataModule(SplitDataModule):
 
     Raises:
         FileNotFoundError: If there is no such data set.
-        ValueError: If a count is not positive, nothing is found, or the text is too short.
+        ValueError: If a number is out of range, nothing is found, or the text is too short.
     """
 
     def __init__(
@@ -54,8 +54,10 @@ class TextDataModule(SplitDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__(batch_size)
-        counts = {"context_length": context_length, "train_sequences": train_sequences}
-        for name, value in (counts | {"val_sequences": val_sequences, "test_sequences": test_sequences}).items():
+        if context_length < 2:
+            raise ValueError(f"`context_length` must be at least 2, a token and the next one, got {context_length}.")
+        counts = {"train_sequences": train_sequences, "val_sequences": val_sequences, "test_sequences": test_sequences}
+        for name, value in counts.items():
             if value < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {value}.")
         if not 0.0 < held_out_share < 0.5:

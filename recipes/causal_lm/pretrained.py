@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from sparse_prune.recipes.finetune.pretrained import locate
 
+from sparse_prune.attention import list_layers
+
 
 def load_model(model: str, dtype: torch.dtype = torch.float32) -> Any:
     """A causal language model; `model` and further errors as in `locate`.
@@ -17,8 +19,16 @@ def load_model(model: str, dtype: torch.dtype = torch.float32) -> Any:
 
     Raises:
         OSError: If the hub does not have the model or cannot be reached.
+        ValueError: If tokens see those behind them, which they are to predict, as in BERT.
     """
     from transformers import AutoModelForCausalLM
 
     where, options = locate(model)
-    return AutoModelForCausalLM.from_pretrained(where, dtype=dtype, **options)
+    found = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, **options)
+    layers = [layer for layer in list_layers(found) if layer.problem is None]
+    if layers and not any(layer.causal for layer in layers):
+        raise ValueError(
+            f"`model` must be a causal language model, got {type(found).__name__} of {model!r}, whose tokens see those "
+            "behind them. Name another."
+        )
+    return found

@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 import re
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparse_prune.recipes.extras import with_remedy
+from sparse_prune.recipes.user_path import user_path
+
+from sparse_prune.whole_file import whole_file
 
 if TYPE_CHECKING:
     from sparse_prune.recipes.dashboard.views import Target
@@ -25,7 +27,7 @@ def main(args: list[str] | None = None) -> None:
     parser.add_argument("--runs", nargs="+", default=[], metavar="RUN_ID", help="more runs to show")
     parser.add_argument("--baseline", metavar="RUN_ID", help="the run without pruning, shown beside the others")
     parser.add_argument("--name", default="Attention pruning", help="name of the workspace, title of the report")
-    parser.add_argument("--output", type=Path, help="write both as JSON to this file and ask no server")
+    parser.add_argument("--output", type=user_path, help="write both as JSON to this file and ask no server")
     given = parser.parse_args(args)
     try:
         from sparse_prune.recipes.dashboard.views import report, workspace
@@ -37,7 +39,11 @@ def main(args: list[str] | None = None) -> None:
         parser.error(str(error))
     view, page = workspace(target, given.name), report(target, given.name, online=given.output is None)
     if given.output:
-        given.output.write_text(json.dumps(specification(view, page), indent=2))
+        try:
+            with whole_file(given.output) as file:
+                file.write_text(json.dumps(specification(view, page), indent=2), encoding="utf-8")
+        except OSError as error:
+            parser.error(f"`output` must be a file that can be written, got {str(given.output)!r}: {error}.")
         print(given.output)
         return
     for made in (view, page):

@@ -18,6 +18,7 @@ from sparse_prune.recipes.evaluate.text import held_out
 from sparse_prune.recipes.extras import with_remedy
 from sparse_prune.recipes.finetune.machine import describe_machine
 from sparse_prune.recipes.finetune.pretrained import load_tokenizer
+from sparse_prune.recipes.user_path import user_path
 
 from sparse_prune.evaluation import (
     all_connections,
@@ -196,7 +197,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--chunk", type=count, default=1024, help="tokens per forward pass")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help="default: as saved")
     parser.add_argument("--device", type=_device, default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--output", type=Path, default=Path("runs/evaluate"), help="folder for the report")
+    parser.add_argument("--output", type=user_path, default=Path("runs/evaluate"), help="folder for the report")
     return parser
 
 

@@ -10,9 +10,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from sparse_prune.recipes.finetune.report import write_whole
-
 from sparse_prune.evaluation import CacheCost
+from sparse_prune.whole_file import whole_file
 
 _DENSE, _PRUNED = "#9aa3b2", "#1d4e89"
 
@@ -52,10 +51,12 @@ class EvaluationReport:
     def write(self, folder: str | os.PathLike[str]) -> Path:
         """Write evaluation.md, evaluation.json and evaluation.png, each whole or not at all; return the text's path."""
         target = Path(folder)
-        target.mkdir(parents=True, exist_ok=True)
-        write_whole(target / "evaluation.json", lambda p: p.write_text(json.dumps(self.as_dict(), indent=1) + "\n"))
-        write_whole(target / "evaluation.png", self._draw)
-        write_whole(target / "evaluation.md", lambda p: p.write_text(self.text()))
+        with whole_file(target / "evaluation.json") as data:
+            data.write_text(json.dumps(self.as_dict(), indent=1) + "\n", encoding="utf-8")
+        with whole_file(target / "evaluation.png") as picture:
+            self._draw(picture)
+        with whole_file(target / "evaluation.md") as text:
+            text.write_text(self.text(), encoding="utf-8")
         return target / "evaluation.md"
 
     def as_dict(self) -> dict[str, Any]:

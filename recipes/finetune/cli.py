@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import logging
 import sys
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -16,7 +18,7 @@ from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from pytorch_lightning.loggers import CSVLogger
 from sparse_prune.callbacks import AttentionPruning, KernelSwap
 from sparse_prune.callbacks.pruning_metrics import savings_metrics
-from sparse_prune.callbacks.run_folder import run_folder
+from sparse_prune.callbacks.run_folder import filled_folders, run_folder
 from sparse_prune.recipes.finetune.history import RunHistory
 from sparse_prune.recipes.finetune.machine import describe_machine
 from sparse_prune.recipes.finetune.module import FineTuneModule
@@ -52,6 +54,13 @@ class FineTuneCLI(LightningCLI):
                 "--export", type=str | None, default=None, help="Folder to export the pruned model to, to load again."
             )
 
+    @override
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        with warnings.catch_warnings():
+            # Nothing is mistaken here: `run` puts paths into the place of names.
+            warnings.filterwarnings("ignore", "LightningCLI's args parameter")
+            super().parse_arguments(parser, args)
+
     def tokenizer(self) -> Any:
         """What an export shall hold beside the model; None if nothing."""
         return None
@@ -74,8 +83,17 @@ class FineTuneCLI(LightningCLI):
         for kind in (RunHistory, AttentionPruning):
             _callback(self.trainer, kind)
         if self._export_folder is not None:
-            check_folder(self._export_folder, "export")
+            self._check_export(self._export_folder)
         self._seed()
+
+    def _check_export(self, folder: str) -> None:
+        check_folder(folder, "export")
+        for filled in filled_folders(self.trainer):
+            if filled.resolve().is_relative_to(Path(folder).expanduser().resolve()):
+                raise ValueError(
+                    f"`export` must be a folder that the run does not fill itself, got {folder!r}, but logs or "
+                    f"checkpoints go to {str(filled)!r}. Name another, such as {str(filled / 'pruned')!r}."
+                )
 
     @property
     def _export_folder(self) -> str | None:
@@ -223,6 +241,8 @@ def run(
 ) -> None:
     """Run a recipe's command line; `--config NAME` finds the configurations in its package by name.
 
+    A name that is neither one of them nor a file ends the process with a line that lists them.
+
     Args:
         cli: Kind of command line.
         module: What is trained.
@@ -230,7 +250,10 @@ def run(
         package: Where the recipe's configurations lie, as its `__package__` says.
         args: Command line; None takes that of the process.
     """
-    given = _find_configs(sys.argv[1:] if args is None else args, package)
+    try:
+        given = _find_configs(sys.argv[1:] if args is None else args, package)
+    except ValueError as error:
+        argparse.ArgumentParser(prog=f"python -m {package}", usage="%(prog)s fit --config CONFIG ...").error(str(error))
     logging.getLogger("sparse_prune").setLevel(logging.INFO)
     cli(module, data, args=given, save_config_kwargs={"overwrite": True})
 
@@ -250,8 +273,13 @@ def _find_configs(args: Sequence[str], package: str) -> list[str]:
 
 
 def _find_config(name: str, package: str) -> str:
-    shipped = files(package) / f"{name}.yaml"
-    return str(shipped) if not Path(name).exists() and shipped.is_file() else name
+    shipped = {Path(str(file)).stem: str(file) for file in files(package).iterdir() if file.name.endswith(".yaml")}
+    path = Path(name).expanduser()
+    if path.exists() and not path.is_dir():
+        return str(path)
+    if name not in shipped:
+        raise ValueError(f"`--config` must be a file or one of {', '.join(sorted(shipped))}, got {name!r}.")
+    return shipped[name]
 
 
 def _attempt(what: str, measure: Callable[[], _Found]) -> _Found | None:

@@ -68,7 +68,11 @@ class FineTuneModule(pl.LightningModule):
 
 def _freeze_all_but(model: nn.Module, train_only: str) -> None:
     names = [name for name, _ in model.named_parameters()]
-    if not any(re.search(train_only, name) for name in names):
+    try:
+        trained = {name for name in names if re.search(train_only, name)}
+    except re.error as error:
+        raise ValueError(f"`train_only` must be a regular expression, got {train_only!r}: {error}.") from error
+    if not trained:
         raise ValueError(f"`train_only` must match parameter names such as {names[:4]}, got {train_only!r}.")
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(re.search(train_only, name) is not None)
+        parameter.requires_grad_(name in trained)

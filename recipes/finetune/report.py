@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from sparse_prune.recipes.finetune.history import StepRecord
 
 from sparse_prune.evaluation import CacheCost
 from sparse_prune.pattern import BlockPattern
+from sparse_prune.whole_file import whole_file
 
 
 @dataclass(frozen=True)
@@ -73,10 +74,12 @@ class RunReport:
     def write(self, folder: str | os.PathLike[str]) -> Path:
         """Write report.md, report.json and report.png, each whole or not at all; return the path of the text."""
         target = Path(folder)
-        target.mkdir(parents=True, exist_ok=True)
-        write_whole(target / "report.json", lambda path: path.write_text(json.dumps(self.as_dict(), indent=1)))
-        write_whole(target / "report.png", self._draw)
-        write_whole(target / "report.md", lambda path: path.write_text(self.text()))
+        with whole_file(target / "report.json") as data:
+            data.write_text(json.dumps(self.as_dict(), indent=1), encoding="utf-8")
+        with whole_file(target / "report.png") as picture:
+            self._draw(picture)
+        with whole_file(target / "report.md") as text:
+            text.write_text(self.text(), encoding="utf-8")
         return target / "report.md"
 
     def as_dict(self) -> dict[str, Any]:
@@ -201,13 +204,3 @@ def _layer_row(name: str, pattern: BlockPattern | None, event: SwapEvent | None)
     dense = "" if event.dense_ms is None else f"{event.dense_ms:.1f}"
     sparse = "" if event.sparse_ms is None else f"{event.sparse_ms:.1f}"
     return f"| {name} | {sparsity} | {event.step} | {event.backend} | {dense} | {sparse} |"
-
-
-def write_whole(target: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` make a file beside `target` that then takes its place: whole, or not there."""
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    try:
-        write(partial)
-        os.replace(partial, target)
-    finally:
-        partial.unlink(missing_ok=True)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
-from pathlib import Path
 
 from sparse_prune.callbacks.pattern_history import FOLDER
 from sparse_prune.recipes.run_report.logs import read_run
 from sparse_prune.recipes.run_report.page import render
+from sparse_prune.recipes.user_path import user_path
+
+from sparse_prune.whole_file import whole_file
 
 
 def main(args: list[str] | None = None) -> None:
@@ -17,8 +18,8 @@ def main(args: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="sparse-prune report", description="One HTML page of a run, made from its logs; it needs no network."
     )
-    parser.add_argument("run", type=Path, help="folder of a run with a CSVLogger, or a folder above it")
-    parser.add_argument("--output", type=Path, help="where to write; report.html beside the logs by default")
+    parser.add_argument("run", type=user_path, help="folder of a run with a CSVLogger, or a folder above it")
+    parser.add_argument("--output", type=user_path, help="where to write; report.html beside the logs by default")
     given = parser.parse_args(args)
     try:
         logs = read_run(given.run)
@@ -28,16 +29,9 @@ def main(args: list[str] | None = None) -> None:
     if not logs.steps:
         print(f"No frames of a pattern history in {logs.folder / FOLDER}: the page shows no patterns.", file=sys.stderr)
     target = given.output or logs.folder / "report.html"
-    write(page, target)
-    print(target)
-
-
-def write(page: str, target: Path) -> None:
-    """Write the page, whole or not at all."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
     try:
-        partial.write_text(page, encoding="utf-8")
-        os.replace(partial, target)
-    finally:
-        partial.unlink(missing_ok=True)
+        with whole_file(target) as file:
+            file.write_text(page, encoding="utf-8")
+    except OSError as error:
+        parser.error(f"`output` must be a file that can be written, got {str(target)!r}: {error}.")
+    print(target)

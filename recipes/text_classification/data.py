@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from functools import cached_property
@@ -151,10 +152,16 @@ def _read(path: Path) -> list[tuple[Any, Any]]:
         raise ValueError(f"`data` must be 'stdlib', hub:NAME, or a .csv or .jsonl file, got {str(path)!r}.")
     if not path.is_file():
         raise FileNotFoundError(f"`data` must be an existing file, got {str(path)!r}. Check the path.")
-    with open(path, newline="", encoding="utf-8") as file:
-        rows = (
-            list(csv.DictReader(file)) if path.suffix == ".csv" else [json.loads(line) for line in file if line.strip()]
-        )
+    limit = csv.field_size_limit(sys.maxsize)  # documents may be longer than 131072 characters
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            rows = list(csv.DictReader(file) if path.suffix == ".csv" else map(json.loads, filter(str.strip, file)))
+    except (ValueError, csv.Error) as error:
+        raise ValueError(
+            f"`data` must be a table in UTF-8, got {str(path)!r}: {error}. Save it anew as {path.suffix} in UTF-8."
+        ) from error
+    finally:
+        csv.field_size_limit(limit)
     for number, row in enumerate(rows, start=1):
         if "text" not in row or "label" not in row:
             raise ValueError(f"`data` must have the columns text and label, got {sorted(row)} in row {number}.")

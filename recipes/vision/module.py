@@ -25,7 +25,8 @@ class VisionModule(ClassificationModule):
         train_only: Regular expression; parameters whose name it does not match are frozen. None trains all.
 
     Raises:
-        ValueError: If `image_size` is not the model's own, or not a multiple of `patch_size`.
+        ValueError: If a number is out of range, `width` is not a multiple of `heads`, or `image_size` not the model's
+            own, or not a multiple of `patch_size`.
     """
 
     def __init__(
@@ -45,6 +46,12 @@ class VisionModule(ClassificationModule):
         from transformers import AutoModelForImageClassification, ViTConfig, ViTForImageClassification
 
         if model is None:
+            sizes = {"patch_size": patch_size, "width": width, "layers": layers, "heads": heads}
+            for name, value in sizes.items():
+                if value < 1:
+                    raise ValueError(f"`{name}` must be at least 1, got {value}.")
+            if width % heads:
+                raise ValueError(f"`width` must be a multiple of `heads`, got {width} and {heads}.")
             if image_size % patch_size:
                 raise ValueError(f"`image_size` must be a multiple of `patch_size`, got {image_size} and {patch_size}.")
             config = ViTConfig(

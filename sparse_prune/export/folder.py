@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from sparse_prune.export.unfinished import remove, unfinished
+from sparse_prune.whole_file import remove, unfinished
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 

@@ -15,9 +15,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sparse_prune.export.unfinished import unfinished
 from sparse_prune.pattern import BlockPattern
 from sparse_prune.pruner import AttentionPruner
+from sparse_prune.whole_file import whole_file
 
 FORMAT = "sparse_prune.patterns"
 VERSION = 2
@@ -54,15 +54,11 @@ def save_patterns(
     tensors = {name: p.keep.clone(memory_format=torch.contiguous_format) for name, p in patterns.items()}
     text = json.dumps(header)
     metadata = {"format": FORMAT, "version": str(VERSION), "header": text, "sha256": _checksum(text, tensors)}
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = unfinished(target)
     try:
-        save_file(tensors, partial, metadata=metadata)
-        os.replace(partial, target)
+        with whole_file(target) as file:
+            save_file(tensors, file, metadata=metadata)
     except SafetensorError as error:  # how safetensors reports a full disk
         raise OSError(f"{target} could not be written: {error}") from error
-    finally:
-        partial.unlink(missing_ok=True)
     return target
 
 

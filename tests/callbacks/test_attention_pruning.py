@@ -3,8 +3,7 @@ import torch
 from pytorch_lightning.callbacks import Callback, ModelCheckpoint
 from pytorch_lightning.tuner import Tuner
 from sparse_prune.callbacks import AttentionPruning, Distillation, KernelSwap, SparsityLogger, kernel_swap
-from sparse_prune.callbacks.pattern_history import load_frames
-from tiny import LENGTH, TinyModule, batches, pruning, tiny_llama, trainer
+from tiny import LENGTH, TinyModule, batches, load_frames, pruning, tiny_llama, trainer
 from torch.utils.data import DataLoader, IterableDataset
 
 from sparse_prune import AttentionPruner, ConstantSchedule, Constraints, LinearSchedule

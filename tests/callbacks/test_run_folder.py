@@ -1,6 +1,7 @@
 import pytest
+from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
-from sparse_prune.callbacks.run_folder import run_folder
+from sparse_prune.callbacks.run_folder import filled_folders, run_folder
 from tiny import TinyModule, batches, pruning, trainer
 
 
@@ -49,6 +50,14 @@ def test_a_run_of_any_other_logger_has_one_too(tmp_path):
 def test_loggers_that_have_a_folder_per_run_keep_it(tmp_path):
     assert folder(tmp_path, TensorBoardLogger(tmp_path, name="board", version=2)) == tmp_path / "board" / "version_2"
     assert folder(tmp_path, False) == tmp_path
+
+
+def test_folders_that_a_run_will_fill_are_known_before_it(tmp_path):
+    loggers = [Kept(tmp_path / "runs", "abc"), CSVLogger(tmp_path, name="csv", version=""), Kept(None, "abc")]
+    callbacks = [ModelCheckpoint(dirpath=tmp_path / "kept"), ModelCheckpoint(monitor="loss")]
+    found = filled_folders(trainer(tmp_path, callbacks, logger=loggers, enable_checkpointing=True))
+    assert found == [tmp_path / "runs", tmp_path / "csv", tmp_path / "kept"]
+    assert filled_folders(trainer(tmp_path, [], logger=False)) == [tmp_path]
 
 
 def test_files_go_with_the_metrics_that_the_report_reads(tmp_path):

@@ -19,9 +19,9 @@ from sparse_prune.callbacks import (
     logger_extras,
     sparsity_logger,
 )
-from sparse_prune.callbacks.pattern_history import FOLDER, load_frames
+from sparse_prune.callbacks.pattern_history import FOLDER
 from sparse_prune.callbacks.pruning_metrics import HEAD_COLUMNS, head_table, savings_metrics
-from tiny import TinyModule, batches, pruning, tiny_llama, trainer
+from tiny import TinyModule, batches, load_frames, pruning, tiny_llama, trainer
 
 from sparse_prune import BlockPattern
 from sparse_prune.export import load_patterns

@@ -3,6 +3,7 @@
 import pytorch_lightning as pl
 import torch
 from sparse_prune.callbacks import AttentionPruning
+from sparse_prune.callbacks.pattern_history import frame_steps, load_frame
 from sparse_prune.recipes.finetune.loader import ResumableDataLoader
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -58,6 +59,11 @@ def pruning(final=0.4, end_step=6, every_n_steps=1, **changes):
     return AttentionPruning(
         schedule, **{"block_size": BLOCK, "every_n_steps": every_n_steps, "min_delta": 0.5, "patience": 2, **changes}
     )
+
+
+def load_frames(folder):
+    """Step -> patterns, of a run's history."""
+    return {step: load_frame(folder, step) for step in frame_steps(folder)}
 
 
 def trainer(path, callbacks, steps=12, **changes):

@@ -78,6 +78,17 @@ def test_the_tuned_kernels_compute_the_same():
         torch.testing.assert_close(a, b, atol=2e-2, rtol=2e-2)
 
 
+def test_the_file_has_a_place_without_a_home(tmp_path, monkeypatch):
+    monkeypatch.setattr(tuning.Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home directory")))
+    tuning._cache_file.cache_clear()
+    assert tuning.cache_file().parent == tmp_path / "cache"
+    monkeypatch.delenv("SPARSE_PRUNE_CACHE_DIR")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(tuning.tempfile, "gettempdir", lambda: str(tmp_path))
+    assert tuning.cache_file() == tmp_path / ".cache" / "sparse_prune" / "triton_tuning.json"
+    tuning._cache_file.cache_clear()
+
+
 def test_another_process_finds_them_on_disk(monkeypatch):
     found, _ = tune()
     monkeypatch.setattr(tuning, "_KNOWN", {})

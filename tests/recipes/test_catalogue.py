@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from importlib import import_module
 
 import pytest
 from sparse_prune.recipes.catalogue import cli
@@ -49,6 +50,17 @@ def test_a_copy_is_what_runs(tmp_path, capsys):
     assert "Report: " in done.stdout
 
 
+def test_a_copy_lists_its_configurations(tmp_path, monkeypatch, capsys):
+    copy(recipes()["vision"], tmp_path / "my_vision")
+    (tmp_path / "my_vision" / "vit_gpu.yaml").rename(tmp_path / "my_vision" / "mine.yaml")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(SystemExit) as done:
+        import_module("my_vision.cli").main(["fit", "--config", "typo"])
+    assert done.value.code == 2
+    printed = capsys.readouterr().err
+    assert "my_vision: error: `--config` must be a file or one of mine, quickstart, got 'typo'" in printed
+
+
 def test_a_copy_overwrites_nothing(tmp_path, capsys):
     recipe = recipes()["vision"]
     (tmp_path / "there").mkdir()
@@ -64,7 +76,8 @@ def test_a_copy_overwrites_nothing(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("flags", [["--config", "quickstart"], ["--config=quickstart"], ["-c", "quickstart"]])
-def test_shipped_configurations_are_found_by_name(flags, tmp_path, capsys):
+def test_shipped_configurations_are_found_by_name(flags, tmp_path, monkeypatch, capsys, recwarn):
+    monkeypatch.setattr(sys, "argv", ["vision", "fit", *flags])
     over = tmp_path / "over.yaml"
     over.write_text("trainer: {max_steps: 7}\n")
     for command in (vision, lambda args: cli.main(["run", "vision", *args[1:]])):
@@ -74,6 +87,7 @@ def test_shipped_configurations_are_found_by_name(flags, tmp_path, capsys):
         printed = capsys.readouterr().out
         assert "max_steps: 7" in printed
         assert "default_root_dir: runs/vision" in printed
+    assert not [warning for warning in recwarn if "LightningCLI" in str(warning.message)]
 
 
 def test_run_hands_over_to_the_recipe(capsys):
@@ -86,7 +100,10 @@ def test_run_hands_over_to_the_recipe(capsys):
     assert "invalid choice: 'nothing'" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         cli.main(["run", "causal_lm", "-c", "quickstart", "--config", "nope"])
-    assert "must be a file or one of quickstart, small_cache_8k, smollm2_8k_gpu, got 'nope'" in capsys.readouterr().err
+    assert (
+        "causal_lm: error: `--config` must be a file or one of quickstart, small_cache_8k, smollm2_8k_gpu, got 'nope'"
+        in capsys.readouterr().err
+    )
     with pytest.raises(SystemExit):
         cli.main(["list", "--what"])
     assert "unrecognized arguments: --what" in capsys.readouterr().err

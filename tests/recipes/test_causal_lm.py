@@ -2,6 +2,7 @@ import csv
 import json
 import sys
 import time
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -15,7 +16,7 @@ from sparse_prune.recipes.causal_lm.module import CausalLMModule
 from sparse_prune.recipes.causal_lm.pretrained import load_model
 from sparse_prune.recipes.finetune.history import RunHistory
 from sparse_prune.recipes.finetune.pretrained import load_tokenizer
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import BertConfig, BertLMHeadModel, GPT2Config, GPT2LMHeadModel
 
 from sparse_prune.attention import attach
 from sparse_prune.export import PATTERN_FILE, load, load_patterns, read_pattern_file
@@ -58,9 +59,21 @@ def test_missing_and_short_text_are_refused(tiny_model, text, tmp_path):
         load_documents(str(tmp_path / "nowhere"))
     with pytest.raises(ValueError, match="context_length"):
         TextDataModule(tiny_model, text, context_length=100_000).setup("fit")
-    with pytest.raises(ValueError, match="val_sequences"):
-        TextDataModule(tiny_model, text, val_sequences=0)
+    for name, value, least in (("val_sequences", 0, 1), ("context_length", 1, 2)):
+        with pytest.raises(ValueError, match=f"`{name}` must be at least {least}"):
+            TextDataModule(tiny_model, text, **{name: value})
     assert "json/decoder.py" in load_documents("stdlib")
+
+
+def test_what_cannot_be_trained_to_predict_is_refused(tiny_model, tmp_path):
+    sizes = {"vocab_size": 98, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    for is_decoder in (False, True):
+        BertLMHeadModel(BertConfig(**sizes, intermediate_size=16, is_decoder=is_decoder)).save_pretrained(tmp_path)
+        refused = pytest.raises(ValueError, match="`model` must be a causal .*, got BertLMHeadModel of")
+        with nullcontext() if is_decoder else refused:
+            load_model(str(tmp_path))
+    with pytest.raises(ValueError, match=r"`train_only` must be a regular expression, got '\['"):
+        CausalLMModule(tiny_model, train_only="[")
 
 
 class Countdown(pl.LightningModule):
@@ -221,6 +234,10 @@ def test_what_would_fail_after_the_training_is_refused_before_it(config, tmp_pat
     (tmp_path / "foreign" / "notes.txt").write_text("mine")
     with pytest.raises(ValueError, match=r"`export` must be new, empty or an earlier export, got '.*foreign'"):
         fit(config, monkeypatch, "--export", str(tmp_path / "foreign"), *processes)
+    for logs in ("new", "new/logs"):
+        options = ["--trainer.logger.init_args.save_dir", str(tmp_path / logs), "--export", str(tmp_path / "new")]
+        with pytest.raises(ValueError, match=rf"`export` must .* not fill itself, .* go to '.*/{logs}'\. Name another"):
+            fit(config, monkeypatch, *options, *processes)
     settings = yaml.safe_load(config.read_text())
     callbacks = settings["trainer"]["callbacks"]
     for missing in callbacks[:2]:

@@ -99,6 +99,13 @@ def test_labelled_csv_is_read_and_bad_data_is_refused(tiny_bert, tmp_path):
     (tmp_path / "rows.jsonl").write_text('{"text": null, "label": 1}\n')
     with pytest.raises(ValueError, match="got no text in row 1"):
         load_labelled(str(tmp_path / "rows.jsonl"))
+    for name, content in (("rows.jsonl", b"{oops"), ("rows.csv", b"text,label\n\xff,1\n")):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=f"`data` must be a table in UTF-8, got '.*{name}': "):
+            load_labelled(str(tmp_path / name))
+    long = "word " * 30_000
+    path.write_text(f"text,label\n{long},1\n", encoding="utf-8-sig")  # as spreadsheets save it
+    assert list(load_labelled(str(path))["1"].values()) == [long]
     with pytest.raises(ValueError, match="'stdlib', hub:NAME, or a .csv"):
         load_labelled("nothing")
     with pytest.raises(FileNotFoundError, match="existing file"):
@@ -182,8 +189,13 @@ def test_folders_of_images_are_read(tmp_path):
         load_images(str(tmp_path / "dark"))
     with pytest.raises(FileNotFoundError, match="existing folder"):
         load_images(str(tmp_path / "none"))
-    with pytest.raises(ValueError, match="`image_size` must be a multiple of `patch_size`, got 10 and 4"):
-        VisionModule(["dark", "light"], 10)
+    for sizes, named in (
+        ({}, "`image_size` must be a multiple of `patch_size`, got 10 and 4"),
+        ({"patch_size": 0}, "`patch_size` must be at least 1"),
+        ({"heads": 3}, "`width` must be a multiple of `heads`, got 64 and 3"),
+    ):
+        with pytest.raises(ValueError, match=named):
+            VisionModule(["dark", "light"], 10, **sizes)
 
 
 def value_of(tokens):

@@ -125,6 +125,14 @@ def test_targets(given, runs):
     assert (target.entity, target.project, target.runs) == ("me", "project", runs)
 
 
+def test_the_file_is_made_with_its_folder_or_the_command_ends_in_one_line(tmp_path, capsys):
+    main(["me/project", "--output", str(tmp_path / "new" / "views.json")])
+    assert json.loads((tmp_path / "new" / "views.json").read_text()).keys() == {"workspace", "report"}
+    with pytest.raises(SystemExit):
+        main(["me/project", "--output", str(tmp_path)])
+    assert f"`output` must be a file that can be written, got '{tmp_path}': " in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("given", ["project", "", "a/b/c/d"])
 def test_an_unclear_target_is_refused(given, capsys):
     with pytest.raises(SystemExit):

@@ -12,7 +12,7 @@ import pytest
 import torch
 from pytorch_lightning.loggers import CSVLogger
 from sparse_prune.callbacks import KernelSwap, SparsityLogger
-from sparse_prune.callbacks.pattern_history import load_frames, save_frame
+from sparse_prune.callbacks.pattern_history import save_frame
 from sparse_prune.callbacks.pruning_metrics import savings_metrics
 from sparse_prune.recipes.finetune.history import RunHistory
 from sparse_prune.recipes.run_report import animation
@@ -20,7 +20,7 @@ from sparse_prune.recipes.run_report.animation import MOST_BYTES, MOST_FRAMES, b
 from sparse_prune.recipes.run_report.cli import main
 from sparse_prune.recipes.run_report.logs import read_run
 from sparse_prune.recipes.run_report.page import describe, render
-from tiny import TinyModule, batches, pruning, trainer
+from tiny import TinyModule, batches, load_frames, pruning, trainer
 
 from sparse_prune import BlockPattern
 from sparse_prune.__main__ import main as sparse_prune
@@ -192,6 +192,16 @@ def test_the_command_writes_beside_the_logs(run, capsys):
     path = run[0] / "csv" / "report.html"
     assert capsys.readouterr().out.strip() == str(path)
     assert path.read_text() == render(read_run(run[0] / "csv"))
+
+
+def test_a_page_that_cannot_be_written_ends_in_one_line(run, tmp_path, monkeypatch, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main([str(run[0]), "--output", str(tmp_path)])
+    assert stopped.value.code == 2
+    assert f"`output` must be a file that can be written, got '{tmp_path}': " in capsys.readouterr().err
+    monkeypatch.setenv("HOME", str(tmp_path))
+    main([str(run[0]), "--output=~/new/page.html"])
+    assert (tmp_path / "new" / "page.html").is_file()
 
 
 @pytest.mark.parametrize(

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import os
+import tempfile
 from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
@@ -21,6 +21,7 @@ from sparse_prune.kernels.triton.configs import KERNELS, Call, Kernel, LaunchCon
 from sparse_prune.kernels.triton.launch import launch_dkdv, launch_dq, launch_forward
 from sparse_prune.kernels.triton.tables import index_tables
 from sparse_prune.pattern import BlockPattern
+from sparse_prune.whole_file import whole_file
 
 log = logging.getLogger(__name__)
 
@@ -37,8 +38,15 @@ def cache_file() -> Path:
 
 @cache
 def _cache_file(folder: str | None, user: str | None) -> Path:
-    base = Path(user or Path.home() / ".cache") / "sparse_prune"
-    return (Path(folder) if folder else base) / "triton_tuning.json"
+    base = Path(folder) if folder else (Path(user) if user else _home() / ".cache") / "sparse_prune"
+    return base / "triton_tuning.json"
+
+
+def _home() -> Path:
+    try:
+        return Path.home()
+    except RuntimeError:  # a user that the system does not know, as in containers
+        return Path(tempfile.gettempdir())
 
 
 def revision() -> tuple[object, ...]:
@@ -188,13 +196,9 @@ def _sound(entry: list[int]) -> bool:
 def _write(path: Path, entries: dict[str, list[int]]) -> None:
     """Add entries to the file, whole or not at all. A cache that cannot be written is no reason to stop a run."""
     entries = _read(path) | entries
-    partial_file = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial_file.write_text(json.dumps({"entries": entries}, indent=1))
-        os.replace(partial_file, path)
+        with whole_file(path) as file:
+            file.write_text(json.dumps({"entries": entries}, indent=1))
     except OSError as error:
         log.warning("Measured configurations cannot be kept in %s: %r. They last as long as this process.", path, error)
-        with contextlib.suppress(OSError):
-            partial_file.unlink()
     _KNOWN[path] = (_stamp(path), entries)

@@ -1,4 +1,4 @@
-"""Paths to write at before what is written takes its place."""
+"""Files that are written whole or not at all."""
 
 from __future__ import annotations
 
@@ -6,7 +6,27 @@ import glob
 import os
 import platform
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+
+@contextmanager
+def whole_file(target: Path) -> Iterator[Path]:
+    """A path to write at, whose file takes the place of `target` when the block ends without an error.
+
+    A process that is killed leaves the previous file whole, and half a file beside it, which the next one removes.
+
+    Args:
+        target: The file; its folder is made.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = unfinished(target)
+    try:
+        yield partial
+        os.replace(partial, target)
+    finally:
+        remove(partial)
 
 
 def unfinished(target: Path) -> Path:
@@ -28,7 +48,8 @@ def remove(path: Path) -> None:
     if path.is_dir():
         shutil.rmtree(path, ignore_errors=True)
     else:
-        path.unlink(missing_ok=True)
+        with suppress(OSError):
+            path.unlink()
 
 
 def _is_alive(process: int) -> bool:
