@@ -13,7 +13,6 @@ fails, for want of memory say, is named, left out and tried again by the next co
 from __future__ import annotations
 
 import argparse
-import random
 import tempfile
 import time
 from collections.abc import Callable
@@ -95,8 +94,8 @@ class Method:
     module: type[CausalLMModule] = CausalLMModule
     rate: float = 1.0
     """Learning rate as a multiple of the plan's."""
-    text: type[TextDataModule] = TextDataModule
-    """What it trains on."""
+    repeat_every: int = 0
+    """Of the training text, as in `TextDataModule`."""
 
 
 def alone(**changes: Any) -> sp.Constraints:
@@ -198,22 +197,6 @@ class ConcentratedModule(CausalLMModule):
         return (1.0 - mass.square().sum(-1)).mean()
 
 
-class RepeatingText(TextDataModule):
-    """The second half of every third training sequence repeats passages of what stands before: heads look things up."""
-
-    @override
-    def examples_of(self, split: str) -> Tensor:
-        sequences, choice = super().examples_of(split).clone(), random.Random(self.seed)
-        for sequence in sequences[::3] if split == "train" else ():
-            place = len(sequence) // 2
-            while place < len(sequence):
-                size = min(choice.randrange(16, 65), len(sequence) - place)
-                start = choice.randrange(place - size + 1)
-                sequence[place : place + size] = sequence[start : start + size].clone()
-                place += size
-        return sequences
-
-
 def nothing(plan: Plan, sparsity: float, seed: int) -> list[pl.Callback]:
     """No pruning."""
     return []
@@ -222,7 +205,7 @@ def nothing(plan: Plan, sparsity: float, seed: int) -> list[pl.Callback]:
 METHODS = {
     "dense": Method(nothing),
     "dense, 3x learning rate": Method(nothing, rate=3.0),
-    "dense, passages repeated": Method(nothing, text=RepeatingText),
+    "dense, passages repeated": Method(nothing, repeat_every=3),
     "at once, then fine-tuned": Method(at_once(last=False)),
     "fine-tuned, then at once": Method(at_once(last=True)),
     "gradual, cubic": Method(gradual()),
@@ -240,7 +223,7 @@ METHODS = {
     "gradual, strong hysteresis": Method(gradual(constraints=alone(hysteresis=0.5))),
     "gradual, diagonals shared": Method(gradual(constraints=sp.Constraints(share_diagonals=1.0))),
     "gradual, diagonals half shared": Method(gradual(constraints=sp.Constraints(share_diagonals=0.5))),
-    "gradual, passages repeated": Method(gradual(constraints=sp.Constraints(share_diagonals=0.5)), text=RepeatingText),
+    "gradual, passages repeated": Method(gradual(constraints=sp.Constraints(share_diagonals=0.5)), repeat_every=3),
     "gradual, row mass": Method(gradual(criterion="row_mass")),
     "gradual, 3x learning rate": Method(gradual(), rate=3.0),
     "gradual, same sparsity in every layer": Method(layerwise(lead=0.0)),
@@ -310,7 +293,7 @@ def run(plan: Plan, method: Method, sparsity: float, seed: int, data: Data) -> d
             default_root_dir=folder,
         )
         start = time.perf_counter()
-        trainer.fit(module, datamodule=data.train(method.text, seed))
+        trainer.fit(module, datamodule=data.train(seed, method.repeat_every))
     seconds = time.perf_counter() - start
     handles = attach(module)
     possible = sum(h.pattern.possible_count for h in handles if h.pattern is not None)
@@ -340,9 +323,15 @@ class Data:
         held_out.setup("test")
         self.tests = held_out.sequences["test"]
 
-    def train(self, text: type[TextDataModule], seed: int) -> TextDataModule:
+    def train(self, seed: int, repeat_every: int) -> TextDataModule:
         """A new order of the training documents per seed."""
-        return text(self.plan.model, context_length=self.plan.length, train_sequences=self.plan.steps, seed=seed)
+        return TextDataModule(
+            self.plan.model,
+            context_length=self.plan.length,
+            train_sequences=self.plan.steps,
+            seed=seed,
+            repeat_every=repeat_every,
+        )
 
 
 def main() -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from sparse_prune.recipes.causal_lm.repeats import repeat_passages
 from sparse_prune.recipes.finetune.hub import PREFIX, hub_rows
 from sparse_prune.recipes.finetune.loader import SPLITS, SplitDataModule
 from sparse_prune.recipes.finetune.pretrained import load_tokenizer
@@ -35,6 +36,8 @@ class TextDataModule(SplitDataModule):
         test_sequences: Sequences of the test documents.
         held_out_share: Share of documents in validation and in test, each, in (0, 0.5).
         seed: Order of the documents; the rows of a hub data set keep their own.
+        repeat_every: Let every n-th training sequence repeat passages (`repeat_passages`), so that pruning sees which
+            heads look things up. 0: none.
 
     Raises:
         FileNotFoundError: If there is no such data set.
@@ -52,6 +55,7 @@ class TextDataModule(SplitDataModule):
         test_sequences: int = 8,
         held_out_share: float = 0.1,
         seed: int = 0,
+        repeat_every: int = 0,
     ) -> None:
         super().__init__(batch_size)
         if context_length < 2:
@@ -65,7 +69,9 @@ class TextDataModule(SplitDataModule):
         self.tokenizer_name, self.text = tokenizer, text
         self.context_length = context_length
         self.wanted = {"train": train_sequences, "val": val_sequences, "test": test_sequences}
-        self.held_out_share, self.seed = held_out_share, seed
+        if repeat_every < 0:
+            raise ValueError(f"`repeat_every` must be at least 0, got {repeat_every}. 3: every third sequence.")
+        self.held_out_share, self.seed, self.repeat_every = held_out_share, seed, repeat_every
         self.sequences: dict[str, Tensor] = {}
         """Split -> int64, (sequences, context_length)."""
 
@@ -78,6 +84,8 @@ class TextDataModule(SplitDataModule):
         for split, count in self.wanted.items():
             purpose = f"for the {split} split"
             self.sequences[split] = cut(tokenizer, splits[split], self.context_length, count, purpose, "context_length")
+        if self.repeat_every:
+            self.sequences["train"] = repeat_passages(self.sequences["train"], self.repeat_every, self.seed)
 
     @override
     def examples_of(self, split: str) -> Tensor:
