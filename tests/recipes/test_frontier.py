@@ -106,6 +106,30 @@ def test_the_page_shows_results_in_order_and_keeps_its_text(tmp_path, monkeypatc
     assert (tmp_path / "frontier" / "found.png").stat().st_size > 1000
 
 
+def test_variants_are_compared_with_what_was_run():
+    page = runpy.run_path(str(BENCHMARKS / "frontier_page.py"))
+    rows = [
+        {
+            "method": method,
+            "sparsity": sparsity,
+            "seed": 0,
+            "loss": loss,
+            "achieved": sparsity,
+            "passkey": 0,
+            "needle": 0,
+        }
+        for method, sparsity, loss in [
+            ("dense", 0.0, 2.0),
+            ("gradual, diagonals half shared", 0.7, 2.2),
+            ("gradual, other", 0.7, 2.1),
+        ]
+    ]
+    found = page["results"](rows)
+    assert [(result.against, result.verdict) for result in found] == [
+        ("gradual, diagonals half shared", verdict) for verdict in ("", "better", "")
+    ]
+
+
 def test_a_page_without_markers_is_refused():
     replace_between = runpy.run_path(str(BENCHMARKS / "frontier_page.py"))["replace_between"]
     with pytest.raises(ValueError, match="must hold `<!-- found -->`"):
