@@ -120,8 +120,9 @@ class AttentionPruning(pl.Callback):
             self._attach(trainer, pl_module)
         # Lightning is walking this list, so that another takes its place; what is new in that is set up here.
         given: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        trainer.callbacks = _in_order(given)  # type: ignore[attr-defined]
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        ordered = _in_order(given)
+        trainer.callbacks = ordered  # type: ignore[attr-defined]
+        for callback in ordered:
             if callback not in given:
                 callback.setup(trainer, pl_module, stage)
 
@@ -283,10 +284,11 @@ def _in_order(callbacks: list[pl.Callback]) -> list[pl.Callback]:
     """Swaps follow decisions, and the logger both, all in one batch; what is missing is added."""
     for kind, leaders in ((KernelSwap, (AttentionPruning,)), (SparsityLogger, (AttentionPruning, KernelSwap))):
         behind = 1 + max(index for index, callback in enumerate(callbacks) if isinstance(callback, leaders))
-        early = [callback for callback in callbacks[:behind] if isinstance(callback, kind)]
+        front, back = callbacks[:behind], callbacks[behind:]
+        moved = [callback for callback in front if isinstance(callback, kind)]
         if not any(isinstance(callback, kind) for callback in callbacks):
-            early = [kind()]
-        callbacks = [c for c in callbacks[:behind] if c not in early] + early + callbacks[behind:]
+            moved = [kind()]
+        callbacks = [callback for callback in front if callback not in moved] + moved + back
     return callbacks
 
 

@@ -38,15 +38,18 @@ def warn_of_return(pruner: AttentionPruner, step: int) -> None:
         pruner: It is attached and has made no decision; its schedule is in optimizer steps.
         step: Optimizer steps taken.
     """
-    if pruner.sparsity is None or pruner.total_sparsity <= pruner.sparsity(step + 1) + 0.01:
+    if pruner.sparsity is None:
+        return
+    there, asked = pruner.total_sparsity, pruner.sparsity(step + 1)
+    if there <= asked + 0.01:
         return
     log.warning(
         "The model comes with %.1f %% of its attention pruned, and the schedule begins at %.1f %%: the first decision "
         "gives connections back. Let it begin where the model is (`initial=%.2f`), or leave AttentionPruning out to "
         "train with the patterns.",
-        100 * pruner.total_sparsity,
-        100 * pruner.sparsity(step + 1),
-        pruner.total_sparsity,
+        100 * there,
+        100 * asked,
+        there,
     )
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from sparse_prune.recipes.causal_lm.repeats import repeat_passages
+from sparse_prune.recipes.finetune.counts import check_counts
 from sparse_prune.recipes.finetune.hub import PREFIX, hub_rows
 from sparse_prune.recipes.finetune.loader import SPLITS, SplitDataModule
 from sparse_prune.recipes.finetune.pretrained import load_tokenizer
@@ -60,17 +61,14 @@ class TextDataModule(SplitDataModule):
         super().__init__(batch_size)
         if context_length < 2:
             raise ValueError(f"`context_length` must be at least 2, a token and the next one, got {context_length}.")
-        counts = {"train_sequences": train_sequences, "val_sequences": val_sequences, "test_sequences": test_sequences}
-        for name, value in counts.items():
-            if value < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {value}.")
+        check_counts(train_sequences=train_sequences, val_sequences=val_sequences, test_sequences=test_sequences)
         if not 0.0 < held_out_share < 0.5:
             raise ValueError(f"`held_out_share` must lie in (0, 0.5), got {held_out_share}.")
+        if repeat_every < 0:
+            raise ValueError(f"`repeat_every` must be at least 0, got {repeat_every}. 3: every third sequence.")
         self.tokenizer_name, self.text = tokenizer, text
         self.context_length = context_length
         self.wanted = {"train": train_sequences, "val": val_sequences, "test": test_sequences}
-        if repeat_every < 0:
-            raise ValueError(f"`repeat_every` must be at least 0, got {repeat_every}. 3: every third sequence.")
         self.held_out_share, self.seed, self.repeat_every = held_out_share, seed, repeat_every
         self.sequences: dict[str, Tensor] = {}
         """Split -> int64, (sequences, context_length)."""

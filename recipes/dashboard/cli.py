@@ -8,9 +8,7 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from sparse_prune.recipes.extras import with_remedy
-from sparse_prune.recipes.user_path import user_path
-
-from sparse_prune.whole_file import whole_file
+from sparse_prune.recipes.user_path import user_path, write_output
 
 if TYPE_CHECKING:
     from sparse_prune.recipes.dashboard.views import Target
@@ -39,11 +37,7 @@ def main(args: list[str] | None = None) -> None:
         parser.error(str(error))
     view, page = workspace(target, given.name), report(target, given.name, online=given.output is None)
     if given.output:
-        try:
-            with whole_file(given.output) as file:
-                file.write_text(json.dumps(specification(view, page), indent=2), encoding="utf-8")
-        except OSError as error:
-            parser.error(f"`output` must be a file that can be written, got {str(given.output)!r}: {error}.")
+        write_output(parser, given.output, json.dumps(specification(view, page), indent=2))
         print(given.output)
         return
     for made in (view, page):

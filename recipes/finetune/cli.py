@@ -23,6 +23,7 @@ from sparse_prune.recipes.finetune.history import RunHistory
 from sparse_prune.recipes.finetune.machine import describe_machine
 from sparse_prune.recipes.finetune.module import FineTuneModule
 from sparse_prune.recipes.finetune.report import CacheComparison, DenseRun, RunReport
+from sparse_prune.recipes.user_path import user_path
 from typing_extensions import override
 
 from sparse_prune.export import check_folder, save_pretrained
@@ -89,7 +90,7 @@ class FineTuneCLI(LightningCLI):
     def _check_export(self, folder: str) -> None:
         check_folder(folder, "export")
         for filled in filled_folders(self.trainer):
-            if filled.resolve().is_relative_to(Path(folder).expanduser().resolve()):
+            if filled.resolve().is_relative_to(user_path(folder).resolve()):
                 raise ValueError(
                     f"`export` must be a folder that the run does not fill itself, got {folder!r}, but logs or "
                     f"checkpoints go to {str(filled)!r}. Name another, such as {str(filled / 'pruned')!r}."
@@ -274,7 +275,7 @@ def _find_configs(args: Sequence[str], package: str) -> list[str]:
 
 def _find_config(name: str, package: str) -> str:
     shipped = {Path(str(file)).stem: str(file) for file in files(package).iterdir() if file.name.endswith(".yaml")}
-    path = Path(name).expanduser()
+    path = user_path(name)
     if path.exists() and not path.is_dir():
         return str(path)
     if name not in shipped:

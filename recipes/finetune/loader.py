@@ -8,6 +8,7 @@ from itertools import islice
 from typing import Any, TypeVar
 
 import pytorch_lightning as pl
+from sparse_prune.recipes.finetune.counts import check_counts
 from sparse_prune.recipes.finetune.held_out import HeldOutLoader
 from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
@@ -73,8 +74,7 @@ class SplitDataModule(pl.LightningDataModule, ABC):
 
     def __init__(self, batch_size: int, num_workers: int = 0) -> None:
         super().__init__()
-        if batch_size < 1:
-            raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
+        check_counts(batch_size=batch_size)
         if num_workers < 0:
             raise ValueError(f"`num_workers` must be at least 0, got {num_workers}. 0 starts no processes.")
         self.batch_size, self.num_workers = batch_size, num_workers

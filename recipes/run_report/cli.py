@@ -8,9 +8,7 @@ import sys
 from sparse_prune.callbacks.pattern_history import FOLDER
 from sparse_prune.recipes.run_report.logs import read_run
 from sparse_prune.recipes.run_report.page import render
-from sparse_prune.recipes.user_path import user_path
-
-from sparse_prune.whole_file import whole_file
+from sparse_prune.recipes.user_path import user_path, write_output
 
 
 def main(args: list[str] | None = None) -> None:
@@ -29,9 +27,5 @@ def main(args: list[str] | None = None) -> None:
     if not logs.steps:
         print(f"No frames of a pattern history in {logs.folder / FOLDER}: the page shows no patterns.", file=sys.stderr)
     target = given.output or logs.folder / "report.html"
-    try:
-        with whole_file(target) as file:
-            file.write_text(page, encoding="utf-8")
-    except OSError as error:
-        parser.error(f"`output` must be a file that can be written, got {str(target)!r}: {error}.")
+    write_output(parser, target, page)
     print(target)

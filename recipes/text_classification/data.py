@@ -20,6 +20,7 @@ from sparse_prune.recipes.finetune.classification import (
     split_by_name,
     warn_of_rare_classes,
 )
+from sparse_prune.recipes.finetune.counts import check_counts
 from sparse_prune.recipes.finetune.hub import PREFIX, hub_classes, hub_rows
 from sparse_prune.recipes.finetune.pretrained import load_tokenizer
 from sparse_prune.recipes.finetune.sources import stdlib_sources
@@ -68,9 +69,7 @@ class LabelledTextDataModule(ClassificationDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__(batch_size, {"train": train_examples, "val": val_examples, "test": test_examples}, seed)
-        for name, value in (("max_length", max_length), ("chunks_per_document", chunks_per_document)):
-            if value < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {value}.")
+        check_counts(max_length=max_length, chunks_per_document=chunks_per_document)
         self.tokenizer_name, self.data, self.max_length = tokenizer, data, max_length
         self.chunks_per_document, self.held_out_share = chunks_per_document, held_out_share
 

@@ -14,6 +14,7 @@ from sparse_prune.recipes.finetune.classification import (
     split_by_name,
     warn_of_rare_classes,
 )
+from sparse_prune.recipes.finetune.counts import check_counts
 from sparse_prune.recipes.vision.images import LabelledImages, load_images
 from torch import Tensor
 from torch.nn import functional as F
@@ -63,8 +64,7 @@ class ImageDataModule(ClassificationDataModule):
     ) -> None:
         counts = {"train": train_examples, "val": val_examples, "test": test_examples}
         super().__init__(batch_size, counts, seed, num_workers)
-        if image_size < 1:
-            raise ValueError(f"`image_size` must be at least 1, got {image_size}.")
+        check_counts(image_size=image_size)
         if std <= 0:
             raise ValueError(f"`std` must be positive, got {std}.")
         self.data, self.image_size, self.mean, self.std = data, image_size, mean, std

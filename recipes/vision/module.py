@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from sparse_prune.recipes.finetune.classification import ClassificationModule, class_settings
+from sparse_prune.recipes.finetune.counts import check_counts
 from sparse_prune.recipes.finetune.pretrained import locate
 
 
@@ -46,10 +47,7 @@ class VisionModule(ClassificationModule):
         from transformers import AutoModelForImageClassification, ViTConfig, ViTForImageClassification
 
         if model is None:
-            sizes = {"patch_size": patch_size, "width": width, "layers": layers, "heads": heads}
-            for name, value in sizes.items():
-                if value < 1:
-                    raise ValueError(f"`{name}` must be at least 1, got {value}.")
+            check_counts(patch_size=patch_size, width=width, layers=layers, heads=heads)
             if width % heads:
                 raise ValueError(f"`width` must be a multiple of `heads`, got {width} and {heads}.")
             if image_size % patch_size:

@@ -152,24 +152,27 @@ def _root(mask: Tensor) -> Tensor:
     return mask if mask._base is None else mask._base
 
 
-_BOOLEAN = WeakTensorKeyDictionary()  # likewise
+_BOOLEAN = WeakTensorKeyDictionary()  # by the mask of a forward pass, which all its layers get
 
 
 def boolean(mask: Tensor) -> Tensor:
     """A mask of zeros and what hides keys as a boolean one, looked at once per forward pass; others as they are."""
     if mask.dtype == torch.bool:
         return mask
-    found: Tensor | None
     if torch.compiler.is_compiling():
-        found = None if is_bias(mask) else visible(mask)
-    elif mask in _BOOLEAN:
-        found = _BOOLEAN[mask]
+        found = _if_it_only_hides(mask)
     else:
-        found = _BOOLEAN[mask] = None if is_bias(mask) else visible(mask)
+        if mask not in _BOOLEAN:
+            _BOOLEAN[mask] = _if_it_only_hides(mask)
+        found = _BOOLEAN[mask]
     return mask if found is None else found
 
 
-_EXPANDED = WeakTensorKeyDictionary()  # by the mask of a forward pass, which all its layers get
+def _if_it_only_hides(mask: Tensor) -> Tensor | None:
+    return None if is_bias(mask) else visible(mask)
+
+
+_EXPANDED = WeakTensorKeyDictionary()  # likewise
 
 
 def expand(mask: Tensor, causal: bool) -> Tensor:

@@ -11,7 +11,7 @@ from sparse_prune.export import load_patterns, save_patterns
 
 @pytest.fixture
 def pruned():
-    """A model of which all but the first layer is pruned, tokens, and the pruner."""
+    """A pruned model, tokens, and the pruner."""
     torch.manual_seed(0)
     model, tokens = NanoGPT(), torch.randint(16, (2, 32))
     pruner = AttentionPruner(ConstantSchedule(final=0.4), block_size=4)

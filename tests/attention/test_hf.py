@@ -156,12 +156,16 @@ def test_a_pattern_keeps_to_the_window_on_both_sides_of_a_token(mode):
     torch.testing.assert_close(found[padding.bool()], expected[padding.bool()], atol=1e-4, rtol=1e-4)
 
 
-@torch.no_grad()
-def test_cross_attention_sees_no_padding_when_source_and_target_are_equally_long():
+def bart(encoder_heads, decoder_heads):
     torch.manual_seed(0)
     size = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16}
-    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
-    model = BartForConditionalGeneration(BartConfig(vocab_size=50, init_std=0.3, **size, **heads)).eval()
+    heads = {"encoder_attention_heads": encoder_heads, "decoder_attention_heads": decoder_heads}
+    return BartForConditionalGeneration(BartConfig(vocab_size=50, init_std=0.3, **size, **heads)).eval()
+
+
+@torch.no_grad()
+def test_cross_attention_sees_no_padding_when_source_and_target_are_equally_long():
+    model = bart(encoder_heads=2, decoder_heads=2)
     inputs = {"input_ids": tokens(), "attention_mask": torch.ones(2, LENGTH), "decoder_input_ids": tokens().flip(1)}
     inputs["attention_mask"][:, 4:] = 0
     expected = model(**inputs).logits
@@ -173,10 +177,7 @@ def test_cross_attention_sees_no_padding_when_source_and_target_are_equally_long
 
 @torch.no_grad()
 def test_heads_are_the_layers_own_where_a_decoder_has_other_ones():
-    torch.manual_seed(0)
-    size = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16}
-    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 4}
-    model = BartForConditionalGeneration(BartConfig(vocab_size=50, init_std=0.3, **size, **heads)).eval()
+    model = bart(encoder_heads=2, decoder_heads=4)
     inputs = {"input_ids": tokens(), "decoder_input_ids": tokens().flip(1)}
     expected = model(**inputs).logits
     handles = attach(model)
