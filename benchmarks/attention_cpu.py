@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sparse_prune.recipes.finetune.machine import describe_machine
 from torch import Tensor
 from torch.nn import functional as F
 
 from sparse_prune.fixed_patterns import random_pattern
 from sparse_prune.kernels import block_sparse_attention
+from sparse_prune.recipes.base.machine import describe_machine
 
 HEADS, KV_HEADS, HEAD_DIM = 9, 3, 64
 """SmolLM2-135M's."""

@@ -22,10 +22,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from sparse_prune.recipes.finetune.machine import describe_machine
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from sparse_prune import AttentionPruner, BlockStatistics, LinearSchedule
+from sparse_prune.recipes.base.machine import describe_machine
 
 BLOCK = 64
 
@@ -74,7 +74,7 @@ def alone(layers: int, heads: int, blocks: int, repeats: int) -> dict[str, Any]:
 
 def one_rank(rank: int, ranks: int, folder: Path, layers: int, heads: int, blocks: int, repeats: int) -> None:
     """Add up statistics with the other ranks; rank 0 writes what it took."""
-    from sparse_prune.ranks import sum_over_ranks
+    from sparse_prune.distributed import sum_over_ranks
 
     dist.init_process_group("gloo", init_method=f"file://{folder / 'meet'}", rank=rank, world_size=ranks)
     generator = torch.Generator().manual_seed(rank)

@@ -25,20 +25,20 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from rows import Rows
-from sparse_prune.callbacks import AttentionPruning, Distillation, KernelSwap
-from sparse_prune.recipes.causal_lm.data import TextDataModule
-from sparse_prune.recipes.causal_lm.module import CausalLMModule
-from sparse_prune.recipes.finetune.machine import describe_machine
-from sparse_prune.recipes.finetune.pretrained import load_tokenizer
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from typing_extensions import override
 
 import sparse_prune as sp
 from sparse_prune.attention import attach
+from sparse_prune.callbacks import AttentionPruning, Distillation, KernelSwap
 from sparse_prune.evaluation import retrieval
 from sparse_prune.fixed_patterns import FixedKind, fixed_pattern
 from sparse_prune.layer_state import LayerState
+from sparse_prune.recipes.base.machine import describe_machine
+from sparse_prune.recipes.base.pretrained import load_tokenizer
+from sparse_prune.recipes.causal_lm.data import TextDataModule
+from sparse_prune.recipes.causal_lm.module import CausalLMModule
 
 PRESETS: dict[str, dict[str, Any]] = {
     "cpu": {

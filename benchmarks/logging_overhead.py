@@ -21,13 +21,13 @@ from typing import Any, NamedTuple
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.loggers import CSVLogger, Logger, WandbLogger
-from sparse_prune.callbacks import AttentionPruning, KernelSwap, SparsityLogger
-from sparse_prune.recipes.finetune.machine import describe_machine
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from sparse_prune import LinearSchedule
 from sparse_prune.attention.layer import CallShape
+from sparse_prune.callbacks import AttentionPruning, KernelSwap, SparsityLogger
+from sparse_prune.recipes.base.machine import describe_machine
 from sparse_prune.scores import BlockStatistics
 
 BLOCK = 64

@@ -14,12 +14,12 @@ from typing import Any, NamedTuple
 
 import torch
 from rows import Rows
-from sparse_prune.recipes.finetune.machine import describe_machine
 
 from sparse_prune.attention.layer import CallShape, PrunableAttention
 from sparse_prune.attention.measure import time_attention
 from sparse_prune.fixed_patterns import random_pattern
 from sparse_prune.kernels import AttentionOptions, moving_backend
+from sparse_prune.recipes.base.machine import describe_machine
 
 CPU = torch.device("cpu")
 

@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sparse_prune.recipes.causal_lm.data import TextDataModule
-from sparse_prune.recipes.causal_lm.pretrained import load_model
-from sparse_prune.recipes.finetune.machine import describe_machine
-from sparse_prune.recipes.finetune.pretrained import load_tokenizer
 from torch import Tensor
 
 from sparse_prune import AttentionPruner, BlockStatistics, ConstantSchedule
-from sparse_prune.passkey import passkey_accuracy
+from sparse_prune.evaluation.prompts import passkey_accuracy
+from sparse_prune.recipes.base.machine import describe_machine
+from sparse_prune.recipes.base.pretrained import load_tokenizer
+from sparse_prune.recipes.causal_lm.data import TextDataModule
+from sparse_prune.recipes.causal_lm.pretrained import load_model
 
 
 def parser(

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from sparse_prune.whole_file import whole_file
+from sparse_prune.files import whole_file
 
 _T = TypeVar("_T")
 

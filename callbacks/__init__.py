@@ -8,8 +8,7 @@ from sparse_prune.callbacks.checkpoints import newest_checkpoint
 from sparse_prune.callbacks.kernel_swap import KernelSwap, SwapEvent
 from sparse_prune.callbacks.restore import restore_patterns
 from sparse_prune.callbacks.sparsity_logger import SparsityLogger
-from sparse_prune.callbacks.wandb_fallback import FallbackWandbLogger
-
+from sparse_prune.callbacks.wandb_logger import FallbackWandbLogger
 from sparse_prune.distillation import Distillation
 
 __all__ = [

@@ -9,21 +9,21 @@ from typing import Any
 import pytorch_lightning as pl
 import torch.distributed as dist
 from pytorch_lightning.utilities.model_helpers import is_overridden
+from typing_extensions import override
+
 from sparse_prune.callbacks.distilling import DistilledStep
 from sparse_prune.callbacks.kernel_swap import KernelSwap
 from sparse_prune.callbacks.refused import refuse_trainer
 from sparse_prune.callbacks.run_length import in_steps, steps_of_run, warn_of_begin, warn_of_end
 from sparse_prune.callbacks.schedule_checks import warn_of_change, warn_of_reach, warn_of_return
 from sparse_prune.callbacks.sparsity_logger import SparsityLogger
-from typing_extensions import override
-
+from sparse_prune.constraints import Constraints
 from sparse_prune.distillation import Distillation
+from sparse_prune.distributed import sum_over_ranks
 from sparse_prune.pattern import whole_number
 from sparse_prune.pruner import AttentionPruner, Criterion, PruneReport, Reduce
-from sparse_prune.ranks import sum_over_ranks
 from sparse_prune.schedules import Schedule
 from sparse_prune.scores import Statistic
-from sparse_prune.selection import Constraints
 
 log = logging.getLogger(__name__)
 

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import pytorch_lightning as pl
 import torch
-from sparse_prune.callbacks.swap_forecast import forecast_swap, warn_of_loss
 from typing_extensions import override
 
-from sparse_prune.attention.clock import now
 from sparse_prune.attention.layer import PrunableAttention
 from sparse_prune.attention.measure import fastest, in_words, time_attention
+from sparse_prune.callbacks.swap_forecast import forecast_swap, warn_of_loss
+from sparse_prune.clock import now
 from sparse_prune.kernels import BACKENDS, check_trains, skipping_backends
 
 if TYPE_CHECKING:

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from pytorch_lightning.loggers import Logger, TensorBoardLogger, WandbLogger
-from sparse_prune.callbacks.atlas import LEGEND, LayerView, Picture
-from sparse_prune.callbacks.atlas_frame import framed_atlas
+
 from sparse_prune.callbacks.losses import loss_keys
 from sparse_prune.callbacks.pruning_metrics import HEAD_COLUMNS
+from sparse_prune.pictures import LEGEND, LayerView, Picture, framed_atlas
 
 SUMMARIES = {
     **dict.fromkeys((*loss_keys("training"), *loss_keys("validation")), "min,last"),

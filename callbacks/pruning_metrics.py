@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from sparse_prune.callbacks.kernel_swap import SwapEvent
-
 from sparse_prune.pruner import AttentionPruner, PruneReport, attention_flops, kv_blocks_droppable
 
 

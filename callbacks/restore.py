@@ -8,8 +8,8 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from sparse_prune.callbacks.attention_pruning import AttentionPruning
 
+from sparse_prune.callbacks.attention_pruning import AttentionPruning
 from sparse_prune.kernels import usable_backend
 from sparse_prune.pattern import BlockPattern
 from sparse_prune.pruner import AttentionPruner

@@ -11,10 +11,11 @@ from typing import Any
 import pytorch_lightning as pl
 from pytorch_lightning.loggers import Logger, WandbLogger
 from pytorch_lightning.utilities import rank_zero_only
+from torch import Tensor
+from typing_extensions import override
+
 from sparse_prune.callbacks import logger_extras
-from sparse_prune.callbacks.atlas import draw_layer, views
 from sparse_prune.callbacks.kernel_swap import KernelSwap, find_pruning
-from sparse_prune.callbacks.pattern_history import remove_frames, save_frame
 from sparse_prune.callbacks.pruning_metrics import (
     decision_metrics,
     head_table,
@@ -26,11 +27,10 @@ from sparse_prune.callbacks.pruning_metrics import (
 from sparse_prune.callbacks.run_folder import run_folder
 from sparse_prune.callbacks.step_clock import StepClock
 from sparse_prune.callbacks.uploads import Uploads
-from torch import Tensor
-from typing_extensions import override
-
 from sparse_prune.export import save_patterns
+from sparse_prune.export.history import remove_frames, save_frame
 from sparse_prune.pattern import BlockPattern
+from sparse_prune.pictures import draw_layer, views
 from sparse_prune.pruner import AttentionPruner
 
 log = logging.getLogger(__name__)

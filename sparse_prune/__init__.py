@@ -1,5 +1,7 @@
 """Gradual pruning of attention connections during fine-tuning."""
 
+from sparse_prune.constraints import Constraints
+from sparse_prune.layer_state import StabilityTracker
 from sparse_prune.pattern import BlockPattern
 from sparse_prune.pruner import AttentionPruner, PruneReport
 from sparse_prune.schedules import (
@@ -11,8 +13,7 @@ from sparse_prune.schedules import (
     Schedule,
 )
 from sparse_prune.scores import BlockStatistics, ScoreAverage, probe_blocks
-from sparse_prune.selection import Constraints, LayerScores, select
-from sparse_prune.stability import StabilityTracker
+from sparse_prune.selection import LayerScores, select
 
 __all__ = [
     "AttentionPruner",

@@ -6,17 +6,7 @@ import argparse
 import sys
 from importlib import import_module
 
-COMMANDS = {
-    "dashboard": ("sparse_prune.recipes.dashboard.cli", "a W&B workspace and a report, charts laid out"),
-    "evaluate": (
-        "sparse_prune.recipes.evaluate.cli",
-        "perplexity, retrieval, KV bytes and speed, dense against pruned",
-    ),
-    "layers": ("sparse_prune.recipes.layers.cli", "which attention layers of a model can be pruned, and why not"),
-    "recipes": ("sparse_prune.recipes.catalogue.cli", "list the shipped fine-tuning runs, copy one, run one"),
-    "report": ("sparse_prune.recipes.run_report.cli", "one HTML page of a run, from its logs"),
-}
-"""Name -> module whose `main(args)` runs it, and what it does."""
+from sparse_prune.commands import COMMANDS
 
 
 def main(args: list[str] | None = None) -> None:

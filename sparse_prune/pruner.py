@@ -10,12 +10,12 @@ from typing import Any, Literal
 from torch import nn
 
 from sparse_prune.attention import PrunableAttention, attach, handle_of
-from sparse_prune.layer_state import LayerState
+from sparse_prune.constraints import Constraints
+from sparse_prune.layer_state import LayerState, StabilityTracker
 from sparse_prune.pattern import BlockPattern, check_block_size
 from sparse_prune.schedules import Schedule
 from sparse_prune.scores import BlockStatistics, ScoreAverage, Statistic
-from sparse_prune.selection import Constraints, LayerScores, row_mass, select
-from sparse_prune.stability import StabilityTracker
+from sparse_prune.selection import LayerScores, row_mass, select
 
 Criterion = Literal["score", "row_mass"]
 Reduce = Callable[[dict[str, BlockStatistics]], dict[str, BlockStatistics]]
@@ -196,7 +196,7 @@ class AttentionPruner:
         Args:
             step: Optimizer steps taken so far.
             reduce: Adds up the ranks' statistics so that all ranks get the same bits, and decide the same
-                (`sparse_prune.ranks`).
+                (`sparse_prune.distributed`).
 
         Returns:
             What was decided; None if nothing was probed, or only padding.

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sparse_prune.attention import attach, detach
 from sparse_prune.evaluation import handles_of
-from sparse_prune.passkey import passkey_prompt
+from sparse_prune.evaluation.prompts import passkey_prompt
 
 _BLOCK = 32
 

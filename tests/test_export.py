@@ -22,13 +22,12 @@ from transformers import (
     MistralForCausalLM,
 )
 
-from sparse_prune import AttentionPruner, BlockPattern, ConstantSchedule
+from sparse_prune import AttentionPruner, BlockPattern, ConstantSchedule, files
 from sparse_prune.attention import attach
 from sparse_prune.cache import PatternCache
 from sparse_prune.export import (
     PATTERN_FILE,
     check_folder,
-    folder,
     load,
     load_patterns,
     push_to_hub,
@@ -326,7 +325,7 @@ def test_a_run_s_folder_is_no_earlier_export(tmp_path):
 
 def test_a_place_that_cannot_be_replaced_is_refused_beforehand(tmp_path, monkeypatch):
     (tmp_path / "volume").mkdir()
-    monkeypatch.setattr(folder.os.path, "ismount", lambda path: path == tmp_path / "volume")
+    monkeypatch.setattr(files.os.path, "ismount", lambda path: path == tmp_path / "volume")
     monkeypatch.chdir(tmp_path / "volume")
     for place, reason in ((".", "the working folder is"), ("..", r"new, empty|the working folder is")):
         with pytest.raises(ValueError, match=reason):
@@ -360,7 +359,7 @@ def test_what_killed_exports_left_is_removed(tmp_path):
 @pytest.mark.parametrize("exchange", [True, False])
 def test_a_link_to_a_folder_stays_a_link(tmp_path, monkeypatch, exchange):
     if not exchange:
-        monkeypatch.setattr(folder, "_exchange", lambda one, other: False)
+        monkeypatch.setattr(files, "_exchange", lambda one, other: False)
     (tmp_path / "large").mkdir()
     link = tmp_path / "link"
     link.symlink_to("large")
@@ -517,10 +516,10 @@ def test_crash_at_any_moment_leaves_a_whole_export(tmp_path, monkeypatch, moment
     path = save_pretrained(pruned()[0], tmp_path / "model")
     expected, model = logits(load(path)), pruned(seed=1)[0]
     if not exchange:
-        monkeypatch.setattr(folder, "_exchange", lambda one, other: False)
+        monkeypatch.setattr(files, "_exchange", lambda one, other: False)
     child = os.fork()
     if not child:  # a process that dies without any clean-up
-        rename, swap, done = os.rename, folder._exchange, []
+        rename, swap, done = os.rename, files._exchange, []
 
         def dying_rename(*args):
             rename(*args)
@@ -533,14 +532,14 @@ def test_crash_at_any_moment_leaves_a_whole_export(tmp_path, monkeypatch, moment
             os._exit(1) if swapped and moment in ("within the swap", "after the swap") else None
             return swapped
 
-        folder.os.rename, folder._exchange = dying_rename, dying_exchange
+        files.os.rename, files._exchange = dying_rename, dying_exchange
         if moment == "after the model":
             import sparse_prune.export.model as module
 
             module.save_patterns = lambda *args: os._exit(1)
         if moment == "after the swap":
             remove = shutil.rmtree
-            folder.shutil.rmtree = lambda *args, **kwargs: os._exit(1) if len(done) == 2 else remove(*args, **kwargs)
+            files.shutil.rmtree = lambda *args, **kwargs: os._exit(1) if len(done) == 2 else remove(*args, **kwargs)
         try:
             save_pretrained(model, path)
         finally:

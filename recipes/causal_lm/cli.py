@@ -8,14 +8,14 @@ from typing import Any
 
 import pytorch_lightning as pl
 from pytorch_lightning.cli import LightningArgumentParser
-from sparse_prune.recipes.causal_lm.data import TextDataModule
-from sparse_prune.recipes.causal_lm.module import CausalLMModule
-from sparse_prune.recipes.finetune.cli import FineTuneCLI, run
-from sparse_prune.recipes.finetune.pretrained import load_tokenizer, longest_prompt
-from sparse_prune.recipes.finetune.report import CacheComparison
 from typing_extensions import override
 
 from sparse_prune.evaluation import all_connections, cache_cost, fresh_cache
+from sparse_prune.recipes.base.cli import FineTuneCLI, run
+from sparse_prune.recipes.base.pretrained import load_tokenizer, longest_prompt
+from sparse_prune.recipes.base.report import CacheComparison
+from sparse_prune.recipes.causal_lm.data import TextDataModule
+from sparse_prune.recipes.causal_lm.module import CausalLMModule
 
 _DECODED = 16  # tokens whose time is taken
 

@@ -10,14 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sparse_prune.recipes.causal_lm.repeats import repeat_passages
-from sparse_prune.recipes.finetune.counts import check_counts
-from sparse_prune.recipes.finetune.hub import PREFIX, hub_rows
-from sparse_prune.recipes.finetune.loader import SPLITS, SplitDataModule
-from sparse_prune.recipes.finetune.pretrained import load_tokenizer
-from sparse_prune.recipes.finetune.sources import stdlib_sources
 from torch import Tensor
 from typing_extensions import override
+
+from sparse_prune.recipes.base.counts import check_counts
+from sparse_prune.recipes.base.hub import PREFIX, hub_rows
+from sparse_prune.recipes.base.loader import SPLITS, SplitDataModule
+from sparse_prune.recipes.base.pretrained import load_tokenizer
+from sparse_prune.recipes.base.sources import stdlib_sources
+from sparse_prune.recipes.causal_lm.repeats import repeat_passages
 
 
 class TextDataModule(SplitDataModule):

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from sparse_prune.recipes.causal_lm.pretrained import load_model
-from sparse_prune.recipes.finetune.held_out import HeldOutBatch
-from sparse_prune.recipes.finetune.module import FineTuneModule
-from sparse_prune.recipes.finetune.pretrained import check_length, load_tokenizer
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from typing_extensions import override
 
-from sparse_prune.passkey import passkey_accuracy
+from sparse_prune.evaluation.prompts import passkey_accuracy
+from sparse_prune.recipes.base.held_out import HeldOutBatch
+from sparse_prune.recipes.base.module import FineTuneModule
+from sparse_prune.recipes.base.pretrained import check_length, load_tokenizer
+from sparse_prune.recipes.causal_lm.pretrained import load_model
 
 
 class CausalLMModule(FineTuneModule):
@@ -19,7 +19,7 @@ class CausalLMModule(FineTuneModule):
     Logs train/loss, val/loss and test/loss (nats per token), and val/passkey_accuracy if asked for.
 
     Args:
-        model: As `locate` takes it (sparse_prune.recipes.finetune.pretrained).
+        model: As `locate` takes it (sparse_prune.recipes.base.pretrained).
         learning_rate: Peak of AdamW's rate; warmed up linearly, then constant.
         warmup_steps: Optimizer steps of warm-up.
         weight_decay: AdamW's decay.

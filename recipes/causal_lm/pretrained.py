@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from sparse_prune.recipes.finetune.pretrained import locate
 
 from sparse_prune.attention import list_layers
+from sparse_prune.recipes.base.pretrained import locate
 
 
 def load_model(model: str, dtype: torch.dtype = torch.float32) -> Any:

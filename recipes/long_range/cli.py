@@ -7,10 +7,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from pytorch_lightning.cli import LightningArgumentParser
-from sparse_prune.recipes.finetune.cli import FineTuneCLI, run
+from typing_extensions import override
+
+from sparse_prune.recipes.base.cli import FineTuneCLI, run
 from sparse_prune.recipes.long_range.data import ListOpsDataModule
 from sparse_prune.recipes.long_range.module import ListOpsModule
-from typing_extensions import override
 
 
 class ListOpsCLI(FineTuneCLI):

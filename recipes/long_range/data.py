@@ -7,10 +7,11 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-from sparse_prune.recipes.finetune.classification import ClassificationDataModule, Example
-from sparse_prune.recipes.finetune.loader import SPLITS
-from sparse_prune.recipes.long_range.listops import DIGITS, END, OPERATORS, Rules, generate
 from typing_extensions import override
+
+from sparse_prune.recipes.base.classification import ClassificationDataModule, Example
+from sparse_prune.recipes.base.loader import SPLITS
+from sparse_prune.recipes.long_range.listops import DIGITS, END, OPERATORS, Rules, generate
 
 PAD, CLS = 0, 1
 VOCABULARY = {token: index for index, token in enumerate(("<pad>", "<cls>", *OPERATORS, END, *DIGITS))}

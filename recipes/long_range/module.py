@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from sparse_prune.recipes.finetune.classification import ClassificationModule
-from sparse_prune.recipes.long_range.data import CLS, PAD, VOCABULARY
 from torch import Tensor, nn
 from typing_extensions import override
+
+from sparse_prune.recipes.base.classification import ClassificationModule
+from sparse_prune.recipes.long_range.data import CLS, PAD, VOCABULARY
 
 
 class ListOpsEncoder(nn.Module):

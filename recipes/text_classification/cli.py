@@ -6,11 +6,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from pytorch_lightning.cli import LightningArgumentParser
-from sparse_prune.recipes.finetune.cli import FineTuneCLI, run
-from sparse_prune.recipes.finetune.pretrained import load_tokenizer
+from typing_extensions import override
+
+from sparse_prune.recipes.base.cli import FineTuneCLI, run
+from sparse_prune.recipes.base.pretrained import load_tokenizer
 from sparse_prune.recipes.text_classification.data import LabelledTextDataModule
 from sparse_prune.recipes.text_classification.module import TextClassificationModule
-from typing_extensions import override
 
 
 class TextClassificationCLI(FineTuneCLI):

@@ -13,18 +13,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sparse_prune.recipes.finetune.classification import (
+from typing_extensions import override
+
+from sparse_prune.recipes.base.classification import (
     ClassificationDataModule,
     Example,
     in_order,
     split_by_name,
     warn_of_rare_classes,
 )
-from sparse_prune.recipes.finetune.counts import check_counts
-from sparse_prune.recipes.finetune.hub import PREFIX, hub_classes, hub_rows
-from sparse_prune.recipes.finetune.pretrained import load_tokenizer
-from sparse_prune.recipes.finetune.sources import stdlib_sources
-from typing_extensions import override
+from sparse_prune.recipes.base.counts import check_counts
+from sparse_prune.recipes.base.hub import PREFIX, hub_classes, hub_rows
+from sparse_prune.recipes.base.pretrained import load_tokenizer
+from sparse_prune.recipes.base.sources import stdlib_sources
 
 _TABLES = "encodings"  # a package of tables, not of text
 _STDLIB_CLASSES = 8

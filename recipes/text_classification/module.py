@@ -5,17 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from sparse_prune.recipes.finetune.classification import ClassificationModule, class_settings
-from sparse_prune.recipes.finetune.pretrained import check_length, locate
 from torch import Tensor
 from typing_extensions import override
+
+from sparse_prune.recipes.base.classification import ClassificationModule, class_settings
+from sparse_prune.recipes.base.pretrained import check_length, locate
 
 
 class TextClassificationModule(ClassificationModule):
     """Fine-tunes `AutoModelForSequenceClassification`; the head is new where the weights have none that fits.
 
     Args:
-        model: As `locate` takes it (sparse_prune.recipes.finetune.pretrained).
+        model: As `locate` takes it (sparse_prune.recipes.base.pretrained).
         classes: Names of the classes, in the order of their numbers; the data's.
         learning_rate: Peak of AdamW's rate; warmed up linearly, then constant.
         warmup_steps: Optimizer steps of warm-up.

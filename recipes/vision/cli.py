@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from pytorch_lightning.cli import LightningArgumentParser
-from sparse_prune.recipes.finetune.cli import FineTuneCLI, run
+from typing_extensions import override
+
+from sparse_prune.recipes.base.cli import FineTuneCLI, run
 from sparse_prune.recipes.vision.data import ImageDataModule
 from sparse_prune.recipes.vision.module import VisionModule
-from typing_extensions import override
 
 
 class VisionCLI(FineTuneCLI):

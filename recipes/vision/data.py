@@ -8,18 +8,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from sparse_prune.recipes.finetune.classification import (
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.data import Dataset
+from typing_extensions import override
+
+from sparse_prune.recipes.base.classification import (
     ClassificationDataModule,
     Example,
     split_by_name,
     warn_of_rare_classes,
 )
-from sparse_prune.recipes.finetune.counts import check_counts
+from sparse_prune.recipes.base.counts import check_counts
 from sparse_prune.recipes.vision.images import LabelledImages, load_images
-from torch import Tensor
-from torch.nn import functional as F
-from torch.utils.data import Dataset
-from typing_extensions import override
 
 
 class ImageDataModule(ClassificationDataModule):

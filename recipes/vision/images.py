@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from sparse_prune.recipes.finetune.classification import in_order
-from sparse_prune.recipes.finetune.hub import PREFIX, hub_classes, hub_rows
+
+from sparse_prune.recipes.base.classification import in_order
+from sparse_prune.recipes.base.hub import PREFIX, hub_classes, hub_rows
 
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp"}
 

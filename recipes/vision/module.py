@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import torch
-from sparse_prune.recipes.finetune.classification import ClassificationModule, class_settings
-from sparse_prune.recipes.finetune.counts import check_counts
-from sparse_prune.recipes.finetune.pretrained import locate
+
+from sparse_prune.recipes.base.classification import ClassificationModule, class_settings
+from sparse_prune.recipes.base.counts import check_counts
+from sparse_prune.recipes.base.pretrained import locate
 
 
 class VisionModule(ClassificationModule):
@@ -14,7 +15,7 @@ class VisionModule(ClassificationModule):
     Args:
         classes: Names of the classes, in the order of their numbers; the data's.
         image_size: Pixels per side; the data's.
-        model: As `locate` takes it (sparse_prune.recipes.finetune.pretrained); the head is new where it does not fit.
+        model: As `locate` takes it (sparse_prune.recipes.base.pretrained); the head is new where it does not fit.
             None trains a ViT of the next four numbers from scratch.
         patch_size: Pixels per side of a patch.
         width: Size of the hidden state.

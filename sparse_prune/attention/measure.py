@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sparse_prune.attention.clock import milliseconds
 from sparse_prune.attention.layer import PrunableAttention
 from sparse_prune.attention.softcap import softcapped
+from sparse_prune.clock import milliseconds
 from sparse_prune.kernels import AttentionOptions, block_sparse_attention
 from sparse_prune.pattern import BlockPattern
 

@@ -17,11 +17,11 @@ from torch import Tensor
 from sparse_prune.attention import PrunableAttention, find_layers, handle_of
 from sparse_prune.attention.apply import fitting_layers
 from sparse_prune.attention.layer import Mode
-from sparse_prune.export.folder import carry_over, file_hash, obstacle, previous, whole_folder
+from sparse_prune.distributed import is_first_rank, on_first_rank
 from sparse_prune.export.loadable import check_loaded, empty_twin, loadable, model_class, quantization
 from sparse_prune.export.patterns import describe_pruning, read_pattern_file, save_patterns
 from sparse_prune.export.sharded import is_sharded, plain_class, whole_weights
-from sparse_prune.first_rank import is_first_rank, on_first_rank
+from sparse_prune.files import carry_over, file_hash, obstacle, previous, whole_folder
 from sparse_prune.kernels import BACKENDS, check_backend, usable_backend
 from sparse_prune.pattern import BlockPattern
 from sparse_prune.pruner import AttentionPruner

@@ -15,9 +15,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from sparse_prune.files import whole_file
 from sparse_prune.pattern import BlockPattern
 from sparse_prune.pruner import AttentionPruner
-from sparse_prune.whole_file import whole_file
 
 FORMAT = "sparse_prune.patterns"
 VERSION = 2

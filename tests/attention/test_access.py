@@ -1,10 +1,10 @@
 import pytest
 import torch
-from nano import CausalSelfAttention
-from test_hf import make, tokens
 from torch import nn
 
 from sparse_prune.attention import attach, detach, find_layers, handle_of, list_layers
+from support.families import make, tokens
+from support.nano import CausalSelfAttention
 
 
 class VisionAttention(nn.Module):

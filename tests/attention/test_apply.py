@@ -2,11 +2,11 @@ import copy
 
 import pytest
 import torch
-from nano import NanoGPT
 
 from sparse_prune import AttentionPruner, BlockPattern, ConstantSchedule
 from sparse_prune.attention import apply_patterns, attach
 from sparse_prune.export import load_patterns, save_patterns
+from support.nano import NanoGPT
 
 
 @pytest.fixture

@@ -4,11 +4,11 @@ import copy
 
 import pytest
 import torch
-from test_hf import make
 
 from sparse_prune import BlockPattern
 from sparse_prune.attention import attach
 from sparse_prune.cache import PatternCache
+from support.families import make
 
 pytest.importorskip("triton")
 

@@ -3,7 +3,6 @@ import pickle
 
 import pytest
 import torch
-from nano import CausalSelfAttention, NanoGPT
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.functional import scaled_dot_product_attention
@@ -11,6 +10,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from sparse_prune import BlockPattern
 from sparse_prune.attention import attach, detach, handle_of, list_layers
 from sparse_prune.attention.sdpa import attend
+from support.nano import CausalSelfAttention, NanoGPT
 
 LENGTH, BLOCK, WIDTH, HEADS = 24, 8, 32, 4
 

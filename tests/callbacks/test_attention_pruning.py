@@ -2,12 +2,12 @@ import pytest
 import torch
 from pytorch_lightning.callbacks import Callback, ModelCheckpoint
 from pytorch_lightning.tuner import Tuner
-from sparse_prune.callbacks import AttentionPruning, Distillation, KernelSwap, SparsityLogger, kernel_swap
-from tiny import LENGTH, TinyModule, batches, load_frames, pruning, tiny_llama, trainer
 from torch.utils.data import DataLoader, IterableDataset
 
 from sparse_prune import AttentionPruner, ConstantSchedule, Constraints, LinearSchedule
 from sparse_prune.attention import detach, handle_of
+from sparse_prune.callbacks import AttentionPruning, Distillation, KernelSwap, SparsityLogger, kernel_swap
+from support.tiny import LENGTH, TinyModule, batches, load_frames, pruning, tiny_llama, trainer
 
 
 def patterns(callback):
@@ -180,7 +180,7 @@ def test_two_ranks_agree(tmp_path):
     import sys
     from pathlib import Path
 
-    script = Path(__file__).with_name("ddp_run.py")
+    script = Path(__file__).parents[1] / "scenarios" / "ddp_run.py"
     done = subprocess.run([sys.executable, script, tmp_path], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     ranks = [torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1)]

@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from sparse_prune.callbacks import Distillation, KernelSwap
-from tiny import TinyModule, batches, pruning, tiny_llama, trainer
 from torch import nn
 
 from sparse_prune.attention import attach
+from sparse_prune.callbacks import Distillation, KernelSwap
 from sparse_prune.distillation import DenseTeacher, divergence
 from sparse_prune.evaluation import all_connections
+from support.tiny import TinyModule, batches, pruning, tiny_llama, trainer
 
 
 def test_divergence_is_that_of_torch_and_leaves_masked_positions_out():

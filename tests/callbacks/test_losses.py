@@ -1,4 +1,5 @@
 import pytest
+
 from sparse_prune.callbacks.losses import find_loss, loss_keys
 
 

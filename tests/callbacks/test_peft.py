@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from sparse_prune.callbacks import KernelSwap, restore_patterns
-from tiny import TinyModule, batches, pruning, tiny_llama, trainer
 from transformers import DynamicCache
 
 from sparse_prune.attention import attach
 from sparse_prune.cache import PatternCache
+from sparse_prune.callbacks import KernelSwap, restore_patterns
 from sparse_prune.export import load, save_pretrained
+from support.tiny import TinyModule, batches, pruning, tiny_llama, trainer
 
 peft = pytest.importorskip("peft")
 

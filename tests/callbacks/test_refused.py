@@ -2,7 +2,8 @@
 
 import numpy as np
 import pytest
-from tiny import TinyModule, batches, pruning, trainer
+
+from support.tiny import TinyModule, batches, pruning, trainer
 
 
 def test_a_trainer_of_the_other_package_is_refused_by_name():

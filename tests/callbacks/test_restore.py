@@ -3,10 +3,10 @@
 import pytest
 import torch
 from pytorch_lightning.callbacks import ModelCheckpoint
-from sparse_prune.callbacks import KernelSwap, restore_patterns
-from tiny import TinyModule, batches, pruning, tiny_llama, trainer
 
+from sparse_prune.callbacks import KernelSwap, restore_patterns
 from sparse_prune.export import load, save_pretrained
+from support.tiny import TinyModule, batches, pruning, tiny_llama, trainer
 
 
 @pytest.fixture(scope="module")

@@ -1,8 +1,9 @@
 import pytest
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
+
 from sparse_prune.callbacks.run_folder import filled_folders, run_folder
-from tiny import TinyModule, batches, pruning, trainer
+from support.tiny import TinyModule, batches, pruning, trainer
 
 
 class Kept(Logger):

@@ -3,12 +3,12 @@
 import pytest
 from jsonargparse import ArgumentParser
 from pytorch_lightning.callbacks import Callback, GradientAccumulationScheduler, ModelCheckpoint
-from sparse_prune.callbacks import AttentionPruning, KernelSwap
-from sparse_prune.callbacks.run_length import earliest_settling
-from tiny import BLOCK, TinyModule, batches, pruning, trainer
 from torch.utils.data import DataLoader, IterableDataset
 
 from sparse_prune import ConstantSchedule, CubicSchedule, LinearSchedule
+from sparse_prune.callbacks import AttentionPruning, KernelSwap
+from sparse_prune.callbacks.run_length import earliest_settling
+from support.tiny import BLOCK, TinyModule, batches, pruning, trainer
 
 
 def in_shares(end_step=0.5, **changes):

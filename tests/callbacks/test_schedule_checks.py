@@ -3,10 +3,10 @@
 import logging
 
 import pytest
-from sparse_prune.callbacks import AttentionPruning, KernelSwap
-from tiny import BLOCK, TinyModule, batches, pruning, trainer
 
 from sparse_prune import Constraints, CubicSchedule
+from sparse_prune.callbacks import AttentionPruning, KernelSwap
+from support.tiny import BLOCK, TinyModule, batches, pruning, trainer
 
 
 def warnings(caplog, words):

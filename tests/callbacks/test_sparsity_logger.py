@@ -11,6 +11,8 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
+
+from sparse_prune import BlockPattern
 from sparse_prune.callbacks import (
     AttentionPruning,
     KernelSwap,
@@ -19,32 +21,12 @@ from sparse_prune.callbacks import (
     logger_extras,
     sparsity_logger,
 )
-from sparse_prune.callbacks.pattern_history import FOLDER
 from sparse_prune.callbacks.pruning_metrics import HEAD_COLUMNS, head_table, savings_metrics
-from tiny import TinyModule, batches, load_frames, pruning, tiny_llama, trainer
-
-from sparse_prune import BlockPattern
 from sparse_prune.export import load_patterns
+from sparse_prune.export.history import FOLDER
 from sparse_prune.pruner import attention_flops, kv_blocks_droppable
-
-EXPECTED = {
-    "prune/threshold",
-    "prune/requested",
-    "sparsity/total",
-    "sparsity/layer_00",
-    "sparsity/layer_01",
-    "settle/change_layer_00",
-    "settle/min_delta",
-    "time/step_seconds",
-    "time/tokens_per_second",
-    "swap/layer_01",
-    "swap/sparse_layers",
-    "mass/kept",
-    "savings/attention_flops",
-    "savings/kv_bytes",
-    "train/loss",
-    "val/loss",
-}
+from support.logs import EXPECTED, read_csv, read_leveldb_log
+from support.tiny import TinyModule, batches, load_frames, pruning, tiny_llama, trainer
 
 
 def fit(path, loggers, **changes):
@@ -52,13 +34,6 @@ def fit(path, loggers, **changes):
     run = trainer(path, [callback, KernelSwap("gather")], logger=loggers, **changes)
     run.fit(TinyModule(), batches(), batches(4))
     return callback
-
-
-def read_csv(folder):
-    import csv
-
-    with open(folder / "metrics.csv") as file:
-        return [{k: float(v) for k, v in row.items() if v != ""} for row in csv.DictReader(file)]
 
 
 def test_csv_holds_everything_at_the_right_steps(tmp_path):
@@ -172,21 +147,6 @@ def test_tensorboard_gets_scalars_and_pictures(tmp_path):
     events.Reload()
     assert set(events.Tags()["scalars"]) >= EXPECTED - {"val/loss"}
     assert set(events.Tags()["images"]) == {"patterns/layer_00", "patterns/layer_01", "patterns/atlas"}
-
-
-def read_leveldb_log(path, block=2**15):
-    """Records of a LevelDB log, the format of a W&B offline file: blocks of checksum, length, type, data."""
-    data, place, record = path.read_bytes(), 7, b""
-    while place + 7 <= len(data):
-        if block - place % block < 7:
-            place += block - place % block
-            continue
-        length, kind = int.from_bytes(data[place + 4 : place + 6], "little"), data[place + 6]
-        record += data[place + 7 : place + 7 + length]
-        place += 7 + length
-        if kind in (1, 4):  # whole, or the last piece
-            yield record
-            record = b""
 
 
 def read_wandb_file(path, seconds=30.0):

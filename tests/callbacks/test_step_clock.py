@@ -7,12 +7,12 @@ import types
 import pytest
 import torch
 from pytorch_lightning.loggers import CSVLogger
+
+from sparse_prune import clock as device_clock
 from sparse_prune.callbacks import KernelSwap, kernel_swap, step_clock, swap_forecast
 from sparse_prune.callbacks.step_clock import StepClock
-from test_sparsity_logger import read_csv
-from tiny import TinyModule, batches, pruning, trainer
-
-from sparse_prune.attention import clock as device_clock
+from support.logs import read_csv
+from support.tiny import TinyModule, batches, pruning, trainer
 
 CPU = torch.device("cpu")
 

@@ -4,11 +4,11 @@ import logging
 
 import pytest
 import torch
-from sparse_prune.callbacks import KernelSwap, swap_forecast
-from sparse_prune.callbacks.swap_forecast import SwapForecast, forecast_swap
-from tiny import LENGTH, TinyModule, batches, pruning, tiny_llama, trainer
 
 from sparse_prune import AttentionPruner, ConstantSchedule
+from sparse_prune.callbacks import KernelSwap, swap_forecast
+from sparse_prune.callbacks.swap_forecast import SwapForecast, forecast_swap
+from support.tiny import LENGTH, TinyModule, batches, pruning, tiny_llama, trainer
 
 
 def fit(tmp_path, swap, steps=4, **changes):

@@ -10,13 +10,14 @@ from pathlib import Path
 from threading import Thread
 
 import pytest
+
 from sparse_prune.callbacks import FallbackWandbLogger
-from test_sparsity_logger import EXPECTED, read_leveldb_log
-from wandb_server import wandb_server
+from support.logs import EXPECTED, read_leveldb_log
+from support.wandb_server import wandb_server
 
 pytest.importorskip("wandb")
 pytestmark = pytest.mark.slow
-SCRIPT = Path(__file__).with_name("wandb_run.py")
+SCRIPT = Path(__file__).parents[1] / "scenarios" / "wandb_run.py"
 TOLD_AT_START = "the run is kept in"
 TOLD_LATER = "takes no files and gets no more of them"
 

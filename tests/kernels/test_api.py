@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from cases import inputs, random_pattern, run
 
 from sparse_prune.kernels import AttentionOptions, block_sparse_attention
+from support.cases import inputs, random_pattern, run
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 

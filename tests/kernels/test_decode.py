@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from cases import inputs, random_pattern
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparse_prune.kernels import AttentionOptions
 from sparse_prune.kernels.reference import masked_attention
+from support.cases import inputs, random_pattern
 
 pytest.importorskip("triton")
 from sparse_prune.kernels.triton.attend import decode, decodes  # noqa: E402

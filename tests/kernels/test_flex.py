@@ -6,10 +6,10 @@ import weakref
 
 import pytest
 import torch
-from cases import inputs, random_pattern
 from torch.nn.attention.flex_attention import FlexKernelOptions
 
 from sparse_prune.kernels import AttentionOptions, block_sparse_attention, flex
+from support.cases import inputs, random_pattern
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 

@@ -1,11 +1,11 @@
 import pytest
 import torch
-from cases import inputs, random_pattern, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparse_prune import BlockPattern
 from sparse_prune.kernels import AttentionOptions, block_sparse_attention, documents_from_cu_seqlens
+from support.cases import inputs, random_pattern, run
 
 
 def assert_matches_reference(tensors, pattern, options=None):

@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cases import inputs, random_pattern, run
 
 from sparse_prune.kernels import AttentionOptions
+from support.cases import inputs, random_pattern, run
 
 pytest.importorskip("triton")
 from triton.runtime.errors import OutOfResources  # noqa: E402

@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
-from cases import inputs, random_pattern
 
 from sparse_prune.kernels import block_sparse_attention
+from support.cases import inputs, random_pattern
 
 pytest.importorskip("triton")
 from sparse_prune.kernels.triton import ops  # noqa: E402

@@ -5,12 +5,12 @@ from functools import partial
 
 import pytest
 import torch
-from cases import random_pattern
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
 
 from sparse_prune.kernels import block_sparse_attention
+from support.cases import random_pattern
 
 pytest.importorskip("triton")
 from sparse_prune.kernels.triton.attend import probe  # noqa: E402

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import inputs, random_pattern, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparse_prune import BlockPattern
 from sparse_prune.kernels import AttentionOptions, block_sparse_attention
 from sparse_prune.scores import probe_blocks
+from support.cases import inputs, random_pattern, run
 
 pytest.importorskip("triton")
 from sparse_prune.kernels.triton import ops  # noqa: E402

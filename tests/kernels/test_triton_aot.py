@@ -9,9 +9,8 @@ from pathlib import Path
 import pytest
 
 triton = pytest.importorskip("triton")
-from aot import GROUPS  # noqa: E402
-
 from sparse_prune.kernels.triton.configs import SHARED_MEMORY  # noqa: E402
+from support.aot import GROUPS  # noqa: E402
 
 MORE = 0 if triton.__version__.startswith("3.9.") else 160
 """Bytes that other compilers than that of `aot.py` may spill beyond it: 3.6, with every option on, spills 16 more in dq
@@ -22,7 +21,7 @@ and 140 in the probe."""
 @pytest.mark.parametrize("group", GROUPS)
 def test_no_configuration_spills_more_or_takes_more_than_is_known(group):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, str(Path(__file__).parent / "aot.py"), group]
+    command = [sys.executable, str(Path(__file__).parents[1] / "support" / "aot.py"), group]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     rows = [json.loads(line) for line in done.stdout.splitlines()]

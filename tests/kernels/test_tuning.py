@@ -8,11 +8,11 @@ import sys
 
 import pytest
 import torch
-from cases import inputs, random_pattern, run
 from hypothesis import given
 from hypothesis import strategies as st
 
 from sparse_prune.kernels import AttentionOptions
+from support.cases import inputs, random_pattern, run
 
 pytest.importorskip("triton")
 from sparse_prune.kernels.triton import tuning  # noqa: E402

@@ -9,18 +9,18 @@ import pytest
 import pytorch_lightning as pl
 import torch
 import yaml
-from settings import pruning_callbacks, run_settings
+from transformers import BertConfig, BertLMHeadModel, GPT2Config, GPT2LMHeadModel
+
+from sparse_prune.attention import attach
+from sparse_prune.evaluation.prompts import passkey_accuracy, passkey_prompt
+from sparse_prune.export import PATTERN_FILE, load, load_patterns, read_pattern_file
+from sparse_prune.recipes.base.history import RunHistory
+from sparse_prune.recipes.base.pretrained import load_tokenizer
 from sparse_prune.recipes.causal_lm.cli import CausalLMCLI, main
 from sparse_prune.recipes.causal_lm.data import TextDataModule, load_documents
 from sparse_prune.recipes.causal_lm.module import CausalLMModule
 from sparse_prune.recipes.causal_lm.pretrained import load_model
-from sparse_prune.recipes.finetune.history import RunHistory
-from sparse_prune.recipes.finetune.pretrained import load_tokenizer
-from transformers import BertConfig, BertLMHeadModel, GPT2Config, GPT2LMHeadModel
-
-from sparse_prune.attention import attach
-from sparse_prune.export import PATTERN_FILE, load, load_patterns, read_pattern_file
-from sparse_prune.passkey import passkey_accuracy, passkey_prompt
+from support.settings import pruning_callbacks, run_settings
 
 
 @pytest.fixture
@@ -269,7 +269,7 @@ def test_generation_is_measured_within_learned_positions(config, tiny_model, tmp
     sizes = {"vocab_size": 98, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 256}
     GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=1, eos_token_id=1)).save_pretrained(tmp_path / "gpt2")
     load_tokenizer(tiny_model).save_pretrained(tmp_path / "gpt2")
-    monkeypatch.setattr("sparse_prune.evaluation.live_bytes", lambda device: 0)  # takes seconds
+    monkeypatch.setattr("sparse_prune.evaluation.measures.live_bytes", lambda device: 0)  # takes seconds
     report = fit(config, monkeypatch, *ALONE, "--model.model", str(tmp_path / "gpt2"))
     assert report["cache"]["length"] == 256 - 17
 

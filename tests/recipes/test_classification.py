@@ -8,19 +8,6 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from settings import pruning_callbacks, run_settings
-from sparse_prune.recipes.finetune.classification import split_by_name
-from sparse_prune.recipes.long_range.cli import main as long_range
-from sparse_prune.recipes.long_range.data import CLS, PAD, VOCABULARY, ListOpsDataModule
-from sparse_prune.recipes.long_range.listops import END, OPERATORS, Rules, generate
-from sparse_prune.recipes.long_range.module import ListOpsModule
-from sparse_prune.recipes.text_classification.cli import main as text_classification
-from sparse_prune.recipes.text_classification.data import LabelledTextDataModule, load_labelled
-from sparse_prune.recipes.text_classification.module import TextClassificationModule
-from sparse_prune.recipes.vision.cli import main as vision
-from sparse_prune.recipes.vision.data import ImageDataModule
-from sparse_prune.recipes.vision.images import load_images
-from sparse_prune.recipes.vision.module import VisionModule
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     BertConfig,
@@ -34,6 +21,19 @@ from transformers import (
 )
 
 from sparse_prune.export import load
+from sparse_prune.recipes.base.classification import split_by_name
+from sparse_prune.recipes.long_range.cli import main as long_range
+from sparse_prune.recipes.long_range.data import CLS, PAD, VOCABULARY, ListOpsDataModule
+from sparse_prune.recipes.long_range.listops import END, OPERATORS, Rules, generate
+from sparse_prune.recipes.long_range.module import ListOpsModule
+from sparse_prune.recipes.text_classification.cli import main as text_classification
+from sparse_prune.recipes.text_classification.data import LabelledTextDataModule, load_labelled
+from sparse_prune.recipes.text_classification.module import TextClassificationModule
+from sparse_prune.recipes.vision.cli import main as vision
+from sparse_prune.recipes.vision.data import ImageDataModule
+from sparse_prune.recipes.vision.images import load_images
+from sparse_prune.recipes.vision.module import VisionModule
+from support.settings import pruning_callbacks, run_settings
 
 
 @pytest.fixture(scope="module")

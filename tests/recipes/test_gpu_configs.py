@@ -14,8 +14,6 @@ import sys
 import pytest
 import torch
 import yaml
-from data_sets import write_opinions, write_pictures
-from sparse_prune.recipes.finetune.pretrained import load_tokenizer
 from transformers import (
     AutoConfig,
     LlamaConfig,
@@ -27,6 +25,8 @@ from transformers import (
 )
 
 from sparse_prune.export import load_patterns
+from sparse_prune.recipes.base.pretrained import load_tokenizer
+from support.data_sets import write_opinions, write_pictures
 
 pytestmark = pytest.mark.slow
 STEPS = 12

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from sparse_prune.recipes.finetune.held_out import HeldOutLoader, HeldOutMean
 from torch.utils.data import DistributedSampler
+
+from sparse_prune.recipes.base.held_out import HeldOutLoader, HeldOutMean
 
 
 def batches(examples, processes, batch_size):

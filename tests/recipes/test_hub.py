@@ -10,17 +10,18 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from data_sets import pictures, write, write_opinions, write_pictures
 from datasets import ClassLabel, Image, Sequence, Value
-from settings import pruning_callbacks, run_settings
+
+from sparse_prune.commands.evaluate.text import held_out
+from sparse_prune.recipes.base.hub import hub_rows
+from sparse_prune.recipes.base.pretrained import load_tokenizer
 from sparse_prune.recipes.causal_lm.data import TextDataModule, split_documents
-from sparse_prune.recipes.evaluate.text import held_out
-from sparse_prune.recipes.finetune.hub import hub_rows
-from sparse_prune.recipes.finetune.pretrained import load_tokenizer
 from sparse_prune.recipes.text_classification.data import load_labelled
 from sparse_prune.recipes.vision.cli import main as vision
 from sparse_prune.recipes.vision.data import ImageDataModule
 from sparse_prune.recipes.vision.images import load_images
+from support.data_sets import pictures, write, write_opinions, write_pictures
+from support.settings import pruning_callbacks, run_settings
 
 DISHES = ["waffles", "apple_pie", "sushi"]
 

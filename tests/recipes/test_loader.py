@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from sparse_prune.recipes.finetune.loader import ResumableDataLoader
+
+from sparse_prune.recipes.base.loader import ResumableDataLoader
 
 
 class Counted(torch.utils.data.Dataset):

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from sparse_prune.recipes.causal_lm.pretrained import load_model
 
 from sparse_prune import AttentionPruner, ConstantSchedule
 from sparse_prune.attention import attach
+from sparse_prune.recipes.causal_lm.pretrained import load_model
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 

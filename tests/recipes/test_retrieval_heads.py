@@ -2,12 +2,12 @@ import re
 
 import pytest
 import torch
-from sparse_prune.recipes.causal_lm.pretrained import load_model
-from sparse_prune.recipes.finetune.pretrained import load_tokenizer
 
 from sparse_prune import AttentionPruner, ConstantSchedule, Constraints
 from sparse_prune.attention import attach, detach, handle_of
-from sparse_prune.passkey import passkey_prompt
+from sparse_prune.evaluation.prompts import passkey_prompt
+from sparse_prune.recipes.base.pretrained import load_tokenizer
+from sparse_prune.recipes.causal_lm.pretrained import load_model
 from sparse_prune.retrieval_heads import retrieval_heads, retrieval_scores
 
 

@@ -16,12 +16,12 @@ import triton
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
+from sparse_prune.files import whole_file
 from sparse_prune.kernels.options import AttentionOptions
 from sparse_prune.kernels.triton.configs import KERNELS, Call, Kernel, LaunchConfig, candidates, capability, traits
 from sparse_prune.kernels.triton.launch import launch_dkdv, launch_dq, launch_forward
 from sparse_prune.kernels.triton.tables import index_tables
 from sparse_prune.pattern import BlockPattern
-from sparse_prune.whole_file import whole_file
 
 log = logging.getLogger(__name__)
 

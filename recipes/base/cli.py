@@ -1,0 +1,299 @@
+"""The command line of a recipe: a fine-tune with pruning, its dense twin, and the report."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pytorch_lightning as pl
+from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
+from pytorch_lightning.loggers import CSVLogger
+from typing_extensions import override
+
+from sparse_prune.callbacks import AttentionPruning, KernelSwap
+from sparse_prune.callbacks.pruning_metrics import savings_metrics
+from sparse_prune.callbacks.run_folder import filled_folders, run_folder
+from sparse_prune.distributed import on_first_rank
+from sparse_prune.export import check_folder, save_pretrained
+from sparse_prune.export.sharded import is_sharded
+from sparse_prune.files import user_path
+from sparse_prune.recipes.base.history import RunHistory
+from sparse_prune.recipes.base.machine import describe_machine
+from sparse_prune.recipes.base.module import FineTuneModule
+from sparse_prune.recipes.base.report import CacheComparison, DenseRun, RunReport
+
+log = logging.getLogger(__name__)
+_Found = TypeVar("_Found")
+_CONFIG = ("--config", "-c")
+
+
+class FineTuneCLI(LightningCLI):
+    """`fit` ends with a report; with `--compare_dense true` it repeats the run without pruning.
+
+    The module is a `FineTuneModule` whose test step logs `test/loss` and whatever else the report shall compare. Its
+    hyperparameters are all it takes to build it anew.
+    """
+
+    exportable = True
+    """Whether the model is of transformers, so that `--export` can save it."""
+
+    @override
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument(
+            "--compare_dense", type=bool, default=False, help="Repeat the run without pruning and compare."
+        )
+        if self.exportable:
+            parser.add_argument(
+                "--export", type=str | None, default=None, help="Folder to export the pruned model to, to load again."
+            )
+
+    @override
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        with warnings.catch_warnings():
+            # Nothing is mistaken here: `run` puts paths into the place of names.
+            warnings.filterwarnings("ignore", "LightningCLI's args parameter")
+            super().parse_arguments(parser, args)
+
+    def tokenizer(self) -> Any:
+        """What an export shall hold beside the model; None if nothing."""
+        return None
+
+    def quality(self, trainer: pl.Trainer) -> dict[str, float]:
+        """More than the test metrics say of a model that was just trained: name -> share in [0, 1]."""
+        return {}
+
+    def cache(self) -> CacheComparison | None:
+        """KV cache with and without patterns, for models that have one; asked for on rank 0 alone."""
+        return None
+
+    def describe(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """What the report says of model and data, from the configuration of `fit`."""
+        return {}
+
+    def before_fit(self) -> None:
+        """Refuse what could only fail after the training. Start with the random numbers that the dense twin gets."""
+        # On every rank, which may have nobody to talk to yet. AttentionPruning adds a KernelSwap where there is none.
+        for kind in (RunHistory, AttentionPruning):
+            _callback(self.trainer, kind)
+        if self._export_folder is not None:
+            self._check_export(self._export_folder)
+        self._seed()
+
+    def _check_export(self, folder: str) -> None:
+        check_folder(folder, "export")
+        for filled in filled_folders(self.trainer):
+            if filled.resolve().is_relative_to(user_path(folder).resolve()):
+                raise ValueError(
+                    f"`export` must be a folder that the run does not fill itself, got {folder!r}, but logs or "
+                    f"checkpoints go to {str(filled)!r}. Name another, such as {str(filled / 'pruned')!r}."
+                )
+
+    @property
+    def _export_folder(self) -> str | None:
+        return (self.config["fit"]["export"] or None) if self.exportable else None
+
+    def _seed(self) -> None:
+        pl.seed_everything(int(self.config["fit"]["seed_everything"] or 0), verbose=False)
+
+    def after_fit(self) -> None:
+        """Export, test, repeat the run without pruning if asked, and write the report: every rank takes part."""
+        if self.trainer.interrupted:
+            return
+        folder = run_folder(self.trainer)
+        if self._export_folder is not None:
+            self._export(self._export_folder)
+        report = self._report()
+        if self.config["fit"]["compare_dense"]:
+            on_first_rank(partial(report.write, folder))  # stays, should the dense run take the process along
+            report = replace(report, dense=self._compare(folder))
+        path = on_first_rank(partial(report.write, folder))
+        if self.trainer.is_global_zero:
+            print("\n".join(["", *report.verdicts(), f"Report: {path}"]))
+
+    def _export(self, folder: str) -> None:
+        model, pruner = self.model.model, _callback(self.trainer, AttentionPruning).pruner
+        export = partial(save_pretrained, model, folder, pruner=pruner, tokenizer=self.tokenizer())
+        if is_sharded(model):
+            export()
+        else:
+            on_first_rank(export)
+
+    def _report(self) -> RunReport:
+        """Of the run alone."""
+        pruner = _callback(self.trainer, AttentionPruning).pruner
+        loss, quality = self._test(self.trainer, self.model)
+        return RunReport(
+            setup=self.describe(self.config["fit"]) | self._setup(),
+            loss=loss,
+            quality=quality,
+            records=_callback(self.trainer, RunHistory).records,
+            cache=None if self._in_parts else on_first_rank(partial(_attempt, "the KV cache", self.cache)),
+            layers=list(pruner.layers),
+            sparsity=pruner.total_sparsity,
+            events=_callback(self.trainer, KernelSwap).events,
+            patterns=pruner.patterns,
+            savings=savings_metrics(pruner),
+            notes=self._notes(),
+        )
+
+    @property
+    def _in_parts(self) -> bool:
+        """Whether no process can run the model without the others."""
+        return self.trainer.world_size > 1 and is_sharded(self.model.model)
+
+    def _notes(self) -> list[str]:
+        if self.trainer.world_size == 1:
+            return []
+        notes = [f"{self.trainer.world_size} processes: step times and training losses are those of the first."]
+        if self._in_parts:
+            notes.append(
+                "The KV cache and decoding were not measured, because FSDP2 keeps the model in parts: "
+                "`sparse-prune evaluate` measures an export."
+            )
+        return notes
+
+    def _test(self, trainer: pl.Trainer, module: pl.LightningModule) -> tuple[float, dict[str, float]]:
+        """Loss, and all else that tells how good a model is."""
+        quality = self.quality(trainer)  # first: testing empties the metrics of the fit
+        found = trainer.test(module, datamodule=self.datamodule, verbose=False)[0]
+        tested = {name.removeprefix("test/").replace("_", " "): float(value) for name, value in found.items()}
+        return tested.pop("loss"), tested | quality
+
+    def _compare(self, folder: Path) -> DenseRun | None:
+        """The dense run; None if it fails in a single process, where it takes nobody along.
+
+        A rank that failed alone would leave the others waiting for it: its error ends the run on all of them.
+        """
+        dense_run = partial(self._dense_run, folder)
+        return _attempt("the dense run", dense_run) if self.trainer.world_size == 1 else dense_run()
+
+    def _dense_run(self, folder: Path) -> DenseRun:
+        self._seed()
+        module, history = self._twin(), RunHistory()
+        trainer = self._twin_trainer(callbacks=[history], logger=CSVLogger(folder, name="dense", version=""))
+        before, _ = self._test(trainer, module)
+        self._seed()
+        trainer.fit(module, datamodule=self.datamodule)
+        after, quality = self._test(trainer, module)
+        for own in self.trainer.loggers:  # beside the pruned run's loss, in the same chart
+            for record in history.records:
+                own.log_metrics({"dense/train_loss": record.loss}, step=record.step - 1)
+            own.save()
+        return DenseRun(before, after, history.records, quality)
+
+    def _twin(self) -> FineTuneModule:
+        """The module anew, with the optimizer and the scheduler of the command line if it names any."""
+        # The command line adds entries of its own to the hyperparameters.
+        given = {name: value for name, value in self.model.hparams.items() if not name.startswith("_")}
+        twin: FineTuneModule = type(self.model)(**given)
+        trained, self.model = self.model, twin
+        try:
+            self._add_configure_optimizers_method_to_model(self.subcommand)
+        finally:
+            self.model = trained
+        return twin
+
+    def _twin_trainer(self, **replaced: Any) -> pl.Trainer:
+        """A Trainer of the same settings. Strategy, plugins and the like are made anew: they keep state."""
+        settings = self.config["fit"]["trainer"].as_dict()
+        settings |= {"callbacks": None, "logger": None, "enable_checkpointing": False}
+        parser = LightningArgumentParser()
+        parser.add_lightning_class_args(self.trainer_class, "trainer")
+        made = parser.instantiate_classes(parser.parse_object({"trainer": settings})).trainer
+        return self.trainer_class(**{**made, **replaced})
+
+    def _setup(self) -> dict[str, Any]:
+        return {
+            "optimizer steps": self.trainer.global_step,
+            "trained parameters": self.model.hparams.get("train_only") or "all",
+            "precision": self.trainer.precision,
+            "block size": _callback(self.trainer, AttentionPruning).pruner.block_size,
+            **self._processes(),
+            **describe_machine(),
+        }
+
+    def _processes(self) -> dict[str, Any]:
+        """How several processes share a batch."""
+        if self.trainer.world_size == 1:
+            return {}
+        shares = (self.trainer.distributed_sampler_kwargs or {"num_replicas": 1})["num_replicas"]
+        batch, accumulated = self.datamodule.batch_size, self.trainer.accumulate_grad_batches
+        return {
+            "processes": self.trainer.world_size,
+            "effective batch": f"{shares * batch * accumulated} examples per optimizer step "
+            f"({shares} shares, batch_size {batch}, accumulate_grad_batches {accumulated})",
+        }
+
+
+def run(
+    cli: type[FineTuneCLI],
+    module: type[FineTuneModule],
+    data: type[pl.LightningDataModule],
+    package: str,
+    args: list[str] | None = None,
+) -> None:
+    """Run a recipe's command line; `--config NAME` finds the configurations in its package by name.
+
+    A name that is neither one of them nor a file ends the process with a line that lists them.
+
+    Args:
+        cli: Kind of command line.
+        module: What is trained.
+        data: On what.
+        package: Where the recipe's configurations lie, as its `__package__` says.
+        args: Command line; None takes that of the process.
+    """
+    try:
+        given = _find_configs(sys.argv[1:] if args is None else args, package)
+    except ValueError as error:
+        argparse.ArgumentParser(prog=f"python -m {package}", usage="%(prog)s fit --config CONFIG ...").error(str(error))
+    logging.getLogger("sparse_prune").setLevel(logging.INFO)
+    cli(module, data, args=given, save_config_kwargs={"overwrite": True})
+
+
+def _find_configs(args: Sequence[str], package: str) -> list[str]:
+    """The command line with paths in the place of the names of shipped configurations."""
+    found: list[str] = []
+    for arg in args:
+        flag, equals, name = arg.partition("=")
+        if equals and flag in _CONFIG:
+            found.append(f"{flag}={_find_config(name, package)}")
+        elif found and found[-1] in _CONFIG:
+            found.append(_find_config(arg, package))
+        else:
+            found.append(arg)
+    return found
+
+
+def _find_config(name: str, package: str) -> str:
+    shipped = {Path(str(file)).stem: str(file) for file in files(package).iterdir() if file.name.endswith(".yaml")}
+    path = user_path(name)
+    if path.exists() and not path.is_dir():
+        return str(path)
+    if name not in shipped:
+        raise ValueError(f"`--config` must be a file or one of {', '.join(sorted(shipped))}, got {name!r}.")
+    return shipped[name]
+
+
+def _attempt(what: str, measure: Callable[[], _Found]) -> _Found | None:
+    """None if it fails, with the error in the log: after the training, the rest of the report shall not be lost."""
+    try:
+        return measure()
+    except Exception:
+        log.exception("The report goes without %s, because measuring it failed.", what)
+        return None
+
+
+def _callback(trainer: pl.Trainer, kind: type[Any]) -> Any:
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, kind):
+            return callback
+    raise ValueError(f"`trainer.callbacks` must hold a {kind.__name__} for the report. Add it to the config.")

@@ -1,0 +1,112 @@
+"""A loader that a checkpoint in the middle of an epoch can continue, in the same order on any number of processes."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from itertools import islice
+from typing import Any, TypeVar
+
+import pytorch_lightning as pl
+from torch import Tensor
+from torch.utils.data import DataLoader, DistributedSampler
+from typing_extensions import override
+
+from sparse_prune.recipes.base.counts import check_counts
+from sparse_prune.recipes.base.held_out import HeldOutLoader
+
+SPLITS = ("train", "val", "test")
+_Loader = TypeVar("_Loader", bound=DataLoader[Any])
+
+
+class ResumableDataLoader(DataLoader[Tensor]):
+    """A DataLoader that a checkpoint in the middle of an epoch can continue, without shuffling.
+
+    What was served before the checkpoint is not made again. Batches that workers hold in advance were not served.
+    """
+
+    _served = 0
+    _skip = 0
+
+    @override
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        self._served, self._skip = self._skip, 0
+        batches = iter(self._rest(self._served)) if self._served else super().__iter__()
+        for batch in batches:
+            self._served += 1
+            yield batch
+        self._served = 0
+
+    def _rest(self, served: int) -> DataLoader[Tensor]:
+        """What an epoch holds after so many batches."""
+        assert self.batch_sampler is not None
+        return DataLoader(
+            self.dataset,
+            batch_sampler=list(islice(self.batch_sampler, served, None)),
+            num_workers=self.num_workers,
+            collate_fn=self.collate_fn,
+            pin_memory=self.pin_memory,
+            worker_init_fn=self.worker_init_fn,
+            multiprocessing_context=self.multiprocessing_context,
+        )
+
+    def state_dict(self) -> dict[str, int]:
+        """Batches served in this epoch."""
+        return {"served": self._served}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Skip what was served."""
+        self._skip = state["served"]
+
+
+class SplitDataModule(pl.LightningDataModule, ABC):
+    """Data in the splits "train", "val" and "test", loaded in their order; the last two as `HeldOutBatch`.
+
+    Processes share the examples in turns, so that n of them take together what one would take; left alone, Lightning
+    would shuffle what it hands to several processes.
+
+    Args:
+        batch_size: Examples per batch and process.
+        num_workers: Processes per loader and process that make examples, where that takes time; 0: the training does.
+
+    Raises:
+        ValueError: If a number is out of range.
+    """
+
+    def __init__(self, batch_size: int, num_workers: int = 0) -> None:
+        super().__init__()
+        check_counts(batch_size=batch_size)
+        if num_workers < 0:
+            raise ValueError(f"`num_workers` must be at least 0, got {num_workers}. 0 starts no processes.")
+        self.batch_size, self.num_workers = batch_size, num_workers
+
+    @abstractmethod
+    def examples_of(self, split: str) -> Any:
+        """What a loader takes, after `setup`."""
+
+    def _loader(self, kind: type[_Loader], split: str) -> _Loader:
+        examples = self.examples_of(split)
+        shares = self.trainer.distributed_sampler_kwargs if self.trainer is not None else None
+        sampler: DistributedSampler[Any] | None = None
+        if shares is not None:
+            sampler = DistributedSampler(examples, shuffle=False, **shares)
+        return kind(
+            examples,
+            batch_size=self.batch_size,
+            sampler=sampler,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            pin_memory=self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",
+        )
+
+    @override
+    def train_dataloader(self) -> ResumableDataLoader:
+        return self._loader(ResumableDataLoader, "train")
+
+    @override
+    def val_dataloader(self) -> HeldOutLoader:
+        return self._loader(HeldOutLoader, "val")
+
+    @override
+    def test_dataloader(self) -> HeldOutLoader:
+        return self._loader(HeldOutLoader, "test")

@@ -1,0 +1,205 @@
+"""The report at the end of a run: what was gained and lost, as text, data and a picture."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sparse_prune.callbacks import SwapEvent
+from sparse_prune.evaluation import CacheCost
+from sparse_prune.files import whole_file
+from sparse_prune.pattern import BlockPattern
+from sparse_prune.pictures import LayerView, draw_atlas
+from sparse_prune.recipes.base.history import StepRecord
+
+
+@dataclass(frozen=True)
+class DenseRun:
+    """The same fine-tune without pruning."""
+
+    loss_before: float
+    """Test loss before any training, in nats."""
+    loss_after: float
+    records: list[StepRecord]
+    quality: Mapping[str, float] = field(default_factory=dict)
+    """As in `RunReport`."""
+
+
+@dataclass(frozen=True)
+class CacheComparison:
+    """KV cache and speed of generation after one sequence, measured: the same weights with and without the patterns."""
+
+    length: int
+    """Tokens of the sequence."""
+    dense: CacheCost
+    pruned: CacheCost
+
+    def verdict(self) -> str:
+        """In a sentence."""
+        large, small = self.dense.kv_bytes, self.pruned.kv_bytes
+        return (
+            f"The KV cache of {self.length} tokens takes {small / 2**20:.1f} MiB by the allocator, without patterns "
+            f"{large / 2**20:.1f} MiB ({large / max(small, 1):.2f}x smaller); decoding runs at "
+            f"{self.pruned.decode_tokens_per_s:.1f} tokens/s, without patterns at {self.dense.decode_tokens_per_s:.1f}."
+        )
+
+
+@dataclass(frozen=True)
+class RunReport:
+    """Everything the report shows."""
+
+    setup: Mapping[str, Any]
+    """Model, lengths, versions, machine: what is needed to run it again."""
+    loss: float
+    """Test loss of the pruned model, in nats: per token for language models, per example for classifiers."""
+    sparsity: float
+    layers: list[str]
+    records: list[StepRecord]
+    events: list[SwapEvent]
+    patterns: Mapping[str, BlockPattern]
+    savings: Mapping[str, float]
+    quality: Mapping[str, float] = field(default_factory=dict)
+    """What else tells how good the model is, name -> share in [0, 1]: accuracy, passkeys found."""
+    dense: DenseRun | None = None
+    cache: CacheComparison | None = None
+    notes: Sequence[str] = ()
+    """What else must be known to read the figures, in sentences."""
+
+    def write(self, folder: str | os.PathLike[str]) -> Path:
+        """Write report.md, report.json and report.png, each whole or not at all; return the path of the text."""
+        target = Path(folder)
+        with whole_file(target / "report.json") as data:
+            data.write_text(json.dumps(self.as_dict(), indent=1), encoding="utf-8")
+        with whole_file(target / "report.png") as picture:
+            self._draw(picture)
+        with whole_file(target / "report.md") as text:
+            text.write_text(self.text(), encoding="utf-8")
+        return target / "report.md"
+
+    def as_dict(self) -> dict[str, Any]:
+        """As JSON types, without the patterns themselves."""
+        return {
+            "setup": dict(self.setup),
+            "loss": self.loss,
+            "sparsity": self.sparsity,
+            "quality": dict(self.quality),
+            "step_seconds": self.step_seconds(),
+            "verdicts": self.verdicts(),
+            "savings": dict(self.savings),
+            "layer_sparsity": {name: pattern.sparsity for name, pattern in self.patterns.items()},
+            "events": [asdict(event) for event in self.events],
+            "records": [asdict(record) for record in self.records],
+            "dense": None if self.dense is None else asdict(self.dense),
+            "cache": None if self.cache is None else asdict(self.cache),
+        }
+
+    def step_seconds(self) -> dict[str, float]:
+        """Median seconds of a step per phase; probing steps apart, the first step (warm-up) left out.
+
+        "dense" is the dense fine-tune where there is one.
+        """
+        groups: dict[str, list[float]] = {}
+        for record in self.records[1:]:
+            if record.phase != "dense" or self.dense is None:
+                groups.setdefault(record.phase + (" + probe" if record.probed else ""), []).append(record.seconds)
+        if self.dense is not None:
+            groups["dense"] = [record.seconds for record in self.dense.records[1:]]
+        return {name: statistics.median(times) for name, times in sorted(groups.items()) if times}
+
+    def verdicts(self) -> list[str]:
+        """Plain sentences: what held and what did not."""
+        swapped = [event for event in self.events if event.backend != "dense"]
+        lines = [
+            f"{self.sparsity:.1%} of the possible attention blocks are pruned.",
+            f"{len(self.events)} of {len(self.layers)} layers settled; {len(swapped)} run sparse, "
+            f"{len(self.events) - len(swapped)} gained nothing and got their connections back.",
+        ]
+        if self.dense is None:
+            lines.append(f"Held-out loss {self.loss:.4f}.")
+        else:
+            change = self.loss / self.dense.loss_after - 1.0
+            lines.append(
+                f"Held-out loss {self.loss:.4f}, dense fine-tune {self.dense.loss_after:.4f} ({change:+.2%}), "
+                f"before training {self.dense.loss_before:.4f}."
+            )
+        if self.cache is not None:
+            lines.append(self.cache.verdict())
+        times = self.step_seconds()
+        if "sparse" not in times:
+            lines.append("No step ran with every settled layer swapped, so there is no sparse step time.")
+        elif "dense" in times:
+            gain = times["dense"] / times["sparse"]
+            faster = "faster" if gain > 1 else "NOT faster"
+            lines.append(
+                f"A step with swapped layers takes {times['sparse']:.2f} s and is {faster} than the dense step "
+                f"({times['dense']:.2f} s): {gain:.2f}x."
+            )
+            if gain <= 1:
+                lines.append("Attention is too small a share of the step at this length: use longer contexts.")
+        return [*lines, *self.notes]
+
+    def text(self) -> str:
+        """The report as Markdown."""
+        setup = "\n".join(f"| {key} | {value} |" for key, value in self.setup.items())
+        times = "\n".join(f"| {name} | {seconds:.2f} |" for name, seconds in self.step_seconds().items())
+        by_layer = {event.layer: event for event in self.events}
+        rows = "\n".join(_layer_row(name, self.patterns.get(name), by_layer.get(name)) for name in self.layers)
+        savings = "\n".join(f"| {key} | {value:.4g} |" for key, value in self.savings.items())
+        verdicts = "".join(f"- {line}\n" for line in self.verdicts())
+        quality = "".join(f"- {self._quality_line(name, value)}\n" for name, value in self.quality.items())
+        return (
+            f"# Attention pruning report\n\n{verdicts}{quality}\n![Run](report.png)\n\n"
+            f"## Step time\n\n| phase | median s |\n| --- | ---: |\n{times}\n\n"
+            f"## Estimated savings\n\n| what | value |\n| --- | ---: |\n{savings}\n\n"
+            "## Layers\n\n| layer | sparsity | settled at | now | dense ms | sparse ms |\n"
+            f"| --- | ---: | ---: | --- | ---: | ---: |\n{rows}\n\n"
+            f"## Setup\n\n| what | value |\n| --- | --- |\n{setup}\n"
+        )
+
+    def _quality_line(self, name: str, value: float) -> str:
+        dense = self.dense.quality.get(name) if self.dense is not None else None
+        beside = "" if dense is None else f", dense fine-tune {dense:.1%}"
+        return f"{name.capitalize()} {value:.1%}{beside}."
+
+    def _draw(self, path: Path) -> None:
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(15, 12), layout="constrained")
+        grid = figure.add_gridspec(3, 2, height_ratios=(1, 1, 1.9))
+        loss = figure.add_subplot(grid[0, 0], title="Training loss", xlabel="step", ylabel="nats")
+        if self.dense is not None:
+            loss.plot(*_curve(self.dense.records, "loss"), label="dense", color="#9aa3b2")
+        loss.plot(*_curve(self.records, "loss"), label="pruned", color="#1d4e89")
+        for step in sorted({event.step for event in self.events}):
+            loss.axvline(step, color="#d1495b", linestyle=":", label="swap" if step == self.events[0].step else None)
+        loss.legend()
+        share = figure.add_subplot(grid[0, 1], title="Sparsity", xlabel="step", ylabel="share pruned", ylim=(0, 1))
+        share.plot(*_curve(self.records, "sparsity"), color="#1d4e89")
+        layer = figure.add_subplot(grid[1, 0], title="Sparsity per layer", xlabel="layer", ylim=(0, 1))
+        found = [self.patterns[name].sparsity if name in self.patterns else 0.0 for name in self.layers]
+        layer.bar(range(len(found)), found, color="#1d4e89")
+        times = self.step_seconds()
+        bars = figure.add_subplot(grid[1, 1], title="Step time (median)", xlabel="seconds")
+        bars.bar_label(bars.barh(list(times), list(times.values()), color="#1d4e89"), fmt="%.2f")
+        atlas = figure.add_subplot(grid[2, :], title="Kept blocks (dark) per layer (columns) and head (rows)")
+        atlas.imshow(draw_atlas([LayerView(self.patterns[name]) for name in self.layers if name in self.patterns]))
+        atlas.set_axis_off()
+        figure.savefig(path, dpi=110, format="png")
+
+
+def _curve(records: list[StepRecord], what: str) -> tuple[list[int], list[float]]:
+    return [record.step for record in records], [getattr(record, what) for record in records]
+
+
+def _layer_row(name: str, pattern: BlockPattern | None, event: SwapEvent | None) -> str:
+    sparsity = "" if pattern is None else f"{pattern.sparsity:.1%}"
+    if event is None:
+        return f"| {name} | {sparsity} | not settled | masked | | |"
+    dense = "" if event.dense_ms is None else f"{event.dense_ms:.1f}"
+    sparse = "" if event.sparse_ms is None else f"{event.sparse_ms:.1f}"
+    return f"| {name} | {sparsity} | {event.step} | {event.backend} | {dense} | {sparse} |"

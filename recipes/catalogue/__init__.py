@@ -1,1 +1,0 @@
-"""The command that lists the recipes, copies one for editing, and runs one."""

@@ -1,0 +1,127 @@
+"""The charts as a W&B workspace and as a W&B report."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import wandb_workspaces.reports.v2 as wr
+import wandb_workspaces.workspaces as ws
+from wandb_workspaces import expr
+
+from sparse_prune.commands.dashboard.charts import AXIS, COLUMNS, SECTIONS, Chart
+
+WIDTH = 24
+"""Columns of W&B's report grid."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a dashboard is about."""
+
+    entity: str
+    project: str
+    runs: tuple[str, ...] = ()
+    """Ids of the runs to show; none: all of the project."""
+    baseline: str | None = None
+    """Id of the run without pruning, shown beside the others."""
+
+    @property
+    def shown(self) -> tuple[str, ...]:
+        """Ids to filter by; none: no filter."""
+        both = (*self.runs, *([self.baseline] if self.baseline and self.runs else []))
+        return tuple(dict.fromkeys(both))
+
+    @property
+    def filters(self) -> Any:
+        """`shown` as W&B filters runs."""
+        return expr.And(expr.Metric("ID").isin(list(self.shown))) if self.shown else ""
+
+
+def workspace(target: Target, name: str) -> ws.Workspace:
+    """The dashboard as a saved view of the project."""
+    runs = ws.RunsetSettings(
+        filters=target.filters,
+        pinned_columns=[f"summary:{column}" for column in COLUMNS],
+        baseline_run=target.baseline,
+    )
+    sections = [
+        ws.Section(
+            name=section.name,
+            panels=[panel(chart, target.shown) for chart in section.charts],
+            is_open=True,
+            layout_settings=ws.SectionLayoutSettings(columns=1 if section.name == "Patterns" else 3, rows=2),
+            panel_settings=ws.SectionPanelSettings(x_axis=AXIS),
+        )
+        for section in SECTIONS
+    ]
+    settings = ws.WorkspaceSettings(x_axis=AXIS, sort_panels_alphabetically=False)
+    return ws.Workspace(
+        entity=target.entity,
+        project=target.project,
+        name=name,
+        sections=sections,
+        settings=settings,
+        runset_settings=runs,
+    )
+
+
+def report(target: Target, title: str, online: bool = True) -> wr.Report:
+    """The dashboard as a page to hand around: every section with its question.
+
+    Args:
+        target: What it is about.
+        title: At the top of the page.
+        online: Name the project in every set of runs; W&B's client then asks the server for the project's number.
+            Without, runs are those of the project that the report stands in.
+    """
+    where = {"entity": target.entity, "project": target.project} if online else {}
+    blocks: list[Any] = [wr.TableOfContents()]
+    for section in SECTIONS:
+        runs = wr.Runset(**where, name="Runs", filters=target.filters)
+        grid = wr.PanelGrid(runsets=[runs], panels=list(_laid_out(section.charts, target.shown)))
+        blocks += [wr.H2(section.name), wr.P(section.question), grid]
+    return wr.Report(
+        entity=target.entity,
+        project=target.project,
+        title=title,
+        description="Attention pruned step by step: made by `sparse-prune dashboard`.",
+        blocks=blocks,
+        width="fluid",
+    )
+
+
+def panel(chart: Chart, runs: Sequence[str] = ()) -> Any:
+    """A chart as W&B's panel; W&B styles a line per run, so marks are points only for `runs` that are named."""
+    if chart.kind == "number":
+        return wr.ScalarChart(title=chart.title, metric=wr.SummaryMetric(chart.keys[0]))
+    if chart.kind == "pictures":
+        return wr.MediaBrowser(title=chart.title, media_keys=list(chart.keys), num_columns=1)
+    if chart.kind == "table":
+        return wr.WeavePanelSummaryTable(table_name=chart.keys[0])
+    return wr.LinePlot(
+        title=chart.title,
+        x=AXIS,
+        y=list(chart.keys),
+        metric_regex=chart.pattern,
+        title_x="optimizer step",
+        title_y=chart.unit,
+        range_y=(0.0, chart.top) if chart.top is not None else (None, None),
+        log_y=chart.log or None,
+        line_marks={f"{run}:{key}": "points" for run in runs for key in chart.marks} or None,
+    )
+
+
+def _laid_out(charts: Sequence[Chart], runs: Sequence[str]) -> Iterator[Any]:
+    """Panels with their places: three to a row, pictures and tables over the whole width."""
+    x = y = 0
+    for chart in charts:
+        wide = chart.kind in ("pictures", "table")
+        width, height = (WIDTH, 16) if wide else (WIDTH // 3, 4 if chart.kind == "number" else 8)
+        placed = panel(chart, runs)
+        placed.layout = wr.Layout(x=x, y=y, w=width, h=height)
+        yield placed
+        x += width
+        if x >= WIDTH:
+            x, y = 0, y + height

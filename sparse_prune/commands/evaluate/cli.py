@@ -1,0 +1,225 @@
+"""The command line: measure dense and pruned, write the report."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryFile
+from typing import Any
+
+import torch
+
+from sparse_prune.commands.evaluate.lengths import check_lengths, lengths_around
+from sparse_prune.commands.evaluate.report import EvaluationReport, LengthResult
+from sparse_prune.commands.evaluate.text import held_out
+from sparse_prune.evaluation import (
+    all_connections,
+    cache_cost,
+    fresh_cache,
+    handles_of,
+    mean_loss,
+    retrieval,
+    retrieval_prompts,
+)
+from sparse_prune.export import load
+from sparse_prune.extras import with_remedy
+from sparse_prune.files import user_path
+from sparse_prune.recipes.base.machine import describe_machine
+from sparse_prune.recipes.base.pretrained import load_tokenizer
+from sparse_prune.recipes.causal_lm.pretrained import load_model
+
+log = logging.getLogger(__name__)
+
+
+def evaluate(
+    model: Any,
+    tokenizer: Any,
+    tokens: torch.Tensor,
+    lengths: Sequence[int],
+    depths: Sequence[float],
+    prompts: int = 1,
+    decode: int = 32,
+    chunk: int = 1024,
+) -> list[LengthResult]:
+    """Everything at every length, for a model as it stands.
+
+    Args:
+        model: A transformers causal language model; with patterns, its cache evicts by them.
+        tokenizer: Its tokenizer.
+        tokens: Held-out text, (sequences, longest length); cut for shorter lengths, so that all see the same text.
+        lengths: Tokens.
+        depths: Where needles lie, in [0, 1].
+        prompts: Keys per depth; 0 leaves retrieval out.
+        decode: Tokens to decode.
+        chunk: Tokens per forward pass.
+
+    Raises:
+        ValueError: If something is out of range; nothing was measured then.
+    """
+    check(model, tokenizer, tokens, lengths, depths, prompts, decode)
+    text, make_cache = tokens[0].tolist(), partial(fresh_cache, model)
+    results = []
+    for length in lengths:
+        whole = tokens.shape[1] // length * length
+        sequences = tokens[:, :whole].reshape(-1, length)
+        loss = mean_loss(model, sequences, make_cache, chunk)
+        keys = retrieval(model, tokenizer, length, depths, prompts) if prompts else []
+        needles = retrieval(model, tokenizer, length, depths, prompts, text) if prompts else []
+        cost = cache_cost(model, sequences[0], make_cache, decode, chunk)
+        results.append(LengthResult(length, loss, keys, needles, cost))
+        log.info("%s", results[-1])
+    return results
+
+
+def check(
+    model: Any,
+    tokenizer: Any,
+    tokens: torch.Tensor,
+    lengths: Sequence[int],
+    depths: Sequence[float],
+    prompts: int,
+    decode: int,
+) -> None:
+    """Refuse what `evaluate` cannot measure; arguments as there.
+
+    Raises:
+        ValueError: If the model is no causal language model, or something is out of range.
+    """
+    if not model.can_generate():
+        raise ValueError(f"`model` must be a causal language model, got {type(model).__name__}. Name another.")
+    fresh_cache(model)  # which not every model has
+    check_lengths(model, lengths, decode)
+    if prompts:
+        for haystack in (None, tokens[0].tolist()):
+            retrieval_prompts(tokenizer, min(lengths), depths, prompts, haystack)
+
+
+def main(args: list[str] | None = None) -> None:
+    """Parse arguments, measure, write evaluation.md, .json and .png, print the table."""
+    parser = _parser()
+    given = parser.parse_args(args)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        model, twin, measure = _prepare(given)
+    except ImportError as error:
+        parser.error(with_remedy(error))
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    pruned = evaluate(model, **measure, chunk=given.chunk)
+    if twin is not None:
+        plain = evaluate(twin.to(given.device), **measure, chunk=given.chunk)
+    else:
+        with all_connections(model):
+            plain = evaluate(model, **measure, chunk=given.chunk)
+    setup = {
+        "model": given.model,
+        "dense model": given.dense or "the same weights, nothing pruned",
+        "text": given.text,
+        "sequences of the longest length": len(measure["tokens"]),
+        "prompts per depth": given.prompts,
+        "dtype": str(model.dtype),
+        "device": given.device,
+        **describe_machine(),
+    }
+    report = EvaluationReport(setup, sparsity_of(model), tuple(given.depths), plain, pruned)
+    path = report.write(given.output)
+    print(f"{report.text()}\nReport: {path}")
+
+
+def _prepare(given: argparse.Namespace) -> tuple[Any, Any, dict[str, Any]]:
+    """Pruned model, dense twin or None, and what `evaluate` shall measure of both: all that can be refused is."""
+    import matplotlib  # noqa: F401 - the report draws with it; better missed now than after the measurement
+
+    options = {"dtype": getattr(torch, given.dtype)} if given.dtype else {}
+    model = load(given.model, **options).to(given.device)
+    twin = load_model(given.dense, model.dtype).eval() if given.dense else None
+    tokenizer, lengths = _tokenizer(given.model), given.lengths or lengths_around(model, given.decode)
+    tokens = held_out(tokenizer, given.text, max(lengths), given.sequences)
+    measure = {name: getattr(given, name) for name in ("depths", "prompts", "decode")}
+    measure |= {"tokenizer": tokenizer, "tokens": tokens, "lengths": lengths}
+    for each in (model, twin):
+        if each is not None:
+            check(each, **measure)
+    _check_output(given.output)
+    return model, twin, measure
+
+
+def _tokenizer(model: str) -> Any:
+    try:
+        return load_tokenizer(model)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"`model` must hold a tokenizer, got none from {model!r}. "
+            "Export it with `save_pretrained(..., tokenizer=tokenizer)`."
+        ) from error
+
+
+def _check_output(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(f"`output` must be a folder to write into, got {str(folder)!r}: {error}.") from error
+
+
+def sparsity_of(model: Any) -> float:
+    """Share of possible blocks that is pruned, over all layers with a pattern in force, in [0, 1]."""
+    handles = [handle for handle in handles_of(model) if handle.pattern is not None]
+    patterns = [handle.pattern for handle in handles if handle.pattern is not None]
+    possible = sum(pattern.possible_count for pattern in patterns)
+    kept = sum(p.kept_blocks if h.mode != "dense" else p.possible_count for p, h in zip(patterns, handles, strict=True))
+    return 1.0 - kept / possible if possible else 0.0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="sparse-prune evaluate", description=__doc__)
+    parser.add_argument("model", help="folder or hub repository that sparse_prune.export wrote")
+    parser.add_argument("--dense", help="dense fine-tune to compare with; default: the same weights, nothing pruned")
+    parser.add_argument(
+        "--text",
+        default="stdlib",
+        help="file, folder or glob, all of it; of stdlib or hub:NAME the documents that the causal_lm recipe holds out",
+    )
+    count = _at_least(1)
+    parser.add_argument(
+        "--lengths", type=_at_least(2), nargs="+", help="default: 1/2, 1, 2 and 4 times the learned length"
+    )
+    parser.add_argument("--sequences", type=count, default=2, help="sequences of the longest length for the loss")
+    parser.add_argument("--depths", type=_share, nargs="+", default=[0.1, 0.5, 0.9], help="where needles lie, 0 to 1")
+    parser.add_argument(
+        "--prompts", type=_at_least(0), default=2, help="passkeys and needles per length and depth; 0: none"
+    )
+    parser.add_argument("--decode", type=count, default=32, help="tokens to decode for the speed")
+    parser.add_argument("--chunk", type=count, default=1024, help="tokens per forward pass")
+    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help="default: as saved")
+    parser.add_argument("--device", type=_device, default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--output", type=user_path, default=Path("runs/evaluate"), help="folder for the report")
+    return parser
+
+
+def _at_least(least: int) -> Callable[[str], int]:
+    def number(text: str) -> int:
+        if int(text) < least:
+            raise argparse.ArgumentTypeError(f"must be at least {least}, got {text}")
+        return int(text)
+
+    return number
+
+
+def _share(text: str) -> float:
+    if not 0.0 <= float(text) <= 1.0:
+        raise argparse.ArgumentTypeError(f"must lie in [0, 1], got {text}")
+    return float(text)
+
+
+def _device(text: str) -> str:
+    try:
+        torch.zeros(1, device=text).item()
+    except (AssertionError, ImportError, RuntimeError) as error:  # the first two where torch was built without it
+        reason = str(error).partition("\n")[0]
+        raise argparse.ArgumentTypeError(f"must be a device of this machine, got {text}: {reason}") from error
+    return text

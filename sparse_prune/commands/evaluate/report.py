@@ -1,0 +1,146 @@
+"""Dense and pruned side by side: as a table, as data and as a picture."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from sparse_prune.evaluation import CacheCost
+from sparse_prune.files import whole_file
+
+_DENSE, _PRUNED = "#9aa3b2", "#1d4e89"
+
+
+@dataclass(frozen=True)
+class LengthResult:
+    """What was measured at one length."""
+
+    length: int
+    """Tokens."""
+    loss: float
+    """Nats per token, through the cache."""
+    passkey: list[float]
+    """Share of right answers per depth, in [0, 1]; empty if not asked for."""
+    needle: list[float]
+    """The same for a fact in real text."""
+    cost: CacheCost
+
+    @property
+    def perplexity(self) -> float:
+        """exp of the loss."""
+        return math.exp(self.loss)
+
+
+@dataclass(frozen=True)
+class EvaluationReport:
+    """Two models at the same lengths on the same text."""
+
+    setup: Mapping[str, Any]
+    """Model, text, versions, machine."""
+    sparsity: float
+    """Share of possible blocks that the second model does without, in [0, 1]."""
+    depths: tuple[float, ...]
+    dense: list[LengthResult]
+    pruned: list[LengthResult]
+
+    def write(self, folder: str | os.PathLike[str]) -> Path:
+        """Write evaluation.md, evaluation.json and evaluation.png, each whole or not at all; return the text's path."""
+        target = Path(folder)
+        with whole_file(target / "evaluation.json") as data:
+            data.write_text(json.dumps(self.as_dict(), indent=1) + "\n", encoding="utf-8")
+        with whole_file(target / "evaluation.png") as picture:
+            self._draw(picture)
+        with whole_file(target / "evaluation.md") as text:
+            text.write_text(self.text(), encoding="utf-8")
+        return target / "evaluation.md"
+
+    def as_dict(self) -> dict[str, Any]:
+        """As JSON types."""
+        return asdict(self) | {"ratios": self.ratios()}
+
+    def ratios(self) -> list[dict[str, float]]:
+        """Per length: rise of the perplexity, and how many times smaller the cache and faster the model is."""
+        return [
+            {
+                "length": d.length,
+                "perplexity_rise": p.perplexity / d.perplexity - 1.0,
+                "kv_bytes": d.cost.kv_bytes / max(p.cost.kv_bytes, 1),
+                "prefill": p.cost.prefill_tokens_per_s / d.cost.prefill_tokens_per_s,
+                "decode": p.cost.decode_tokens_per_s / d.cost.decode_tokens_per_s,
+            }
+            for d, p in zip(self.dense, self.pruned, strict=True)
+        ]
+
+    def table(self) -> str:
+        """Markdown, a row per length; dense / pruned in every cell."""
+        rows = [
+            "| tokens | perplexity | passkey | needle | KV cache, MiB | prefill, tokens/s | decode, tokens/s |",
+            "| ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+        ]
+        for d, p, ratio in zip(self.dense, self.pruned, self.ratios(), strict=True):
+            kv = f"{d.cost.kv_bytes / 2**20:.2f} / {p.cost.kv_bytes / 2**20:.2f} ({ratio['kv_bytes']:.2f}x smaller)"
+            rows.append(
+                f"| {d.length} | {d.perplexity:.3f} / {p.perplexity:.3f} ({ratio['perplexity_rise']:+.2%}) "
+                f"| {_mean(d.passkey)} / {_mean(p.passkey)} | {_mean(d.needle)} / {_mean(p.needle)} | {kv} "
+                f"| {d.cost.prefill_tokens_per_s:.0f} / {p.cost.prefill_tokens_per_s:.0f} ({ratio['prefill']:.2f}x) "
+                f"| {d.cost.decode_tokens_per_s:.1f} / {p.cost.decode_tokens_per_s:.1f} ({ratio['decode']:.2f}x) |"
+            )
+        return "\n".join(rows)
+
+    def text(self) -> str:
+        """The report as Markdown."""
+        setup = "\n".join(f"| {key} | {value} |" for key, value in self.setup.items())
+        depths = ""
+        if self.dense and self.dense[0].passkey:
+            heads = " | ".join(f"{depth:.0%}" for depth in self.depths)
+            rows = [
+                f"| {task} | {d.length} | "
+                + " | ".join(f"{a:.0%} / {b:.0%}" for a, b in zip(one, two, strict=True))
+                + " |"
+                for d, p in zip(self.dense, self.pruned, strict=True)
+                for task, one, two in (("passkey", d.passkey, p.passkey), ("needle", d.needle, p.needle))
+            ]
+            rule = "| --- | ---: |" + " ---: |" * len(self.depths)
+            lines = ["", "## Retrieval by depth", "", f"| task | tokens | {heads} |", rule, *rows, ""]
+            depths = "\n".join(lines)
+        return (
+            f"# Evaluation\n\nDense / pruned, {self.sparsity:.1%} of the possible attention blocks pruned.\n\n"
+            f"{self.table()}\n\n![Evaluation](evaluation.png)\n{depths}\n"
+            "The loss runs through the cache in chunks, so what was evicted is missed. KV bytes are what the prefill\n"
+            "of one sequence adds to the allocator's live bytes.\n\n"
+            f"## Setup\n\n| what | value |\n| --- | --- |\n{setup}\n"
+        )
+
+    def _draw(self, path: Path) -> None:
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(14, 8), layout="constrained")
+        panels: tuple[tuple[str, str, Callable[[LengthResult], float]], ...] = (
+            ("Perplexity", "", lambda r: r.perplexity),
+            ("Passkey", "share right", lambda r: _share(r.passkey)),
+            ("Needle", "share right", lambda r: _share(r.needle)),
+            ("KV cache", "MiB", lambda r: r.cost.kv_bytes / 2**20),
+            ("Prefill", "tokens/s", lambda r: r.cost.prefill_tokens_per_s),
+            ("Decode", "tokens/s", lambda r: r.cost.decode_tokens_per_s),
+        )
+        for index, (title, unit, value) in enumerate(panels, start=1):
+            axis = figure.add_subplot(2, 3, index, title=title, xlabel="tokens", ylabel=unit)
+            for name, results, colour in (("dense", self.dense, _DENSE), ("pruned", self.pruned, _PRUNED)):
+                axis.plot([r.length for r in results], [value(r) for r in results], "o-", label=name, color=colour)
+            axis.set_xscale("log", base=2)
+            axis.set_ylim(bottom=0)
+            axis.legend()
+        figure.savefig(path, dpi=110, format="png")
+
+
+def _share(shares: list[float]) -> float:
+    return sum(shares) / len(shares) if shares else math.nan
+
+
+def _mean(shares: list[float]) -> str:
+    return f"{_share(shares):.0%}" if shares else "-"

@@ -1,0 +1,79 @@
+"""What pruning must respect."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from sparse_prune.pattern import whole_number
+
+
+@dataclass(frozen=True, kw_only=True)
+class Constraints:
+    """What pruning must respect.
+
+    Raises:
+        TypeError: If a count is no whole number, a switch no bool, or one name or head stands where several are wanted.
+        ValueError: If a count is negative or a share is outside its range.
+    """
+
+    sink_blocks: int = 1
+    """First key blocks that every query keeps."""
+    recent_blocks: int = 1
+    """Key blocks up to and including the diagonal that every query keeps. At least 1."""
+    min_density: float = 0.0
+    """Smallest share of possible blocks that every head keeps, in [0, 1]."""
+    share_kv_groups: bool = False
+    """Give the query heads of one KV head one pattern, by their largest score: needed to free KV cache."""
+    share_diagonals: float | None = None
+    """How much blocks at the same distance from the diagonal share their scores, in [0, 1]; sink columns apart. A block
+    scores the geometric mean of its own score, with weight 1 - share_diagonals, and the largest one on its diagonal.
+    Single blocks are known from few samples, diagonals from many (docs/frontier.md). 0: every block stands for itself.
+    1: patterns are bands, the same at every length, and a head's reach is what it earns anywhere. None: 0.5 for causal
+    patterns, 0 for bidirectional ones, where it lost (docs/recipes/vision.md)."""
+    reach_price: float = 0.0
+    """Divide the score of a block by 1 + reach_price * distance, where distance is its distance from the diagonal as a
+    share of the longest. A KV cache must hold all that a head reaches back over, so heads reach far only where they
+    earn it. 0: reach is free."""
+    fill_reach: bool = False
+    """Keep every block between the diagonal and the furthest one that a row keeps; sinks stand apart. The KV cache
+    holds what lies between anyway, so the model attends to more at the same cache, which is reached at a lower
+    sparsity (docs/constraints.md)."""
+    regrow: bool = True
+    """Let pruned blocks come back when their score has risen."""
+    hysteresis: float = 0.1
+    """Kept blocks score (1 + hysteresis) times as much, so that blocks at the threshold do not flicker."""
+    protected_layers: tuple[str, ...] = ()
+    """Names of layers that stay dense."""
+    protected_heads: Mapping[str, tuple[int, ...]] | None = None
+    """Layer name -> query heads that stay dense."""
+
+    def __post_init__(self) -> None:
+        for name in ("sink_blocks", "recent_blocks"):
+            count = whole_number(getattr(self, name))
+            if count is None:
+                raise TypeError(f"`{name}` must be a whole number of blocks, got {getattr(self, name)!r}.")
+            object.__setattr__(self, name, count)
+        for name in ("share_kv_groups", "fill_reach", "regrow"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"`{name}` must be True or False, got {getattr(self, name)!r}.")
+        if isinstance(self.protected_layers, str):
+            raise TypeError(
+                f"`protected_layers` must be several names, got the string {self.protected_layers!r}. "
+                f"Write ({self.protected_layers!r},)."
+            )
+        for layer, heads in (self.protected_heads or {}).items():
+            if isinstance(heads, int):
+                raise TypeError(f"`protected_heads` of {layer!r} must be several heads, got {heads}. Write ({heads},).")
+        if self.sink_blocks < 0:
+            raise ValueError(f"`sink_blocks` must be at least 0, got {self.sink_blocks}.")
+        if self.recent_blocks < 1:
+            raise ValueError(f"`recent_blocks` must be at least 1 (the diagonal), got {self.recent_blocks}.")
+        if not 0.0 <= self.min_density <= 1.0:
+            raise ValueError(f"`min_density` must lie in [0, 1], got {self.min_density}.")
+        if self.share_diagonals is not None and not 0.0 <= self.share_diagonals <= 1.0:
+            raise ValueError(f"`share_diagonals` must lie in [0, 1] or be None, got {self.share_diagonals}.")
+        if not 0.0 <= self.reach_price < float("inf"):
+            raise ValueError(f"`reach_price` must be at least 0 and finite, got {self.reach_price}.")
+        if self.hysteresis < 0.0:
+            raise ValueError(f"`hysteresis` must be at least 0, got {self.hysteresis}.")

@@ -1,0 +1,196 @@
+"""What a causal language model can do and what it costs: loss, retrieval, KV bytes, tokens per second."""
+
+from __future__ import annotations
+
+import gc
+import random
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn import functional as F
+
+from sparse_prune.attention import PrunableAttention, find_layers, handle_of
+from sparse_prune.attention.connections import unpruned
+from sparse_prune.clock import now
+from sparse_prune.evaluation.prompts import Prompt, needle_prompt, passkey_prompt, retrieves
+
+MakeCache = Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class CacheCost:
+    """What prefill and decoding of one sequence cost."""
+
+    kv_bytes: int
+    """By which the prefill made the allocator's live bytes grow, with only the cache held on to."""
+    prefill_tokens_per_s: float
+    """Tokens of the prompt per second."""
+    decode_tokens_per_s: float
+    """Tokens per second after the prompt, one at a time."""
+
+
+@torch.no_grad()
+def mean_loss(model: Any, sequences: Tensor, make_cache: MakeCache, chunk: int = 1024) -> float:
+    """Loss in nats per token, through the cache as in generation: what was evicted is missed.
+
+    Args:
+        model: A transformers causal language model.
+        sequences: Tokens, (sequences, length), length at least 2.
+        make_cache: An empty cache for one sequence.
+        chunk: Tokens per forward pass: logits of a whole long sequence would not fit.
+    """
+    total = 0.0
+    for sequence in sequences.to(model.device):
+        cache, (inputs, targets) = make_cache(), (sequence[:-1], sequence[1:])
+        for start in range(0, len(inputs), chunk):
+            logits = model(input_ids=inputs[None, start : start + chunk], past_key_values=cache).logits[0]
+            total += float(F.cross_entropy(logits.float(), targets[start : start + chunk], reduction="sum"))
+    return total / sequences.shape[0] / (sequences.shape[1] - 1)
+
+
+def retrieval(
+    model: Any,
+    tokenizer: Any,
+    length: int,
+    depths: Sequence[float],
+    prompts: int,
+    haystack: Sequence[int] | None = None,
+    seed: int = 0,
+) -> list[float]:
+    """Share of right answers per depth, in [0, 1].
+
+    Args:
+        model: A transformers causal language model.
+        tokenizer: Its tokenizer; it and the rest as in `retrieval_prompts`.
+        length: Tokens per prompt, answer included.
+        depths: Where to hide, in [0, 1]; 0 is the start.
+        prompts: Keys per depth.
+        haystack: Tokens of a text to hide a needle in; None hides a passkey in filler.
+        seed: Of the keys.
+
+    Raises:
+        ValueError: As in `retrieval_prompts`.
+    """
+    rows = retrieval_prompts(tokenizer, length, depths, prompts, haystack, seed)
+    return [sum(retrieves(model, prompt) for prompt in row) / prompts for row in rows]
+
+
+def retrieval_prompts(
+    tokenizer: Any,
+    length: int,
+    depths: Sequence[float],
+    prompts: int,
+    haystack: Sequence[int] | None = None,
+    seed: int = 0,
+) -> list[list[Prompt]]:
+    """What `retrieval` asks, by depth.
+
+    Args:
+        tokenizer: A transformers tokenizer.
+        length: Tokens per prompt, answer included.
+        depths: Where to hide, in [0, 1]; 0 is the start.
+        prompts: Keys per depth; at least 1.
+        haystack: Tokens of a text to hide a needle in; None hides a passkey in filler.
+        seed: Of the keys.
+
+    Raises:
+        ValueError: If `prompts` or a depth is out of range, or a prompt does not fit `length`.
+    """
+    if prompts < 1:
+        raise ValueError(f"`prompts` must be at least 1, got {prompts}.")
+    digits = random.Random(seed)
+
+    def prompt(depth: float) -> Prompt:
+        key = digits.randrange(10_000, 100_000)
+        if haystack is None:
+            return passkey_prompt(tokenizer, length, key, depth)
+        return needle_prompt(tokenizer, haystack, length, key, depth)
+
+    return [[prompt(depth) for _ in range(prompts)] for depth in depths]
+
+
+@torch.no_grad()
+def cache_cost(model: Any, sequence: Tensor, make_cache: MakeCache, decode: int, chunk: int = 1024) -> CacheCost:
+    """Prefill a sequence and decode greedily after it.
+
+    Args:
+        model: A transformers causal language model.
+        sequence: Tokens, (length,).
+        make_cache: An empty cache.
+        decode: Tokens to decode for the time per token; at least 1. One more comes before them, to warm up.
+        chunk: Tokens per forward pass of the prefill.
+    """
+    cache, inputs = make_cache(), sequence[None].to(model.device)
+    # The first call at a length makes what later ones find: tables of patterns, the device's kernels.
+    _prefill(model, inputs, make_cache(), chunk)
+    before = live_bytes(model.device)
+    start = now(model.device)
+    first = int(_prefill(model, inputs, cache, chunk))  # a number: only the cache is held on to
+    prefill = now(model.device) - start
+    grown = live_bytes(model.device) - before
+    token = torch.full((1, 1), first, device=model.device)
+    model(input_ids=token, past_key_values=cache)  # the first step makes masks that later ones find
+    start = now(model.device)
+    for _ in range(decode):
+        token = model(input_ids=token, past_key_values=cache).logits[:, -1:].argmax(-1)
+    seconds = now(model.device) - start
+    return CacheCost(grown, inputs.shape[1] / prefill, decode / seconds)
+
+
+def fresh_cache(model: Any) -> Any:
+    """An empty cache as the model wants it: a `PatternCache` if it has patterns in force, else a `DynamicCache`.
+
+    Args:
+        model: A transformers decoder.
+    """
+    from transformers import DynamicCache
+
+    from sparse_prune.cache import PatternCache
+
+    if any(handle.mode != "dense" for handle in handles_of(model)):
+        return PatternCache(model)
+    return DynamicCache(config=model.config)
+
+
+@contextmanager
+def all_connections(model: Any) -> Iterator[None]:
+    """The same weights with nothing pruned, for as long as the `with` block runs.
+
+    Args:
+        model: A model with patterns; one without stays as it is.
+    """
+    with unpruned(handles_of(model)):
+        yield
+
+
+def handles_of(model: Any) -> list[PrunableAttention]:
+    """The model's handles; none if its attention was never taken over."""
+    handles = [handle_of(module) for module in find_layers(model).values()]
+    return [handle for handle in handles if handle is not None]
+
+
+def live_bytes(device: torch.device) -> int:
+    """Bytes that tensors occupy: by the allocator on CUDA, by all live tensors' storages on the CPU."""
+    gc.collect()
+    if device.type == "cuda":
+        return int(torch.cuda.memory_allocated(device))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # some modules warn when they are looked at
+        # Fake tensors of compiled functions have no memory.
+        kinds = [(thing, type(thing)) for thing in gc.get_objects()]
+        tensors = [thing for thing, kind in kinds if issubclass(kind, Tensor) and not issubclass(kind, FakeTensor)]
+        storages = [t.untyped_storage() for t in tensors if t.device.type == "cpu" and t.layout == torch.strided]
+    return sum({s.data_ptr(): s.nbytes() for s in storages}.values())
+
+
+def _prefill(model: Any, inputs: Tensor, cache: Any, chunk: int) -> Tensor:
+    """The next token, (1, 1)."""
+    for start in range(0, inputs.shape[1], chunk):
+        logits = model(input_ids=inputs[:, start : start + chunk], past_key_values=cache, logits_to_keep=1).logits
+    return torch.as_tensor(logits[:, -1:].argmax(-1))
