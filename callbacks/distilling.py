@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from sparse_prune.attention.found import holds
 from sparse_prune.distillation import DenseTeacher, Distillation
+from sparse_prune.metrics import DIVERGENCE
 from sparse_prune.pruner import AttentionPruner
 
 
@@ -63,7 +64,7 @@ class DistilledStep:
         divergence = self.teacher.loss()
         if output is None or divergence is None:
             return output
-        self.pl_module.log("prune/divergence", divergence.detach(), batch_size=1)
+        self.pl_module.log(DIVERGENCE.key, divergence.detach(), batch_size=1)
         if isinstance(output, Tensor):
             return output + self.settings.weight * divergence
         return {**output, "loss": output["loss"] + self.settings.weight * divergence}

@@ -9,13 +9,13 @@ from typing import Any
 
 from pytorch_lightning.loggers import Logger, TensorBoardLogger, WandbLogger
 
-from sparse_prune.callbacks.losses import loss_keys
-from sparse_prune.callbacks.pruning_metrics import HEAD_COLUMNS
+from sparse_prune.losses import loss_keys
+from sparse_prune.metrics import HEAD_COLUMNS, TOKENS_PER_SECOND
 from sparse_prune.pictures import LEGEND, LayerView, Picture, framed_atlas
 
 SUMMARIES = {
     **dict.fromkeys((*loss_keys("training"), *loss_keys("validation")), "min,last"),
-    "time/tokens_per_second": "mean,last",
+    TOKENS_PER_SECOND.key: "mean,last",
 }
 """What W&B's summary holds of a key, where the last value is not what one wants to know."""
 

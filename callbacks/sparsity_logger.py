@@ -16,19 +16,12 @@ from typing_extensions import override
 
 from sparse_prune.callbacks import logger_extras
 from sparse_prune.callbacks.kernel_swap import KernelSwap, find_pruning
-from sparse_prune.callbacks.pruning_metrics import (
-    decision_metrics,
-    head_table,
-    layer_numbers,
-    pattern_metrics,
-    summarize,
-    swap_metrics,
-)
 from sparse_prune.callbacks.run_folder import run_folder
 from sparse_prune.callbacks.step_clock import StepClock
 from sparse_prune.callbacks.uploads import Uploads
 from sparse_prune.export import save_patterns
 from sparse_prune.export.history import remove_frames, save_frame
+from sparse_prune.metrics import Moment, head_table, layer_numbers, measure, summarize
 from sparse_prune.pattern import BlockPattern
 from sparse_prune.pictures import draw_layer, views
 from sparse_prune.pruner import AttentionPruner
@@ -43,12 +36,8 @@ UPLOAD_SECONDS = 10.0
 class SparsityLogger(pl.Callback):
     """Logs sparsity, threshold, settling, swaps, speed and savings through `trainer.loggers`.
 
-    Shares are in [0, 1]. Keys: prune/threshold, prune/requested, sparsity/total, sparsity/layer_NN,
-    settle/change_layer_NN, settle/min_delta (the line under which a layer settles), mass/kept, mass/kept_layer_NN,
-    swap/layer_NN (1 = sparse, 0 = back to dense), swap/sparse_layers, time/step_seconds and time/tokens_per_second
-    (of this process, every `Trainer.log_every_n_steps`, without the swap's measurements; with _at_swap the last of them
-    again, to mark swaps on the curve), savings/attention_flops, savings/attention_flops_share, savings/kv_bytes,
-    savings/kv_share.
+    Keys, units and meanings are those of `sparse_prune.metrics.METRICS`; shares are in [0, 1]. Times are of this
+    process, every `Trainer.log_every_n_steps`, without the swap's measurements.
 
     W&B and TensorBoard also get pictures: patterns/atlas (all layers and heads: scores, kept, pruned and regrown
     blocks) while patterns move, patterns/layer_NN when a layer settles and at the end. W&B gets the table
@@ -122,15 +111,15 @@ class SparsityLogger(pl.Callback):
         decided = report is not None and report.step > self._logged_step
         fresh = swap.events[self._logged_swaps :]
         if report is not None and (decided or fresh):
-            metrics |= pattern_metrics(pruner, report)
+            changes = ["pattern", *(["decision"] if decided else []), *(["swap"] if fresh else [])]
+            metrics |= measure(Moment(pruner, report, fresh, swap.events), *changes)
         if report is not None and decided:
-            metrics |= decision_metrics(report, pruner)
             self._logged_step = report.step
             self._decisions += 1
             if (self._decisions - 1) % self.every_n_decisions == 0:
                 self._snapshot(trainer, pruner)
         if fresh:
-            metrics |= swap_metrics(fresh, swap.events, pruner) | self._clock.at_swap()
+            metrics |= self._clock.at_swap()
             self._logged_swaps = len(swap.events)
             settled = {event.layer for event in fresh}
             self._draw(trainer, pruner, {n: p for n, p in pruner.patterns.items() if n in settled})

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from sparse_prune.metrics import STEP_SECONDS, TOKENS_PER_SECOND
+
 _Mark = float | torch.cuda.Event
 """A moment: seconds of the host's clock, or an event in the stream of a GPU."""
 
@@ -71,7 +73,7 @@ class StepClock:
         seconds = self._seconds + sum(_seconds(*span) for span in reversed(self._spans))
         if seconds <= 0.0:
             return {}
-        self._last = {"time/step_seconds": seconds / steps, "time/tokens_per_second": self._tokens / seconds}
+        self._last = {STEP_SECONDS.key: seconds / steps, TOKENS_PER_SECOND.key: self._tokens / seconds}
         self._begin_interval(step)
         return self._last.copy()
 

@@ -19,12 +19,12 @@ from pytorch_lightning.loggers import CSVLogger
 from typing_extensions import override
 
 from sparse_prune.callbacks import AttentionPruning, KernelSwap
-from sparse_prune.callbacks.pruning_metrics import savings_metrics
 from sparse_prune.callbacks.run_folder import filled_folders, run_folder
 from sparse_prune.distributed import on_first_rank
 from sparse_prune.export import check_folder, save_pretrained
 from sparse_prune.export.sharded import is_sharded
 from sparse_prune.files import user_path
+from sparse_prune.metrics import savings
 from sparse_prune.recipes.base.history import RunHistory
 from sparse_prune.recipes.base.machine import describe_machine
 from sparse_prune.recipes.base.module import FineTuneModule
@@ -140,7 +140,7 @@ class FineTuneCLI(LightningCLI):
             sparsity=pruner.total_sparsity,
             events=_callback(self.trainer, KernelSwap).events,
             patterns=pruner.patterns,
-            savings=savings_metrics(pruner),
+            savings=savings(pruner),
             notes=self._notes(),
         )
 

@@ -21,9 +21,9 @@ from sparse_prune.callbacks import (
     logger_extras,
     sparsity_logger,
 )
-from sparse_prune.callbacks.pruning_metrics import HEAD_COLUMNS, head_table, savings_metrics
 from sparse_prune.export import load_patterns
 from sparse_prune.export.history import FOLDER
+from sparse_prune.metrics import HEAD_COLUMNS, head_table, savings
 from sparse_prune.pruner import attention_flops, kv_blocks_droppable
 from support.logs import EXPECTED, read_csv, read_leveldb_log
 from support.tiny import TinyModule, batches, load_frames, pruning, tiny_llama, trainer
@@ -60,7 +60,7 @@ class Witness(pl.Callback):
         pruning, step = trainer.callbacks[0], trainer.global_step - 1
         if pruning.report.step == trainer.global_step:
             self.reports[step] = pruning.report
-        self.savings[step] = savings_metrics(pruning.pruner)
+        self.savings[step] = savings(pruning.pruner)
         self.patterns[step] = pruning.pruner.patterns
 
 

@@ -15,13 +15,13 @@ from pytorch_lightning.loggers import CSVLogger
 from sparse_prune import BlockPattern
 from sparse_prune.__main__ import main as sparse_prune
 from sparse_prune.callbacks import KernelSwap, SparsityLogger
-from sparse_prune.callbacks.pruning_metrics import savings_metrics
 from sparse_prune.commands.report import animation
 from sparse_prune.commands.report.animation import MOST_BYTES, MOST_FRAMES, blocks_per_cell, packed
 from sparse_prune.commands.report.cli import main
 from sparse_prune.commands.report.logs import read_run
 from sparse_prune.commands.report.page import describe, render
 from sparse_prune.export.history import save_frame
+from sparse_prune.metrics import savings
 from sparse_prune.recipes.base.history import RunHistory
 from support.tiny import TinyModule, batches, load_frames, pruning, trainer
 
@@ -51,12 +51,21 @@ def test_the_page_holds_the_run(run):
     page = render(read_run(folder))
     data = data_of(page)
     charts = {chart["title"]: chart for chart in data["charts"]}
-    assert {"Loss", "Sparsity", "Sparsity per layer", "Change per layer", "Step time", "Speed"} <= charts.keys()
-    assert {"Attention FLOPs saved", "KV cache saved"} <= charts.keys()
+    assert {
+        "Loss",
+        "Share of blocks pruned",
+        "Sparsity per layer",
+        "Change per decision",
+        "Step time",
+        "Tokens per second",
+    } <= charts.keys()
+    assert {"Attention FLOPs saved per forward pass", "KV cache saved"} <= charts.keys()
     assert data["swaps"] == sorted({row["settled"] for row in data["table"]["rows"]})
     assert {line["name"] for line in charts["Loss"]["lines"]} >= {"pruned, validation", "dense, validation"}
     assert [line["name"] for line in charts["Loss"]["lines"]][:2] == ["dense, training", "pruned, training"]
-    assert charts["Sparsity"]["lines"][1]["points"][-1][1] == pytest.approx(callback.pruner.total_sparsity)
+    assert charts["Share of blocks pruned"]["lines"][1]["points"][-1][1] == pytest.approx(
+        callback.pruner.total_sparsity
+    )
     assert data["facts"][0][1] == f"{callback.pruner.total_sparsity:.1%}"
     assert re.search(r"val/loss, [+-]\d", data["facts"][1][2])
     rows = data["table"]["rows"]
@@ -71,19 +80,19 @@ def test_the_page_holds_the_run(run):
     for title, key in LINES.items():
         assert charts[title]["lines"][0]["points"] == [list(point) for point in csv[key]], title
         assert len({value for _, value in csv[key]}) > 3, title
-    for title, key in (("Sparsity per layer", "sparsity/layer_01"), ("Change per layer", "settle/change_layer_01")):
+    for title, key in (("Sparsity per layer", "sparsity/layer_01"), ("Change per decision", "settle/change_layer_01")):
         assert charts[title]["lines"][1] == {"name": "layer 01", "points": [list(p) for p in csv[key]], "style": "thin"}
     kept = sum(state.mass_kept for state in callback.pruner.layers.values()) / 2
     facts = {label: value for label, value, _ in data["facts"]}
     assert facts["Attention kept"] == f"{kept:.1%}"
-    assert facts["KV cache"] == f"−{savings_metrics(callback.pruner)['savings/kv_share']:.0%}"
+    assert facts["KV cache"] == f"−{savings(callback.pruner)['savings/kv_share']:.0%}"
 
 
 LINES = {
     "Attention kept": "mass/kept",
-    "Threshold": "prune/threshold",
-    "Savings (estimates)": "savings/attention_flops_share",
-    "Attention FLOPs saved": "savings/attention_flops",
+    "Threshold on scores": "prune/threshold",
+    "Share saved": "savings/attention_flops_share",
+    "Attention FLOPs saved per forward pass": "savings/attention_flops",
     "KV cache saved": "savings/kv_bytes",
 }
 

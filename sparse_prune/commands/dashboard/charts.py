@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from sparse_prune.callbacks.losses import loss_keys
+from sparse_prune import metrics
+from sparse_prune.losses import loss_keys
+from sparse_prune.metrics import CHARTS, METRICS, Metric
 
 Kind = Literal["lines", "number", "pictures", "table"]
 
@@ -37,17 +39,37 @@ class Section:
     charts: tuple[Chart, ...]
 
 
+def _number(title: str, metric: Metric) -> Chart:
+    return Chart(title, (metric.key,), kind="number")
+
+
+def _charts(section: str) -> tuple[Chart, ...]:
+    """The charts of a section, as the registry of metrics describes them."""
+    return tuple(_chart(chart) for chart in CHARTS if chart.section == section)
+
+
+def _chart(chart: metrics.Chart) -> Chart:
+    shown = [metric for metric in METRICS if metric.chart is chart]
+    marks = tuple(metric.key for metric in shown if metric.event)
+    title = f"{chart.title} (points: layers swapped)" if marks else chart.title
+    unit, axis = chart.unit or None, {"top": chart.top, "log": chart.log}
+    if any(metric.per_layer for metric in shown):
+        pattern = shown[0].pattern if len(shown) == 1 else f"({'|'.join(metric.pattern for metric in shown)})"
+        return Chart(title, pattern=pattern, unit=unit, **axis)
+    return Chart(title, tuple(metric.key for metric in shown), unit=unit, marks=marks, **axis)
+
+
 SECTIONS = (
     Section(
         "At a glance",
         "How far has pruning come, and what did it cost? Runs with and without pruning share the charts of the loss.",
         (
-            Chart("Pruned", ("sparsity/total",), kind="number"),
-            Chart("Layers on sparse kernels", ("swap/sparse_layers",), kind="number"),
-            Chart("KV cache that can go", ("savings/kv_share",), kind="number"),
+            _number("Pruned", metrics.SPARSITY),
+            _number("Layers on sparse kernels", metrics.SPARSE_LAYERS),
+            _number("KV cache that can go", metrics.KV_SHARE),
             Chart("Training loss", (*loss_keys("training"), "dense/train_loss"), unit="loss"),
             Chart("Held-out loss", loss_keys("validation"), unit="loss"),
-            Chart("Share of blocks pruned", ("prune/requested", "sparsity/total"), unit="share", top=1.0),
+            *_charts("Overview"),
         ),
     ),
     Section(
@@ -61,40 +83,12 @@ SECTIONS = (
     Section(
         "Layers",
         "Which layers give up connections, and have they settled? A layer settles under settle/min_delta.",
-        (
-            Chart("Sparsity per layer", pattern=r"sparsity/layer_\d+", unit="share", top=1.0),
-            Chart(
-                "Change per decision", pattern=r"settle/(change_layer_\d+|min_delta)", unit="Jaccard distance", top=1.0
-            ),
-            Chart("Attention kept per layer", pattern=r"mass/kept_layer_\d+", unit="share of probability"),
-            Chart("Attention kept", ("mass/kept",), unit="share of probability"),
-            Chart("Threshold on scores", ("prune/threshold",), unit="score", log=True),
-            Chart("Swaps: 1 to sparse, 0 back to dense", pattern=r"swap/layer_\d+", top=1.0),
-        ),
+        _charts("Layers"),
     ),
     Section(
         "Speed and savings",
         "What did it save? A step gets faster where layers are swapped; FLOPs and KV bytes are estimates.",
-        (
-            Chart(
-                "Step time (points: layers swapped)",
-                ("time/step_seconds", "time/step_seconds_at_swap"),
-                unit="s",
-                marks=("time/step_seconds_at_swap",),
-            ),
-            Chart("Layers on sparse kernels over time", ("swap/sparse_layers",), unit="layers"),
-            Chart(
-                "Tokens per second (points: layers swapped)",
-                ("time/tokens_per_second", "time/tokens_per_second_at_swap"),
-                unit="tokens/s",
-                marks=("time/tokens_per_second_at_swap",),
-            ),
-            Chart(
-                "Share saved", ("savings/attention_flops_share", "savings/kv_share"), unit="share, estimate", top=1.0
-            ),
-            Chart("Attention FLOPs saved per forward pass", ("savings/attention_flops",), unit="FLOP, estimate"),
-            Chart("KV cache saved", ("savings/kv_bytes",), unit="bytes, estimate"),
-        ),
+        _charts("Speed and savings"),
     ),
 )
 """The dashboard, top to bottom."""

@@ -7,9 +7,11 @@ from collections.abc import Mapping
 from importlib.resources import files
 from typing import Any
 
-from sparse_prune.callbacks.losses import find_loss
+from sparse_prune import metrics
 from sparse_prune.commands.report.animation import blocks_per_cell, frames, thin_out
 from sparse_prune.commands.report.logs import RunLogs, Series
+from sparse_prune.losses import find_loss
+from sparse_prune.metrics import CHARTS, METRICS, Metric
 from sparse_prune.pattern import BlockPattern
 
 
@@ -24,7 +26,6 @@ def render(logs: RunLogs) -> str:
 
 def describe(logs: RunLogs) -> dict[str, Any]:
     """Everything that the page shows, as JSON types."""
-    metrics = logs.metrics
     shown = thin_out(logs.steps)
     last = logs.frame(shown[-1]) if shown else {}
     merged = blocks_per_cell(last, len(shown))
@@ -32,10 +33,10 @@ def describe(logs: RunLogs) -> dict[str, Any]:
         "name": str(logs.folder),
         "facts": _facts(logs),
         "charts": _charts(logs),
-        "swaps": sorted({step for key in metrics if key.startswith("swap/layer_") for step, _ in metrics[key]}),
+        "swaps": sorted({step for key in metrics.LAYER_SWAP.keys(logs.metrics) for step, _ in logs.metrics[key]}),
         "frames": frames(((step, logs.frame(step)) for step in shown), merged),
         "merged": merged,
-        "table": _table(last, metrics),
+        "table": _table(last, logs.metrics),
     }
 
 
@@ -46,7 +47,7 @@ def _facts(logs: RunLogs) -> list[list[str]]:
         return of[key][-1][1] if key in of else None
 
     facts = []
-    sparsity, kept = last("sparsity/total"), last("mass/kept")
+    sparsity, kept = last(metrics.SPARSITY.key), last(metrics.MASS.key)
     loss = next((key for stage in ("test", "validation", "training") if (key := find_loss(stage, logs.metrics))), None)
     if sparsity is not None:
         facts.append(["Pruned", f"{sparsity:.1%}", "of the possible attention blocks"])
@@ -56,85 +57,56 @@ def _facts(logs: RunLogs) -> list[list[str]]:
         facts.append(["Loss", f"{value:.4f}", f"{loss}, {note}"])
     if kept is not None:
         facts.append(["Attention kept", f"{kept:.1%}", "of the probability falls into kept blocks"])
-    swapped, layers = last("swap/sparse_layers"), sum(key.startswith("sparsity/layer_") for key in logs.metrics)
+    swapped, layers = last(metrics.SPARSE_LAYERS.key), len(metrics.LAYER_SPARSITY.keys(logs.metrics))
     if swapped is not None:
         facts.append(["Swapped", f"{int(swapped)} of {layers}", "layers run block-sparse"])
-    cache = last("savings/kv_share")
+    cache = last(metrics.KV_SHARE.key)
     if cache is not None:
         facts.append(["KV cache", f"−{cache:.0%}", "need not be kept (estimate)"])
     return facts
 
 
 def _charts(logs: RunLogs) -> list[dict[str, Any]]:
-    metrics, dense = logs.metrics, logs.dense
-    changes, layers = _of_layers("settle/change_layer_", metrics), _of_layers("sparsity/layer_", metrics)
-
-    def loss(stage: str, of: Mapping[str, Series]) -> Series:
-        return of.get(find_loss(stage, of) or "", [])
-
-    wanted: list[tuple[str, str, list[tuple[str, Series, str]]]] = [
-        (
-            "Loss", "as logged",
-            [
-                ("dense, training", loss("training", dense), "muted"),
-                ("pruned, training", loss("training", metrics), "main"),
-                ("pruned, validation", loss("validation", metrics), "accent"),
-                ("dense, validation", loss("validation", dense), "second"),
-            ],
-        ),
-        (
-            "Sparsity", "share of blocks pruned",
-            [
-                ("requested", metrics.get("prune/requested", []), "muted"),
-                ("achieved", metrics.get("sparsity/total", []), "main"),
-            ],
-        ),
-        ("Sparsity per layer", "share of blocks pruned", [(_number(key), metrics[key], "thin") for key in layers]),
-        (
-            "Change per layer", "share of blocks moved",
-            [(_number(key), metrics[key], "thin") for key in changes]
-            + [("settles below", metrics.get("settle/min_delta", []), "accent")],
-        ),
-        ("Threshold", "score", [("threshold", metrics.get("prune/threshold", []), "main")]),
-        ("Attention kept", "share of probability", [("kept", metrics.get("mass/kept", []), "main")]),
-        ("Step time", "seconds", [("pruned", metrics.get("time/step_seconds", []), "main")]),
-        ("Speed", "tokens per second", [("pruned", metrics.get("time/tokens_per_second", []), "main")]),
-        (
-            "Savings (estimates)", "share",
-            [
-                ("attention FLOPs", metrics.get("savings/attention_flops_share", []), "main"),
-                ("KV cache", metrics.get("savings/kv_share", []), "second"),
-            ],
-        ),
-        (
-            "Attention FLOPs saved", "per pass, estimate",
-            [("saved", metrics.get("savings/attention_flops", []), "main")],
-        ),
-        ("KV cache saved", "bytes, estimate", [("saved", metrics.get("savings/kv_bytes", []), "main")]),
-    ]  # fmt: skip
-    charts = []
-    for title, unit, lines in wanted:
-        kept = [{"name": name, "points": points, "style": style} for name, points, style in lines if points]
-        if kept:
-            charts.append({"title": title, "unit": unit, "lines": kept})
-    return charts
+    """The loss, and then the charts that the registry of metrics describes, as far as the run logged them."""
+    charts = [_loss_chart(logs)]
+    for chart in CHARTS:
+        shown = [metric for metric in METRICS if metric.chart is chart and not metric.event]
+        lines = [line for metric in shown for line in _lines(metric, logs.metrics)]
+        if chart.on_page:
+            charts.append({"title": chart.title, "unit": chart.unit, "lines": lines})
+    return [chart for chart in charts if chart["lines"]]
 
 
-def _of_layers(prefix: str, metrics: Mapping[str, Series]) -> list[str]:
-    """Keys of layers in the order of the layers' numbers, which may have two digits or more."""
-    return sorted((key for key in metrics if key.startswith(prefix)), key=lambda key: int(key.removeprefix(prefix)))
+def _loss_chart(logs: RunLogs) -> dict[str, Any]:
+    wanted = [
+        ("dense, training", logs.dense, "training", "muted"),
+        ("pruned, training", logs.metrics, "training", "main"),
+        ("pruned, validation", logs.metrics, "validation", "accent"),
+        ("dense, validation", logs.dense, "validation", "second"),
+    ]
+    lines = [
+        {"name": name, "points": of[key], "style": style}
+        for name, of, stage, style in wanted
+        if (key := find_loss(stage, of)) is not None
+    ]
+    return {"title": "Loss", "unit": "as logged", "lines": lines}
 
 
-def _number(key: str) -> str:
-    return "layer " + key.rpartition("_")[2]
+def _lines(metric: Metric, series: Mapping[str, Series]) -> list[dict[str, Any]]:
+    """The curves of a metric, one per layer where it has as many."""
+
+    def name(key: str) -> str:
+        return f"{metric.label} {key.rpartition('_')[2]}" if metric.per_layer else metric.label
+
+    return [{"name": name(key), "points": series[key], "style": metric.style} for key in metric.keys(series)]
 
 
-def _table(patterns: Mapping[str, BlockPattern], metrics: Mapping[str, Series]) -> dict[str, Any]:
+def _table(patterns: Mapping[str, BlockPattern], series: Mapping[str, Series]) -> dict[str, Any]:
     """A row per layer, with the sparsity of each head."""
     rows: list[dict[str, Any]] = []
     for index, (name, pattern) in enumerate(patterns.items()):
-        swap = metrics.get(f"swap/layer_{index:02d}", [])
-        kept = metrics.get(f"mass/kept_layer_{index:02d}", [])
+        swap = series.get(metrics.LAYER_SWAP.of_layer(index), [])
+        kept = series.get(metrics.LAYER_MASS.of_layer(index), [])
         state = "moving" if not swap else "sparse" if swap[-1][1] else "dense again"
         settled = swap[-1][0] if swap else None
         rows.append(

@@ -1,6 +1,6 @@
 import pytest
 
-from sparse_prune.callbacks.losses import find_loss, loss_keys
+from sparse_prune.losses import find_loss, loss_keys
 
 
 @pytest.mark.parametrize(
