@@ -8,21 +8,19 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from sparse_prune.kernels.triton.tiles import LOG2E, cap, dropout_factor, load_tile, visible
+from sparse_prune.kernels.triton.tiles import dropout_factor, load_tile, scaled, visible
 
 
 @triton.jit
 def _gradients(
-    logits, weight_grad, lse, delta, query, key, head, key_mask, attn_mask, documents, stride_mask_q, stride_mask_k,
+    products, weight_grad, lse, delta, query, key, head, key_mask, attn_mask, documents, stride_mask_q, stride_mask_k,
     window,
-    q_len, kv_len, softcap, dropout_p, seed, CAUSAL: tl.constexpr, MASKS: tl.constexpr, SOFTCAP: tl.constexpr,
+    q_len, kv_len, scale, softcap, dropout_p, seed, CAUSAL: tl.constexpr, MASKS: tl.constexpr, SOFTCAP: tl.constexpr,
     DROPOUT: tl.constexpr, ON_EDGE: tl.constexpr,
 ):  # fmt: skip
-    """Weights as the forward pass used them, and the gradient of the scaled products, of the shape of `logits`."""
-    slope = 1.0
-    if SOFTCAP:
-        logits, slope = cap(logits, softcap)
-    weights = tl.exp2(logits * LOG2E - lse)
+    """Weights as the forward pass used them, and the gradient of the scaled products, of the shape of `products`."""
+    logits, slope = scaled(products, scale, softcap, SOFTCAP)
+    weights = tl.exp2(logits - lse)
     if ON_EDGE or MASKS:
         seen = visible(
             query, key, q_len, kv_len, key_mask, attn_mask, documents, stride_mask_q, stride_mask_k, window,
@@ -52,12 +50,12 @@ def _visit_keys(
         key = block * TILE_K + in_tile
         k = load_tile(k_base, key, kv_len, dims, head_dim, stride_kt, stride_kd, PADDED)
         v = load_tile(v_base, key, kv_len, dims, head_dim, stride_vt, stride_vd, PADDED)
-        logits = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+        products = tl.dot(q, tl.trans(k), input_precision="ieee")
         weight_grad = tl.dot(g, tl.trans(v), input_precision="ieee")
         _, logit_grad = _gradients(
-            logits, weight_grad, lse[:, None], delta[:, None], query[:, None], key[None, :], head, key_mask,
+            products, weight_grad, lse[:, None], delta[:, None], query[:, None], key[None, :], head, key_mask,
             attn_mask, documents,
-            stride_mask_q, stride_mask_k, window, q_len, kv_len, softcap, dropout_p, seed,
+            stride_mask_q, stride_mask_k, window, q_len, kv_len, scale, softcap, dropout_p, seed,
             CAUSAL, MASKS, SOFTCAP, DROPOUT, ON_EDGE,
         )  # fmt: skip
         grad += tl.dot(logit_grad.to(k.dtype), k, input_precision="ieee")
@@ -144,11 +142,11 @@ def _visit_queries(
         row_lse = tl.load(lse + query, mask=query < q_len, other=float("inf"))
         row_delta = tl.load(delta + query, mask=query < q_len, other=0.0)
         # Keys by queries: both products below then need no transposed weights.
-        logits = tl.dot(k, tl.trans(q), input_precision="ieee") * scale
+        products = tl.dot(k, tl.trans(q), input_precision="ieee")
         weight_grad = tl.dot(v, tl.trans(g), input_precision="ieee")
         used, logit_grad = _gradients(
-            logits, weight_grad, row_lse[None, :], row_delta[None, :], query[None, :], key[:, None], head, key_mask,
-            attn_mask, documents, stride_mask_q, stride_mask_k, window, q_len, kv_len, softcap, dropout_p, seed,
+            products, weight_grad, row_lse[None, :], row_delta[None, :], query[None, :], key[:, None], head, key_mask,
+            attn_mask, documents, stride_mask_q, stride_mask_k, window, q_len, kv_len, scale, softcap, dropout_p, seed,
             CAUSAL, MASKS, SOFTCAP, DROPOUT, ON_EDGE,
         )  # fmt: skip
         grad_v += tl.dot(used.to(g.dtype), g, input_precision="ieee")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from sparse_prune.kernels.triton.tiles import LOG2E, cap, load_tile, visible
+from sparse_prune.kernels.triton.tiles import load_tile, scaled, visible
 
 
 @triton.jit(do_not_specialize=["q_len", "kv_len", "splits", "first_row", "cols"])
@@ -56,15 +56,13 @@ def decode_kernel(
         tile = tl.load(index + visit)
         key = tile * TILE_K + in_tile
         k_tile = load_tile(k_base, key, kv_len, dims, head_dim, stride_kt, stride_kd, PADDED)
-        logits = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee") * scale
-        if SOFTCAP:
-            logits, _ = cap(logits, softcap)
+        logits, _ = scaled(tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee"), scale, softcap, SOFTCAP)
         kept = tl.load(keep_row + tile // TILES, mask=real, other=0) != 0
         seen = kept[:, None] & visible(
             query[:, None], key[None, :], q_len, kv_len, key_mask, mask_base, documents, stride_mask_q, stride_mask_k,
             window, CAUSAL, MASKS, True,
         )  # fmt: skip
-        logits = tl.where(seen, logits * LOG2E, float("-inf"))
+        logits = tl.where(seen, logits, float("-inf"))
         higher = tl.maximum(top, tl.max(logits, 1))
         finite = tl.where(higher == float("-inf"), 0.0, higher)
         weights = tl.exp2(logits - finite[:, None])

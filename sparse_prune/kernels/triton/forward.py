@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from sparse_prune.kernels.triton.tiles import LOG2E, cap, dropout_factor, load_tile, visible
+from sparse_prune.kernels.triton.tiles import dropout_factor, load_tile, scaled, visible
 
 
 @triton.jit
@@ -24,10 +24,7 @@ def _visit(
         following = tl.load(index + visit + 1)
         key = block * TILE_K + in_tile
         k = load_tile(k_base, key, kv_len, dims, head_dim, stride_kt, stride_kd, PADDED)
-        logits = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
-        if SOFTCAP:
-            logits, _ = cap(logits, softcap)
-        logits = logits * LOG2E
+        logits, _ = scaled(tl.dot(q, tl.trans(k), input_precision="ieee"), scale, softcap, SOFTCAP)
         if ON_EDGE or MASKS:
             seen = visible(
                 query[:, None], key[None, :], q_len, kv_len, key_mask, attn_mask, documents, stride_mask_q,

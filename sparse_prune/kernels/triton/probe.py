@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from sparse_prune.kernels.triton.tiles import LOG2E, cap, load_tile, visible
+from sparse_prune.kernels.triton.tiles import load_tile, scaled, visible
 
 
 @triton.jit(do_not_specialize=["q_len", "kv_len"])
@@ -80,12 +80,10 @@ def _logits(
 ):  # fmt: skip
     """Masked logits of one block in units of log2."""
     k = load_tile(k_base, key, kv_len, dims, head_dim, stride_kt, stride_kd, PADDED)
-    logits = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
-    if SOFTCAP:
-        logits, _ = cap(logits, softcap)
+    logits, _ = scaled(tl.dot(q, tl.trans(k), input_precision="ieee"), scale, softcap, SOFTCAP)
     seen = visible(
         query[:, None], key[None, :], q_len, kv_len, key_mask, attn_mask, documents, stride_mask_q, stride_mask_k,
         window,
         CAUSAL, MASKS, True,
     )  # fmt: skip
-    return tl.where(seen, logits * LOG2E, float("-inf"))
+    return tl.where(seen, logits, float("-inf"))

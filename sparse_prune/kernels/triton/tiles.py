@@ -27,6 +27,21 @@ def cap(logits, softcap):
 
 
 @triton.jit
+def scaled(products, scale, softcap, SOFTCAP: tl.constexpr):
+    """Logits of query-key products, in units of log2, and the slope of the soft cap.
+
+    Where no cap stands between them, scale and log2(e) are one factor: the compiler does not make one of two.
+    """
+    slope = 1.0
+    if SOFTCAP:
+        logits, slope = cap(products * scale, softcap)
+        logits = logits * LOG2E
+    else:
+        logits = products * (scale * LOG2E)
+    return logits, slope
+
+
+@triton.jit
 def visible(
     query,
     key,
