@@ -7,8 +7,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pytorch_lightning.loggers import Logger, TensorBoardLogger, WandbLogger
+from pytorch_lightning.loggers import Logger, WandbLogger
 
+from sparse_prune.callbacks.lightning import classes
 from sparse_prune.callbacks.losses import loss_keys
 from sparse_prune.callbacks.pruning_metrics import HEAD_COLUMNS
 from sparse_prune.pictures import LEGEND, LayerView, Picture, framed_atlas
@@ -20,16 +21,26 @@ SUMMARIES = {
 """What W&B's summary holds of a key, where the last value is not what one wants to know."""
 
 
+def is_wandb(logger: Logger) -> bool:
+    """Whether a logger is Lightning's of W&B."""
+    return isinstance(logger, classes("loggers.WandbLogger"))
+
+
+def is_tensorboard(logger: Logger) -> bool:
+    """Whether a logger is Lightning's of TensorBoard."""
+    return isinstance(logger, classes("loggers.TensorBoardLogger"))
+
+
 def takes_pictures(logger: Logger) -> bool:
     """Whether a logger shows pictures."""
-    return isinstance(logger, WandbLogger | TensorBoardLogger)
+    return is_wandb(logger) or is_tensorboard(logger)
 
 
 def log_picture(logger: Logger, key: str, picture: Picture, step: int, caption: str) -> None:
     """A picture, for loggers that show them."""
-    if isinstance(logger, WandbLogger):
+    if is_wandb(logger):
         logger.log_image(key, [picture], step=step, caption=[caption])
-    elif isinstance(logger, TensorBoardLogger):
+    elif is_tensorboard(logger):
         logger.experiment.add_image(key, picture, step, dataformats="HWC")
 
 
@@ -56,12 +67,12 @@ def version_of(logger: WandbLogger, path: Path, aliases: list[str], metadata: di
 
 def describe_metrics(logger: Logger) -> None:
     """Summaries for W&B; Lightning's logger already makes trainer/global_step the axis of every key."""
-    if isinstance(logger, WandbLogger):
+    if is_wandb(logger):
         for key, summary in SUMMARIES.items():
             logger.experiment.define_metric(key, step_metric="trainer/global_step", summary=summary)
 
 
 def log_summary(logger: Logger, summary: dict[str, float]) -> None:
     """The end of a run, for W&B's list of runs."""
-    if isinstance(logger, WandbLogger):
+    if is_wandb(logger):
         logger.experiment.summary.update(summary)

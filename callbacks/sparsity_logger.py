@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
-from pytorch_lightning.loggers import Logger, WandbLogger
-from pytorch_lightning.utilities import rank_zero_only
+from pytorch_lightning.loggers import Logger
 from torch import Tensor
 from typing_extensions import override
 
 from sparse_prune.callbacks import logger_extras
-from sparse_prune.callbacks.kernel_swap import KernelSwap, find_pruning
+from sparse_prune.callbacks.collaborator import Collaborator
+from sparse_prune.callbacks.kernel_swap import KernelSwap, SwapEvent
 from sparse_prune.callbacks.pruning_metrics import (
     decision_metrics,
     head_table,
@@ -31,7 +31,7 @@ from sparse_prune.export import save_patterns
 from sparse_prune.export.history import remove_frames, save_frame
 from sparse_prune.pattern import BlockPattern
 from sparse_prune.pictures import draw_layer, views
-from sparse_prune.pruner import AttentionPruner
+from sparse_prune.pruner import AttentionPruner, PruneReport
 
 log = logging.getLogger(__name__)
 
@@ -40,8 +40,10 @@ UPLOAD_SECONDS = 10.0
 """To wait for files to be handed over at the end of a run."""
 
 
-class SparsityLogger(pl.Callback):
+class SparsityLogger(Collaborator):
     """Logs sparsity, threshold, settling, swaps, speed and savings through `trainer.loggers`.
+
+    `AttentionPruning` calls it after its decisions and swaps.
 
     Shares are in [0, 1]. Keys: prune/threshold, prune/requested, sparsity/total, sparsity/layer_NN,
     settle/change_layer_NN, settle/min_delta (the line under which a layer settles), mass/kept, mass/kept_layer_NN,
@@ -63,7 +65,7 @@ class SparsityLogger(pl.Callback):
         every_n_decisions: Decisions between pictures of the atlas and frames of the history.
 
     Raises:
-        ValueError: If `every_n_decisions` is below 1, or, when a fit begins, if the Trainer has no `AttentionPruning`.
+        ValueError: If `every_n_decisions` is below 1; in `setup`, if the Trainer has no `AttentionPruning`.
     """
 
     def __init__(self, images: bool = True, every_n_decisions: int = 5) -> None:
@@ -75,6 +77,7 @@ class SparsityLogger(pl.Callback):
         self._folder: Path | None = None  # of the fit that runs; None also where no files are kept
         self.forget_run()
 
+    @override
     def forget_run(self) -> None:
         """A new run begins: nothing of it was logged."""
         self._logged_step = 0  # step of the last decision that was logged
@@ -85,38 +88,42 @@ class SparsityLogger(pl.Callback):
         self._clock = StepClock()
         self._measured = 0.0  # seconds of the swap's measurements when the batch began
 
-    @override
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        if stage == "fit":
-            find_pruning(trainer)
-
-    @override
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def begin_fit(self, trainer: pl.Trainer) -> None:
+        """Find the folder of the run, on every rank; tell the loggers what will come."""
         # Under `fast_dev_run` a fit leaves no files.
         self._folder = None if trainer.fast_dev_run else run_folder(trainer)  # type: ignore[attr-defined]
         self._each(trainer, logger_extras.describe_metrics)
 
-    @override
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def begin_training(self, trainer: pl.Trainer) -> None:
+        """Remove what an earlier run left of the history."""
         if self._folder is not None and trainer.is_global_zero:
             try:
                 remove_frames(self._folder, after=trainer.global_step)
             except OSError as error:
                 log.warning("Frames of an earlier run stay in the pattern history: %r", error)
 
-    @override
-    def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        self._measured = _swap(trainer).measuring_seconds
+    def begin_batch(self, pl_module: pl.LightningModule, swap: KernelSwap) -> None:
+        """The time of a batch begins."""
+        self._measured = swap.measuring_seconds
         self._clock.start(pl_module.device)
 
-    @override
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    def end_batch(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        pruner: AttentionPruner,
+        report: PruneReport | None,
+        swap: KernelSwap,
     ) -> None:
-        pruning, swap = find_pruning(trainer), _swap(trainer)
-        pruner, report = pruning.pruner, pruning.report
+        """Log what is new.
+
+        Args:
+            trainer: The Trainer.
+            pl_module: What it trains.
+            pruner: As it is after decisions and swaps.
+            report: The latest decision; None before the first.
+            swap: Its events are all swaps so far.
+        """
         self._clock.stop(pl_module.device, _tokens(pruner), apart=swap.measuring_seconds - self._measured)
         metrics = self._clock.read(trainer.global_step, trainer.log_every_n_steps)  # type: ignore[attr-defined]
         decided = report is not None and report.step > self._logged_step
@@ -138,11 +145,19 @@ class SparsityLogger(pl.Callback):
         if metrics:
             self._each(trainer, lambda logger: logger.log_metrics(metrics, step=_step(trainer)))
 
-    @override
-    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        pruning = find_pruning(trainer)
-        pruner, patterns = pruning.pruner, pruning.pruner.patterns
-        if patterns and pruning.report is not None:
+    def end_fit(
+        self, trainer: pl.Trainer, pruner: AttentionPruner, report: PruneReport | None, events: list[SwapEvent]
+    ) -> None:
+        """Log and keep how the run ended.
+
+        Args:
+            trainer: The Trainer.
+            pruner: As it is at the end.
+            report: The latest decision; None if there was none.
+            events: All swaps.
+        """
+        patterns = pruner.patterns
+        if patterns and report is not None:
             open_layers = {state.layer.name for state in pruner.open_layers}
             self._draw(trainer, pruner, {n: p for n, p in patterns.items() if n in open_layers})
             self._snapshot(trainer, pruner)
@@ -152,24 +167,28 @@ class SparsityLogger(pl.Callback):
                 path = "not kept in a fast_dev_run" if self._folder is None else self._folder / PATTERN_FILE
                 log.info("Attention patterns: %s. %s", path, summary)
                 self._each(trainer, partial(logger_extras.log_summary, summary=summary))
-                table, step = head_table(pruner, _swap(trainer).events), _step(trainer)
+                table, step = head_table(pruner, events), _step(trainer)
                 for logger in trainer.loggers:
-                    if isinstance(logger, WandbLogger):
+                    if logger_extras.is_wandb(logger):
                         self._uploads.submit(_name(logger), partial(logger_extras.log_table, logger, table, step))
                 self._uploads.wait(UPLOAD_SECONDS)
         self._folder = None
 
-    @override
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Files alone: networks can make a user wait who wants to stop, and other ranks may be gone."""
+    def broken_off(self, trainer: pl.Trainer, pruner: AttentionPruner, report: PruneReport | None) -> None:
+        """Keep files alone: networks can make a user wait who wants to stop, and other ranks may be gone.
+
+        Args:
+            trainer: The Trainer.
+            pruner: As it is.
+            report: The latest decision; None if there was none.
+        """
         folder, self._folder = self._folder, None
         if folder is None or not trainer.is_global_zero:
             return
         try:
-            pruning = find_pruning(trainer)
-            if pruning.report is not None:
-                save_patterns(pruning.pruner.patterns, folder / PATTERN_FILE)
-                save_frame(pruning.pruner.patterns, folder, trainer.global_step)
+            if report is not None:
+                save_patterns(pruner.patterns, folder / PATTERN_FILE)
+                save_frame(pruner.patterns, folder, trainer.global_step)
         except Exception as error:  # whatever else went wrong must not hide what ended the run
             log.warning("The attention patterns of the broken run were not written to %s: %r", folder, error)
 
@@ -213,14 +232,15 @@ class SparsityLogger(pl.Callback):
             return
 
         def upload(logger: Logger) -> None:
-            if isinstance(logger, WandbLogger):
+            if logger_extras.is_wandb(logger):
                 self._uploads.submit(_name(logger), logger_extras.version_of(logger, path, aliases, metadata))
 
         self._each(trainer, upload)
 
-    @rank_zero_only
     def _each(self, trainer: pl.Trainer, action: Callable[[Logger], None]) -> None:
-        """Do something with every logger; one that fails is dropped with one warning."""
+        """Do something on rank 0 with every logger; one that fails is dropped with one warning."""
+        if not trainer.is_global_zero:
+            return
         for logger in trainer.loggers:
             if id(logger) in self._failed:
                 continue
@@ -231,7 +251,7 @@ class SparsityLogger(pl.Callback):
                 log.warning("%s failed and gets no more sparsity logs: %r", _name(logger), error)
 
     @override
-    def state_dict(self) -> dict[str, Any]:
+    def state(self) -> dict[str, Any]:
         return {
             "logged_step": self._logged_step,
             "logged_swaps": self._logged_swaps,
@@ -240,14 +260,9 @@ class SparsityLogger(pl.Callback):
         }
 
     @override
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._logged_step, self._logged_swaps = state_dict["logged_step"], state_dict["logged_swaps"]
-        self._decisions, self._drawn = state_dict["decisions"], state_dict["drawn"]
-
-
-def _swap(trainer: pl.Trainer) -> KernelSwap:
-    """The trainer's `KernelSwap`, which `AttentionPruning` adds where there is none."""
-    return next(callback for callback in trainer.callbacks if isinstance(callback, KernelSwap))  # type: ignore[attr-defined]
+    def load_state(self, state: dict[str, Any]) -> None:
+        self._logged_step, self._logged_swaps = state["logged_step"], state["logged_swaps"]
+        self._decisions, self._drawn = state["decisions"], state["drawn"]
 
 
 def _tokens(pruner: AttentionPruner) -> int:

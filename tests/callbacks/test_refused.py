@@ -6,14 +6,6 @@ import pytest
 from support.tiny import TinyModule, batches, pruning, trainer
 
 
-def test_a_trainer_of_the_other_package_is_refused_by_name():
-    """A stand-in: the package `lightning` holds the same code under other names."""
-    other = type("Trainer", (), {"__module__": "lightning.pytorch.trainer.trainer", "callbacks": []})
-    message = r"got lightning\.pytorch\.trainer\.trainer\.Trainer\. Write `import pytorch_lightning as pl`"
-    with pytest.raises(TypeError, match=message):
-        pruning().setup(other(), TinyModule(), "fit")
-
-
 def test_steps_of_numpy_are_counted_and_true_is_no_count():
     assert type(pruning(every_n_steps=np.int64(10)).every_n_steps) is int
     with pytest.raises(ValueError, match="`every_n_steps` must be a whole number"):

@@ -7,7 +7,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from sparse_prune import ConstantSchedule, CubicSchedule, LinearSchedule
 from sparse_prune.callbacks import AttentionPruning, KernelSwap
-from sparse_prune.callbacks.run_length import earliest_settling
+from sparse_prune.callbacks.checks import earliest_settling
 from support.tiny import BLOCK, TinyModule, batches, pruning, trainer
 
 

@@ -1,4 +1,4 @@
-"""What the length of a run means for its schedule."""
+"""Refusals and warnings before they cost a run: of the Trainer, its length, and what the schedule asks for."""
 
 from __future__ import annotations
 
@@ -6,11 +6,40 @@ import logging
 import math
 
 import pytorch_lightning as pl
-from pytorch_lightning.callbacks import GradientAccumulationScheduler
 
+from sparse_prune.callbacks.collaborator import Driver
+from sparse_prune.callbacks.lightning import classes
+from sparse_prune.pruner import AttentionPruner
 from sparse_prune.schedules import Schedule
 
 log = logging.getLogger(__name__)
+
+
+def refuse_trainer(trainer: pl.Trainer, stage: str) -> None:
+    """Refuse a Trainer under which pruning would fail late, or be lost, before it trains.
+
+    Args:
+        trainer: Of either package.
+        stage: As Lightning's `setup` gets it.
+
+    Raises:
+        ValueError: If it holds several pruning callbacks, or trains in copies of this process.
+    """
+    callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    count = sum(isinstance(callback, Driver) for callback in callbacks)
+    if count > 1:
+        raise ValueError(
+            f"`Trainer(callbacks=...)` must hold one AttentionPruning, got {count}. Its `module` may name a common "
+            "parent of all that is to be pruned."
+        )
+    if stage == "fit" and isinstance(
+        trainer.strategy.launcher, classes("strategies.launchers._MultiProcessingLauncher")
+    ):
+        raise ValueError(
+            "`strategy` must not train in copies of this process, as ddp_spawn, ddp_fork and ddp_notebook do, got "
+            f"{type(trainer.strategy).__name__} with {type(trainer.strategy.launcher).__name__}: the weights come back "
+            "from there, the patterns do not. Use strategy='ddp', in a script."
+        )
 
 
 def steps_of_run(trainer: pl.Trainer, pl_module: pl.LightningModule) -> int | None:
@@ -30,8 +59,9 @@ def steps_of_run(trainer: pl.Trainer, pl_module: pl.LightningModule) -> int | No
 def _estimated(trainer: pl.Trainer) -> float:
     """Lightning's estimate, in which every epoch accumulates as many batches as its scheduler says."""
     total = trainer.estimated_stepping_batches
-    callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    scheduler = next((found for found in callbacks if isinstance(found, GradientAccumulationScheduler)), None)
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    kinds = classes("callbacks.GradientAccumulationScheduler")
+    scheduler = next((found for found in callbacks if isinstance(found, kinds)), None)
     batches, epochs = trainer.num_training_batches, trainer.max_epochs
     if scheduler is None or epochs is None or epochs < 1 or batches == math.inf:
         return total
@@ -109,4 +139,66 @@ def warn_of_begin(schedule: Schedule, step: int) -> None:
             schedule.begin_step,
             schedule(step + 1),
             step,
+        )
+
+
+def warn_of_reach(pruner: AttentionPruner) -> None:
+    """Say so if constraints keep more than the schedule ends with.
+
+    Args:
+        pruner: It has made its first decision.
+    """
+    if pruner.sparsity is None or not pruner.open_layers:
+        return
+    reachable, blocks = pruner.reachable_sparsity, max(state.scores.shape[2] for state in pruner.open_layers)
+    if reachable < pruner.sparsity.final - 0.01:
+        log.warning(
+            "At most %.1f %% of the attention can be pruned in sequences like those of the first decision (%d blocks "
+            "of %d keys), %.1f %% is asked for: the rest must stay. Use smaller blocks or longer sequences, or lower "
+            "`sink_blocks`, `recent_blocks` or `min_density`, or protect fewer layers and heads.",
+            100 * reachable,
+            blocks,
+            pruner.sides[1],
+            100 * pruner.sparsity.final,
+        )
+
+
+def warn_of_return(pruner: AttentionPruner, step: int) -> None:
+    """Say so if a model that was pruned before gets connections back.
+
+    Args:
+        pruner: It is attached and has made no decision; its schedule is in optimizer steps.
+        step: Optimizer steps taken.
+    """
+    if pruner.sparsity is None:
+        return
+    there, asked = pruner.total_sparsity, pruner.sparsity(step + 1)
+    if there <= asked + 0.01:
+        return
+    log.warning(
+        "The model comes with %.1f %% of its attention pruned, and the schedule begins at %.1f %%: the first decision "
+        "gives connections back. Let it begin where the model is (`initial=%.2f`), or leave AttentionPruning out to "
+        "train with the patterns.",
+        100 * there,
+        100 * asked,
+        there,
+    )
+
+
+def warn_of_change(before: str, schedule: Schedule, open_layers: bool) -> None:
+    """Tell that a resumed run has another schedule than the one that was saved.
+
+    Args:
+        before: The saved one, in words.
+        schedule: The one given now.
+        open_layers: Whether the pattern of any layer may still move.
+    """
+    if open_layers:
+        log.info("The schedule was %s in the checkpoint, the run goes on with %s.", before, schedule)
+    else:
+        log.warning(
+            "The schedule was %s in the checkpoint and is %s now, which changes nothing: all layers have settled. "
+            "Resume from a checkpoint of before they did.",
+            before,
+            schedule,
         )
