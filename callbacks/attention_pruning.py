@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -25,6 +26,7 @@ from sparse_prune.callbacks.collaborator import Driver, adopted
 from sparse_prune.callbacks.distilling import DistilledStep
 from sparse_prune.callbacks.kernel_swap import KernelSwap
 from sparse_prune.callbacks.lightning import overrides
+from sparse_prune.callbacks.settings import pruning_settings
 from sparse_prune.callbacks.sparsity_logger import SparsityLogger
 from sparse_prune.callbacks.training_step import StandIn
 from sparse_prune.constraints import Constraints
@@ -158,7 +160,7 @@ class AttentionPruning(Driver):
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._attach(pl_module)
-        self.logging.begin_fit(trainer)
+        self.logging.begin_fit(trainer, self._settings())
         self._release()
         self._probed = StandIn(pl_module, partial(self._probe, pl_module))
         if self.distillation is not None:
@@ -178,6 +180,18 @@ class AttentionPruning(Driver):
                 "without any. Pass a whole checkpoint of the pruned run.",
                 trainer.ckpt_path,
             )
+
+    def _settings(self) -> dict[str, Any]:
+        """For the loggers; steps are those of the schedule as it was given."""
+        given = replace(self.pruner)
+        given.schedule = self._schedule
+        return pruning_settings(
+            given,
+            every_n_steps=self.every_n_steps,
+            module=self.module,
+            distillation=self.distillation,
+            swap=self.swap.backend,
+        )
 
     def _release(self) -> None:
         """Give the module its own training step back."""
@@ -265,7 +279,7 @@ class AttentionPruning(Driver):
                 self._decide(trainer)
         if self.report is not None:
             # The bar shows these at every step, so they are logged at every step; they never reach a logger here.
-            values = {"sparsity": self.pruner.total_sparsity, "threshold": self.report.threshold}
+            values = {"prune/sparsity_now": self.pruner.total_sparsity, "prune/threshold_now": self.report.threshold}
             pl_module.log_dict(values, prog_bar=True, logger=False, batch_size=1)
         self.swap.end_batch(trainer, pl_module, self.pruner)
         self.logging.end_batch(trainer, pl_module, self.pruner, self.report, self.swap)

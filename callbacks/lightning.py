@@ -33,6 +33,11 @@ def classes(name: str) -> tuple[type[Any], ...]:
     return tuple(_find(package, name) for package in PACKAGES)
 
 
+def logger_bases() -> tuple[type[Any], ...]:
+    """What a logger of pytorch_lightning must inherit from as well to be one of the other package."""
+    return classes("loggers.Logger")[1:]
+
+
 if TYPE_CHECKING:
     Callback = pl.Callback
 else:

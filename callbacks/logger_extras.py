@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pytorch_lightning as pl
 from pytorch_lightning.loggers import Logger, WandbLogger
 
 from sparse_prune.callbacks.lightning import classes
 from sparse_prune.callbacks.losses import loss_keys
 from sparse_prune.callbacks.pruning_metrics import HEAD_COLUMNS
 from sparse_prune.pictures import LEGEND, LayerView, Picture, framed_atlas
+
+log = logging.getLogger(__name__)
 
 SUMMARIES = {
     **dict.fromkeys((*loss_keys("training"), *loss_keys("validation")), "min,last"),
@@ -70,6 +74,28 @@ def describe_metrics(logger: Logger) -> None:
     if is_wandb(logger):
         for key, summary in SUMMARIES.items():
             logger.experiment.define_metric(key, step_metric="trainer/global_step", summary=summary)
+
+
+def log_settings(logger: Logger, trainer: pl.Trainer, settings: dict[str, Any]) -> None:
+    """How the run is pruned, beside the hyperparameters that Lightning logs; a logger that refuses keeps the rest.
+
+    Args:
+        logger: One of the Trainer's.
+        trainer: It has not logged the module's hyperparameters yet.
+        settings: Flat names -> plain values.
+    """
+    if is_tensorboard(logger):  # shows what comes first, and only that
+        parts = (trainer.lightning_module, trainer.datamodule)  # type: ignore[attr-defined]
+        settings = {key: value for part in parts for key, value in _hyperparameters(part).items()} | settings
+    try:
+        logger.log_hyperparams(settings)
+    except Exception as error:  # a resumed run may not change what some loggers hold, MLflow's for one
+        log.warning("%s takes no pruning settings as hyperparameters: %r", type(logger).__name__, error)
+
+
+def _hyperparameters(part: Any) -> dict[str, Any]:
+    """Those of a module or data module that Lightning will log."""
+    return dict(part.hparams_initial) if getattr(part, "_log_hyperparams", False) else {}
 
 
 def log_summary(logger: Logger, summary: dict[str, float]) -> None:

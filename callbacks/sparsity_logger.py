@@ -57,8 +57,10 @@ class SparsityLogger(Collaborator):
     patterns/heads, the patterns as versions of an artifact, and a summary. The patterns, and their history for
     `sparse-prune report`, are also written beside the logs, also when an exception or Ctrl-C ends the run.
 
-    A logger that fails is reported once and left alone from then on; training goes on, and never waits for files that
-    W&B uploads.
+    The settings of pruning join the loggers' hyperparameters, under pruning/.
+
+    A logger that fails is reported once and left alone for the rest of the fit; training goes on, and never waits for
+    files that W&B uploads.
 
     Args:
         images: Draw patterns.
@@ -74,6 +76,7 @@ class SparsityLogger(Collaborator):
         self.images = images
         self.every_n_decisions = every_n_decisions
         self._uploads = Uploads()
+        self._failed: set[int] = set()  # loggers of the fit that runs
         self._folder: Path | None = None  # of the fit that runs; None also where no files are kept
         self.forget_run()
 
@@ -84,15 +87,23 @@ class SparsityLogger(Collaborator):
         self._logged_swaps = 0
         self._decisions = 0
         self._drawn: dict[str, Tensor] = {}  # the keep masks of the last atlas
-        self._failed: set[int] = set()
         self._clock = StepClock()
         self._measured = 0.0  # seconds of the swap's measurements when the batch began
 
-    def begin_fit(self, trainer: pl.Trainer) -> None:
-        """Find the folder of the run, on every rank; tell the loggers what will come."""
+    def begin_fit(self, trainer: pl.Trainer, settings: dict[str, Any]) -> None:
+        """Find the folder of the run, on every rank; tell the loggers what will come.
+
+        What failed in an earlier fit gets a new chance.
+
+        Args:
+            trainer: The Trainer.
+            settings: How the run is pruned, for the loggers' hyperparameters.
+        """
+        self._failed, self._uploads = set(), Uploads()
         # Under `fast_dev_run` a fit leaves no files.
         self._folder = None if trainer.fast_dev_run else run_folder(trainer)  # type: ignore[attr-defined]
         self._each(trainer, logger_extras.describe_metrics)
+        self._each(trainer, partial(logger_extras.log_settings, trainer=trainer, settings=settings))
 
     def begin_training(self, trainer: pl.Trainer) -> None:
         """Remove what an earlier run left of the history."""

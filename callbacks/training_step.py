@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import update_wrapper
+from inspect import unwrap
 from typing import Any
 
 import pytorch_lightning as pl
@@ -23,7 +24,8 @@ class StandIn:
     def __init__(self, pl_module: pl.LightningModule, run: Callable[..., Any]) -> None:
         self._module, self._run, self._step = pl_module, run, pl_module.training_step
         self._own = vars(pl_module).get("training_step")  # what someone else has put on the instance
-        update_wrapper(self, self._step)  # Lightning looks at its signature
+        update_wrapper(self, self._step, updated=())
+        self.__wrapped__ = unwrap(self._step)  # Lightning looks at its signature, behind one wrapper at most
         vars(pl_module)["training_step"] = self
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

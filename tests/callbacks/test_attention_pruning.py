@@ -616,6 +616,31 @@ def test_only_the_training_step_is_probed(tmp_path, kind, front):
     assert results[0][1:] == results[1][1:]
 
 
+NAMES = {"sparsity": 0.123, "threshold": 0.456, "prune/threshold": 0.789, "sparsity/total": 0.5}
+"""Under which a module may log, for they come to mind first."""
+
+
+class TellsInTheStep(TinyModule):
+    def training_step(self, batch, batch_idx):
+        self.log_dict(NAMES)
+        return super().training_step(batch, batch_idx)
+
+
+class TellsAfterIt(TinyModule):
+    def on_train_batch_end(self, *args):
+        self.log_dict(NAMES)
+
+
+@pytest.mark.parametrize("kind", [TellsInTheStep, TellsAfterIt])
+def test_names_of_the_progress_bar_are_our_own(tmp_path, kind):
+    callback = pruning()
+    fit = trainer(tmp_path, [callback], steps=3)
+    fit.fit(kind(), batches())
+    assert {key: float(fit.callback_metrics[key]) for key in NAMES} == pytest.approx(NAMES)
+    shown = {"prune/sparsity_now": callback.pruner.total_sparsity, "prune/threshold_now": callback.report.threshold}
+    assert {key: float(fit.progress_bar_metrics[key]) for key in shown} == pytest.approx(shown)
+
+
 class Copies(Callback):
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
         trainer_of, module.trainer = module.trainer, None

@@ -8,6 +8,7 @@ import time
 import pytest
 import pytorch_lightning as pl
 import torch
+import yaml
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 
@@ -483,6 +484,71 @@ def test_failing_logger_is_reported_once_and_stops_nothing(tmp_path, caplog):
         fit(tmp_path, [broken, good])
     assert broken.calls == 1
     assert caplog.text.count("server is down") == 1
+    assert set().union(*read_csv(tmp_path)) >= EXPECTED - {"val/loss"}
+
+
+def test_a_logger_that_failed_in_one_fit_is_used_in_the_next(tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    uploaded, callback = [], pruning(swap=KernelSwap("gather"))
+    broken = Broken()
+
+    def fail():
+        raise ConnectionError("no way")
+
+    for number, upload in enumerate((fail, lambda: uploaded.append(1))):
+        monkeypatch.setattr(logger_extras, "version_of", lambda *args, upload=upload: upload)
+        logger = WandbLogger(project="test", id=f"run{number}", save_dir=tmp_path, offline=True)
+        trainer(tmp_path, [callback], logger=[logger, broken]).fit(TinyModule(), batches())
+        logger.experiment.finish()
+        assert broken.calls == number + 1
+    assert uploaded
+
+
+class WithHyperparameters(TinyModule):
+    def __init__(self, lr=0.1):
+        super().__init__()
+        self.save_hyperparameters()
+
+
+def test_pruning_settings_are_hyperparameters_beside_the_modules_own(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.plugins.hparams import plugin_data_pb2
+
+    csv, tensorboard = CSVLogger(tmp_path / "csv", "", ""), TensorBoardLogger(tmp_path / "tb", "", "")
+    callback = pruning(swap=KernelSwap("gather"), final=0.3)
+    trainer(tmp_path, [callback], steps=2, logger=[csv, tensorboard]).fit(WithHyperparameters(), batches())
+    wanted = {
+        "lr": 0.1,
+        "pruning/sparsity": "CubicSchedule",
+        "pruning/sparsity/final": 0.3,
+        "pruning/sparsity/end_step": 6,
+        "pruning/block_size": "(8, 8)",
+        "pruning/every_n_steps": 1,
+        "pruning/constraints/hysteresis": 0.2,
+        "pruning/min_delta": 0.5,
+        "pruning/swap": "gather",
+        "pruning/distillation": None,
+    }
+    for folder in ("csv", "tb"):
+        found = yaml.safe_load((tmp_path / folder / "hparams.yaml").read_text())
+        assert {key: found[key] for key in wanted} == wanted
+    tensorboard.experiment.flush()
+    events = EventAccumulator(str(tmp_path / "tb"))
+    events.Reload()
+    content = events.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
+    shown = plugin_data_pb2.HParamsPluginData.FromString(content).session_start_info.hparams
+    assert shown["pruning/sparsity/final"].number_value == 0.3
+    assert shown["lr"].number_value == 0.1
+
+
+def test_a_logger_that_takes_no_settings_gets_all_the_rest(tmp_path, caplog):
+    class Strict(CSVLogger):
+        def log_hyperparams(self, params):
+            raise RuntimeError("changing a parameter is not allowed")
+
+    fit(tmp_path, Strict(tmp_path, name="", version=""))
+    assert caplog.text.count("Strict takes no pruning settings") == 1
     assert set().union(*read_csv(tmp_path)) >= EXPECTED - {"val/loss"}
 
 
