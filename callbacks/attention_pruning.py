@@ -22,10 +22,11 @@ from sparse_prune.callbacks.checks import (
     warn_of_reach,
     warn_of_return,
 )
+from sparse_prune.callbacks.closing import closing
 from sparse_prune.callbacks.collaborator import Driver, adopted
 from sparse_prune.callbacks.distilling import DistilledStep
 from sparse_prune.callbacks.kernel_swap import KernelSwap
-from sparse_prune.callbacks.lightning import overrides
+from sparse_prune.callbacks.lightning import classes, overrides, tell
 from sparse_prune.callbacks.settings import pruning_settings
 from sparse_prune.callbacks.sparsity_logger import SparsityLogger
 from sparse_prune.callbacks.training_step import StandIn
@@ -169,7 +170,9 @@ class AttentionPruning(Driver):
     @override
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._release()
-        self.logging.end_fit(trainer, self.pruner, self.report, self.swap.events)
+        file = self.logging.end_fit(trainer, self.pruner, self.report, self.swap.events)
+        has_report = any(isinstance(logger, classes("loggers.CSVLogger")) for logger in trainer.loggers)
+        tell(trainer, closing(self.pruner, self.report, self.swap.events, file, has_report))
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:

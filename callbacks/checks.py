@@ -6,13 +6,19 @@ import logging
 import math
 
 import pytorch_lightning as pl
+import torch
 
 from sparse_prune.callbacks.collaborator import Driver
 from sparse_prune.callbacks.lightning import classes
+from sparse_prune.pattern import BlockPattern
 from sparse_prune.pruner import AttentionPruner
 from sparse_prune.schedules import Schedule
+from sparse_prune.selection import LayerScores, select
 
 log = logging.getLogger(__name__)
+
+_SMALLEST_BLOCK = 16
+"""Tokens per side that every backend takes."""
 
 
 def refuse_trainer(trainer: pl.Trainer, stage: str) -> None:
@@ -58,15 +64,15 @@ def steps_of_run(trainer: pl.Trainer, pl_module: pl.LightningModule) -> int | No
 
 def _estimated(trainer: pl.Trainer) -> float:
     """Lightning's estimate, in which every epoch accumulates as many batches as its scheduler says."""
-    total = trainer.estimated_stepping_batches
+    total: float = trainer.estimated_stepping_batches
     callbacks = trainer.callbacks  # type: ignore[attr-defined]
     kinds = classes("callbacks.GradientAccumulationScheduler")
     scheduler = next((found for found in callbacks if isinstance(found, kinds)), None)
     batches, epochs = trainer.num_training_batches, trainer.max_epochs
     if scheduler is None or epochs is None or epochs < 1 or batches == math.inf:
         return total
-    steps = sum(math.ceil(batches / scheduler.get_accumulate_grad_batches(epoch)) for epoch in range(epochs))
-    return steps if trainer.max_steps == -1 else min(steps, trainer.max_steps)
+    steps: float = sum(math.ceil(batches / scheduler.get_accumulate_grad_batches(epoch)) for epoch in range(epochs))
+    return steps if trainer.max_steps == -1 else min(steps, float(trainer.max_steps))
 
 
 def in_steps(schedule: Schedule, total: int | None) -> Schedule:
@@ -154,13 +160,39 @@ def warn_of_reach(pruner: AttentionPruner) -> None:
     if reachable < pruner.sparsity.final - 0.01:
         log.warning(
             "At most %.1f %% of the attention can be pruned in sequences like those of the first decision (%d blocks "
-            "of %d keys), %.1f %% is asked for: the rest must stay. Use smaller blocks or longer sequences, or lower "
-            "`sink_blocks`, `recent_blocks` or `min_density`, or protect fewer layers and heads.",
+            "of %d keys), %.1f %% is asked for: the rest must stay. %s",
             100 * reachable,
             blocks,
             pruner.sides[1],
             100 * pruner.sparsity.final,
+            _what_would_do(pruner),
         )
+
+
+def _what_would_do(pruner: AttentionPruner) -> str:
+    """The remedy for sequences of too few blocks: a block size, a length."""
+    assert pruner.sparsity is not None
+    shapes = [state.scores.shape for state in pruner.open_layers]
+    length = max(min(rows * pruner.sides[0], columns * pruner.sides[1]) for _, rows, columns in shapes)
+    wanted = pruner.sparsity.final - 0.01
+    halved = [(pruner.sides[0] >> fold, pruner.sides[1] >> fold) for fold in range(1, 8)]
+    sizes = [sides for sides in halved if min(sides) >= _SMALLEST_BLOCK and _reach(pruner, length, sides) >= wanted]
+    lengths = [length << fold for fold in range(1, 6) if _reach(pruner, length << fold, pruner.sides) >= wanted]
+    found = [f"`block_size={size[0] if size[0] == size[1] else size}`" for size in sizes[:1]]
+    found += [f"sequences of {tokens} tokens" for tokens in lengths[:1]]
+    loosen = "ower `sink_blocks`, `recent_blocks` or `min_density`, or protect fewer layers and heads."
+    return f"What would do: {' or '.join(found)}; else l{loosen}" if found else f"L{loosen}"
+
+
+def _reach(pruner: AttentionPruner, length: int, sides: tuple[int, int]) -> float:
+    """Share of possible blocks that constraints let go at a length and a block size."""
+    layers = []
+    for layer in (state.layer for state in pruner.open_layers):
+        dense = BlockPattern.dense(layer.num_heads, length, length, sides, layer.causal)
+        layers.append(LayerScores(layer.name, torch.ones(dense.keep.shape), dense, layer.num_kv_heads))
+    patterns, _ = select(layers, pruner.constraints, sparsity=1.0)
+    possible = sum(pattern.possible_count for pattern in patterns)
+    return 1.0 - sum(pattern.kept_blocks for pattern in patterns) / possible if possible else 0.0
 
 
 def warn_of_return(pruner: AttentionPruner, step: int) -> None:

@@ -15,7 +15,7 @@ from typing_extensions import override
 from sparse_prune.attention.layer import PrunableAttention
 from sparse_prune.attention.measure import fastest, in_words, time_attention
 from sparse_prune.callbacks.collaborator import Collaborator
-from sparse_prune.callbacks.swap_forecast import forecast_swap, warn_of_loss
+from sparse_prune.callbacks.swap_forecast import NO_GAIN, forecast_swap, measurement, warn_of_loss
 from sparse_prune.clock import now
 from sparse_prune.kernels import BACKENDS, check_trains, skipping_backends
 from sparse_prune.pruner import AttentionPruner
@@ -41,6 +41,8 @@ class SwapEvent:
     """The same with the sparse backend."""
     measured_ms: dict[str, float] = field(default_factory=dict)
     """The same with every backend that was measured."""
+    tokens: int | None = None
+    """Length of the call that was measured. None if none was."""
 
 
 class KernelSwap(Collaborator):
@@ -112,8 +114,7 @@ class KernelSwap(Collaborator):
             else:
                 pruner.swap(event.layer, event.backend)
             self.events.append(event)
-            times = in_words(event.measured_ms) or "not measured"
-            log.info("Step %d: %s -> %s (%s)", event.step, event.layer, event.backend, times)
+            _tell(event)
 
     @contextmanager
     def _measuring(self, device: torch.device) -> Iterator[None]:
@@ -127,9 +128,10 @@ class KernelSwap(Collaborator):
         sparsity = layer.pattern.sparsity
         if self.backend != "auto" or layer.last_shape is None:
             return SwapEvent(step, layer.name, "gather" if self.backend == "auto" else self.backend, sparsity)
+        tokens = layer.last_shape.kv_len
         times = time_attention(layer, skipping_backends(layer.last_shape.device), tuned=self.tune)
         sparse = min((ms for name, ms in times.items() if name != "dense"), default=None)
-        return SwapEvent(step, layer.name, fastest(times), sparsity, times.get("dense"), sparse, times)
+        return SwapEvent(step, layer.name, fastest(times), sparsity, times.get("dense"), sparse, times, tokens)
 
     @override
     def state(self) -> dict[str, Any]:
@@ -139,3 +141,12 @@ class KernelSwap(Collaborator):
     def load_state(self, state: dict[str, Any]) -> None:
         self.events = [SwapEvent(**event) for event in state["events"]]
         self._forecast_due = state.get("forecast_due", False)  # state of before there were forecasts has none
+
+
+def _tell(event: SwapEvent) -> None:
+    if event.backend != "dense":
+        times = in_words(event.measured_ms) or "not measured"
+        log.info("Step %d: %s -> %s (%s)", event.step, event.layer, event.backend, times)
+    else:
+        found = measurement(event.layer, event.sparsity, event.tokens, event.measured_ms)
+        log.info("Step %d: %s gets its connections back, for %s: %s", event.step, event.layer, NO_GAIN, found)

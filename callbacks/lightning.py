@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytorch_lightning as pl
 
-PACKAGES = ("pytorch_lightning", "lightning.pytorch")
+PACKAGES: tuple[str, ...] = ("pytorch_lightning", "lightning.pytorch")
 """Those that are installed."""
 try:
     import_module(PACKAGES[-1])

@@ -6,10 +6,10 @@ import logging
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import pytorch_lightning as pl
-from pytorch_lightning.loggers import Logger, WandbLogger
+from pytorch_lightning.loggers import Logger, TensorBoardLogger, WandbLogger
 
 from sparse_prune.callbacks.lightning import classes
 from sparse_prune.callbacks.losses import loss_keys
@@ -25,12 +25,12 @@ SUMMARIES = {
 """What W&B's summary holds of a key, where the last value is not what one wants to know."""
 
 
-def is_wandb(logger: Logger) -> bool:
+def is_wandb(logger: Logger) -> TypeGuard[WandbLogger]:
     """Whether a logger is Lightning's of W&B."""
     return isinstance(logger, classes("loggers.WandbLogger"))
 
 
-def is_tensorboard(logger: Logger) -> bool:
+def is_tensorboard(logger: Logger) -> TypeGuard[TensorBoardLogger]:
     """Whether a logger is Lightning's of TensorBoard."""
     return isinstance(logger, classes("loggers.TensorBoardLogger"))
 

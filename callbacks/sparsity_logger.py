@@ -158,7 +158,7 @@ class SparsityLogger(Collaborator):
 
     def end_fit(
         self, trainer: pl.Trainer, pruner: AttentionPruner, report: PruneReport | None, events: list[SwapEvent]
-    ) -> None:
+    ) -> Path | None:
         """Log and keep how the run ended.
 
         Args:
@@ -166,17 +166,18 @@ class SparsityLogger(Collaborator):
             pruner: As it is at the end.
             report: The latest decision; None if there was none.
             events: All swaps.
+
+        Returns:
+            The file of the patterns, on rank 0; None if none was written.
         """
-        patterns = pruner.patterns
+        patterns, file = pruner.patterns, None
         if patterns and report is not None:
             open_layers = {state.layer.name for state in pruner.open_layers}
             self._draw(trainer, pruner, {n: p for n, p in patterns.items() if n in open_layers})
             self._snapshot(trainer, pruner)
             summary = summarize(pruner)
-            self._keep_patterns(trainer, pruner, ["latest", "final"], summary)
+            file = self._keep_patterns(trainer, pruner, ["latest", "final"], summary)
             if trainer.is_global_zero:
-                path = "not kept in a fast_dev_run" if self._folder is None else self._folder / PATTERN_FILE
-                log.info("Attention patterns: %s. %s", path, summary)
                 self._each(trainer, partial(logger_extras.log_summary, summary=summary))
                 table, step = head_table(pruner, events), _step(trainer)
                 for logger in trainer.loggers:
@@ -184,6 +185,7 @@ class SparsityLogger(Collaborator):
                         self._uploads.submit(_name(logger), partial(logger_extras.log_table, logger, table, step))
                 self._uploads.wait(UPLOAD_SECONDS)
         self._folder = None
+        return file
 
     def broken_off(self, trainer: pl.Trainer, pruner: AttentionPruner, report: PruneReport | None) -> None:
         """Keep files alone: networks can make a user wait who wants to stop, and other ranks may be gone.
@@ -198,7 +200,7 @@ class SparsityLogger(Collaborator):
             return
         try:
             if report is not None:
-                save_patterns(pruner.patterns, folder / PATTERN_FILE)
+                _save(pruner, folder / PATTERN_FILE)
                 save_frame(pruner.patterns, folder, trainer.global_step)
         except Exception as error:  # whatever else went wrong must not hide what ended the run
             log.warning("The attention patterns of the broken run were not written to %s: %r", folder, error)
@@ -231,22 +233,23 @@ class SparsityLogger(Collaborator):
 
     def _keep_patterns(
         self, trainer: pl.Trainer, pruner: AttentionPruner, aliases: list[str], metadata: dict[str, float]
-    ) -> None:
+    ) -> Path | None:
         """The patterns as a file beside the logs, and as a version of the run's artifact."""
         if self._folder is None or not trainer.is_global_zero:
-            return
+            return None
         path = self._folder / PATTERN_FILE
         try:
-            save_patterns(pruner.patterns, path)
+            _save(pruner, path)
         except OSError as error:
             log.warning("The attention patterns were not written to %s: %r", path, error)
-            return
+            return None
 
         def upload(logger: Logger) -> None:
             if logger_extras.is_wandb(logger):
                 self._uploads.submit(_name(logger), logger_extras.version_of(logger, path, aliases, metadata))
 
         self._each(trainer, upload)
+        return path
 
     def _each(self, trainer: pl.Trainer, action: Callable[[Logger], None]) -> None:
         """Do something on rank 0 with every logger; one that fails is dropped with one warning."""
@@ -274,6 +277,12 @@ class SparsityLogger(Collaborator):
     def load_state(self, state: dict[str, Any]) -> None:
         self._logged_step, self._logged_swaps = state["logged_step"], state["logged_swaps"]
         self._decisions, self._drawn = state["decisions"], state["drawn"]
+
+
+def _save(pruner: AttentionPruner, path: Path) -> None:
+    """Patterns in force, and those of layers that were given back, which another machine may gain by."""
+    learned = {name: state.given_back for name, state in pruner.layers.items()}
+    save_patterns(pruner.patterns, path, unused={name: found for name, found in learned.items() if found is not None})
 
 
 def _tokens(pruner: AttentionPruner) -> int:
