@@ -278,7 +278,7 @@ def test_a_run_that_is_broken_off_leaves_its_patterns(tmp_path, error, seen):
 
 
 def test_what_fails_after_an_exception_does_not_hide_it(tmp_path, monkeypatch, caplog):
-    def broken(*args):
+    def broken(*args, **options):
         raise TypeError("worse")
 
     monkeypatch.setattr(sparsity_logger, "save_patterns", broken)
@@ -437,7 +437,7 @@ def test_layers_with_an_old_pattern_that_are_not_seen_stop_nothing(tmp_path):
 
 
 def test_a_full_disk_stops_nothing(tmp_path, monkeypatch, caplog):
-    def full(*args):
+    def full(*args, **options):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(sparsity_logger, "save_frame", full)
