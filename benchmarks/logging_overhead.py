@@ -46,22 +46,22 @@ DEFAULT = Size()
 
 
 class TimedLogger(SparsityLogger):
-    """Adds up what its hooks take: metrics, pictures, history; and the end of a run, patterns and table included.
+    """Adds up what its work takes: metrics, pictures, history; and the end of a run, patterns and table included.
 
     Seconds are those of a clock on the wall; `cpu` are the training thread's own, to which a busy machine adds little.
     """
 
     seconds = end_seconds = cpu_seconds = cpu_end_seconds = 0.0
 
-    def on_train_batch_end(self, *args: Any) -> None:
+    def end_batch(self, *args: Any) -> None:
         start, cpu = time.perf_counter(), time.thread_time()
-        super().on_train_batch_end(*args)
+        super().end_batch(*args)
         self.seconds += time.perf_counter() - start
         self.cpu_seconds += time.thread_time() - cpu
 
-    def on_fit_end(self, *args: Any) -> None:
+    def end_fit(self, *args: Any) -> None:
         start, cpu = time.perf_counter(), time.thread_time()
-        super().on_fit_end(*args)
+        super().end_fit(*args)
         self.end_seconds, self.cpu_end_seconds = time.perf_counter() - start, time.thread_time() - cpu
 
 

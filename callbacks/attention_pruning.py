@@ -3,20 +3,33 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import pytorch_lightning as pl
 import torch.distributed as dist
-from pytorch_lightning.utilities.model_helpers import is_overridden
 from typing_extensions import override
 
+from sparse_prune.callbacks.checks import (
+    in_steps,
+    refuse_trainer,
+    steps_of_run,
+    warn_of_begin,
+    warn_of_change,
+    warn_of_end,
+    warn_of_reach,
+    warn_of_return,
+)
+from sparse_prune.callbacks.closing import closing
+from sparse_prune.callbacks.collaborator import Driver, adopted
 from sparse_prune.callbacks.distilling import DistilledStep
 from sparse_prune.callbacks.kernel_swap import KernelSwap
-from sparse_prune.callbacks.refused import refuse_trainer
-from sparse_prune.callbacks.run_length import in_steps, steps_of_run, warn_of_begin, warn_of_end
-from sparse_prune.callbacks.schedule_checks import warn_of_change, warn_of_reach, warn_of_return
+from sparse_prune.callbacks.lightning import classes, overrides, tell
+from sparse_prune.callbacks.settings import pruning_settings
 from sparse_prune.callbacks.sparsity_logger import SparsityLogger
+from sparse_prune.callbacks.training_step import StandIn
 from sparse_prune.constraints import Constraints
 from sparse_prune.distillation import Distillation
 from sparse_prune.distributed import sum_over_ranks
@@ -28,12 +41,12 @@ from sparse_prune.scores import Statistic
 log = logging.getLogger(__name__)
 
 
-class AttentionPruning(pl.Callback):
+class AttentionPruning(Driver):
     """Prunes the attention connections of the model under a schedule while it trains.
 
-    One of these in `Trainer(callbacks=[...])` is enough: unless they are given as well, it adds a `KernelSwap`
-    and a `SparsityLogger` with their defaults. Callbacks run in order, so these two are moved behind it if they are in
-    front. More than one is refused.
+    One of these in `Trainer(callbacks=[...])` is enough. After every batch it decides, then lets `swap` swap, then lets
+    `logging` log. A `KernelSwap` or `SparsityLogger` that the Trainer's list holds takes the place of a default one,
+    wherever it stands there. More than one of a kind is refused.
 
     Steps of the schedule count from the run's first, those before a resume included; shares are those of
     `Trainer.estimated_stepping_batches`, or of what a `GradientAccumulationScheduler` makes of them. A resumed run
@@ -55,12 +68,13 @@ class AttentionPruning(pl.Callback):
         module: Qualified name, in the LightningModule, of the module that is pruned. None: all of it, models that only
             serve as a reference or a judge included.
         distillation: Let the dense model teach the pruned one while patterns move (docs/frontier.md). None: no teacher.
+        swap: Swaps settled layers to block-sparse attention. None: `KernelSwap()`.
+        logging: Logs what pruning does. None: `SparsityLogger()`.
 
     Raises:
-        TypeError: If an argument is of another type; in `setup`, if the Trainer is of the package `lightning`, not
-            `pytorch_lightning`.
+        TypeError: If an argument is of another type.
         ValueError: If an argument is out of range, before training starts; in `setup`, if the Trainer holds more than
-            one AttentionPruning, or trains in copies of this process (ddp_spawn, ddp_fork, ddp_notebook).
+            one callback of a kind, or trains in copies of this process (ddp_spawn, ddp_fork, ddp_notebook).
     """
 
     def __init__(
@@ -78,6 +92,8 @@ class AttentionPruning(pl.Callback):
         patience: int = 3,
         module: str | None = None,
         distillation: Distillation | None = None,
+        swap: KernelSwap | None = None,
+        logging: SparsityLogger | None = None,
     ) -> None:
         steps = whole_number(every_n_steps)
         if steps is None or steps < 1:
@@ -86,6 +102,9 @@ class AttentionPruning(pl.Callback):
             raise TypeError(
                 f"`distillation` must be a Distillation or None, got {distillation!r}. Write Distillation()."
             )
+        for name, given, kind in (("swap", swap, KernelSwap), ("logging", logging, SparsityLogger)):
+            if given is not None and not isinstance(given, kind):
+                raise TypeError(f"`{name}` must be a {kind.__name__} or None, got {given!r}. Write {kind.__name__}().")
         self.every_n_steps = steps
         self.module = module
         self.distillation = distillation
@@ -101,6 +120,12 @@ class AttentionPruning(pl.Callback):
             patience=patience,
         )
         """The loop without a Trainer: layers, patterns, total sparsity. In training its schedule is in steps."""
+        self.swap = swap or KernelSwap()
+        """Swaps settled layers; that of the Trainer's list, if it holds one."""
+        self.logging = logging or SparsityLogger()
+        """Logs; that of the Trainer's list, if it holds one."""
+        self._own = self.swap, self.logging
+        self._given = swap is not None, logging is not None
         self._schedule = self.pruner.schedule  # as it was given
         self._run_steps: int | None = None  # of the run by which shares in it were turned into steps
         self.report: PruneReport | None = None
@@ -108,39 +133,46 @@ class AttentionPruning(pl.Callback):
         self._last_step = 0  # the latest optimizer step seen
         self._resumed = False  # whether the checkpoint of the fit or evaluation that runs held pruning
         self._watching = False  # whether the batch is probed
+        self._probed: StandIn | None = None
         self._scale = 1.0  # the gradient scale before the batch
         self._distilled: DistilledStep | None = None
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        refuse_trainer(trainer, AttentionPruning, stage)
+        refuse_trainer(trainer, stage)
         self._resumed = False
+        callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        self.swap = adopted(self._own[0], self._given[0], KernelSwap, callbacks)
+        self.logging = adopted(self._own[1], self._given[1], SparsityLogger, callbacks)
         # What the module's own `setup` and `configure_model` build, wrap or shard is there only after this hook.
-        if stage == "fit" and not any(is_overridden(hook, pl_module) for hook in ("setup", "configure_model")):
-            self._attach(trainer, pl_module)
-        # Lightning is walking this list, so that another takes its place; what is new in that is set up here.
-        given: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        ordered = _in_order(given)
-        trainer.callbacks = ordered  # type: ignore[attr-defined]
-        for callback in ordered:
-            if callback not in given:
-                callback.setup(trainer, pl_module, stage)
+        if stage == "fit" and not any(overrides(pl_module, hook) for hook in ("setup", "configure_model")):
+            self._attach(pl_module)
 
     @override
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        self._attach(trainer, pl_module)
+        self._attach(pl_module)
+        # Checkpoints of before the two were collaborators hold their states beside this one's.
+        for collaborator, name in ((self.swap, "KernelSwap"), (self.logging, "SparsityLogger")):
+            if name in checkpoint["callbacks"]:
+                collaborator.load_state(checkpoint["callbacks"][name])
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._attach(trainer, pl_module)
+        self._attach(pl_module)
+        self.logging.begin_fit(trainer, self._settings())
+        self._release()
+        self._probed = StandIn(pl_module, partial(self._probe, pl_module))
         if self.distillation is not None:
             self._distilled = DistilledStep(pl_module, self.pruner, self.distillation)
 
     @override
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._stop_teaching()
+        self._release()
+        file = self.logging.end_fit(trainer, self.pruner, self.report, self.swap.events)
+        has_report = any(isinstance(logger, classes("loggers.CSVLogger")) for logger in trainer.loggers)
+        tell(trainer, closing(self.pruner, self.report, self.swap.events, file, has_report))
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -152,22 +184,35 @@ class AttentionPruning(pl.Callback):
                 trainer.ckpt_path,
             )
 
-    def _stop_teaching(self) -> None:
-        if self._distilled is not None:
-            self._distilled.remove()
-            self._distilled = None
+    def _settings(self) -> dict[str, Any]:
+        """For the loggers; steps are those of the schedule as it was given."""
+        given = replace(self.pruner)
+        given.schedule = self._schedule
+        return pruning_settings(
+            given,
+            every_n_steps=self.every_n_steps,
+            module=self.module,
+            distillation=self.distillation,
+            swap=self.swap.backend,
+        )
 
-    def _attach(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def _release(self) -> None:
+        """Give the module its own training step back."""
+        for around in (self._distilled, self._probed):  # the last one on goes first
+            if around is not None:
+                around.remove()
+        self._distilled = self._probed = None
+
+    def _attach(self, pl_module: pl.LightningModule) -> None:
         if not self.pruner.attached_to(pl_module):
             self.pruner.attach(pl_module, self.module)
-            self._forget_run(trainer)
+            self._forget_run()
 
-    def _forget_run(self, trainer: pl.Trainer) -> None:
-        """A new run begins, for the callbacks that follow this one as well."""
+    def _forget_run(self) -> None:
+        """A new run begins, for the collaborators as well."""
         self.report, self._last_step, self._run_steps = None, 0, None
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, KernelSwap | SparsityLogger):
-                callback.forget_run()
+        self.swap.forget_run()
+        self.logging.forget_run()
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -179,7 +224,7 @@ class AttentionPruning(pl.Callback):
                 self._last_step,
             )
             self.pruner.restart()
-            self._forget_run(trainer)
+            self._forget_run()
         total = steps_of_run(trainer, pl_module)
         self._reckon(total)
         if self.report is None:
@@ -187,6 +232,8 @@ class AttentionPruning(pl.Callback):
             warn_of_return(self.pruner, trainer.global_step)
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]
             warn_of_end(self.pruner.schedule, total, self.every_n_steps, self.pruner.patience)
+        self.swap.begin_training(pl_module)
+        self.logging.begin_training(trainer)
 
     def _reckon(self, total: int | None) -> None:
         """Give the pruner its schedule in steps: of the run that was resumed, else of one of `total` steps."""
@@ -201,7 +248,22 @@ class AttentionPruning(pl.Callback):
     ) -> None:
         self._scale = _gradient_scale(trainer)
         self._watching = self._due(trainer.global_step + 1)
+        self.logging.begin_batch(pl_module, self.swap)
+
+    def _probe(self, pl_module: pl.LightningModule, step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Probe the training step alone: whatever else runs the model, at whatever time, is not what pruning is for.
+
+        Where Lightning does the backward pass, the probe stays on until it is over, for gradient checkpointing runs the
+        layers again there and they must do the same. A step without a loss has none.
+        """
         self.pruner.probe(self._watching)
+        output = None
+        try:
+            output = step(*args, **kwargs)
+        finally:
+            if output is None or not pl_module.automatic_optimization:
+                self.pruner.probe(False)
+        return output
 
     @override
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -220,13 +282,16 @@ class AttentionPruning(pl.Callback):
                 self._decide(trainer)
         if self.report is not None:
             # The bar shows these at every step, so they are logged at every step; they never reach a logger here.
-            values = {"sparsity": self.pruner.total_sparsity, "threshold": self.report.threshold}
+            values = {"prune/sparsity_now": self.pruner.total_sparsity, "prune/threshold_now": self.report.threshold}
             pl_module.log_dict(values, prog_bar=True, logger=False, batch_size=1)
+        self.swap.end_batch(trainer, pl_module, self.pruner)
+        self.logging.end_batch(trainer, pl_module, self.pruner, self.report, self.swap)
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         self.pruner.probe(False)
-        self._stop_teaching()
+        self._release()
+        self.logging.broken_off(trainer, self.pruner, self.report)
 
     def _due(self, step: int) -> bool:
         """Whether a decision falls on this optimizer step, or on an earlier one that had nothing to decide by."""
@@ -264,6 +329,8 @@ class AttentionPruning(pl.Callback):
             "report": report,
             "run_steps": self._run_steps,
             "schedule": repr(self._schedule),
+            "swap": self.swap.state(),
+            "logging": self.logging.state(),
         }
 
     @override
@@ -275,21 +342,12 @@ class AttentionPruning(pl.Callback):
         self._run_steps = state_dict.get("run_steps")  # state of before schedules took shares has none
         if self._run_steps is not None:
             self._reckon(self._run_steps)
+        for collaborator, name in ((self.swap, "swap"), (self.logging, "logging")):
+            if name in state_dict:
+                collaborator.load_state(state_dict[name])
         before = state_dict.get("schedule", repr(self._schedule))
         if self.report is not None and before != repr(self._schedule):
             warn_of_change(before, self._schedule, bool(self.pruner.open_layers))
-
-
-def _in_order(callbacks: list[pl.Callback]) -> list[pl.Callback]:
-    """Swaps follow decisions, and the logger both, all in one batch; what is missing is added."""
-    for kind, leaders in ((KernelSwap, (AttentionPruning,)), (SparsityLogger, (AttentionPruning, KernelSwap))):
-        behind = 1 + max(index for index, callback in enumerate(callbacks) if isinstance(callback, leaders))
-        front, back = callbacks[:behind], callbacks[behind:]
-        moved = [callback for callback in front if isinstance(callback, kind)]
-        if not any(isinstance(callback, kind) for callback in callbacks):
-            moved = [kind()]
-        callbacks = [callback for callback in front if callback not in moved] + moved + back
-    return callbacks
 
 
 def _gradient_scale(trainer: pl.Trainer) -> float:

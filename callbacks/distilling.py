@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import wraps
 from typing import Any
 
 import pytorch_lightning as pl
 from torch import Tensor, nn
 
 from sparse_prune.attention.found import holds
+from sparse_prune.callbacks.training_step import StandIn
 from sparse_prune.distillation import DenseTeacher, Distillation
 from sparse_prune.metrics import DIVERGENCE
 from sparse_prune.pruner import AttentionPruner
@@ -40,15 +40,11 @@ class DistilledStep:
         module = _teacher_module(pl_module, list(pruner.layers), settings.module)
         self.pl_module, self.pruner, self.settings = pl_module, pruner, settings
         self.teacher = DenseTeacher(module, handles, settings.temperature)
-        self._own = vars(pl_module).get("training_step")  # what someone else has put on the instance
-        step = pl_module.training_step
-        pl_module.training_step = wraps(step)(lambda *args, **kwargs: self._run(step, *args, **kwargs))  # type: ignore[method-assign]
+        self._stand_in = StandIn(pl_module, self._run)
 
     def remove(self) -> None:
         """Give the module its own step back."""
-        vars(self.pl_module).pop("training_step", None)
-        if self._own is not None:
-            vars(self.pl_module)["training_step"] = self._own
+        self._stand_in.remove()
 
     @property
     def active(self) -> bool:

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytorch_lightning as pl
 import torch
@@ -14,12 +14,11 @@ from typing_extensions import override
 
 from sparse_prune.attention.layer import PrunableAttention
 from sparse_prune.attention.measure import fastest, in_words, time_attention
-from sparse_prune.callbacks.swap_forecast import forecast_swap, warn_of_loss
+from sparse_prune.callbacks.collaborator import Collaborator
+from sparse_prune.callbacks.swap_forecast import NO_GAIN, forecast_swap, measurement, warn_of_loss
 from sparse_prune.clock import now
 from sparse_prune.kernels import BACKENDS, check_trains, skipping_backends
-
-if TYPE_CHECKING:
-    from sparse_prune.callbacks.attention_pruning import AttentionPruning
+from sparse_prune.pruner import AttentionPruner
 
 log = logging.getLogger(__name__)
 
@@ -42,10 +41,12 @@ class SwapEvent:
     """The same with the sparse backend."""
     measured_ms: dict[str, float] = field(default_factory=dict)
     """The same with every backend that was measured."""
+    tokens: int | None = None
+    """Length of the call that was measured. None if none was."""
 
 
-class KernelSwap(pl.Callback):
-    """Swaps settled layers to a block-sparse backend.
+class KernelSwap(Collaborator):
+    """Swaps settled layers to a block-sparse backend, when `AttentionPruning` asks it to after its decisions.
 
     Args:
         backend: "auto" measures dense attention against every backend that skips blocks, in turns, on the layer's own
@@ -70,21 +71,25 @@ class KernelSwap(pl.Callback):
         """What measurements took in this process, all in all: they fall into training steps and are no part of them."""
         self._forecast_due = backend == "auto"
 
+    @override
     def forget_run(self) -> None:
         """A new run begins: the swaps so far are those of another."""
         self.events = []
         self._forecast_due = self.backend == "auto"
 
-    @override
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def begin_training(self, pl_module: pl.LightningModule) -> None:
+        """Refuse a backend that cannot train where the module is."""
         if self.backend != "auto":
             check_trains(self.backend, pl_module.device)
 
-    @override
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        pruner = find_pruning(trainer).pruner
+    def end_batch(self, trainer: pl.Trainer, pl_module: pl.LightningModule, pruner: AttentionPruner) -> None:
+        """Forecast the swap once, and swap what has settled.
+
+        Args:
+            trainer: The Trainer.
+            pl_module: What it trains.
+            pruner: It has decided, if a decision was due.
+        """
         if self._forecast_due and pruner.open_layers:
             self._forecast_due = False
             if trainer.is_global_zero:
@@ -109,8 +114,7 @@ class KernelSwap(pl.Callback):
             else:
                 pruner.swap(event.layer, event.backend)
             self.events.append(event)
-            times = in_words(event.measured_ms) or "not measured"
-            log.info("Step %d: %s -> %s (%s)", event.step, event.layer, event.backend, times)
+            _tell(event)
 
     @contextmanager
     def _measuring(self, device: torch.device) -> Iterator[None]:
@@ -124,29 +128,25 @@ class KernelSwap(pl.Callback):
         sparsity = layer.pattern.sparsity
         if self.backend != "auto" or layer.last_shape is None:
             return SwapEvent(step, layer.name, "gather" if self.backend == "auto" else self.backend, sparsity)
+        tokens = layer.last_shape.kv_len
         times = time_attention(layer, skipping_backends(layer.last_shape.device), tuned=self.tune)
         sparse = min((ms for name, ms in times.items() if name != "dense"), default=None)
-        return SwapEvent(step, layer.name, fastest(times), sparsity, times.get("dense"), sparse, times)
+        return SwapEvent(step, layer.name, fastest(times), sparsity, times.get("dense"), sparse, times, tokens)
 
     @override
-    def state_dict(self) -> dict[str, Any]:
+    def state(self) -> dict[str, Any]:
         return {"events": [asdict(event) for event in self.events], "forecast_due": self._forecast_due}
 
     @override
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.events = [SwapEvent(**event) for event in state_dict["events"]]
-        self._forecast_due = state_dict.get("forecast_due", False)  # state of before there were forecasts has none
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.events = [SwapEvent(**event) for event in state["events"]]
+        self._forecast_due = state.get("forecast_due", False)  # state of before there were forecasts has none
 
 
-def find_pruning(trainer: pl.Trainer) -> AttentionPruning:
-    """The trainer's `AttentionPruning`.
-
-    Raises:
-        ValueError: If it has none.
-    """
-    from sparse_prune.callbacks.attention_pruning import AttentionPruning
-
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, AttentionPruning):
-            return callback
-    raise ValueError("`Trainer(callbacks=...)` must hold an AttentionPruning beside KernelSwap and SparsityLogger.")
+def _tell(event: SwapEvent) -> None:
+    if event.backend != "dense":
+        times = in_words(event.measured_ms) or "not measured"
+        log.info("Step %d: %s -> %s (%s)", event.step, event.layer, event.backend, times)
+    else:
+        found = measurement(event.layer, event.sparsity, event.tokens, event.measured_ms)
+        log.info("Step %d: %s gets its connections back, for %s: %s", event.step, event.layer, NO_GAIN, found)

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
+import pytorch_lightning as pl
 from pytorch_lightning.loggers import Logger, TensorBoardLogger, WandbLogger
 
+from sparse_prune.callbacks.lightning import classes
 from sparse_prune.losses import loss_keys
 from sparse_prune.metrics import HEAD_COLUMNS, TOKENS_PER_SECOND
 from sparse_prune.pictures import LEGEND, LayerView, Picture, framed_atlas
+
+log = logging.getLogger(__name__)
 
 SUMMARIES = {
     **dict.fromkeys((*loss_keys("training"), *loss_keys("validation")), "min,last"),
@@ -20,16 +25,26 @@ SUMMARIES = {
 """What W&B's summary holds of a key, where the last value is not what one wants to know."""
 
 
+def is_wandb(logger: Logger) -> TypeGuard[WandbLogger]:
+    """Whether a logger is Lightning's of W&B."""
+    return isinstance(logger, classes("loggers.WandbLogger"))
+
+
+def is_tensorboard(logger: Logger) -> TypeGuard[TensorBoardLogger]:
+    """Whether a logger is Lightning's of TensorBoard."""
+    return isinstance(logger, classes("loggers.TensorBoardLogger"))
+
+
 def takes_pictures(logger: Logger) -> bool:
     """Whether a logger shows pictures."""
-    return isinstance(logger, WandbLogger | TensorBoardLogger)
+    return is_wandb(logger) or is_tensorboard(logger)
 
 
 def log_picture(logger: Logger, key: str, picture: Picture, step: int, caption: str) -> None:
     """A picture, for loggers that show them."""
-    if isinstance(logger, WandbLogger):
+    if is_wandb(logger):
         logger.log_image(key, [picture], step=step, caption=[caption])
-    elif isinstance(logger, TensorBoardLogger):
+    elif is_tensorboard(logger):
         logger.experiment.add_image(key, picture, step, dataformats="HWC")
 
 
@@ -56,12 +71,34 @@ def version_of(logger: WandbLogger, path: Path, aliases: list[str], metadata: di
 
 def describe_metrics(logger: Logger) -> None:
     """Summaries for W&B; Lightning's logger already makes trainer/global_step the axis of every key."""
-    if isinstance(logger, WandbLogger):
+    if is_wandb(logger):
         for key, summary in SUMMARIES.items():
             logger.experiment.define_metric(key, step_metric="trainer/global_step", summary=summary)
 
 
+def log_settings(logger: Logger, trainer: pl.Trainer, settings: dict[str, Any]) -> None:
+    """How the run is pruned, beside the hyperparameters that Lightning logs; a logger that refuses keeps the rest.
+
+    Args:
+        logger: One of the Trainer's.
+        trainer: It has not logged the module's hyperparameters yet.
+        settings: Flat names -> plain values.
+    """
+    if is_tensorboard(logger):  # shows what comes first, and only that
+        parts = (trainer.lightning_module, trainer.datamodule)  # type: ignore[attr-defined]
+        settings = {key: value for part in parts for key, value in _hyperparameters(part).items()} | settings
+    try:
+        logger.log_hyperparams(settings)
+    except Exception as error:  # a resumed run may not change what some loggers hold, MLflow's for one
+        log.warning("%s takes no pruning settings as hyperparameters: %r", type(logger).__name__, error)
+
+
+def _hyperparameters(part: Any) -> dict[str, Any]:
+    """Those of a module or data module that Lightning will log."""
+    return dict(part.hparams_initial) if getattr(part, "_log_hyperparams", False) else {}
+
+
 def log_summary(logger: Logger, summary: dict[str, float]) -> None:
     """The end of a run, for W&B's list of runs."""
-    if isinstance(logger, WandbLogger):
+    if is_wandb(logger):
         logger.experiment.summary.update(summary)

@@ -9,7 +9,6 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 
-from sparse_prune.callbacks.attention_pruning import AttentionPruning
 from sparse_prune.kernels import usable_backend
 from sparse_prune.pattern import BlockPattern
 from sparse_prune.pruner import AttentionPruner
@@ -60,11 +59,19 @@ def _pruning_state(path: Path, weights_only: bool) -> dict[str, Any]:
     if not file.is_file():
         raise FileNotFoundError(f"`path` must be a checkpoint, got {str(path)!r}, which is none. Check the path.")
     callbacks = torch.load(file, map_location="cpu", weights_only=weights_only).get("callbacks", {})
-    name = AttentionPruning.__qualname__
-    if name not in callbacks:
+    # States are under their classes' names, and a subclass has one of its own.
+    found = [
+        state["pruner"] for state in callbacks.values() if isinstance(state, dict) and _of_pruner(state.get("pruner"))
+    ]
+    if not found:
         raise ValueError(
-            f"`path` must be a checkpoint of a run with {name}, got {str(path)!r} with the callbacks "
+            f"`path` must be a checkpoint of a run with AttentionPruning, got {str(path)!r} with the callbacks "
             f"{sorted(callbacks)}. Patterns of a pattern file: `load_patterns` and `apply_patterns`."
         )
-    state: dict[str, Any] = callbacks[name]["pruner"]
+    state: dict[str, Any] = found[0]
     return state
+
+
+def _of_pruner(state: object) -> bool:
+    """Whether this is what `AttentionPruner.state_dict` gives."""
+    return isinstance(state, dict) and {"version", "block_size", "layers"} <= state.keys()

@@ -6,7 +6,8 @@ import os
 from pathlib import Path
 
 import pytorch_lightning as pl
-from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
+
+from sparse_prune.callbacks.lightning import classes
 
 
 def run_folder(trainer: pl.Trainer) -> Path:
@@ -35,10 +36,11 @@ def filled_folders(trainer: pl.Trainer) -> list[Path]:
 
 
 def _folder(trainer: pl.Trainer) -> str | os.PathLike[str]:
-    logger = next((found for found in trainer.loggers if isinstance(found, CSVLogger)), trainer.logger)
+    csv, tensorboard = classes("loggers.CSVLogger"), classes("loggers.TensorBoardLogger")
+    logger = next((found for found in trainer.loggers if isinstance(found, csv)), trainer.logger)
     if logger is None:
         return trainer.default_root_dir
-    if isinstance(logger, CSVLogger | TensorBoardLogger):
-        return logger.log_dir
+    if isinstance(logger, csv + tensorboard):
+        return str(logger.log_dir)
     version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
     return Path(logger.save_dir or trainer.default_root_dir) / str(logger.name) / version

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
-from pytorch_lightning.loggers import Logger, WandbLogger
-from pytorch_lightning.utilities import rank_zero_only
+from pytorch_lightning.loggers import Logger
 from torch import Tensor
 from typing_extensions import override
 
 from sparse_prune.callbacks import logger_extras
-from sparse_prune.callbacks.kernel_swap import KernelSwap, find_pruning
+from sparse_prune.callbacks.collaborator import Collaborator
+from sparse_prune.callbacks.kernel_swap import KernelSwap, SwapEvent
 from sparse_prune.callbacks.run_folder import run_folder
 from sparse_prune.callbacks.step_clock import StepClock
 from sparse_prune.callbacks.uploads import Uploads
@@ -24,7 +24,7 @@ from sparse_prune.export.history import remove_frames, save_frame
 from sparse_prune.metrics import Moment, head_table, layer_numbers, measure, summarize
 from sparse_prune.pattern import BlockPattern
 from sparse_prune.pictures import draw_layer, views
-from sparse_prune.pruner import AttentionPruner
+from sparse_prune.pruner import AttentionPruner, PruneReport
 
 log = logging.getLogger(__name__)
 
@@ -33,8 +33,10 @@ UPLOAD_SECONDS = 10.0
 """To wait for files to be handed over at the end of a run."""
 
 
-class SparsityLogger(pl.Callback):
+class SparsityLogger(Collaborator):
     """Logs sparsity, threshold, settling, swaps, speed and savings through `trainer.loggers`.
+
+    `AttentionPruning` calls it after its decisions and swaps.
 
     Keys, units and meanings are those of `sparse_prune.metrics.METRICS`; shares are in [0, 1]. Times are of this
     process, every `Trainer.log_every_n_steps`, without the swap's measurements.
@@ -44,15 +46,17 @@ class SparsityLogger(pl.Callback):
     patterns/heads, the patterns as versions of an artifact, and a summary. The patterns, and their history for
     `sparse-prune report`, are also written beside the logs, also when an exception or Ctrl-C ends the run.
 
-    A logger that fails is reported once and left alone from then on; training goes on, and never waits for files that
-    W&B uploads.
+    The settings of pruning join the loggers' hyperparameters, under pruning/.
+
+    A logger that fails is reported once and left alone for the rest of the fit; training goes on, and never waits for
+    files that W&B uploads.
 
     Args:
         images: Draw patterns.
         every_n_decisions: Decisions between pictures of the atlas and frames of the history.
 
     Raises:
-        ValueError: If `every_n_decisions` is below 1, or, when a fit begins, if the Trainer has no `AttentionPruning`.
+        ValueError: If `every_n_decisions` is below 1; in `setup`, if the Trainer has no `AttentionPruning`.
     """
 
     def __init__(self, images: bool = True, every_n_decisions: int = 5) -> None:
@@ -61,51 +65,65 @@ class SparsityLogger(pl.Callback):
         self.images = images
         self.every_n_decisions = every_n_decisions
         self._uploads = Uploads()
+        self._failed: set[int] = set()  # loggers of the fit that runs
         self._folder: Path | None = None  # of the fit that runs; None also where no files are kept
         self.forget_run()
 
+    @override
     def forget_run(self) -> None:
         """A new run begins: nothing of it was logged."""
         self._logged_step = 0  # step of the last decision that was logged
         self._logged_swaps = 0
         self._decisions = 0
         self._drawn: dict[str, Tensor] = {}  # the keep masks of the last atlas
-        self._failed: set[int] = set()
         self._clock = StepClock()
         self._measured = 0.0  # seconds of the swap's measurements when the batch began
 
-    @override
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        if stage == "fit":
-            find_pruning(trainer)
+    def begin_fit(self, trainer: pl.Trainer, settings: dict[str, Any]) -> None:
+        """Find the folder of the run, on every rank; tell the loggers what will come.
 
-    @override
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        What failed in an earlier fit gets a new chance.
+
+        Args:
+            trainer: The Trainer.
+            settings: How the run is pruned, for the loggers' hyperparameters.
+        """
+        self._failed, self._uploads = set(), Uploads()
         # Under `fast_dev_run` a fit leaves no files.
         self._folder = None if trainer.fast_dev_run else run_folder(trainer)  # type: ignore[attr-defined]
         self._each(trainer, logger_extras.describe_metrics)
+        self._each(trainer, partial(logger_extras.log_settings, trainer=trainer, settings=settings))
 
-    @override
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def begin_training(self, trainer: pl.Trainer) -> None:
+        """Remove what an earlier run left of the history."""
         if self._folder is not None and trainer.is_global_zero:
             try:
                 remove_frames(self._folder, after=trainer.global_step)
             except OSError as error:
                 log.warning("Frames of an earlier run stay in the pattern history: %r", error)
 
-    @override
-    def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        self._measured = _swap(trainer).measuring_seconds
+    def begin_batch(self, pl_module: pl.LightningModule, swap: KernelSwap) -> None:
+        """The time of a batch begins."""
+        self._measured = swap.measuring_seconds
         self._clock.start(pl_module.device)
 
-    @override
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    def end_batch(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        pruner: AttentionPruner,
+        report: PruneReport | None,
+        swap: KernelSwap,
     ) -> None:
-        pruning, swap = find_pruning(trainer), _swap(trainer)
-        pruner, report = pruning.pruner, pruning.report
+        """Log what is new.
+
+        Args:
+            trainer: The Trainer.
+            pl_module: What it trains.
+            pruner: As it is after decisions and swaps.
+            report: The latest decision; None before the first.
+            swap: Its events are all swaps so far.
+        """
         self._clock.stop(pl_module.device, _tokens(pruner), apart=swap.measuring_seconds - self._measured)
         metrics = self._clock.read(trainer.global_step, trainer.log_every_n_steps)  # type: ignore[attr-defined]
         decided = report is not None and report.step > self._logged_step
@@ -127,38 +145,52 @@ class SparsityLogger(pl.Callback):
         if metrics:
             self._each(trainer, lambda logger: logger.log_metrics(metrics, step=_step(trainer)))
 
-    @override
-    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        pruning = find_pruning(trainer)
-        pruner, patterns = pruning.pruner, pruning.pruner.patterns
-        if patterns and pruning.report is not None:
+    def end_fit(
+        self, trainer: pl.Trainer, pruner: AttentionPruner, report: PruneReport | None, events: list[SwapEvent]
+    ) -> Path | None:
+        """Log and keep how the run ended.
+
+        Args:
+            trainer: The Trainer.
+            pruner: As it is at the end.
+            report: The latest decision; None if there was none.
+            events: All swaps.
+
+        Returns:
+            The file of the patterns, on rank 0; None if none was written.
+        """
+        patterns, file = pruner.patterns, None
+        if patterns and report is not None:
             open_layers = {state.layer.name for state in pruner.open_layers}
             self._draw(trainer, pruner, {n: p for n, p in patterns.items() if n in open_layers})
             self._snapshot(trainer, pruner)
             summary = summarize(pruner)
-            self._keep_patterns(trainer, pruner, ["latest", "final"], summary)
+            file = self._keep_patterns(trainer, pruner, ["latest", "final"], summary)
             if trainer.is_global_zero:
-                path = "not kept in a fast_dev_run" if self._folder is None else self._folder / PATTERN_FILE
-                log.info("Attention patterns: %s. %s", path, summary)
                 self._each(trainer, partial(logger_extras.log_summary, summary=summary))
-                table, step = head_table(pruner, _swap(trainer).events), _step(trainer)
+                table, step = head_table(pruner, events), _step(trainer)
                 for logger in trainer.loggers:
-                    if isinstance(logger, WandbLogger):
+                    if logger_extras.is_wandb(logger):
                         self._uploads.submit(_name(logger), partial(logger_extras.log_table, logger, table, step))
                 self._uploads.wait(UPLOAD_SECONDS)
         self._folder = None
+        return file
 
-    @override
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Files alone: networks can make a user wait who wants to stop, and other ranks may be gone."""
+    def broken_off(self, trainer: pl.Trainer, pruner: AttentionPruner, report: PruneReport | None) -> None:
+        """Keep files alone: networks can make a user wait who wants to stop, and other ranks may be gone.
+
+        Args:
+            trainer: The Trainer.
+            pruner: As it is.
+            report: The latest decision; None if there was none.
+        """
         folder, self._folder = self._folder, None
         if folder is None or not trainer.is_global_zero:
             return
         try:
-            pruning = find_pruning(trainer)
-            if pruning.report is not None:
-                save_patterns(pruning.pruner.patterns, folder / PATTERN_FILE)
-                save_frame(pruning.pruner.patterns, folder, trainer.global_step)
+            if report is not None:
+                _save(pruner, folder / PATTERN_FILE)
+                save_frame(pruner.patterns, folder, trainer.global_step)
         except Exception as error:  # whatever else went wrong must not hide what ended the run
             log.warning("The attention patterns of the broken run were not written to %s: %r", folder, error)
 
@@ -190,26 +222,28 @@ class SparsityLogger(pl.Callback):
 
     def _keep_patterns(
         self, trainer: pl.Trainer, pruner: AttentionPruner, aliases: list[str], metadata: dict[str, float]
-    ) -> None:
+    ) -> Path | None:
         """The patterns as a file beside the logs, and as a version of the run's artifact."""
         if self._folder is None or not trainer.is_global_zero:
-            return
+            return None
         path = self._folder / PATTERN_FILE
         try:
-            save_patterns(pruner.patterns, path)
+            _save(pruner, path)
         except OSError as error:
             log.warning("The attention patterns were not written to %s: %r", path, error)
-            return
+            return None
 
         def upload(logger: Logger) -> None:
-            if isinstance(logger, WandbLogger):
+            if logger_extras.is_wandb(logger):
                 self._uploads.submit(_name(logger), logger_extras.version_of(logger, path, aliases, metadata))
 
         self._each(trainer, upload)
+        return path
 
-    @rank_zero_only
     def _each(self, trainer: pl.Trainer, action: Callable[[Logger], None]) -> None:
-        """Do something with every logger; one that fails is dropped with one warning."""
+        """Do something on rank 0 with every logger; one that fails is dropped with one warning."""
+        if not trainer.is_global_zero:
+            return
         for logger in trainer.loggers:
             if id(logger) in self._failed:
                 continue
@@ -220,7 +254,7 @@ class SparsityLogger(pl.Callback):
                 log.warning("%s failed and gets no more sparsity logs: %r", _name(logger), error)
 
     @override
-    def state_dict(self) -> dict[str, Any]:
+    def state(self) -> dict[str, Any]:
         return {
             "logged_step": self._logged_step,
             "logged_swaps": self._logged_swaps,
@@ -229,14 +263,15 @@ class SparsityLogger(pl.Callback):
         }
 
     @override
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._logged_step, self._logged_swaps = state_dict["logged_step"], state_dict["logged_swaps"]
-        self._decisions, self._drawn = state_dict["decisions"], state_dict["drawn"]
+    def load_state(self, state: dict[str, Any]) -> None:
+        self._logged_step, self._logged_swaps = state["logged_step"], state["logged_swaps"]
+        self._decisions, self._drawn = state["decisions"], state["drawn"]
 
 
-def _swap(trainer: pl.Trainer) -> KernelSwap:
-    """The trainer's `KernelSwap`, which `AttentionPruning` adds where there is none."""
-    return next(callback for callback in trainer.callbacks if isinstance(callback, KernelSwap))  # type: ignore[attr-defined]
+def _save(pruner: AttentionPruner, path: Path) -> None:
+    """Patterns in force, and those of layers that were given back, which another machine may gain by."""
+    learned = {name: state.given_back for name, state in pruner.layers.items()}
+    save_patterns(pruner.patterns, path, unused={name: found for name, found in learned.items() if found is not None})
 
 
 def _tokens(pruner: AttentionPruner) -> int:

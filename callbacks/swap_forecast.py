@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 
 from sparse_prune.attention.layer import PrunableAttention
@@ -13,6 +13,26 @@ from sparse_prune.kernels import skipping_backends
 from sparse_prune.pruner import AttentionPruner
 
 log = logging.getLogger(__name__)
+
+NO_GAIN = "no backend is faster than dense attention"
+"""Why a layer gets its connections back, in the forecast, at the swap and at the end alike."""
+NO_GAIN_REMEDY = (
+    "Use longer sequences, larger blocks or more sparsity; or name a backend, as in KernelSwap('sdpa'), to keep the "
+    "patterns whatever the clock says."
+)
+
+
+def measurement(layer: str, sparsity: float, tokens: int | None, measured_ms: Mapping[str, float]) -> str:
+    """What was measured, in words.
+
+    Args:
+        layer: Whose attention.
+        sparsity: Share of possible blocks that the pattern lacks.
+        tokens: Length of the call; None if it is not known.
+        measured_ms: "dense" and backends -> milliseconds.
+    """
+    length = "" if tokens is None else f" and {tokens} tokens"
+    return f"at {sparsity:.0%} sparsity{length}, attention like that of {layer} measures {in_words(measured_ms)}"
 
 
 @dataclass(frozen=True)
@@ -68,18 +88,17 @@ def warn_of_loss(forecasts: list[SwapForecast]) -> None:
         log.info("%s", _line(forecast))
     if forecasts and not any(forecast.gains for forecast in forecasts):
         log.warning(
-            "Pruning is not expected to make this run faster: %s. Layers that gain nothing get their connections back "
-            "when they settle, after they have trained without them. Use longer sequences, larger blocks or more "
-            "sparsity; or name a backend, as in KernelSwap('sdpa'), to keep the patterns whatever the clock says.",
+            "Pruning is not expected to make this run faster, for %s: %s. Layers that gain nothing get their "
+            "connections back when they settle, after they have trained without them. %s",
+            NO_GAIN,
             _line(forecasts[0]),
+            NO_GAIN_REMEDY,
         )
 
 
 def _line(forecast: SwapForecast) -> str:
-    return (
-        f"at {forecast.sparsity:.0%} sparsity and {forecast.tokens} tokens, attention like that of {forecast.layer} "
-        f"({forecast.layers} layers) measures {in_words(forecast.measured_ms)}"
-    )
+    layers = f"{forecast.layer} ({forecast.layers} layers)"
+    return measurement(layers, forecast.sparsity, forecast.tokens, forecast.measured_ms)
 
 
 def _by_shape(pruner: AttentionPruner) -> dict[Hashable, list[PrunableAttention]]:

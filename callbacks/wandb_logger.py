@@ -11,10 +11,12 @@ from lightning_fabric.loggers.logger import rank_zero_experiment
 from pytorch_lightning.loggers import WandbLogger
 from typing_extensions import override
 
+from sparse_prune.callbacks.lightning import logger_bases
+
 log = logging.getLogger(__name__)
 
 
-class FallbackWandbLogger(WandbLogger):
+class FallbackWandbLogger(WandbLogger, *logger_bases()):  # type: ignore[misc]
     """A `WandbLogger` that goes offline rather than stop a run, ask a question, or wait without end.
 
     Without a configured account the run is kept on disk from the start; with one, a server that does not answer or

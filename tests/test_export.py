@@ -125,6 +125,18 @@ def test_any_altered_byte_is_refused_or_changes_nothing(tmp_path):
     assert refused > 0.99 * len(whole)
 
 
+def test_patterns_that_are_not_used_lie_beside_those_in_force(tmp_path):
+    saved, learned = patterns(), BlockPattern.dense(2, 24, 20, (8, 4), False)
+    plain = save_patterns(saved, tmp_path / "plain.safetensors")
+    path = save_patterns(saved, tmp_path / "p.safetensors", unused={"a": learned})
+    assert torch.equal(load_patterns(path)["a"].keep, saved["a"].keep)
+    assert torch.equal(load_patterns(path, unused=True)["a"].keep, learned.keep)
+    assert torch.equal(load_patterns(path, unused=True)["b"].keep, saved["b"].keep)
+    assert load_patterns(plain, unused=True).keys() == saved.keys()
+    assert read_pattern_file(path)[1]["unused"].keys() == {"a"}
+    assert "unused" not in read_pattern_file(plain)[1]
+
+
 def test_rule_of_another_version_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("sparse_prune.export.patterns.RULE", "none")
     path = save_patterns(patterns(), tmp_path / "p.safetensors")

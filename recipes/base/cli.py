@@ -18,7 +18,7 @@ from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from pytorch_lightning.loggers import CSVLogger
 from typing_extensions import override
 
-from sparse_prune.callbacks import AttentionPruning, KernelSwap
+from sparse_prune.callbacks import AttentionPruning
 from sparse_prune.callbacks.run_folder import filled_folders, run_folder
 from sparse_prune.distributed import on_first_rank
 from sparse_prune.export import check_folder, save_pretrained
@@ -80,7 +80,7 @@ class FineTuneCLI(LightningCLI):
 
     def before_fit(self) -> None:
         """Refuse what could only fail after the training. Start with the random numbers that the dense twin gets."""
-        # On every rank, which may have nobody to talk to yet. AttentionPruning adds a KernelSwap where there is none.
+        # On every rank, which may have nobody to talk to yet.
         for kind in (RunHistory, AttentionPruning):
             _callback(self.trainer, kind)
         if self._export_folder is not None:
@@ -138,7 +138,7 @@ class FineTuneCLI(LightningCLI):
             cache=None if self._in_parts else on_first_rank(partial(_attempt, "the KV cache", self.cache)),
             layers=list(pruner.layers),
             sparsity=pruner.total_sparsity,
-            events=_callback(self.trainer, KernelSwap).events,
+            events=_callback(self.trainer, AttentionPruning).swap.events,
             patterns=pruner.patterns,
             savings=savings(pruner),
             notes=self._notes(),

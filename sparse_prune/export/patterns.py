@@ -25,10 +25,15 @@ RULE = "learned corner; then sinks, band by distance from the diagonal, dense he
 """How patterns go on at other lengths: `BlockPattern.at`. A file that was made for another rule is refused."""
 
 
+_UNUSED = "unused/"
+"""Begins the tensor names of patterns that no layer uses; readers of before look past them."""
+
+
 def save_patterns(
     patterns: Mapping[str, BlockPattern],
     path: str | os.PathLike[str],
     details: Mapping[str, Any] | None = None,
+    unused: Mapping[str, BlockPattern] | None = None,
 ) -> Path:
     """Write patterns atomically: the file is whole or not there.
 
@@ -36,6 +41,7 @@ def save_patterns(
         patterns: Layer -> pattern.
         path: Where to.
         details: What else the header tells, as JSON types: see `describe_pruning`.
+        unused: Layer -> pattern that it learned and does not use, as nothing was gained where it was trained.
 
     Raises:
         ValueError: If there are no patterns.
@@ -48,10 +54,12 @@ def save_patterns(
         "layers": {name: _describe(pattern) for name, pattern in patterns.items()},
         "rule": RULE,
         "sparsity": 1.0 - kept / sum(pattern.possible_count for pattern in patterns.values()),
+        **({"unused": {name: _describe(pattern) for name, pattern in unused.items()}} if unused else {}),
         **(details or {}),
     }
+    named = {**patterns, **{_UNUSED + name: pattern for name, pattern in (unused or {}).items()}}
     # Layers may share a pattern, tensors in a file no memory.
-    tensors = {name: p.keep.clone(memory_format=torch.contiguous_format) for name, p in patterns.items()}
+    tensors = {name: p.keep.clone(memory_format=torch.contiguous_format) for name, p in named.items()}
     text = json.dumps(header)
     metadata = {"format": FORMAT, "version": str(VERSION), "header": text, "sha256": _checksum(text, tensors)}
     try:
@@ -62,11 +70,13 @@ def save_patterns(
     return target
 
 
-def load_patterns(path: str | os.PathLike[str]) -> dict[str, BlockPattern]:
+def load_patterns(path: str | os.PathLike[str], unused: bool = False) -> dict[str, BlockPattern]:
     """The patterns that `save_patterns` wrote.
 
     Args:
         path: The file.
+        unused: Give layers that got their connections back the patterns that they had learned before: another machine
+            may gain by them. Since then these layers have trained with all connections.
 
     Returns:
         Layer -> pattern.
@@ -75,7 +85,12 @@ def load_patterns(path: str | os.PathLike[str]) -> dict[str, BlockPattern]:
         FileNotFoundError: If there is no such file.
         ValueError: If it is not such a file, of another version or rule, cut short or altered.
     """
-    return read_pattern_file(path)[0]
+    patterns, header = read_pattern_file(path)
+    if unused and "unused" in header:
+        with safe_open(path, framework="pt") as file:
+            for name, part in header["unused"].items():
+                patterns[name] = _pattern(file.get_tensor(_UNUSED + name), part)
+    return patterns
 
 
 def read_pattern_file(path: str | os.PathLike[str]) -> tuple[dict[str, BlockPattern], dict[str, Any]]:

@@ -1,3 +1,6 @@
+import copy
+import pickle
+
 import pytest
 import torch
 from pytorch_lightning.callbacks import Callback, ModelCheckpoint
@@ -26,11 +29,10 @@ def test_one_callback_brings_the_others_and_swaps_every_layer(tmp_path):
     fit = trainer(tmp_path, [callback])
     before = {name: id(parameter) for name, parameter in module.named_parameters()}
     fit.fit(module, batches())
-    kinds = [type(c) for c in fit.callbacks if isinstance(c, AttentionPruning | KernelSwap | SparsityLogger)]
-    assert kinds == [AttentionPruning, KernelSwap, SparsityLogger]
+    assert not any(isinstance(found, KernelSwap | SparsityLogger) for found in fit.callbacks)
     assert callback.report.requested == 0.4
     assert not callback.pruner.open_layers
-    events = fit.callbacks[1].events
+    events = callback.swap.events
     assert {event.layer for event in events} == set(callback.pruner.layers)
     for event in events:
         assert (event.backend == "dense") == (event.sparse_ms >= event.dense_ms)
@@ -571,3 +573,84 @@ def test_generation_after_a_batch_is_not_probed(tmp_path, accumulate):
         results.append((patterns(callback), module.losses, callback.report.mass_kept))
     assert_same_patterns(results[0][0], results[1][0])
     assert results[0][1:] == results[1][1:]
+
+
+class Skipping(TinyModule):
+    """Leaves an epoch at the first batch of the second half, in which a decision is due, or skips that step."""
+
+    kind = "returns -1"
+
+    def on_train_batch_start(self, batch, batch_idx):
+        return -1 if self.kind == "returns -1" and batch_idx == 3 else None
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        return None if self.kind == "returns no loss" and batch_idx == 3 else loss
+
+
+class RunsTheModel(Callback):
+    """In every hook of a fit, as an evaluator or a generator of samples may do."""
+
+    def _run(self, trainer, module, *args, **kwargs):
+        with torch.no_grad():
+            module.model(torch.zeros(8, LENGTH, dtype=torch.long), use_cache=False)
+
+    on_train_epoch_start = on_train_batch_start = on_train_batch_end = on_train_epoch_end = _run
+    on_train_end = on_validation_start = on_validation_batch_start = on_validation_end = on_before_optimizer_step = _run
+
+
+@pytest.mark.parametrize("kind", ["returns -1", "returns no loss", "ordinary"])
+@pytest.mark.parametrize("front", [True, False])
+def test_only_the_training_step_is_probed(tmp_path, kind, front):
+    results = []
+    for others in ([], [RunsTheModel()]):
+        callback, module = pruning(swap=KernelSwap("gather")), Skipping()
+        module.kind = kind
+        callbacks = [*others, callback] if front else [callback, *others]
+        fit = trainer(tmp_path, callbacks, steps=8, max_epochs=10)
+        fit.fit(module, batches(12), batches(4))
+        fit.test(module, batches(4), verbose=False)
+        assert all(state.layer.statistics is None for state in callback.pruner.layers.values())
+        results.append((patterns(callback), module.losses, callback.report.mass_kept))
+    assert_same_patterns(results[0][0], results[1][0])
+    assert results[0][1:] == results[1][1:]
+
+
+NAMES = {"sparsity": 0.123, "threshold": 0.456, "prune/threshold": 0.789, "sparsity/total": 0.5}
+"""Under which a module may log, for they come to mind first."""
+
+
+class TellsInTheStep(TinyModule):
+    def training_step(self, batch, batch_idx):
+        self.log_dict(NAMES)
+        return super().training_step(batch, batch_idx)
+
+
+class TellsAfterIt(TinyModule):
+    def on_train_batch_end(self, *args):
+        self.log_dict(NAMES)
+
+
+@pytest.mark.parametrize("kind", [TellsInTheStep, TellsAfterIt])
+def test_names_of_the_progress_bar_are_our_own(tmp_path, kind):
+    callback = pruning()
+    fit = trainer(tmp_path, [callback], steps=3)
+    fit.fit(kind(), batches())
+    assert {key: float(fit.callback_metrics[key]) for key in NAMES} == pytest.approx(NAMES)
+    shown = {"prune/sparsity_now": callback.pruner.total_sparsity, "prune/threshold_now": callback.report.threshold}
+    assert {key: float(fit.progress_bar_metrics[key]) for key in shown} == pytest.approx(shown)
+
+
+class Copies(Callback):
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        trainer_of, module.trainer = module.trainer, None
+        self.copies = [copy.deepcopy(module), pickle.loads(pickle.dumps(module))]
+        module.trainer = trainer_of
+
+
+def test_a_copy_of_the_module_trains_itself(tmp_path):
+    copies, module = Copies(), TinyModule()
+    trainer(tmp_path, [pruning(), copies], steps=2).fit(module, batches())
+    assert "training_step" not in vars(module)
+    for found in copies.copies:
+        assert found.training_step.__self__ is found

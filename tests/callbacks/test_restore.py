@@ -4,7 +4,8 @@ import pytest
 import torch
 from pytorch_lightning.callbacks import ModelCheckpoint
 
-from sparse_prune.callbacks import KernelSwap, restore_patterns
+from sparse_prune import CubicSchedule
+from sparse_prune.callbacks import AttentionPruning, KernelSwap, restore_patterns
 from sparse_prune.export import load, save_pretrained
 from support.tiny import TinyModule, batches, pruning, tiny_llama, trainer
 
@@ -38,6 +39,20 @@ def test_a_checkpoint_gives_the_pruned_model(trained, tmp_path):
     assert torch.equal(
         logits(type("", (), {"model": load(save_pretrained(again.model, tmp_path / "out"))})), logits(again)
     )
+
+
+class Subclass(AttentionPruning):
+    """Its state lies under its own name."""
+
+
+def test_a_subclass_leaves_patterns_too(tmp_path):
+    callback, module = Subclass(CubicSchedule(final=0.4, end_step=1), block_size=8, every_n_steps=1), TinyModule()
+    fit = trainer(tmp_path, [callback], steps=2)
+    fit.fit(module, batches())
+    fit.save_checkpoint(tmp_path / "a.ckpt")
+    again = TinyModule.load_from_checkpoint(tmp_path / "a.ckpt")
+    assert restore_patterns(again, tmp_path / "a.ckpt").keys() == callback.pruner.patterns.keys()
+    assert torch.equal(logits(again), logits(module))
 
 
 def test_patterns_that_still_moved_are_restored_too(trained):

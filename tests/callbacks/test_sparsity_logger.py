@@ -1,5 +1,4 @@
 import copy
-import itertools
 import json
 import logging
 import pickle
@@ -9,6 +8,7 @@ import time
 import pytest
 import pytorch_lightning as pl
 import torch
+import yaml
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 
@@ -278,7 +278,7 @@ def test_a_run_that_is_broken_off_leaves_its_patterns(tmp_path, error, seen):
 
 
 def test_what_fails_after_an_exception_does_not_hide_it(tmp_path, monkeypatch, caplog):
-    def broken(*args):
+    def broken(*args, **options):
         raise TypeError("worse")
 
     monkeypatch.setattr(sparsity_logger, "save_patterns", broken)
@@ -313,11 +313,10 @@ def test_fast_dev_run_leaves_no_files(tmp_path):
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
-def test_the_last_swaps_are_logged_behind_a_given_swap(tmp_path):
+def test_the_last_swaps_are_logged(tmp_path):
     logger = CSVLogger(tmp_path, name="", version="")
     run = trainer(tmp_path, [pruning(), KernelSwap("gather")], steps=7, logger=logger)
     run.fit(TinyModule(), batches())
-    assert [type(callback) for callback in run.callbacks[1:3]] == [KernelSwap, SparsityLogger]
     assert [row["step"] for row in read_csv(tmp_path) if "swap/sparse_layers" in row] == [6]
 
 
@@ -330,20 +329,58 @@ def test_the_last_swaps_are_logged_behind_a_given_swap(tmp_path):
         (SparsityLogger, KernelSwap, AttentionPruning),
     ],
 )
-def test_callbacks_are_put_into_their_order(tmp_path, kinds):
+def test_collaborators_of_the_list_are_adopted_wherever_they_stand_and_act_once(tmp_path, kinds):
     callbacks = {kind: pruning() if kind is AttentionPruning else kind() for kind in kinds}
-    set_up = []
-    others = [pl.callbacks.LambdaCallback(setup=lambda *_, stage, name=name: set_up.append(name)) for name in range(4)]
-    places = itertools.zip_longest(callbacks.values(), others)
-    given = [callback for place in places for callback in place if callback is not None]
-    fit = trainer(tmp_path, given, steps=1)
+    callbacks |= {KernelSwap: KernelSwap("gather")} if KernelSwap in kinds else {}
+    logger = CSVLogger(tmp_path, name="", version="")
+    fit = trainer(tmp_path, list(callbacks.values()), logger=logger)
+    given = list(fit.callbacks)
     fit.fit(TinyModule(), batches())
-    assert set_up == [0, 1, 2, 3]
-    order = (AttentionPruning, KernelSwap, SparsityLogger)
-    found = [callback for callback in fit.callbacks if isinstance(callback, order)]
-    assert tuple(type(callback) for callback in found) == order
-    assert set(callbacks.values()) <= set(found)
-    assert [callback for callback in fit.callbacks if callback in others] == others
+    assert fit.callbacks == given
+    callback = callbacks[AttentionPruning]
+    assert callback.swap is callbacks.get(KernelSwap, callback.swap)
+    assert callback.logging is callbacks[SparsityLogger]
+    assert [event.layer for event in callback.swap.events] == list(callback.pruner.layers)
+    decided = [row["step"] for row in read_csv(tmp_path) if "prune/requested" in row]
+    assert len(decided) == len(set(decided)) == callback.report.step
+    # A Trainer that holds none gets the callback's own.
+    trainer(tmp_path, [callback], steps=1).fit(TinyModule(), batches())
+    assert callback.swap is not callbacks.get(KernelSwap)
+    assert callback.logging is not callbacks[SparsityLogger]
+
+
+def test_collaborators_may_be_given_and_one_of_a_kind_is_enough(tmp_path):
+    swap, logger = KernelSwap("gather"), SparsityLogger(images=False)
+    callback = pruning(swap=swap, logging=logger)
+    trainer(tmp_path, [swap, callback]).fit(TinyModule(), batches())
+    assert (callback.swap, callback.logging) == (swap, logger)
+    assert {event.backend for event in swap.events} == {"gather"}
+    assert len(swap.events) == 2
+    for extra in (KernelSwap(), SparsityLogger()):
+        with pytest.raises(ValueError, match=rf"must hold one {type(extra).__name__}, got 2.*Leave the others out"):
+            trainer(tmp_path, [callback, extra]).fit(TinyModule(), batches())
+        with pytest.raises(ValueError, match=r"must hold an AttentionPruning beside .*, got none"):
+            trainer(tmp_path, [extra]).fit(TinyModule(), batches())
+    with pytest.raises(TypeError, match=r"`swap` must be a KernelSwap or None, got 'gather'. Write KernelSwap\(\)"):
+        pruning(swap="gather")
+
+
+def test_checkpoints_of_before_collaborators_are_read(tmp_path):
+    """Their states lay beside that of AttentionPruning, under their own names."""
+    callback = pruning(swap=KernelSwap("gather"))
+    fit = trainer(tmp_path, [callback])
+    fit.fit(TinyModule(), batches())
+    fit.save_checkpoint(tmp_path / "new.ckpt")
+    saved = torch.load(tmp_path / "new.ckpt", weights_only=False)
+    state = saved["callbacks"]["AttentionPruning"]
+    saved["callbacks"] |= {"KernelSwap": state.pop("swap"), "SparsityLogger": state.pop("logging")}
+    torch.save(saved, tmp_path / "old.ckpt")
+    for name in ("new", "old"):
+        again = pruning(swap=KernelSwap("gather"))
+        resumed = trainer(tmp_path, [again], steps=13)
+        resumed.fit(TinyModule(), batches(), ckpt_path=tmp_path / f"{name}.ckpt", weights_only=False)
+        assert again.swap.events == callback.swap.events
+        assert again.logging.state()["decisions"] == 7
 
 
 class Bringing(TinyModule):
@@ -357,7 +394,7 @@ def test_callbacks_of_the_module_may_come_again(tmp_path):
     fit, module = trainer(tmp_path, [], steps=2), Bringing()
     for _ in range(2):
         fit.fit(module, batches())
-    assert [type(callback) for callback in fit.callbacks] == [AttentionPruning, KernelSwap, SparsityLogger]
+    assert [type(callback) for callback in fit.callbacks] == [AttentionPruning]
 
 
 @pytest.mark.parametrize("again", [copy.deepcopy, lambda logger: pickle.loads(pickle.dumps(logger))])
@@ -367,8 +404,8 @@ def test_a_used_logger_can_be_copied(tmp_path, again):
     logger._uploads.wait(10)
     trainer(tmp_path, [pruning(), KernelSwap("gather"), logger], steps=3).fit(TinyModule(), batches())
     other = again(logger)
-    assert other.state_dict().keys() == logger.state_dict().keys()
-    assert other.state_dict()["decisions"] == 3
+    assert other.state().keys() == logger.state().keys()
+    assert other.state()["decisions"] == 3
     trainer(tmp_path / "other", [pruning(), KernelSwap("gather"), other], steps=3).fit(TinyModule(), batches())
     assert list(load_frames(tmp_path / "other")) == [1, 3]
     done = []
@@ -400,7 +437,7 @@ def test_layers_with_an_old_pattern_that_are_not_seen_stop_nothing(tmp_path):
 
 
 def test_a_full_disk_stops_nothing(tmp_path, monkeypatch, caplog):
-    def full(*args):
+    def full(*args, **options):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(sparsity_logger, "save_frame", full)
@@ -447,6 +484,71 @@ def test_failing_logger_is_reported_once_and_stops_nothing(tmp_path, caplog):
         fit(tmp_path, [broken, good])
     assert broken.calls == 1
     assert caplog.text.count("server is down") == 1
+    assert set().union(*read_csv(tmp_path)) >= EXPECTED - {"val/loss"}
+
+
+def test_a_logger_that_failed_in_one_fit_is_used_in_the_next(tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    uploaded, callback = [], pruning(swap=KernelSwap("gather"))
+    broken = Broken()
+
+    def fail():
+        raise ConnectionError("no way")
+
+    for number, upload in enumerate((fail, lambda: uploaded.append(1))):
+        monkeypatch.setattr(logger_extras, "version_of", lambda *args, upload=upload: upload)
+        logger = WandbLogger(project="test", id=f"run{number}", save_dir=tmp_path, offline=True)
+        trainer(tmp_path, [callback], logger=[logger, broken]).fit(TinyModule(), batches())
+        logger.experiment.finish()
+        assert broken.calls == number + 1
+    assert uploaded
+
+
+class WithHyperparameters(TinyModule):
+    def __init__(self, lr=0.1):
+        super().__init__()
+        self.save_hyperparameters()
+
+
+def test_pruning_settings_are_hyperparameters_beside_the_modules_own(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.plugins.hparams import plugin_data_pb2
+
+    csv, tensorboard = CSVLogger(tmp_path / "csv", "", ""), TensorBoardLogger(tmp_path / "tb", "", "")
+    callback = pruning(swap=KernelSwap("gather"), final=0.3)
+    trainer(tmp_path, [callback], steps=2, logger=[csv, tensorboard]).fit(WithHyperparameters(), batches())
+    wanted = {
+        "lr": 0.1,
+        "pruning/sparsity": "CubicSchedule",
+        "pruning/sparsity/final": 0.3,
+        "pruning/sparsity/end_step": 6,
+        "pruning/block_size": "(8, 8)",
+        "pruning/every_n_steps": 1,
+        "pruning/constraints/hysteresis": 0.2,
+        "pruning/min_delta": 0.5,
+        "pruning/swap": "gather",
+        "pruning/distillation": None,
+    }
+    for folder in ("csv", "tb"):
+        found = yaml.safe_load((tmp_path / folder / "hparams.yaml").read_text())
+        assert {key: found[key] for key in wanted} == wanted
+    tensorboard.experiment.flush()
+    events = EventAccumulator(str(tmp_path / "tb"))
+    events.Reload()
+    content = events.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
+    shown = plugin_data_pb2.HParamsPluginData.FromString(content).session_start_info.hparams
+    assert shown["pruning/sparsity/final"].number_value == 0.3
+    assert shown["lr"].number_value == 0.1
+
+
+def test_a_logger_that_takes_no_settings_gets_all_the_rest(tmp_path, caplog):
+    class Strict(CSVLogger):
+        def log_hyperparams(self, params):
+            raise RuntimeError("changing a parameter is not allowed")
+
+    fit(tmp_path, Strict(tmp_path, name="", version=""))
+    assert caplog.text.count("Strict takes no pruning settings") == 1
     assert set().union(*read_csv(tmp_path)) >= EXPECTED - {"val/loss"}
 
 

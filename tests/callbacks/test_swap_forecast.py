@@ -68,10 +68,10 @@ def test_a_resumed_run_does_not_measure_again_and_another_run_does(tmp_path, mon
     asked, swap = scripted(monkeypatch, {}), KernelSwap()
     fit(tmp_path, swap)
     resumed = KernelSwap()
-    resumed.load_state_dict(swap.state_dict())
+    resumed.load_state(swap.state())
     fit(tmp_path, resumed)
     assert len(asked) == 2  # another module: another run
-    assert not swap.state_dict()["forecast_due"]
+    assert not swap.state()["forecast_due"]
 
 
 def test_times_are_real_and_of_every_shape():

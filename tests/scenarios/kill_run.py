@@ -63,9 +63,9 @@ class FatefulSwap(KernelSwap):
         self.fate.passes("before a swap" if layer.name.endswith("0.self_attn") else "during a swap")
         return super()._event(layer, step)
 
-    def on_train_batch_end(self, trainer, *rest):
+    def end_batch(self, *rest):
         before = len(self.events)
-        super().on_train_batch_end(trainer, *rest)
+        super().end_batch(*rest)
         if len(self.events) > before:
             self.fate.passes("after a swap")
 

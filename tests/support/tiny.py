@@ -26,7 +26,9 @@ def tiny_llama(**changes):
     return LlamaForCausalLM(LlamaConfig(**{**config, **changes}))
 
 
-class TinyModule(pl.LightningModule):
+class Tiny:
+    """What `TinyModule` is beside a LightningModule, of whichever package."""
+
     def __init__(self, model=None, log_losses=None):
         super().__init__()
         self.model = tiny_llama() if model is None else model
@@ -48,6 +50,10 @@ class TinyModule(pl.LightningModule):
         return torch.optim.AdamW(self.parameters(), lr=1e-3)
 
 
+class TinyModule(Tiny, pl.LightningModule):
+    pass
+
+
 def batches(count=64, batch_size=2):
     tokens = torch.randint(0, 32, (count, LENGTH), generator=torch.Generator().manual_seed(1))
     return ResumableDataLoader(tokens, batch_size=batch_size)
@@ -66,7 +72,7 @@ def load_frames(folder):
     return {step: load_frame(folder, step) for step in frame_steps(folder)}
 
 
-def trainer(path, callbacks, steps=12, **changes):
+def trainer(path, callbacks, steps=12, package=pl, **changes):
     settings = {
         "accelerator": "cpu",
         "max_steps": steps,
@@ -78,4 +84,4 @@ def trainer(path, callbacks, steps=12, **changes):
         "num_sanity_val_steps": 0,
         "log_every_n_steps": 1,
     }
-    return pl.Trainer(callbacks=callbacks, **{**settings, **changes})
+    return package.Trainer(callbacks=callbacks, **{**settings, **changes})

@@ -1,14 +1,47 @@
-"""Schedules against the length of the run: shares of it, ramps that end too late or have begun already."""
+"""What would cost a run is refused or told: Trainers, the length of the run, what a schedule asks for."""
 
+import logging
+
+import numpy as np
 import pytest
 from jsonargparse import ArgumentParser
 from pytorch_lightning.callbacks import Callback, GradientAccumulationScheduler, ModelCheckpoint
 from torch.utils.data import DataLoader, IterableDataset
 
-from sparse_prune import ConstantSchedule, CubicSchedule, LinearSchedule
+from sparse_prune import ConstantSchedule, Constraints, CubicSchedule, LinearSchedule
 from sparse_prune.callbacks import AttentionPruning, KernelSwap
-from sparse_prune.callbacks.run_length import earliest_settling
+from sparse_prune.callbacks.checks import earliest_settling
 from support.tiny import BLOCK, TinyModule, batches, pruning, trainer
+
+
+def test_steps_of_numpy_are_counted_and_true_is_no_count():
+    assert type(pruning(every_n_steps=np.int64(10)).every_n_steps) is int
+    with pytest.raises(ValueError, match="`every_n_steps` must be a whole number"):
+        pruning(every_n_steps=True)
+
+
+@pytest.mark.parametrize("strategy", ["ddp_spawn", "ddp_fork", "ddp_notebook"])
+def test_training_in_copies_of_the_process_is_refused(tmp_path, strategy):
+    callback = pruning()
+    fit = trainer(tmp_path, [callback], strategy=strategy, devices=2)
+    with pytest.raises(ValueError, match="as ddp_spawn, ddp_fork and ddp_notebook do.*Use strategy='ddp'"):
+        callback.setup(fit, TinyModule(), "fit")
+    callback.setup(fit, TinyModule(), "test")  # nothing is lost there
+    callback.setup(trainer(tmp_path, [callback], strategy="ddp", devices=2), TinyModule(), "fit")
+
+
+class Pruning(type(pruning())):
+    """Another name, another key for its state: Lightning itself lets both in."""
+
+
+def test_a_second_pruning_callback_is_refused(tmp_path):
+    second = Pruning(pruning().pruner.sparsity, block_size=8)
+    with pytest.raises(
+        ValueError, match="must hold one AttentionPruning, got 2. Its `module` may name a common parent"
+    ):
+        trainer(tmp_path, [pruning(), second]).fit(TinyModule(), batches())
+    with pytest.raises(RuntimeError, match="more than one stateful callback of type `AttentionPruning`"):
+        trainer(tmp_path, [pruning(module="model"), pruning(module="other")])
 
 
 def in_shares(end_step=0.5, **changes):
@@ -157,3 +190,60 @@ def test_going_on_with_a_pruned_run_draws_no_warning(tmp_path, caplog):
     trainer(tmp_path, [pruning(), saver], steps=4, enable_checkpointing=True).fit(TinyModule(), batches())
     trainer(tmp_path, [pruning()], steps=9).fit(TinyModule(), batches(), ckpt_path=tmp_path / "cut.ckpt")
     assert "without pruning so far" not in caplog.text
+
+
+def warnings(caplog, words):
+    return [record.getMessage() for record in caplog.records if words in record.getMessage()]
+
+
+@pytest.mark.parametrize(
+    ("changes", "share"),
+    [({"block_size": 64}, "0.0 %"), ({"constraints": Constraints(sink_blocks=4)}, "16.7 %"), ({}, None)],
+)
+def test_what_constraints_forbid_is_told_once(tmp_path, caplog, changes, share):
+    callback = pruning(**changes)
+    trainer(tmp_path, [callback, KernelSwap("gather")], steps=8).fit(TinyModule(), batches())
+    told = warnings(caplog, "can be pruned in sequences like those")
+    assert len(told) == (share is not None)
+    if share is not None:
+        assert told[0].startswith(f"At most {share}")
+        assert "40.0 % is asked for" in told[0]
+        assert f"At most {100 * callback.pruner.total_sparsity:.1f} %" in told[0]
+
+
+@pytest.mark.parametrize(("saved", "settled"), [(2, False), (12, True)])
+def test_another_schedule_on_resume_is_told(tmp_path, caplog, saved, settled):
+    first = trainer(tmp_path, [pruning(), KernelSwap("gather")], steps=saved)
+    module = TinyModule()
+    first.fit(module, batches())
+    first.save_checkpoint(tmp_path / "a.ckpt")
+    for final, changed in ((0.4, False), (0.5, True)):
+        caplog.clear()
+        again = trainer(tmp_path, [pruning(final=final), KernelSwap("gather")], steps=saved + 1)
+        with caplog.at_level(logging.INFO, "sparse_prune.callbacks"):
+            again.fit(module, batches(), ckpt_path=tmp_path / "a.ckpt", weights_only=False)
+        told = warnings(caplog, "The schedule was")
+        assert len(told) == changed
+        assert not changed or ("changes nothing" in told[0]) == settled
+
+
+@pytest.mark.parametrize(
+    ("second", "back"),
+    [(CubicSchedule(final=0.5, end_step=4), True), (CubicSchedule(final=0.5, end_step=4, initial=0.4), False)],
+)
+def test_connections_that_a_pruned_model_gets_back_are_told(tmp_path, caplog, second, back):
+    module = TinyModule()
+    trainer(tmp_path, [pruning(), KernelSwap("gather")]).fit(module, batches())
+    words = "the first decision gives connections back"
+    assert not warnings(caplog, words)
+    callback = AttentionPruning(second, block_size=BLOCK, every_n_steps=1)
+    trainer(tmp_path, [callback, KernelSwap("gather")], steps=1).fit(module, batches())
+    assert bool(warnings(caplog, words)) == back
+    assert (callback.pruner.total_sparsity < 0.39) == back
+
+
+def test_a_backend_that_cannot_train_here_ends_the_run_before_its_first_step(tmp_path):
+    module = TinyModule()
+    with pytest.raises(ValueError, match="`backend='flex'` must train on a CUDA device, got cpu"):
+        trainer(tmp_path, [pruning(), KernelSwap("flex")]).fit(module, batches())
+    assert not module.losses

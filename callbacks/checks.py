@@ -1,0 +1,236 @@
+"""Refusals and warnings before they cost a run: of the Trainer, its length, and what the schedule asks for."""
+
+from __future__ import annotations
+
+import logging
+import math
+
+import pytorch_lightning as pl
+import torch
+
+from sparse_prune.callbacks.collaborator import Driver
+from sparse_prune.callbacks.lightning import classes
+from sparse_prune.pattern import BlockPattern
+from sparse_prune.pruner import AttentionPruner
+from sparse_prune.schedules import Schedule
+from sparse_prune.selection import LayerScores, select
+
+log = logging.getLogger(__name__)
+
+_SMALLEST_BLOCK = 16
+"""Tokens per side that every backend takes."""
+
+
+def refuse_trainer(trainer: pl.Trainer, stage: str) -> None:
+    """Refuse a Trainer under which pruning would fail late, or be lost, before it trains.
+
+    Args:
+        trainer: Of either package.
+        stage: As Lightning's `setup` gets it.
+
+    Raises:
+        ValueError: If it holds several pruning callbacks, or trains in copies of this process.
+    """
+    callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    count = sum(isinstance(callback, Driver) for callback in callbacks)
+    if count > 1:
+        raise ValueError(
+            f"`Trainer(callbacks=...)` must hold one AttentionPruning, got {count}. Its `module` may name a common "
+            "parent of all that is to be pruned."
+        )
+    if stage == "fit" and isinstance(
+        trainer.strategy.launcher, classes("strategies.launchers._MultiProcessingLauncher")
+    ):
+        raise ValueError(
+            "`strategy` must not train in copies of this process, as ddp_spawn, ddp_fork and ddp_notebook do, got "
+            f"{type(trainer.strategy).__name__} with {type(trainer.strategy.launcher).__name__}: the weights come back "
+            "from there, the patterns do not. Use strategy='ddp', in a script."
+        )
+
+
+def steps_of_run(trainer: pl.Trainer, pl_module: pl.LightningModule) -> int | None:
+    """Optimizer steps that the run takes in all, those before a resume included.
+
+    None where nobody knows: data without a length, or a module that steps its optimizers itself, maybe several times a
+    batch.
+
+    Args:
+        trainer: Its data are set up.
+        pl_module: What it trains.
+    """
+    total = _estimated(trainer)
+    return int(total) if pl_module.automatic_optimization and 1 <= total < math.inf else None
+
+
+def _estimated(trainer: pl.Trainer) -> float:
+    """Lightning's estimate, in which every epoch accumulates as many batches as its scheduler says."""
+    total: float = trainer.estimated_stepping_batches
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    kinds = classes("callbacks.GradientAccumulationScheduler")
+    scheduler = next((found for found in callbacks if isinstance(found, kinds)), None)
+    batches, epochs = trainer.num_training_batches, trainer.max_epochs
+    if scheduler is None or epochs is None or epochs < 1 or batches == math.inf:
+        return total
+    steps: float = sum(math.ceil(batches / scheduler.get_accumulate_grad_batches(epoch)) for epoch in range(epochs))
+    return steps if trainer.max_steps == -1 else min(steps, float(trainer.max_steps))
+
+
+def in_steps(schedule: Schedule, total: int | None) -> Schedule:
+    """The schedule in optimizer steps.
+
+    Args:
+        schedule: Its steps may be shares of the run.
+        total: Optimizer steps of the run; None: not known.
+
+    Raises:
+        ValueError: If a step is a share and the run's length is not known.
+    """
+    if total is None and schedule.relative:
+        raise ValueError(
+            "`begin_step` and `end_step` must be optimizer steps, as nobody knows how many this run takes (data "
+            "without a length, or optimizers stepped by hand), got "
+            f"{schedule.begin_step} and {schedule.end_step}. Give steps, or set Trainer(max_steps=...) where Lightning "
+            "steps the optimizer."
+        )
+    return schedule if total is None else schedule.resolved(total)
+
+
+def earliest_settling(schedule: Schedule, every_n_steps: int, patience: int) -> int:
+    """The first optimizer step at which a layer can settle: the `patience`-th decision from the schedule's end on.
+
+    Args:
+        schedule: In optimizer steps.
+        every_n_steps: Optimizer steps between decisions; the first falls on step 1.
+        patience: Decisions that must stand still.
+    """
+    waits = math.ceil(max(0, schedule.end_step - 1) / every_n_steps)
+    return 1 + (waits + patience - 1) * every_n_steps
+
+
+def warn_of_end(schedule: Schedule, total: int | None, every_n_steps: int, patience: int) -> None:
+    """Say so if the run ends before any layer can settle.
+
+    Args:
+        schedule: As for `earliest_settling`, like the last two.
+        total: Optimizer steps of the run; None: not known.
+        every_n_steps: See `earliest_settling`.
+        patience: See `earliest_settling`.
+    """
+    first = earliest_settling(schedule, every_n_steps, patience)
+    if total is not None and total < first:
+        log.warning(
+            "The schedule ends at step %d, training at step %d: no layer will settle, which takes until step %d at "
+            "least (`patience` %d, `every_n_steps` %d). End the schedule earlier, or lower these.",
+            schedule.end_step,
+            total,
+            first,
+            patience,
+            every_n_steps,
+        )
+
+
+def warn_of_begin(schedule: Schedule, step: int) -> None:
+    """Say so if pruning begins in the middle of a ramp: its first decision would prune at once what the ramp spreads.
+
+    Args:
+        schedule: In optimizer steps.
+        step: Optimizer steps taken, none of them with pruning.
+    """
+    if schedule.begin_step < step and schedule.begin_step < schedule.end_step:
+        log.warning(
+            "The fit goes on at step %d without pruning so far, and the ramp began at step %d: the first decision asks "
+            "for %.3g at once, for steps count from the run's first. Set `begin_step` to %d or later, and `end_step` "
+            "after it, to prune gradually.",
+            step,
+            schedule.begin_step,
+            schedule(step + 1),
+            step,
+        )
+
+
+def warn_of_reach(pruner: AttentionPruner) -> None:
+    """Say so if constraints keep more than the schedule ends with.
+
+    Args:
+        pruner: It has made its first decision.
+    """
+    if pruner.sparsity is None or not pruner.open_layers:
+        return
+    reachable, blocks = pruner.reachable_sparsity, max(state.scores.shape[2] for state in pruner.open_layers)
+    if reachable < pruner.sparsity.final - 0.01:
+        log.warning(
+            "At most %.1f %% of the attention can be pruned in sequences like those of the first decision (%d blocks "
+            "of %d keys), %.1f %% is asked for: the rest must stay. %s",
+            100 * reachable,
+            blocks,
+            pruner.sides[1],
+            100 * pruner.sparsity.final,
+            _what_would_do(pruner),
+        )
+
+
+def _what_would_do(pruner: AttentionPruner) -> str:
+    """The remedy for sequences of too few blocks: a block size, a length."""
+    assert pruner.sparsity is not None
+    shapes = [state.scores.shape for state in pruner.open_layers]
+    length = max(min(rows * pruner.sides[0], columns * pruner.sides[1]) for _, rows, columns in shapes)
+    wanted = pruner.sparsity.final - 0.01
+    halved = [(pruner.sides[0] >> fold, pruner.sides[1] >> fold) for fold in range(1, 8)]
+    sizes = [sides for sides in halved if min(sides) >= _SMALLEST_BLOCK and _reach(pruner, length, sides) >= wanted]
+    lengths = [length << fold for fold in range(1, 6) if _reach(pruner, length << fold, pruner.sides) >= wanted]
+    found = [f"`block_size={size[0] if size[0] == size[1] else size}`" for size in sizes[:1]]
+    found += [f"sequences of {tokens} tokens" for tokens in lengths[:1]]
+    loosen = "ower `sink_blocks`, `recent_blocks` or `min_density`, or protect fewer layers and heads."
+    return f"What would do: {' or '.join(found)}; else l{loosen}" if found else f"L{loosen}"
+
+
+def _reach(pruner: AttentionPruner, length: int, sides: tuple[int, int]) -> float:
+    """Share of possible blocks that constraints let go at a length and a block size."""
+    layers = []
+    for layer in (state.layer for state in pruner.open_layers):
+        dense = BlockPattern.dense(layer.num_heads, length, length, sides, layer.causal)
+        layers.append(LayerScores(layer.name, torch.ones(dense.keep.shape), dense, layer.num_kv_heads))
+    patterns, _ = select(layers, pruner.constraints, sparsity=1.0)
+    possible = sum(pattern.possible_count for pattern in patterns)
+    return 1.0 - sum(pattern.kept_blocks for pattern in patterns) / possible if possible else 0.0
+
+
+def warn_of_return(pruner: AttentionPruner, step: int) -> None:
+    """Say so if a model that was pruned before gets connections back.
+
+    Args:
+        pruner: It is attached and has made no decision; its schedule is in optimizer steps.
+        step: Optimizer steps taken.
+    """
+    if pruner.sparsity is None:
+        return
+    there, asked = pruner.total_sparsity, pruner.sparsity(step + 1)
+    if there <= asked + 0.01:
+        return
+    log.warning(
+        "The model comes with %.1f %% of its attention pruned, and the schedule begins at %.1f %%: the first decision "
+        "gives connections back. Let it begin where the model is (`initial=%.2f`), or leave AttentionPruning out to "
+        "train with the patterns.",
+        100 * there,
+        100 * asked,
+        there,
+    )
+
+
+def warn_of_change(before: str, schedule: Schedule, open_layers: bool) -> None:
+    """Tell that a resumed run has another schedule than the one that was saved.
+
+    Args:
+        before: The saved one, in words.
+        schedule: The one given now.
+        open_layers: Whether the pattern of any layer may still move.
+    """
+    if open_layers:
+        log.info("The schedule was %s in the checkpoint, the run goes on with %s.", before, schedule)
+    else:
+        log.warning(
+            "The schedule was %s in the checkpoint and is %s now, which changes nothing: all layers have settled. "
+            "Resume from a checkpoint of before they did.",
+            before,
+            schedule,
+        )

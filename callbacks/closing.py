@@ -1,0 +1,89 @@
+"""The last word of a fit: what was pruned, what became of each layer, where the patterns are, what to do next."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from sparse_prune.callbacks.kernel_swap import SwapEvent
+from sparse_prune.callbacks.swap_forecast import NO_GAIN, NO_GAIN_REMEDY, measurement
+from sparse_prune.pruner import AttentionPruner, PruneReport
+
+
+def closing(
+    pruner: AttentionPruner,
+    report: PruneReport | None,
+    events: Sequence[SwapEvent],
+    file: Path | None,
+    has_report: bool,
+) -> str:
+    """The last word, a line each for what there is to tell.
+
+    Args:
+        pruner: As it is at the end.
+        report: The latest decision; None if there was none.
+        events: All swaps.
+        file: Where the patterns are; None if they were not kept.
+        has_report: Whether `sparse-prune report` can show the folder of that file.
+    """
+    if report is None:
+        return "Pruning: no decision was made, for the fit took no optimizer step that ran the attention layers."
+    total, layers = pruner.total_sparsity, len(pruner.patterns)
+    asked = "" if pruner.sparsity is None else f" ({report.requested:.1%} asked for at the last decision)"
+    lines = [f"Pruning: {total:.1%} of the attention of {layers} layers is pruned{asked}."]
+    backends = Counter(state.layer.backend for state in pruner.layers.values() if state.layer.mode == "sparse")
+    if backends:
+        counts = ", ".join(f"{count} on {backend}" for backend, count in backends.most_common())
+        lines.append(f"Swapped: {backends.total()} of {layers} layers skip what was pruned: {counts}.")
+    given_back = [event for event in events if event.backend == "dense"]
+    if given_back:
+        lines.append(_given_back(given_back, layers))
+    if pruner.open_layers:
+        names = [state.layer.name for state in pruner.open_layers]
+        lines.append(
+            f"Not settled: {len(names)} of {layers} layers ({_some(names)}), which mask what was pruned and gain no "
+            "speed. End the schedule earlier, train longer, or lower `patience` or `every_n_steps`."
+        )
+    lines.append(_patterns(file, bool(given_back)))
+    if file is not None:
+        page = f"`sparse-prune report {file.parent}` shows the run on one page; " if has_report else ""
+        lines.append(
+            f"Next: {page}`sparse_prune.export.save_pretrained(model, folder, pruner=...)` exports a model of "
+            "transformers, `sparse_prune.attention.apply_patterns` puts the patterns on any."
+        )
+    return "\n  ".join(lines)
+
+
+def _given_back(events: list[SwapEvent], layers: int) -> str:
+    event = events[0]
+    if event.measured_ms:
+        found = measurement(event.layer, event.sparsity, event.tokens, event.measured_ms)
+    else:
+        found = f"none could be measured on {event.layer}"
+    times = [f"{other.layer} {_milliseconds(other)}" for other in events[1:] if other.measured_ms]
+    others = f" (dense and best sparse: {_some(times)})" if times else ""
+    return (
+        f"Given back: {len(events)} of {layers} layers got all their connections back, for {NO_GAIN}: {found}{others}. "
+        f"{NO_GAIN_REMEDY}"
+    )
+
+
+def _milliseconds(event: SwapEvent) -> str:
+    pair = [f"{ms:.3g}" for ms in (event.dense_ms, event.sparse_ms) if ms is not None]
+    return f"{' and '.join(pair)} ms"
+
+
+def _patterns(file: Path | None, given_back: bool) -> str:
+    if file is None:
+        return "Patterns: not kept in a file."
+    unused = (
+        "; what layers had learned that were given back is in it, marked as unused (`load_patterns(path, unused=True)` "
+        "for a machine that gains by it)"
+    )
+    return f"Patterns: {file}{unused if given_back else ''}."
+
+
+def _some(names: list[str]) -> str:
+    shown = ", ".join(names[:3])
+    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
