@@ -36,10 +36,12 @@ class Influence(Score):
         kept = tile.kept[:, None]  # (num_heads, 1, kv_blocks)
         kept_keys = tile.per_key(kept) & tile.mask
         lse = tile.logits.masked_fill(~kept_keys, -torch.inf).logsumexp(-1, keepdim=True)
-        attends = kept_keys.any(-1, keepdim=True)  # a row that keeps nothing has no softmax to change
+        holds = tile.per_block(kept_keys.float()) > 0
+        # A row that keeps nothing, or nothing else, has no softmax without the block: there the change has no meaning.
+        stays = holds.sum(-1, keepdim=True) > holds.int()
         weights = (tile.logits - lse).clamp(max=_LARGEST_LOGIT).exp() * tile.mask
         expected = (weights * tile.gradient_by_key).masked_fill(~kept_keys, 0.0).sum(-1, keepdim=True)
         change = tile.per_block(weights * (tile.gradient_by_key - expected))
         mass = tile.per_block(weights)
         rest = torch.where(kept, (1.0 - mass).clamp_min(_LEAST_REST), 1.0 + mass)
-        return -(change / rest).masked_fill(~attends, 0.0).sum((0, 2), dtype=torch.float64)
+        return -(change / rest).masked_fill(~stays, 0.0).sum((0, 2), dtype=torch.float64)
