@@ -29,12 +29,11 @@ HEADS, KV_HEADS, LENGTH, DIM, BLOCK = 4, 2, 22, 8, 4
 SIDES = (BLOCK, BLOCK)
 
 
-def tensors(seed=0, batch=2, dtype=torch.float32):
-    generator = torch.Generator().manual_seed(seed)
-    return [
-        torch.randn(batch, heads, LENGTH, DIM, generator=generator).to(dtype)
-        for heads in (HEADS, KV_HEADS, KV_HEADS, HEADS)
-    ]
+def tensors(length=LENGTH, head_dim=DIM):
+    """Query, key, value and gradient."""
+    generator = torch.Generator().manual_seed(0)
+    heads = (HEADS, KV_HEADS, KV_HEADS, HEADS)
+    return [torch.randn(2, count, length, head_dim, generator=generator) for count in heads]
 
 
 class LargestWeight(Score):
@@ -43,8 +42,9 @@ class LargestWeight(Score):
     per = "sample"
 
     def add(self, tile):
-        blocks = torch.nn.functional.pad(tile.weights, (0, tile.kv_blocks * BLOCK - tile.seen))
-        return blocks.unflatten(-1, (-1, BLOCK)).amax(-1).amax(2).sum(0)
+        side = tile.call.block_size[1]
+        blocks = torch.nn.functional.pad(tile.weights, (0, tile.kv_blocks * side - tile.seen))
+        return blocks.unflatten(-1, (-1, side)).amax(-1).amax(2).sum(0)
 
 
 class Pull(LargestWeight):
@@ -113,7 +113,7 @@ def test_mass_gradient_answers_to_logits():
     mass = torch.stack([part.amax(2) for part in by_block(weights.detach()).split(BLOCK, 2)], 2)
     slope = torch.stack([part.amax(2) for part in by_block(answer).abs().split(BLOCK, 2)], 2)
     seen = MassGradient().probe(AttentionCall(query, key, SIDES, True, value=value, gradient=gradient))
-    torch.testing.assert_close(seen.sums[0].float(), (mass * slope).sqrt().sum(0), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(seen.sums[0].float(), (mass * slope).sqrt().sum(0), rtol=1e-4, atol=1e-3)
     assert seen.counts.tolist() == [[2.0] * 6]
 
 
@@ -132,17 +132,18 @@ def test_output_change_is_how_far_the_output_moves():
 @pytest.mark.parametrize("score", [LargestWeight(), Pull(), Influence(), OutputChange()])
 @pytest.mark.parametrize("backend", ["masked", "sdpa", "gather", "reference", "triton"])
 def test_a_score_sees_the_same_in_every_backend(score, backend):
-    query, key, value, gradient = (part.requires_grad_() for part in tensors())
-    layer = PrunableAttention("layer", HEADS, KV_HEADS, causal=True, score=score, probe_block_size=SIDES)
-    keep = torch.rand(HEADS, 6, 6, generator=torch.Generator().manual_seed(1)) < 0.5
-    possible = BlockPattern.dense(HEADS, LENGTH, LENGTH, SIDES, True).possible
-    layer.pattern = BlockPattern((keep | torch.eye(6, dtype=torch.bool)) & possible, SIDES, True, LENGTH, LENGTH)
+    sides = (16, 16)
+    query, key, value, gradient = (part.requires_grad_() for part in tensors(40, 16))
+    layer = PrunableAttention("layer", HEADS, KV_HEADS, causal=True, score=score, probe_block_size=sides)
+    keep = torch.rand(HEADS, 3, 3, generator=torch.Generator().manual_seed(1)) < 0.5
+    possible = BlockPattern.dense(HEADS, 40, 40, sides, True).possible
+    layer.pattern = BlockPattern((keep | torch.eye(3, dtype=torch.bool)) & possible, sides, True, 40, 40)
     layer.mode, layer.backend = ("masked", "sdpa") if backend == "masked" else ("sparse", backend)
     output = layer.attend(query, key, value, AttentionOptions(), dense=lambda: pytest.fail("not dense"))
     layer.gradient_scale = 8.0
     plain = torch.autograd.grad((output * gradient.detach()).sum() * 8.0, query)[0]
     wanted = probe_score(
-        score, query.detach(), key.detach(), value.detach(), SIDES, causal=True, options=AttentionOptions(),
+        score, query.detach(), key.detach(), value.detach(), sides, causal=True, options=AttentionOptions(),
         gradient=gradient.detach(), pattern=layer.pattern,
     )  # fmt: skip
     seen = layer.take_statistics((score.kind, "mean"))
@@ -150,7 +151,7 @@ def test_a_score_sees_the_same_in_every_backend(score, backend):
     total, weight = seen.of(score.kind)
     torch.testing.assert_close(total, wanted.sums[0], rtol=1e-4, atol=1e-5)
     assert torch.equal(weight, wanted.counts[0][:, None])
-    assert torch.equal(seen.of("mean")[0], probe_blocks(query, key, SIDES, causal=True).of("mean")[0])
+    assert torch.equal(seen.of("mean")[0], probe_blocks(query, key, sides, causal=True).of("mean")[0])
     # Watching changes neither the output nor the gradients.
     layer.probe_block_size = None
     again = layer.attend(query, key, value, AttentionOptions(), dense=lambda: pytest.fail("not dense"))
