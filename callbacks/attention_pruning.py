@@ -34,9 +34,9 @@ from sparse_prune.constraints import Constraints
 from sparse_prune.distillation import Distillation
 from sparse_prune.distributed import sum_over_ranks
 from sparse_prune.pattern import whole_number
-from sparse_prune.pruner import AttentionPruner, Criterion, PruneReport, Reduce
+from sparse_prune.pruner import AttentionPruner, PruneReport, Reduce
 from sparse_prune.schedules import Schedule
-from sparse_prune.scores import Statistic
+from sparse_prune.scores import Criterion, Score, Statistic
 
 log = logging.getLogger(__name__)
 
@@ -61,6 +61,8 @@ class AttentionPruning(Driver):
             heads that look up single tokens (docs/score_statistics.md).
         criterion: "score", or "row_mass" to keep the fewest blocks that hold a share of every row's mean mass (and
             those that `constraints.share_diagonals` lifts above the cut).
+        score: What a block is worth, such as Influence() or one of your own (docs/scores.md). None: what `statistic`
+            and `criterion` say.
         decay: Decay of the score average per decision, in [0, 1).
         constraints: What pruning must respect.
         min_delta: Largest change of a pattern that counts as standing still (Jaccard distance).
@@ -86,6 +88,7 @@ class AttentionPruning(Driver):
         every_n_steps: int = 10,
         statistic: Statistic = "max",
         criterion: Criterion = "score",
+        score: Score | None = None,
         decay: float = 0.9,
         constraints: Constraints | None = None,
         min_delta: float = 0.05,
@@ -114,6 +117,7 @@ class AttentionPruning(Driver):
             block_size=block_size,
             statistic=statistic,
             criterion=criterion,
+            score=score,
             decay=decay,
             constraints=constraints or Constraints(),
             min_delta=min_delta,
@@ -256,7 +260,9 @@ class AttentionPruning(Driver):
         Where Lightning does the backward pass, the probe stays on until it is over, for gradient checkpointing runs the
         layers again there and they must do the same. A step without a loss has none.
         """
-        self.pruner.probe(self._watching)
+        # Lightning divides the loss of each micro-batch by their number.
+        shares = pl_module.trainer.accumulate_grad_batches if pl_module.automatic_optimization else 1
+        self.pruner.probe(self._watching, gradient_scale=self._scale / shares)
         output = None
         try:
             output = step(*args, **kwargs)

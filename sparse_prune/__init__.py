@@ -12,12 +12,27 @@ from sparse_prune.schedules import (
     LinearSchedule,
     Schedule,
 )
-from sparse_prune.scores import BlockStatistics, ScoreAverage, probe_blocks
+from sparse_prune.scores import (
+    AttentionCall,
+    BlockStatistics,
+    Influence,
+    MassGradient,
+    MassShare,
+    Max,
+    Mean,
+    MeanSquare,
+    OutputChange,
+    Score,
+    ScoreAverage,
+    Tile,
+    probe_blocks,
+)
 from sparse_prune.selection import LayerScores, select
 
 __all__ = [
     "AttentionPruner",
     "PruneReport",
+    "AttentionCall",
     "BlockPattern",
     "BlockStatistics",
     "ConstantSchedule",
@@ -25,11 +40,20 @@ __all__ = [
     "CosineSchedule",
     "CubicSchedule",
     "ExponentialSchedule",
+    "Influence",
     "LayerScores",
     "LinearSchedule",
+    "MassGradient",
+    "MassShare",
+    "Max",
+    "Mean",
+    "MeanSquare",
+    "OutputChange",
     "Schedule",
+    "Score",
     "ScoreAverage",
     "StabilityTracker",
+    "Tile",
     "probe_blocks",
     "select",
 ]

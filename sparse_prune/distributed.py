@@ -41,13 +41,13 @@ def sum_over_ranks(
 
 def _layers(statistics: dict[str, BlockStatistics]) -> dict[str, BlockStatistics]:
     """Layer -> statistics without data, on the meta device, with room for those of all ranks."""
-    mine = {name: (seen.sums.shape, seen.kinds) for name, seen in statistics.items()}
+    mine = {name: (seen.sums.shape, seen.counts.shape, seen.kinds) for name, seen in statistics.items()}
     gathered: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, mine)
     layers: dict[str, BlockStatistics] = {}
     for part in gathered:
-        for name, (shape, kinds) in part.items():
-            counts = torch.empty(2, shape[2], device="meta")
+        for name, (shape, counted, kinds) in part.items():
+            counts = torch.empty(counted, device="meta")
             seen = BlockStatistics(torch.empty(shape, device="meta"), counts, kinds)
             layers[name] = layers[name] + seen if name in layers else seen
     return layers

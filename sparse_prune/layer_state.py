@@ -12,7 +12,7 @@ from torch import Tensor
 from sparse_prune.attention import PrunableAttention
 from sparse_prune.packing import Packed, pack, unpack
 from sparse_prune.pattern import BlockPattern
-from sparse_prune.scores import BlockStatistics, ScoreAverage
+from sparse_prune.scores import STATISTICS, BlockStatistics, ScoreAverage
 
 
 @dataclass
@@ -110,7 +110,7 @@ class LayerState:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next decision depends on; large tensors are packed."""
-        layer, pattern, seen = self.layer, self.layer.pattern, self.layer.statistics
+        layer, pattern = self.layer, self.layer.pattern
         return {
             "num_heads": layer.num_heads,
             "causal": layer.causal,
@@ -125,7 +125,8 @@ class LayerState:
             "calm_checks": self.tracker.calm_checks,
             "change": self.tracker.change,
             "settled_at": self.settled_at,
-            "statistics": None if seen is None else {"sums": pack(seen.sums), "counts": seen.counts.cpu()},
+            "statistics": _packed(layer.statistics),
+            "score_sums": _packed(layer.score_sums),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -134,7 +135,7 @@ class LayerState:
         Args:
             state: Of a layer with as many heads.
         """
-        layer, seen = self.layer, state["statistics"]
+        layer = self.layer
 
         def pattern(keep: Packed | Tensor | None) -> BlockPattern | None:
             mask = unpack(keep)
@@ -146,8 +147,18 @@ class LayerState:
         self.mass.load_state_dict(state["mass"])
         self.tracker.calm_checks, self.tracker.change = state["calm_checks"], state["change"]
         self.settled_at = state["settled_at"]
-        sums = None if seen is None else unpack(seen["sums"])
-        layer.statistics = None if sums is None else BlockStatistics(sums, seen["counts"])
+        layer.statistics = _unpacked(state["statistics"], STATISTICS)
+        own = state.get("score_sums")  # state of before scores had sums of their own has none
+        layer.score_sums = _unpacked(own, (layer.score.kind,)) if layer.score is not None else None
+
+
+def _packed(seen: BlockStatistics | None) -> dict[str, Any] | None:
+    return None if seen is None else {"sums": pack(seen.sums), "counts": seen.counts.cpu()}
+
+
+def _unpacked(packed: Mapping[str, Any] | None, kinds: tuple[str, ...]) -> BlockStatistics | None:
+    sums = None if packed is None else unpack(packed["sums"])
+    return None if packed is None or sums is None else BlockStatistics(sums, packed["counts"], kinds)
 
 
 def _fitted(pattern: BlockPattern, scores: torch.Size) -> BlockPattern:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any
 
+import torch
 from torch import nn
 
 from sparse_prune.attention import PrunableAttention, attach, handle_of
@@ -14,10 +15,9 @@ from sparse_prune.constraints import Constraints
 from sparse_prune.layer_state import LayerState, StabilityTracker
 from sparse_prune.pattern import BlockPattern, check_block_size
 from sparse_prune.schedules import Schedule
-from sparse_prune.scores import BlockStatistics, ScoreAverage, Statistic
-from sparse_prune.selection import LayerScores, row_mass, select
+from sparse_prune.scores import STATISTICS, BlockStatistics, Criterion, Score, ScoreAverage, Statistic, score_of
+from sparse_prune.selection import LayerScores, select
 
-Criterion = Literal["score", "row_mass"]
 Reduce = Callable[[dict[str, BlockStatistics]], dict[str, BlockStatistics]]
 _STATE_VERSION = 3
 _READABLE = (2, 3)  # version 2 held its tensors whole
@@ -64,9 +64,11 @@ class AttentionPruner:
     block_size: int | tuple[int, int] = 64
     """Tokens per block side, or (query, key)."""
     statistic: Statistic = "max"
-    """Which statistic of row mass is the score."""
+    """Which statistic of row mass is the score, unless `score` is given."""
     criterion: Criterion = "score"
     """Compare the threshold with scores, or with the share of its row that a block and all weaker ones hold."""
+    score: Score | None = None
+    """What a block is worth (docs/scores.md). None: what `statistic` and `criterion` say."""
     decay: float = 0.9
     """Decay of the score average per probe, in [0, 1)."""
     constraints: Constraints = field(default_factory=Constraints)
@@ -94,14 +96,21 @@ class AttentionPruner:
             raise ValueError(
                 f"`sparsity` must end below 1, got {self.sparsity.final}. It is a share, not a percentage."
             )
-        if self.criterion not in ("score", "row_mass"):
-            raise ValueError(f"`criterion` must be 'score' or 'row_mass', got {self.criterion!r}.")
+        if self.score is not None and not isinstance(self.score, Score):
+            raise TypeError(f"`score` must be a Score or None, got {self.score!r}. Write Influence(), say.")
+        named = score_of(self.statistic, self.criterion)
+        if self.score is not None and (self.statistic, self.criterion) != ("max", "score"):
+            raise ValueError(
+                f"Give `score` or `statistic` and `criterion`, got {self.score!r}, {self.statistic!r} and "
+                f"{self.criterion!r}. Leave `statistic` and `criterion` out."
+            )
+        self._score = self.score or named
         self.block_size = check_block_size(self.block_size)
-        self._new_state()  # checks statistic, decay, min_delta and patience now, not after hours of training
+        self._new_state()  # checks decay, min_delta and patience now, not after hours of training
         self.layers: dict[str, LayerState] = {}
 
     def _new_state(self) -> tuple[ScoreAverage, ScoreAverage, StabilityTracker]:
-        average = ScoreAverage(self.statistic, self.decay)
+        average = ScoreAverage(self._score.kind, self.decay)
         return average, ScoreAverage("mean", self.decay), StabilityTracker(self.min_delta, self.patience)
 
     @property
@@ -111,9 +120,14 @@ class AttentionPruner:
         return self.block_size
 
     @property
-    def _needed(self) -> tuple[Statistic, ...]:
+    def score_used(self) -> Score:
+        """The score: the one that was given, or that `statistic` and `criterion` stand for."""
+        return self._score
+
+    @property
+    def _needed(self) -> tuple[str, ...]:
         """The statistics that a decision looks at."""
-        return ("mean",) if self.statistic == "mean" else (self.statistic, "mean")
+        return ("mean",) if self._score.kind == "mean" else (self._score.kind, "mean")
 
     @property
     def schedule(self) -> Schedule:
@@ -179,16 +193,25 @@ class AttentionPruner:
     def _begin(self, handles: list[PrunableAttention]) -> None:
         self.layers = {handle.name: LayerState(handle, *self._new_state()) for handle in handles}
         self.forget()
+        for handle in handles:
+            handle.score = self._score if self._score.statistic is None else None
 
     @property
     def open_layers(self) -> list[LayerState]:
         """Layers that were seen and whose pattern may still move."""
         return [state for state in self.layers.values() if state.settled_at is None and not state.scores.empty]
 
-    def probe(self, enabled: bool) -> None:
-        """Watch the next training steps, or stop watching. Frozen layers are never probed."""
+    def probe(self, enabled: bool, *, gradient_scale: float = 1.0) -> None:
+        """Watch the next training steps, or stop watching. Frozen layers are never probed.
+
+        Args:
+            enabled: Whether to watch. For a score that sees gradients, until the backward pass is done.
+            gradient_scale: What the loss is multiplied with before the backward pass, as by a gradient scaler or by one
+                over the micro-batches of a step. Scores see gradients without it.
+        """
         for state in self.layers.values():
             state.layer.probe_block_size = self.sides if enabled and state.settled_at is None else None
+            state.layer.gradient_scale = gradient_scale
 
     def update(self, step: int, reduce: Reduce | None = None) -> PruneReport | None:
         """Decide on new patterns after an optimizer step.
@@ -202,13 +225,16 @@ class AttentionPruner:
             What was decided; None if nothing was probed, or only padding.
 
         Raises:
-            ValueError: If logits were NaN or infinite, on all ranks alike; the message names the layers.
+            ValueError: If logits or gradients were NaN or infinite, or a score that sees gradients saw none, on all
+            ranks
+                alike; the message names the layers.
         """
         found = {name: state.layer.take_statistics(self._needed) for name, state in self.layers.items()}
         statistics = {name: seen for name, seen in found.items() if seen is not None}
         if reduce is not None:
             statistics = reduce(statistics)
         _check_finite(statistics)
+        self._check_gradients(statistics)
         statistics = {name: seen.trimmed(self.sides) for name, seen in statistics.items()}
         statistics = {name: seen for name, seen in statistics.items() if seen.sums.numel()}
         if not statistics:
@@ -233,6 +259,24 @@ class AttentionPruner:
                 settled.append(layer.name)
         return self._report(step, threshold, requested, change, tuple(settled))
 
+    def _check_gradients(self, statistics: Mapping[str, BlockStatistics]) -> None:
+        if self._score.sees != "gradient":
+            return
+        without = [
+            name
+            for name, seen in statistics.items()
+            if name not in self.constraints.protected_layers
+            and float(seen.counts[0].sum()) > 0
+            and float(seen.of(self._score.kind)[1].sum()) == 0
+        ]
+        if without:
+            raise ValueError(
+                f"Layer {without[0]!r}: {self._score!r} needs the gradient of the loss in the layer's output, and no "
+                f"backward pass reached it while the step was probed ({len(without)} of {len(statistics)} layers). Run "
+                "the backward pass before `probe(False)`, with trainable weights in or below the layer; or add it to "
+                "`protected_layers`, or use a score of the forward pass such as Max()."
+            )
+
     def forget(self) -> None:
         """Drop what was probed since the last decision."""
         for state in self.layers.values():
@@ -242,15 +286,15 @@ class AttentionPruner:
     def reachable_sparsity(self) -> float:
         """Share of possible blocks, over the layers that were seen, that constraints and frozen layers let go."""
         layers = self._scored([state for state in self.layers.values() if not state.scores.empty])
-        patterns, _ = select(layers, self.constraints, sparsity=1.0)
+        patterns, _ = select(layers, self.constraints, sparsity=1.0, signed=self._score.signed)
         possible = sum(pattern.possible_count for pattern in patterns)
         return 1.0 - sum(pattern.kept_blocks for pattern in patterns) / possible if possible else 0.0
 
     def _select(self, states: list[LayerState], requested: float) -> tuple[list[BlockPattern], float]:
         layers = self._scored(states)
         if self.sparsity is not None:
-            return select(layers, self.constraints, sparsity=requested)
-        return select(layers, self.constraints, threshold=requested)
+            return select(layers, self.constraints, sparsity=requested, signed=self._score.signed)
+        return select(layers, self.constraints, threshold=requested, signed=self._score.signed)
 
     def _scored(self, states: list[LayerState]) -> list[LayerScores]:
         """What selection looks at."""
@@ -260,10 +304,9 @@ class AttentionPruner:
             pattern = state.given_back or state.pattern_at_scores(self.sides)
             if state.settled_at is not None:
                 scores = pattern.keep.float()  # not looked at: the layer is frozen
-            elif self.criterion == "row_mass":
-                scores = row_mass(state.mass.value())
             else:
-                scores = state.scores.value()
+                average = state.scores.value()
+                scores = torch.where(average == torch.inf, average, self._score.value(average))
             layer = state.layer
             layers.append(LayerScores(layer.name, scores, pattern, layer.num_kv_heads, state.settled_at is not None))
         return layers
@@ -329,6 +372,7 @@ class AttentionPruner:
         return {
             "version": _STATE_VERSION,
             "block_size": self.block_size,
+            "score": type(self._score).__name__,
             "layers": {name: state.state_dict() for name, state in self.layers.items()},
         }
 
@@ -365,18 +409,34 @@ class AttentionPruner:
                     f"The checkpoint is of another model: layer {name!r} has {part['num_heads']} heads "
                     f"(causal={part['causal']}) there, {layer.num_heads} (causal={layer.causal}) here."
                 )
+        before = saved.get("score")
+        if before not in (None, type(self._score).__name__):
+            raise ValueError(
+                f"`score` must be {before} as in the checkpoint, whose averages are its own, got {self._score!r}. "
+                "Use that score, or start without the checkpoint."
+            )
         for name, part in layers.items():
+            if before is None and self._score.kind == "mean":  # the row-mass criterion kept a statistic beside
+                part = {**part, "scores": part["mass"]}
             self.layers[name].load_state_dict(part)
 
 
 def _check_finite(statistics: Mapping[str, BlockStatistics]) -> None:
     # What is not finite shows in the sum, which is ten times as fast to take as a look at every block.
     bad = [name for name, seen in statistics.items() if not math.isfinite(float(seen.sums.sum()))]
-    if bad:
+    if not bad:
+        return
+    seen, count = statistics[bad[0]], f"{len(bad)} of {len(statistics)} layers"
+    masses = seen.only(tuple(kind for kind in seen.kinds if kind in STATISTICS))
+    if math.isfinite(float(masses.sums.sum())):
         raise ValueError(
-            f"Layer {bad[0]!r}: attention logits must be finite, got NaN or infinity ({len(bad)} of {len(statistics)} "
-            "layers). Resume from an earlier checkpoint with a lower learning rate, or clip gradients."
+            f"Layer {bad[0]!r}: the sums of the score {seen.kinds[0]} must be finite, got NaN or infinity ({count}). "
+            "Clip gradients or lower the learning rate; for a score of your own, look at its `add`."
         )
+    raise ValueError(
+        f"Layer {bad[0]!r}: attention logits must be finite, got NaN or infinity ({count}). Resume from an earlier "
+        "checkpoint with a lower learning rate, or clip gradients."
+    )
 
 
 def kv_blocks_droppable(pattern: BlockPattern, num_kv_heads: int) -> float:

@@ -34,28 +34,13 @@ class LayerScores:
     """Whether the pattern is settled and must not move."""
 
 
-def row_mass(scores: Tensor) -> Tensor:
-    """Share of its row's score that a block and all weaker blocks hold, in [0, 1].
-
-    Keeping blocks whose row mass is at least t keeps the fewest blocks that hold more than 1 - t of each row:
-    the per-row cumulative-mass criterion, as a transform of scores.
-
-    Args:
-        scores: (num_heads, q_blocks, kv_blocks), non-negative.
-    """
-    finite = torch.where(scores.isinf(), 0.0, scores)
-    ordered, order = finite.sort(dim=-1)
-    total = ordered.sum(-1, keepdim=True).clamp_min(torch.finfo(scores.dtype).tiny)
-    tail = torch.empty_like(scores).scatter_(-1, order, ordered.cumsum(-1) / total)
-    return torch.where(scores.isinf(), scores, tail)
-
-
 def select(
     layers: Sequence[LayerScores],
     constraints: Constraints,
     *,
     threshold: float | None = None,
     sparsity: float | None = None,
+    signed: bool = False,
 ) -> tuple[list[BlockPattern], float]:
     """New patterns under a threshold, or under the threshold that reaches a sparsity.
 
@@ -63,11 +48,16 @@ def select(
     constraints keep more than it allows, every free block goes and the achieved sparsity stays below. Blocks that get
     no attention at all go first and together, so where they are many it lies above.
 
+    Scores that may be negative (`Score.signed`) have no geometric mean: on a diagonal they are drawn to its mean
+    instead of its largest one, by an arithmetic mean, and the query heads of a KV head share their sum. A threshold of
+    0 then is a cut like any other: blocks that score less go.
+
     Args:
         layers: Scores and patterns in force.
         constraints: What stays whatever it scores, and how scores are changed before the cut.
-        threshold: Cut-off on scores, at least 0: blocks below it go.
+        threshold: Cut-off on scores, at least 0 unless they are signed: blocks below it go.
         sparsity: Share of possible blocks to prune, in [0, 1].
+        signed: Whether scores may be negative.
 
     Returns:
         The patterns, and the threshold in force.
@@ -77,15 +67,15 @@ def select(
     """
     if (threshold is None) == (sparsity is None):
         raise ValueError(f"Give `threshold` or `sparsity`, not both or none; got {threshold} and {sparsity}.")
-    effective = [_effective(layer, constraints) for layer in layers]
+    effective = [_effective(layer, constraints, signed) for layer in layers]
     if threshold is None:
         assert sparsity is not None
         values = torch.cat([s[:, layer.pattern.possible].flatten() for s, layer in zip(effective, layers, strict=True)])
-        threshold = _solve(values, sparsity)
+        threshold = _solve_signed(values, sparsity) if signed else _solve(values, sparsity)
     patterns = []
     for layer, scores in zip(layers, effective, strict=True):
         old = layer.pattern
-        keep = scores >= threshold if threshold > 0 else scores > -torch.inf
+        keep = scores >= threshold if signed or threshold > 0 else scores > -torch.inf
         patterns.append(BlockPattern(keep, old.block_size, old.causal, old.q_len, old.kv_len))
     return patterns, threshold
 
@@ -112,7 +102,19 @@ def _solve(values: Tensor, sparsity: float) -> float:
     return float(max(past, np.finfo(scores.dtype).tiny))
 
 
-def _effective(layer: LayerScores, constraints: Constraints) -> Tensor:
+def _solve_signed(values: Tensor, sparsity: float) -> float:
+    """As `_solve`, where 0 is a score like any other: the least free score if none need go."""
+    count, scores = int(sparsity * values.numel() + 0.5), values.numpy(force=True)
+    free = scores[np.isfinite(scores)]
+    if not free.size:
+        return 0.0
+    first = float(np.partition(scores, count)[count]) if count < scores.size else math.inf
+    if first == math.inf:
+        return float(np.nextafter(free.max(), scores.dtype.type(np.inf)))
+    return max(first, float(free.min()))
+
+
+def _effective(layer: LayerScores, constraints: Constraints, signed: bool = False) -> Tensor:
     """Scores with every constraint folded in."""
     pattern, scores = layer.pattern, layer.scores
     if scores.amax().isnan():  # the largest of values among which one is NaN
@@ -122,16 +124,19 @@ def _effective(layer: LayerScores, constraints: Constraints) -> Tensor:
     scores = scores.masked_fill(~pattern.possible, 0.0)
     if constraints.share_kv_groups:
         group = pattern.num_heads // layer.num_kv_heads
-        scores = scores.view(-1, group, *scores.shape[1:]).amax(1).repeat_interleave(group, 0)
+        grouped = scores.view(-1, group, *scores.shape[1:])
+        scores = (grouped.sum(1) if signed else grouped.amax(1)).repeat_interleave(group, 0)
     weight = constraints.share_diagonals
     if weight is None:
         weight = 0.5 if pattern.causal else 0.0
     if weight:
-        scores = _shared_diagonals(scores, pattern, constraints.sink_blocks, weight)
+        scores = _shared_diagonals(scores, pattern, constraints.sink_blocks, weight, signed)
     if constraints.reach_price:
         distance = _distance(pattern)
-        scores = scores / (1.0 + constraints.reach_price * distance / max(int(distance.max()), 1))
-    scores = torch.where(pattern.keep, scores * (1.0 + constraints.hysteresis), scores)
+        price = 1.0 + constraints.reach_price * distance / max(int(distance.max()), 1)
+        scores = torch.where(scores < 0, scores * price, scores / price)
+    kept = torch.where(scores < 0, scores / (1.0 + constraints.hysteresis), scores * (1.0 + constraints.hysteresis))
+    scores = torch.where(pattern.keep, kept, scores)
     if not constraints.regrow:
         scores = scores.masked_fill(~pattern.keep, -torch.inf)
     forced = _forced(layer, constraints)
@@ -163,8 +168,11 @@ def _distance(pattern: BlockPattern) -> Tensor:
     return torch.clamp(torch.maximum(first - col, col - last), min=0)
 
 
-def _shared_diagonals(scores: Tensor, pattern: BlockPattern, sink_blocks: int, weight: float) -> Tensor:
-    """Scores drawn toward the largest known one of their head at their distance; sinks keep theirs."""
+def _shared_diagonals(
+    scores: Tensor, pattern: BlockPattern, sink_blocks: int, weight: float, signed: bool = False
+) -> Tensor:
+    """Scores drawn toward the largest known one of their head at their distance, or to the mean if they are signed;
+    sinks keep theirs."""
     first, last = _standing(pattern)
     col = torch.arange(scores.shape[2])
     shared = pattern.possible & (col >= sink_blocks)
@@ -172,16 +180,25 @@ def _shared_diagonals(scores: Tensor, pattern: BlockPattern, sink_blocks: int, w
     distance = _distance(pattern)
     index = torch.where(col > last, distance + scores.shape[2], distance)[shared]
     flat = scores[:, shared]
-    largest = torch.full((len(scores), 2 * scores.shape[2] + 1), -torch.inf, dtype=scores.dtype)
-    known = torch.where(flat.isinf(), -torch.inf, flat)
-    largest.scatter_reduce_(1, index.expand(len(scores), -1), known, "amax")
+    size = (len(scores), 2 * scores.shape[2] + 1)
+    places = index.expand(len(scores), -1)
     # A diagonal of which nothing is known yet stays unknown.
-    largest = torch.where(largest == -torch.inf, torch.inf, largest)
-    diagonal = largest[:, index]
+    if signed:
+        known = flat.isfinite()
+        total = torch.zeros(size, dtype=scores.dtype).scatter_add_(1, places, flat.masked_fill(~known, 0.0))
+        count = torch.zeros(size, dtype=scores.dtype).scatter_add_(1, places, known.to(scores.dtype))
+        shares = torch.where(count > 0, total / count, torch.inf)
+    else:
+        largest = torch.full(size, -torch.inf, dtype=scores.dtype)
+        largest.scatter_reduce_(1, places, torch.where(flat.isinf(), -torch.inf, flat), "amax")
+        shares = torch.where(largest == -torch.inf, torch.inf, largest)
+    diagonal = shares[:, index]
     # A block of which nothing is known yet scores as its diagonal does.
     own = torch.where(flat.isinf(), diagonal, flat)
     scores = scores.clone()
-    scores[:, shared] = own ** (1.0 - weight) * diagonal**weight
+    drawn = own * (1.0 - weight) + diagonal * weight if signed else own ** (1.0 - weight) * diagonal**weight
+    # With a weight of 1 an own score without a bound has none in the product either.
+    scores[:, shared] = torch.where(own.isinf(), torch.inf, drawn) if signed else drawn
     return scores
 
 

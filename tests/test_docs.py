@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 ROOT = Path(__file__).parents[1]
@@ -29,6 +30,21 @@ def test_tutorial_runs(tmp_path, monkeypatch, capsys):
     assert all(state.layer.mode == "sparse" for state in names["pruning"].pruner.layers.values())
     assert 0.55 < names["pruning"].pruner.total_sparsity <= 0.61
     assert "bit for bit: True" in capsys.readouterr().out
+
+
+def test_a_score_of_ones_own_is_short_and_prunes(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    names, blocks = {}, code_blocks("scores.md")
+    for number, code in enumerate(blocks):
+        exec(compile(code, f"scores.md, block {number}", "exec"), names)
+    assert len(blocks[0].splitlines()) < 40
+    results = capsys.readouterr().out
+    assert results.count("50% of the connections are pruned") == 2
+    own, influence = names["own"], names["by_influence"]
+    assert own.score_used.kind == "Sureness"
+    known = [state.scores.value() for state in own.layers.values()]
+    assert all(0 < float(part[part.isfinite()].max()) <= 1 for part in known)
+    assert any(not torch.equal(own.patterns[name].keep, pattern.keep) for name, pattern in influence.patterns.items())
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,8 @@ from sparse_prune import (
 )
 from sparse_prune.attention import PrunableAttention
 from sparse_prune.pattern import possible_blocks
-from sparse_prune.selection import _solve, row_mass
+from sparse_prune.scores.mass_share import row_mass
+from sparse_prune.selection import _solve
 
 BLOCKS = st.sampled_from([(4, 4), (8, 4), (4, 8)])
 RAMPS = [LinearSchedule, CosineSchedule, CubicSchedule, ExponentialSchedule]

@@ -12,10 +12,11 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
+from sparse_prune.attention.gradient import with_gradient
 from sparse_prune.attention.packed import PackedKeys, masked_attention
-from sparse_prune.kernels import AttentionOptions, block_sparse_attention, moving_backend, probe_attention
+from sparse_prune.kernels import AttentionOptions, block_sparse_attention, moving_backend, probe_attention, probe_score
 from sparse_prune.pattern import BlockPattern
-from sparse_prune.scores import STATISTICS, BlockStatistics, Statistic
+from sparse_prune.scores import STATISTICS, BlockStatistics, Score
 
 Mode = Literal["dense", "masked", "sparse"]
 _LENGTHS_KEPT = 8
@@ -65,7 +66,13 @@ class PrunableAttention:
     probe_block_size: tuple[int, int] | None = None
     """Collect statistics with these blocks; None = do not probe."""
     statistics: BlockStatistics | None = None
-    """What was collected since `take_statistics`."""
+    """What was collected of row mass since `take_statistics`."""
+    score: Score | None = None
+    """A score that has sums of its own, to be collected beside those of row mass; None: there is none."""
+    score_sums: BlockStatistics | None = None
+    """What was collected for `score` since `take_statistics`."""
+    gradient_scale: float = 1.0
+    """What the loss is multiplied with before the backward pass; a score that sees gradients sees them without."""
     last_shape: CallShape | None = None
     """The last training call."""
     sliding_window: int | None = None
@@ -122,15 +129,18 @@ class PrunableAttention:
         assert self._at is not None
         return self._at(q_len, kv_len)
 
-    def take_statistics(self, kinds: tuple[Statistic, ...] = STATISTICS) -> BlockStatistics | None:
+    def take_statistics(self, kinds: tuple[str, ...] = STATISTICS) -> BlockStatistics | None:
         """What was collected, on the CPU; the handle forgets it.
 
         Args:
-            kinds: The statistics to take; the others never leave the device.
+            kinds: The statistics to take, that of `score` among them or not; the others never leave the device.
         """
         statistics, self.statistics = self.statistics, None
+        own, self.score_sums = self.score_sums, None
         if statistics is None:
             return None
+        if self.score is not None:
+            statistics = statistics.beside(own, self.score.kind)
         taken = statistics.only(kinds)
         return BlockStatistics(taken.sums.cpu(), taken.counts.cpu(), kinds)
 
@@ -176,7 +186,7 @@ class PrunableAttention:
             return _attend_planned(self, query, key, value, options)
         self._watch(query, key, value, options)
         if self.mode == "dense" or self._pattern is None:
-            return dense()
+            return self._with_gradient(dense(), query, key, value, options)
         if q_len != kv_len:
             if not whole:
                 raise ValueError(
@@ -187,7 +197,8 @@ class PrunableAttention:
             return self._attend_cached(query, key, value, options)
         pattern = self.pattern_at(q_len, kv_len)
         backend = moving_backend(query, pattern, options) if self.mode == "masked" else self.backend
-        return block_sparse_attention(query, key, value, pattern, options, backend=backend)
+        output = block_sparse_attention(query, key, value, pattern, options, backend=backend)
+        return self._with_gradient(output, query, key, value, options)
 
     def _watch(self, query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions) -> None:
         """Remember the shape of a training call, and probe it if asked to."""
@@ -201,16 +212,59 @@ class PrunableAttention:
             shapes = options.with_masks(lambda mask: mask.to("meta"))
             self.last_shape = CallShape(batch, q_len, kv_len, head_dim, value.dtype, query.device, shapes)
             if self.probe_block_size is not None:
-                self._probe(query, key, options, self.probe_block_size)
+                self._probe(query, key, value, options, self.probe_block_size)
         elif self.probe_block_size is not None and torch.is_grad_enabled():  # without gradients it is a decoding step
             raise ValueError(
                 f"Layer {self.name!r} must attend to its own tokens in training, got {q_len} queries and {kv_len} "
                 "keys. Train without `past_key_values`: patterns hold no prefix and no cached keys."
             )
 
-    def _probe(self, query: Tensor, key: Tensor, options: AttentionOptions, block_size: tuple[int, int]) -> None:
+    def _probe(
+        self, query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions, block_size: tuple[int, int]
+    ) -> None:
         seen = probe_attention(query.detach(), key.detach(), block_size, causal=self.causal, options=options)
         self.statistics = seen if self.statistics is None else self.statistics + seen
+        if self.score is not None and self.score.sees != "gradient":
+            self._add_to_score(self.score, query.detach(), key.detach(), value.detach(), options, block_size)
+
+    def _with_gradient(
+        self, output: Tensor, query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions
+    ) -> Tensor:
+        """The output, whose gradient the score sees in the backward pass if it asks for it.
+
+        Unlike a probe of the forward pass this looks at recomputations too: with reentrant checkpointing it is theirs
+        that have a backward pass, and without it both passes must save the same tensors. The gradient comes by once.
+        """
+        score, block_size = self.score, self.probe_block_size
+        if score is None or score.sees != "gradient" or block_size is None or not output.requires_grad:
+            return output
+        if query.shape[2] != key.shape[2]:
+            return output
+
+        def add(query: Tensor, key: Tensor, value: Tensor, gradient: Tensor) -> None:
+            gradient = gradient.float() / self.gradient_scale
+            self._add_to_score(score, query, key, value, options, block_size, gradient)
+
+        return with_gradient(output, query, key, value, add)
+
+    def _add_to_score(
+        self,
+        score: Score,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        options: AttentionOptions,
+        block_size: tuple[int, int],
+        gradient: Tensor | None = None,
+    ) -> None:
+        pattern = None
+        if self.mode != "dense" and self._pattern is not None:
+            pattern = self.pattern_at(query.shape[2], key.shape[2])
+        seen = probe_score(
+            score, query, key, value, block_size, causal=self.causal, options=options, gradient=gradient,
+            pattern=pattern,
+        )  # fmt: skip
+        self.score_sums = seen if self.score_sums is None else self.score_sums + seen
 
     def _held(self, key: Tensor | PackedKeys, value: Tensor | PackedKeys) -> PackedKeys:
         """What a `PatternCache` of this layer's pattern holds."""

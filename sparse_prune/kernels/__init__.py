@@ -1,6 +1,6 @@
 """Block-sparse attention and its backends."""
 
-from sparse_prune.kernels.api import BACKENDS, block_sparse_attention, check_backend, probe_attention
+from sparse_prune.kernels.api import BACKENDS, block_sparse_attention, check_backend, probe_attention, probe_score
 from sparse_prune.kernels.choice import check_trains, moving_backend, skipping_backends, usable_backend
 from sparse_prune.kernels.options import AttentionOptions, documents_from_cu_seqlens
 
@@ -13,6 +13,7 @@ __all__ = [
     "documents_from_cu_seqlens",
     "moving_backend",
     "probe_attention",
+    "probe_score",
     "skipping_backends",
     "usable_backend",
 ]

@@ -11,7 +11,7 @@ from sparse_prune.kernels import gather, reference, sdpa
 from sparse_prune.kernels.choice import triton_kernels
 from sparse_prune.kernels.options import AttentionOptions
 from sparse_prune.pattern import BlockPattern
-from sparse_prune.scores import BlockStatistics, probe_blocks
+from sparse_prune.scores import AttentionCall, BlockStatistics, Score, probe_blocks
 
 
 def _triton(query: Tensor, key: Tensor, value: Tensor, pattern: BlockPattern, options: AttentionOptions) -> Tensor:
@@ -69,10 +69,6 @@ def probe_attention(
     if kernels is not None and kernels.probes(query, block_size):
         statistics: BlockStatistics = kernels.probe(query, key, block_size, causal=causal, options=options)
         return statistics
-    attn_mask = options.attn_mask
-    if options.documents is not None or options.window is not None:
-        rest = replace(options, key_mask=None)
-        attn_mask = rest.token_mask(query.shape[2], key.shape[2], query.device)
     return probe_blocks(
         query,
         key,
@@ -80,9 +76,61 @@ def probe_attention(
         causal=causal,
         scale=options.scale,
         key_mask=options.key_mask,
-        attn_mask=attn_mask,
+        attn_mask=_hidden_but_padding(options, query, key),
         softcap=options.softcap,
     )
+
+
+def probe_score(
+    score: Score,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    block_size: tuple[int, int],
+    *,
+    causal: bool,
+    options: AttentionOptions,
+    gradient: Tensor | None = None,
+    pattern: BlockPattern | None = None,
+) -> BlockStatistics:
+    """What a score adds up over one call, in torch on any device and in full precision. Dropout is left out.
+
+    Args:
+        score: Any score.
+        query: (batch, num_heads, q_len, head_dim), after position encoding.
+        key: (batch, num_kv_heads, kv_len, head_dim).
+        value: As `key`.
+        block_size: Tokens per block side, (query, key).
+        causal: Whether query i sees only keys up to i + kv_len - q_len.
+        options: Masks, scale and soft cap.
+        gradient: Of the loss in the output, (batch, num_heads, q_len, head_dim), if the score sees it.
+        pattern: What the layer kept in this call, at its lengths; None: everything.
+
+    Raises:
+        ValueError: If `pattern` has other blocks or lengths, or the score looks at what it does not say it sees.
+    """
+    call = AttentionCall(
+        query,
+        key,
+        block_size,
+        causal,
+        value=None if score.sees == "keys" else value,
+        gradient=gradient if score.sees == "gradient" else None,
+        scale=options.scale,
+        key_mask=options.key_mask,
+        attn_mask=_hidden_but_padding(options, query, key),
+        softcap=options.softcap,
+        pattern=pattern,
+    )
+    with torch.autocast(query.device.type, enabled=False):
+        return score.probe(call)
+
+
+def _hidden_but_padding(options: AttentionOptions, query: Tensor, key: Tensor) -> Tensor | None:
+    """Masks, documents and window as one mask; padding, which hides queries as well, is apart."""
+    if options.documents is None and options.window is None:
+        return options.attn_mask
+    return replace(options, key_mask=None).token_mask(query.shape[2], key.shape[2], query.device)
 
 
 def block_sparse_attention(

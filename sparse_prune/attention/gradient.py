@@ -1,0 +1,44 @@
+"""The gradient of an attention output, shown to whoever wants to see it on its way back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+OnGradient = Callable[[Tensor, Tensor, Tensor, Tensor], None]
+
+
+def with_gradient(output: Tensor, query: Tensor, key: Tensor, value: Tensor, then: OnGradient) -> Tensor:
+    """The output as it is; once the backward pass comes by, its gradient is shown together with its inputs.
+
+    The inputs are saved as every operator of torch saves its own, so activation checkpointing drops and recomputes
+    them; and as the gradient passes once however often the forward pass ran, so does this.
+
+    Args:
+        output: Of attention, (batch, num_heads, q_len, head_dim).
+        query: (batch, num_heads, q_len, head_dim).
+        key: (batch, num_kv_heads, kv_len, head_dim).
+        value: As `key`.
+        then: Called without gradients with query, key, value and the gradient, which must not be changed.
+    """
+    watched: Tensor = _Watched.apply(  # type: ignore[no-untyped-call, unused-ignore]
+        output, query.detach(), key.detach(), value.detach(), then
+    )
+    return watched
+
+
+class _Watched(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, query: Tensor, key: Tensor, value: Tensor, then: OnGradient) -> Tensor:
+        ctx.save_for_backward(query, key, value)
+        ctx.then = then
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None, None]:
+        with torch.no_grad():
+            ctx.then(*ctx.saved_tensors, gradients[0].detach())
+        return gradients[0], None, None, None, None

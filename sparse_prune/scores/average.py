@@ -1,0 +1,85 @@
+"""The running average that decisions look at."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from sparse_prune.packing import pack, unpack
+from sparse_prune.scores.statistics import BlockStatistics
+
+
+class ScoreAverage:
+    """Exponential moving average of one kind of block statistics: decayed sums over decayed weights.
+
+    The ratio needs no bias correction. Blocks that a shorter batch does not reach keep what they had; blocks
+    never seen score infinity, so that nothing unknown is pruned.
+
+    Raises:
+        ValueError: If `decay` is outside [0, 1).
+    """
+
+    def __init__(self, kind: str, decay: float) -> None:
+        if not 0.0 <= decay < 1.0:
+            raise ValueError(f"`decay` must lie in [0, 1), got {decay}.")
+        self.kind, self.decay = kind, decay
+        self._sum: Tensor | None = None
+        self._weight: Tensor | None = None
+
+    def update(self, statistics: BlockStatistics) -> None:
+        """Take the probe of one optimizer step."""
+        total, weight = statistics.of(self.kind)
+        if self._sum is None or self._weight is None:
+            self._sum, self._weight = total.clone(), weight.expand(total.shape[1:]).clone()
+            return
+        rows, cols = (max(self._sum.shape[i], total.shape[i]) for i in (1, 2))
+        if (rows, cols) != self._sum.shape[1:]:
+            grow = (0, cols - self._sum.shape[2], 0, rows - self._sum.shape[1])
+            self._sum, self._weight = F.pad(self._sum, grow), F.pad(self._weight, grow)
+        corner = (slice(total.shape[1]), slice(total.shape[2]))
+        # Rows that were not seen keep what they had: they have nothing to add, either.
+        fade = torch.full_like(weight, self.decay).masked_fill_(weight <= 0, 1.0)
+        self._weight[corner].mul_(fade).add_(weight)
+        self._sum[(slice(None), *corner)].mul_(fade).add_(total)
+
+    @property
+    def empty(self) -> bool:
+        """Whether nothing was probed yet."""
+        return self._sum is None
+
+    @property
+    def shape(self) -> torch.Size:
+        """Of the scores, (num_heads, q_blocks, kv_blocks).
+
+        Raises:
+            RuntimeError: If nothing was probed yet.
+        """
+        return self._known()[0].shape
+
+    def value(self) -> Tensor:
+        """Scores, float32, (num_heads, q_blocks, kv_blocks).
+
+        Raises:
+            RuntimeError: If nothing was probed yet.
+        """
+        total, weight = self._known()
+        return (total / weight).float().masked_fill_(weight <= 0, torch.inf)
+
+    def _known(self) -> tuple[Tensor, Tensor]:
+        if self._sum is None or self._weight is None:
+            raise RuntimeError("No scores yet: probe at least one training step first.")
+        return self._sum, self._weight
+
+    def state_dict(self) -> dict[str, Any]:
+        """What to save: the sums, packed, and the weights, (q_blocks, kv_blocks). Later updates do not change it."""
+        return {"sum": pack(self._sum), "weight": None if self._weight is None else self._weight.clone()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue where `state_dict` was taken."""
+        total, weight = unpack(state["sum"]), state["weight"]
+        self._sum = None if total is None else total.clone()
+        self._weight = None if weight is None else weight.clone()

@@ -1,0 +1,216 @@
+"""An attention call as scores see it: one block of queries at a time, so that no (q_len, kv_len) is held for all."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from sparse_prune.pattern import BlockPattern, num_blocks
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionCall:
+    """What a layer was called with. A score walks over its `tiles`.
+
+    Raises:
+        ValueError: If `pattern` has other blocks or other lengths than the call.
+    """
+
+    query: Tensor
+    """(batch, num_heads, q_len, head_dim), after position encoding."""
+    key: Tensor
+    """(batch, num_kv_heads, kv_len, head_dim)."""
+    block_size: tuple[int, int]
+    """Tokens per block side, (query, key)."""
+    causal: bool
+    """Whether query i sees only keys up to i + kv_len - q_len."""
+    value: Tensor | None = None
+    """(batch, num_kv_heads, kv_len, head_dim); None if the score looks at queries and keys alone."""
+    gradient: Tensor | None = None
+    """Gradient of the loss in the output, (batch, num_heads, q_len, head_dim); None if the score does not look at
+    it."""
+    scale: float | None = None
+    """Factor on products; None means head_dim ** -0.5."""
+    key_mask: Tensor | None = None
+    """Boolean, (batch, kv_len), True = real. Padded positions count neither as keys nor as queries."""
+    attn_mask: Tensor | None = None
+    """Boolean, broadcastable to (batch, num_heads, q_len, kv_len)."""
+    softcap: float | None = None
+    """Logits become softcap * tanh(logits / softcap)."""
+    pattern: BlockPattern | None = None
+    """The connections that the layer kept in this call; None: all."""
+
+    def __post_init__(self) -> None:
+        if self.pattern is None:
+            return
+        mine = (self.block_size, self.query.shape[2], self.key.shape[2])
+        theirs = (self.pattern.block_size, self.pattern.q_len, self.pattern.kv_len)
+        if mine != theirs:
+            raise ValueError(
+                f"`pattern` must have the block size and lengths of the call, {mine}, got {theirs}. "
+                "Probe with the pattern's block size, and pass `pattern.at(q_len, kv_len)`."
+            )
+
+    @property
+    def q_blocks(self) -> int:
+        """Blocks of queries."""
+        return num_blocks(self.query.shape[2], self.block_size[0])
+
+    @property
+    def kv_blocks(self) -> int:
+        """Blocks of keys."""
+        return num_blocks(self.key.shape[2], self.block_size[1])
+
+    def tiles(self) -> Iterator[Tile]:
+        """The blocks of queries that may see a key, from the first to the last."""
+        q_len, kv_len = self.query.shape[2], self.key.shape[2]
+        for row in range(self.q_blocks):
+            start, stop = row * self.block_size[0], min((row + 1) * self.block_size[0], q_len)
+            # Keys behind the last query of a causal row hold no mass: leave them out of the product.
+            seen = max(0, min(stop + kv_len - q_len, kv_len)) if self.causal else kv_len
+            if seen:
+                yield Tile(self, row, start, stop, seen)
+
+    @cached_property
+    def _keys(self) -> Tensor:
+        return self.key.float().transpose(-1, -2)[:, :, None]  # (batch, num_kv_heads, 1, head_dim, kv_len)
+
+    @cached_property
+    def _values(self) -> Tensor:
+        if self.value is None:
+            raise ValueError(
+                'This score looks at values and must say so, got `sees = "keys"`. Write `sees = "values"` in its class.'
+            )
+        return self.value.float()
+
+    @cached_property
+    def _gradient(self) -> Tensor:
+        if self.gradient is None:
+            raise ValueError(
+                "This score looks at the gradient and must say so, got a score that sees the forward pass alone. "
+                'Write `sees = "gradient"` in its class.'
+            )
+        return self.gradient.float()
+
+    @cached_property
+    def _keep(self) -> Tensor | None:
+        return None if self.pattern is None else self.pattern.keep.to(self.query.device)
+
+
+@dataclass(frozen=True, eq=False)
+class Tile:
+    """One block of queries and the keys that it may see. Everything here is float32 unless it says otherwise."""
+
+    call: AttentionCall
+    """The call of which it is a part."""
+    row: int
+    """Its number among the blocks of queries."""
+    start: int
+    """Its first query."""
+    stop: int
+    """The query behind its last one."""
+    seen: int
+    """Keys up to the last one that it may see."""
+
+    @property
+    def kv_blocks(self) -> int:
+        """Blocks in which these keys lie."""
+        return num_blocks(self.seen, self.call.block_size[1])
+
+    @cached_property
+    def mask(self) -> Tensor:
+        """Which keys a query may attend to: boolean, broadcastable to (batch, num_heads, rows, seen)."""
+        call, start, stop, seen = self.call, self.start, self.stop, self.seen
+        q_len, kv_len = call.query.shape[2], call.key.shape[2]
+        mask = torch.ones(1, 1, stop - start, seen, dtype=torch.bool, device=call.query.device)
+        if call.causal:
+            position = torch.arange(kv_len, device=call.query.device)
+            mask = mask & (position[:seen] <= position[:, None][start + kv_len - q_len : stop + kv_len - q_len])
+        if call.key_mask is not None:
+            mask = mask & call.key_mask[:, None, None, :seen]
+            if q_len == kv_len:
+                mask = mask & call.key_mask[:, None, start:stop, None]
+        if call.attn_mask is not None:
+            mask = mask & call.attn_mask.expand(-1, -1, q_len, kv_len)[:, :, start:stop, :seen]
+        return mask
+
+    @cached_property
+    def valid(self) -> Tensor:
+        """Which queries are real and may see a key: boolean, (batch, rows)."""
+        return self.mask.any(-1).any(1).expand(len(self.call.query), -1)
+
+    @cached_property
+    def logits(self) -> Tensor:
+        """(batch, num_heads, rows, seen); the least number of float32 where a query may not attend."""
+        call = self.call
+        scale = call.query.shape[-1] ** -0.5 if call.scale is None else call.scale
+        logits = self._products(call.query[:, :, self.start : self.stop].float() * scale, call._keys)
+        if call.softcap is not None:
+            logits = call.softcap * torch.tanh(logits / call.softcap)
+        return logits.masked_fill(~self.mask, torch.finfo(torch.float32).min)
+
+    @cached_property
+    def weights(self) -> Tensor:
+        """Attention probability over all keys that a query may see, pruned ones included: as `logits`, rows sum to
+        1."""
+        return torch.softmax(self.logits, -1) * self.mask
+
+    @cached_property
+    def values(self) -> Tensor:
+        """(batch, num_kv_heads, seen, head_dim)."""
+        return self.call._values[:, :, : self.seen]
+
+    @cached_property
+    def gradient(self) -> Tensor:
+        """Gradient of the loss in the output, (batch, num_heads, rows, head_dim)."""
+        return self.call._gradient[:, :, self.start : self.stop]
+
+    @cached_property
+    def gradient_by_key(self) -> Tensor:
+        """Product of the gradient in the output and a key's value, as `logits`: that of attention probabilities."""
+        return self._products(self.gradient, self.values.transpose(-1, -2)[:, :, None])
+
+    @cached_property
+    def kept(self) -> Tensor:
+        """Which blocks the layer kept in this call: boolean, (num_heads, kv_blocks of the tile)."""
+        if self.call._keep is None:
+            heads, device = self.call.query.shape[1], self.call.query.device
+            return torch.ones(heads, self.kv_blocks, dtype=torch.bool, device=device)
+        return self.call._keep[:, self.row, : self.kv_blocks]
+
+    def per_block(self, numbers: Tensor) -> Tensor:
+        """Sums over the keys of each block.
+
+        Args:
+            numbers: (batch, num_heads, rows, seen).
+
+        Returns:
+            (batch, num_heads, rows, kv_blocks of the tile).
+        """
+        width, side = self.kv_blocks, self.call.block_size[1]
+        padded = F.pad(numbers, (0, width * side - self.seen))
+        # Every size is given, for a batch may be empty.
+        return padded.view(*numbers.shape[:3], width, side).sum(-1)
+
+    def per_key(self, blocks: Tensor) -> Tensor:
+        """The number of a key's block for every key.
+
+        Args:
+            blocks: (..., kv_blocks of the tile).
+
+        Returns:
+            (..., seen).
+        """
+        return blocks.repeat_interleave(self.call.block_size[1], -1)[..., : self.seen]
+
+    def _products(self, rows: Tensor, columns: Tensor) -> Tensor:
+        """(batch, num_heads, rows, head_dim) times (batch, num_kv_heads, 1, head_dim, kv_len), as far as is seen."""
+        batch, heads, count, head_dim = rows.shape
+        kv_heads = columns.shape[1]
+        grouped = rows.reshape(batch, kv_heads, heads // kv_heads, count, head_dim)
+        return (grouped @ columns[..., : self.seen]).float().flatten(1, 2)

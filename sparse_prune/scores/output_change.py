@@ -1,0 +1,34 @@
+"""Output change: how far a head's output moves without a block."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from sparse_prune.scores.call import Tile
+from sparse_prune.scores.row_mass import row_masses
+from sparse_prune.scores.score import Per, Score, Sees
+
+
+class OutputChange(Score):
+    """How far a row's output moves if the block is dropped, to first order in its mass: the largest of a sample's rows,
+    averaged over samples. In units of values."""
+
+    sees: ClassVar[Sees] = "values"
+    per: ClassVar[Per] = "sample"
+
+    def add(self, tile: Tile) -> Tensor:
+        """Sum over samples of the largest distance."""
+        batch, heads, rows, _ = tile.weights.shape
+        kv_heads, head_dim = tile.values.shape[1], tile.values.shape[3]
+        width, side = tile.kv_blocks, tile.call.block_size[1]
+        padding = width * side - tile.seen
+        weights = torch.nn.functional.pad(tile.weights, (0, padding))
+        values = torch.nn.functional.pad(tile.values, (0, 0, 0, padding))
+        weights = weights.view(batch, kv_heads, heads // kv_heads, rows, width, side)
+        parts = torch.einsum("bkgrws,bkwsd->bkgrwd", weights, values.view(batch, kv_heads, width, side, head_dim))
+        held = parts.reshape(batch, heads, rows, width, head_dim)  # what each block gives to the output
+        moved = (row_masses(tile).float()[..., None] * held.sum(3, keepdim=True) - held).norm(dim=-1)
+        return moved.amax(2).sum(0)

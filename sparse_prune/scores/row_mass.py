@@ -1,0 +1,95 @@
+"""Row mass, the attention probability that a query gives to a key block, and the scores that are averages of it."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from sparse_prune.scores.call import AttentionCall, Tile
+from sparse_prune.scores.score import Per, Score
+from sparse_prune.scores.statistics import BlockStatistics, Statistic
+
+
+class Mean(Score):
+    """Mean of the mass that a block's rows give it, in [0, 1]."""
+
+    statistic: ClassVar[Statistic | None] = "mean"
+
+    def add(self, tile: Tile) -> Tensor:
+        """Sum of the masses."""
+        return row_masses(tile).sum((0, 2))
+
+
+class MeanSquare(Score):
+    """Mean square of the mass that a block's rows give it, in [0, 1]."""
+
+    statistic: ClassVar[Statistic | None] = "mean_square"
+
+    def add(self, tile: Tile) -> Tensor:
+        """Sum of the squared masses."""
+        return row_masses(tile).square().sum((0, 2))
+
+
+class Max(Score):
+    """Largest mass that a row of the block gives it, averaged over samples, in [0, 1]: it spares heads that look up
+    single tokens (docs/score_statistics.md)."""
+
+    statistic: ClassVar[Statistic | None] = "max"
+    per: ClassVar[Per] = "sample"
+
+    def add(self, tile: Tile) -> Tensor:
+        """Sum over samples of the largest mass."""
+        return row_masses(tile).amax(2).sum(0)
+
+
+def row_masses(tile: Tile) -> Tensor:
+    """The mass that every row gives to every block, float64, (batch, num_heads, rows, kv_blocks of the tile).
+
+    Args:
+        tile: A block of queries.
+    """
+    return tile.per_block(tile.weights).double()
+
+
+@torch.no_grad()
+def probe_blocks(
+    query: Tensor,
+    key: Tensor,
+    block_size: tuple[int, int],
+    *,
+    causal: bool,
+    scale: float | None = None,
+    key_mask: Tensor | None = None,
+    attn_mask: Tensor | None = None,
+    softcap: float | None = None,
+) -> BlockStatistics:
+    """Row-mass statistics of dense attention, one block of queries at a time.
+
+    Args:
+        query: (batch, num_heads, q_len, head_dim), after position encoding.
+        key: (batch, num_kv_heads, kv_len, head_dim).
+        block_size: Tokens per block side, (query, key).
+        causal: Whether query i sees only keys up to i + kv_len - q_len.
+        scale: Factor on products; None means head_dim ** -0.5.
+        key_mask: Boolean, (batch, kv_len), True = real. Padded positions count neither as keys nor as queries.
+        attn_mask: Boolean, broadcastable to (batch, num_heads, q_len, kv_len).
+        softcap: Logits become softcap * tanh(logits / softcap).
+
+    Returns:
+        NaN where a query or key is NaN or infinite.
+    """
+    call = AttentionCall(
+        query, key, block_size, causal, scale=scale, key_mask=key_mask, attn_mask=attn_mask, softcap=softcap
+    )
+    device, heads = query.device, query.shape[1]
+    sums = torch.zeros(3, heads, call.q_blocks, call.kv_blocks, dtype=torch.float64, device=device)
+    counts = torch.zeros(2, call.q_blocks, dtype=torch.float64, device=device)
+    for tile in call.tiles():
+        mass, row, width = row_masses(tile), tile.row, tile.kv_blocks
+        sums[0, :, row, :width] = mass.sum((0, 2))
+        sums[1, :, row, :width] = mass.square().sum((0, 2))
+        sums[2, :, row, :width] = mass.amax(2).sum(0)
+        counts[0, row], counts[1, row] = tile.valid.sum(), tile.valid.any(-1).sum()
+    return BlockStatistics(sums, counts)

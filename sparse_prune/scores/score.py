@@ -1,0 +1,95 @@
+"""What a block is worth: the seam for everyone's own idea of it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from sparse_prune.scores.call import AttentionCall, Tile
+from sparse_prune.scores.statistics import BlockStatistics, Statistic
+
+Sees = Literal["keys", "values", "gradient"]
+Per = Literal["row", "sample", "call"]
+
+
+class Score(ABC):
+    """Says what a block of queries and keys is worth: the higher, the rather it stays.
+
+    A subclass writes `add`, in torch, and sets what differs from the defaults below. That suffices for every backend
+    and every device. Sums and counts of all micro-batches and ranks are added up before they are divided, and averaged
+    over decisions.
+    """
+
+    sees: ClassVar[Sees] = "keys"
+    """What a probe is given: queries and "keys"; "values" too; or also the "gradient" of the loss in the output, for
+    which it waits for the backward pass."""
+    per: ClassVar[Per] = "row"
+    """Over what the average goes: query rows, samples, or calls of the layer."""
+    signed: ClassVar[bool] = False
+    """Whether scores may be negative. Selection then shares them by sums and means where it has maxima and geometric
+    means else (see `select`)."""
+    statistic: ClassVar[Statistic | None] = None
+    """The statistic of row mass that the score is the average of, which is collected in any case; None: another."""
+
+    @property
+    def kind(self) -> str:
+        """Name of its sums in `BlockStatistics` and in checkpoints."""
+        return self.statistic or type(self).__name__
+
+    @abstractmethod
+    def add(self, tile: Tile) -> Tensor:
+        """What a block of queries adds to the sums.
+
+        Args:
+            tile: The queries, and the keys that they may see.
+
+        Returns:
+            (num_heads, kv_blocks of the tile), summed over samples and rows. Rows that are not `tile.valid` add 0.
+        """
+
+    def value(self, average: Tensor) -> Tensor:
+        """The score, of the average.
+
+        Args:
+            average: float32, (num_heads, q_blocks, kv_blocks); infinite where nothing was seen, which stays so.
+
+        Returns:
+            The same shape.
+        """
+        return average
+
+    @torch.no_grad()
+    def probe(self, call: AttentionCall) -> BlockStatistics:
+        """Sums and counts of one call of a layer.
+
+        Args:
+            call: What the layer was called with.
+
+        Raises:
+            ValueError: If `add` returns another shape than it must.
+        """
+        device, heads = call.query.device, call.query.shape[1]
+        sums = torch.zeros(1, heads, call.q_blocks, call.kv_blocks, dtype=torch.float64, device=device)
+        counts = torch.zeros(1, call.q_blocks, dtype=torch.float64, device=device)
+        for tile in call.tiles():
+            added = self.add(tile)
+            if added.shape != (heads, tile.kv_blocks):
+                raise ValueError(
+                    f"`{type(self).__name__}.add` must return (num_heads, kv_blocks) = {(heads, tile.kv_blocks)}, got "
+                    f"{tuple(added.shape)}. Sum `tile.per_block(...)` over samples and rows: `.sum((0, 2))`."
+                )
+            sums[0, :, tile.row, : tile.kv_blocks] = added
+            counts[0, tile.row] = self._count(tile)
+        return BlockStatistics(sums, counts, (self.kind,))
+
+    def _count(self, tile: Tile) -> Tensor:
+        if self.per == "row":
+            return tile.valid.sum()
+        samples = tile.valid.any(-1)
+        return samples.sum() if self.per == "sample" else samples.any()
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}()"

@@ -1,0 +1,97 @@
+"""What probes add up: sums per block and how much they are sums of."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from sparse_prune.pattern import num_blocks
+
+Statistic = Literal["mean", "mean_square", "max"]
+STATISTICS: tuple[Statistic, ...] = ("mean", "mean_square", "max")
+_COUNTS = {"mean": 0, "mean_square": 0, "max": 1}  # row of `counts`; the last one for any other kind
+
+
+@dataclass
+class BlockStatistics:
+    """Sums over rows and samples of what a score is the average of; additive over batches and ranks.
+
+    Row mass is the attention probability that one query gives to one key block; a query's masses sum to 1.
+    """
+
+    sums: Tensor
+    """float64, (kinds, num_heads, q_blocks, kv_blocks): mass, squared mass, largest mass of each sample. Rows that were
+    not seen have none."""
+    counts: Tensor
+    """float64, (2, q_blocks): query rows seen, samples seen; a third row counts for a score that has its own sums, and
+    is the only one where there are no sums but its own."""
+    kinds: tuple[str, ...] = STATISTICS
+    """What `sums` holds, in order."""
+
+    def __add__(self, other: BlockStatistics) -> BlockStatistics:
+        """Pool two probes; the shorter one fills the top-left corner."""
+        rows = max(self.sums.shape[2], other.sums.shape[2])
+        cols = max(self.sums.shape[3], other.sums.shape[3])
+        mine, theirs, device = self.grown(rows, cols), other.grown(rows, cols), self.sums.device
+        sums, counts = mine.sums + theirs.sums.to(device), mine.counts + theirs.counts.to(device)
+        return BlockStatistics(sums, counts, self.kinds)
+
+    def grown(self, rows: int, cols: int) -> BlockStatistics:
+        """The same in the top-left corner of more blocks, of which nothing was seen; itself if there are no more.
+
+        Args:
+            rows: Query blocks, at least as many as there are.
+            cols: Key blocks, at least as many as there are.
+        """
+        pad_rows, pad_cols = rows - self.sums.shape[2], cols - self.sums.shape[3]
+        if not (pad_rows or pad_cols):
+            return self
+        sums, counts = F.pad(self.sums, (0, pad_cols, 0, pad_rows)), F.pad(self.counts, (0, pad_rows))
+        return BlockStatistics(sums, counts, self.kinds)
+
+    def trimmed(self, block_size: tuple[int, int]) -> BlockStatistics:
+        """The same without the end of self-attention in which no query was seen, for it was padding in all samples.
+
+        Args:
+            block_size: Tokens per block side, (query, key).
+        """
+        seen = self.counts[0].nonzero()
+        rows = int(seen.max()) + 1 if seen.numel() else 0
+        cols = min(num_blocks(rows * block_size[0], block_size[1]), self.sums.shape[3])
+        return BlockStatistics(self.sums[:, :, :rows, :cols], self.counts[:, :rows], self.kinds)
+
+    def beside(self, own: BlockStatistics | None, kind: str) -> BlockStatistics:
+        """The same with the sums of a score that has its own, zeros if it saw nothing.
+
+        Args:
+            own: Sums and counts of that score alone; None: it saw nothing.
+            kind: Their name.
+        """
+        if own is None:
+            own = BlockStatistics(torch.zeros_like(self.sums[:1]), torch.zeros_like(self.counts[:1]), (kind,))
+        rows, cols = (max(self.sums.shape[i], own.sums.shape[i]) for i in (2, 3))
+        mine, other = self.grown(rows, cols), own.grown(rows, cols)
+        sums, counts = torch.cat((mine.sums, other.sums)), torch.cat((mine.counts, other.counts))
+        return BlockStatistics(sums, counts, (*self.kinds, kind))
+
+    def only(self, kinds: tuple[str, ...]) -> BlockStatistics:
+        """Some of the statistics.
+
+        Args:
+            kinds: Which ones, in the order in which they shall stand.
+        """
+        if kinds == self.kinds:
+            return self
+        return BlockStatistics(self.sums[[self.kinds.index(kind) for kind in kinds]], self.counts, kinds)
+
+    def of(self, kind: str) -> tuple[Tensor, Tensor]:
+        """Sum (num_heads, q_blocks, kv_blocks) and weight (q_blocks, 1) of one kind.
+
+        Args:
+            kind: One of `kinds`.
+        """
+        return self.sums[self.kinds.index(kind)], self.counts[_COUNTS.get(kind, -1)][:, None]
