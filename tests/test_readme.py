@@ -1,7 +1,6 @@
 """The README's code runs, and its commands are those that CI runs."""
 
 import re
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,9 +11,8 @@ README = (ROOT / "README.md").read_text()
 
 
 def test_trainer_example_runs(tmp_path, monkeypatch, capsys):
-    monkeypatch.syspath_prepend(str(ROOT / "tests" / "callbacks"))
     monkeypatch.chdir(tmp_path)
-    from tiny import TinyModule, tiny_llama
+    from support.tiny import TinyModule, tiny_llama
 
     (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     assert len(code.strip().splitlines()) <= 8
@@ -27,7 +25,6 @@ def test_trainer_example_runs(tmp_path, monkeypatch, capsys):
     exec(compile(short, "README.md", "exec"), names)
     assert re.search(r"(\d+)% of attention", capsys.readouterr().out)
     assert not names["pruning"].pruner.open_layers
-    sys.modules.pop("tiny", None)
 
 
 @pytest.mark.parametrize("target", ["quickstart", "test"])
