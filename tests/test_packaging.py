@@ -17,7 +17,7 @@ FOLDERS = {
     "sparse_prune.recipes": ROOT / "recipes",
 }
 LAYERS = (
-    "pattern schedules files clock packing extras",
+    "pattern schedules files clock packing precision extras",
     "scores constraints pictures metrics",
     "selection distributed fixed_patterns",
     "kernels",

@@ -29,6 +29,7 @@ from sparse_prune.recipes.base.history import RunHistory
 from sparse_prune.recipes.base.machine import describe_machine
 from sparse_prune.recipes.base.module import FineTuneModule
 from sparse_prune.recipes.base.report import CacheComparison, DenseRun, RunReport
+from sparse_prune.recipes.base.trainer import RecipeTrainer
 
 log = logging.getLogger(__name__)
 _Found = TypeVar("_Found")
@@ -256,7 +257,7 @@ def run(
     except ValueError as error:
         argparse.ArgumentParser(prog=f"python -m {package}", usage="%(prog)s fit --config CONFIG ...").error(str(error))
     logging.getLogger("sparse_prune").setLevel(logging.INFO)
-    cli(module, data, args=given, save_config_kwargs={"overwrite": True})
+    cli(module, data, args=given, trainer_class=RecipeTrainer, save_config_kwargs={"overwrite": True})
 
 
 def _find_configs(args: Sequence[str], package: str) -> list[str]:
