@@ -28,6 +28,7 @@ from sparse_prune.files import user_path
 from sparse_prune.recipes.base.history import RunHistory
 from sparse_prune.recipes.base.machine import describe_machine
 from sparse_prune.recipes.base.module import FineTuneModule
+from sparse_prune.recipes.base.progress import Heartbeat, Progress
 from sparse_prune.recipes.base.report import CacheComparison, DenseRun, RunReport
 from sparse_prune.recipes.base.trainer import RecipeTrainer
 
@@ -62,6 +63,12 @@ class FineTuneCLI(LightningCLI):
             # Nothing is mistaken here: `run` puts paths into the place of names.
             warnings.filterwarnings("ignore", "LightningCLI's args parameter")
             super().parse_arguments(parser, args)
+
+    @override
+    def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
+        given = self._get(self.config_init, "trainer")
+        given["callbacks"] = [*(given["callbacks"] or []), Progress(bool(self._get(self.config, "compare_dense")))]
+        return super().instantiate_trainer(**kwargs)
 
     def tokenizer(self) -> Any:
         """What an export shall hold beside the model; None if nothing."""
@@ -136,7 +143,7 @@ class FineTuneCLI(LightningCLI):
             loss=loss,
             quality=quality,
             records=_callback(self.trainer, RunHistory).records,
-            cache=None if self._in_parts else on_first_rank(partial(_attempt, "the KV cache", self.cache)),
+            cache=self._cache(),
             layers=list(pruner.layers),
             sparsity=pruner.total_sparsity,
             events=_callback(self.trainer, KernelSwap).events,
@@ -144,6 +151,10 @@ class FineTuneCLI(LightningCLI):
             savings=savings_metrics(pruner),
             notes=self._notes(),
         )
+
+    def _cache(self) -> CacheComparison | None:
+        with Heartbeat("the KV cache"):
+            return None if self._in_parts else on_first_rank(partial(_attempt, "the KV cache", self.cache))
 
     @property
     def _in_parts(self) -> bool:
@@ -179,7 +190,9 @@ class FineTuneCLI(LightningCLI):
     def _dense_run(self, folder: Path) -> DenseRun:
         self._seed()
         module, history = self._twin(), RunHistory()
-        trainer = self._twin_trainer(callbacks=[history], logger=CSVLogger(folder, name="dense", version=""))
+        trainer = self._twin_trainer(
+            callbacks=[history, Progress()], logger=CSVLogger(folder, name="dense", version="")
+        )
         before, _ = self._test(trainer, module)
         self._seed()
         trainer.fit(module, datamodule=self.datamodule)
@@ -256,6 +269,7 @@ def run(
         given = _find_configs(sys.argv[1:] if args is None else args, package)
     except ValueError as error:
         argparse.ArgumentParser(prog=f"python -m {package}", usage="%(prog)s fit --config CONFIG ...").error(str(error))
+    logging.basicConfig(format="%(message)s")
     logging.getLogger("sparse_prune").setLevel(logging.INFO)
     cli(module, data, args=given, trainer_class=RecipeTrainer, save_config_kwargs={"overwrite": True})
 
