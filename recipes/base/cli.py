@@ -66,9 +66,9 @@ class FineTuneCLI(LightningCLI):
 
     @override
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
-        given = self._get(self.config_init, "trainer")
-        given["callbacks"] = [*(given["callbacks"] or []), Progress(bool(self._get(self.config, "compare_dense")))]
-        return super().instantiate_trainer(**kwargs)
+        trainer = super().instantiate_trainer(**kwargs)
+        trainer.callbacks.append(Progress(self._get(self.config, "compare_dense")))  # type: ignore[attr-defined]
+        return trainer
 
     def tokenizer(self) -> Any:
         """What an export shall hold beside the model; None if nothing."""

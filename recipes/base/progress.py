@@ -72,7 +72,8 @@ class Progress(pl.Callback):
     def __init__(self, twin: bool = False, seconds: float = 60.0) -> None:
         self.twin, self.seconds = twin, seconds
         self._heartbeat: Heartbeat | None = None
-        self._begun, self._first, self._step = 0.0, 0, 0
+        self._begun, self._said = 0.0, 0.0  # seconds of the clock
+        self._first, self._step = 0, 0
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:

