@@ -25,6 +25,7 @@ from sparse_prune.distributed import on_first_rank
 from sparse_prune.export import check_folder, save_pretrained
 from sparse_prune.export.sharded import is_sharded
 from sparse_prune.files import user_path
+from sparse_prune.recipes.base.closing import where_and_next, won_and_lost
 from sparse_prune.recipes.base.history import RunHistory
 from sparse_prune.recipes.base.machine import describe_machine
 from sparse_prune.recipes.base.module import FineTuneModule
@@ -35,6 +36,7 @@ from sparse_prune.recipes.base.trainer import RecipeTrainer
 log = logging.getLogger(__name__)
 _Found = TypeVar("_Found")
 _CONFIG = ("--config", "-c")
+_EXPORT = "pruned"
 
 
 class FineTuneCLI(LightningCLI):
@@ -54,7 +56,10 @@ class FineTuneCLI(LightningCLI):
         )
         if self.exportable:
             parser.add_argument(
-                "--export", type=str | None, default=None, help="Folder to export the pruned model to, to load again."
+                "--export",
+                type=bool | str | None,
+                default=None,
+                help="Folder to export the pruned model to, to load again; true: `pruned` in the run's own folder.",
             )
 
     @override
@@ -86,13 +91,22 @@ class FineTuneCLI(LightningCLI):
         """What the report says of model and data, from the configuration of `fit`."""
         return {}
 
+    def next_commands(self, folder: Path, export: str | None) -> list[list[str]]:
+        """What to run next, as arguments of `sparse-prune`.
+
+        Args:
+            folder: Of the run.
+            export: Folder of the exported model; None without one.
+        """
+        return [["report", str(folder)]]
+
     def before_fit(self) -> None:
         """Refuse what could only fail after the training. Start with the random numbers that the dense twin gets."""
         # On every rank, which may have nobody to talk to yet. AttentionPruning adds a KernelSwap where there is none.
         for kind in (RunHistory, AttentionPruning):
             _callback(self.trainer, kind)
-        if self._export_folder is not None:
-            self._check_export(self._export_folder)
+        if isinstance(self._export, str):
+            self._check_export(self._export)
         self._seed()
 
     def _check_export(self, folder: str) -> None:
@@ -101,11 +115,11 @@ class FineTuneCLI(LightningCLI):
             if filled.resolve().is_relative_to(user_path(folder).resolve()):
                 raise ValueError(
                     f"`export` must be a folder that the run does not fill itself, got {folder!r}, but logs or "
-                    f"checkpoints go to {str(filled)!r}. Name another, such as {str(filled / 'pruned')!r}."
+                    f"checkpoints go to {str(filled)!r}. Name another, such as {str(filled / _EXPORT)!r}."
                 )
 
     @property
-    def _export_folder(self) -> str | None:
+    def _export(self) -> str | bool | None:
         return (self.config["fit"]["export"] or None) if self.exportable else None
 
     def _seed(self) -> None:
@@ -116,17 +130,19 @@ class FineTuneCLI(LightningCLI):
         if self.trainer.interrupted:
             return
         folder = run_folder(self.trainer)
-        if self._export_folder is not None:
-            self._export(self._export_folder)
+        export = str(folder / _EXPORT) if self._export is True else self._export or None
+        if export is not None:
+            self._save_pretrained(export)
         report = self._report()
         if self.config["fit"]["compare_dense"]:
             on_first_rank(partial(report.write, folder))  # stays, should the dense run take the process along
             report = replace(report, dense=self._compare(folder))
         path = on_first_rank(partial(report.write, folder))
         if self.trainer.is_global_zero:
-            print("\n".join(["", *report.verdicts(), f"Report: {path}"]))
+            places = where_and_next(path, folder, export, self.next_commands(folder, export))
+            print("\n".join(["", *report.verdicts(), "", *won_and_lost(report), "", *places]))
 
-    def _export(self, folder: str) -> None:
+    def _save_pretrained(self, folder: str) -> None:
         model, pruner = self.model.model, _callback(self.trainer, AttentionPruning).pruner
         export = partial(save_pretrained, model, folder, pruner=pruner, tokenizer=self.tokenizer())
         if is_sharded(model):
