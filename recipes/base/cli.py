@@ -29,6 +29,7 @@ from sparse_prune.recipes.base.closing import where_and_next, won_and_lost
 from sparse_prune.recipes.base.history import RunHistory
 from sparse_prune.recipes.base.machine import describe_machine
 from sparse_prune.recipes.base.module import FineTuneModule
+from sparse_prune.recipes.base.parser import RecipeParser
 from sparse_prune.recipes.base.progress import Heartbeat, Progress
 from sparse_prune.recipes.base.report import CacheComparison, DenseRun, RunReport
 from sparse_prune.recipes.base.trainer import RecipeTrainer
@@ -287,7 +288,14 @@ def run(
         argparse.ArgumentParser(prog=f"python -m {package}", usage="%(prog)s fit --config CONFIG ...").error(str(error))
     logging.basicConfig(format="%(message)s")
     logging.getLogger("sparse_prune").setLevel(logging.INFO)
-    cli(module, data, args=given, trainer_class=RecipeTrainer, save_config_kwargs={"overwrite": True})
+    cli(
+        module,
+        data,
+        args=given,
+        trainer_class=RecipeTrainer,
+        parser_class=RecipeParser,
+        save_config_kwargs={"overwrite": True},
+    )
 
 
 def _find_configs(args: Sequence[str], package: str) -> list[str]:
