@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import logging
 import sys
 import warnings
@@ -31,6 +30,7 @@ from sparse_prune.recipes.base.machine import describe_machine
 from sparse_prune.recipes.base.module import FineTuneModule
 from sparse_prune.recipes.base.parser import RecipeParser
 from sparse_prune.recipes.base.progress import Heartbeat, Progress
+from sparse_prune.recipes.base.refusals import program_of, refusals
 from sparse_prune.recipes.base.report import CacheComparison, DenseRun, RunReport
 from sparse_prune.recipes.base.trainer import RecipeTrainer
 
@@ -38,6 +38,7 @@ log = logging.getLogger(__name__)
 _Found = TypeVar("_Found")
 _CONFIG = ("--config", "-c")
 _EXPORT = "pruned"
+_DEBUG = "--debug"
 
 
 class FineTuneCLI(LightningCLI):
@@ -273,7 +274,8 @@ def run(
 ) -> None:
     """Run a recipe's command line; `--config NAME` finds the configurations in its package by name.
 
-    A name that is neither one of them nor a file ends the process with a line that lists them.
+    What is refused, from a name that is neither one of them nor a file to weights that are cut, ends the process with
+    one line and exit status 2; with `--debug`, with the traceback.
 
     Args:
         cli: Kind of command line.
@@ -282,20 +284,16 @@ def run(
         package: Where the recipe's configurations lie, as its `__package__` says.
         args: Command line; None takes that of the process.
     """
-    try:
-        given = _find_configs(sys.argv[1:] if args is None else args, package)
-    except ValueError as error:
-        argparse.ArgumentParser(prog=f"python -m {package}", usage="%(prog)s fit --config CONFIG ...").error(str(error))
+    given, program = list(sys.argv[1:] if args is None else args), program_of(package)
+    debug = _DEBUG in given
     logging.basicConfig(format="%(message)s")
     logging.getLogger("sparse_prune").setLevel(logging.INFO)
-    cli(
-        module,
-        data,
-        args=given,
-        trainer_class=RecipeTrainer,
-        parser_class=RecipeParser,
-        save_config_kwargs={"overwrite": True},
-    )
+    with refusals(program, debug):
+        given = _find_configs([arg for arg in given if arg != _DEBUG], package)
+        prog = {"prog": program}
+        kinds: dict[str, Any] = {"trainer_class": RecipeTrainer, "parser_class": RecipeParser}
+        kinds["parser_kwargs"] = prog | {name: prog for name in cli.subcommands()}
+        cli(module, data, args=given, save_config_kwargs={"overwrite": True}, **kinds)
 
 
 def _find_configs(args: Sequence[str], package: str) -> list[str]:

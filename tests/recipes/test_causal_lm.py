@@ -1,9 +1,10 @@
 import csv
 import json
+import re
 import shlex
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -260,26 +261,36 @@ def fit(config, monkeypatch, *more):
     return json.loads((config.parent / "run" / "report.json").read_text())
 
 
+@contextmanager
+def refusal(capsys, pattern):
+    """The process ends with a line of this pattern, the last one, and exit status 2."""
+    with pytest.raises(SystemExit) as done:
+        yield
+    assert done.value.code == 2
+    assert re.search(pattern, capsys.readouterr().err.splitlines()[-1])
+
+
 ALONE = ("--compare_dense", "false", "--export", "null")
 
 
 @pytest.mark.parametrize("processes", [[], ["--trainer.devices", "2", "--trainer.strategy", "ddp"]])
-def test_what_would_fail_after_the_training_is_refused_before_it(config, tmp_path, monkeypatch, processes):
+def test_what_would_fail_after_the_training_is_refused_before_it(config, tmp_path, monkeypatch, capsys, processes):
     monkeypatch.setattr(pl.Trainer, "fit", lambda *args, **options: pytest.fail("trained"))
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign" / "notes.txt").write_text("mine")
-    with pytest.raises(ValueError, match=r"`export` must be new, empty or an earlier export, got '.*foreign'"):
+    refused = "error: `export` must be new, empty or an earlier export, got '.*foreign'"
+    with refusal(capsys, refused):
         fit(config, monkeypatch, "--export", str(tmp_path / "foreign"), *processes)
     for logs in ("new", "new/logs"):
         options = ["--trainer.logger.init_args.save_dir", str(tmp_path / logs), "--export", str(tmp_path / "new")]
-        with pytest.raises(ValueError, match=rf"`export` must .* not fill itself, .* go to '.*/{logs}'\. Name another"):
+        with refusal(capsys, rf"`export` must .* not fill itself, .* go to '.*/{logs}'\. Name another"):
             fit(config, monkeypatch, *options, *processes)
     settings = yaml.safe_load(config.read_text())
     callbacks = settings["trainer"]["callbacks"]
     for missing in callbacks[:2]:
         settings["trainer"]["callbacks"] = [callback for callback in callbacks if callback is not missing]
         config.write_text(yaml.safe_dump(settings))
-        with pytest.raises(ValueError, match=f"must hold a {missing['class_path'].rpartition('.')[2]} for the report"):
+        with refusal(capsys, f"must hold a {missing['class_path'].rpartition('.')[2]} for the report"):
             fit(config, monkeypatch, *processes)
 
 
