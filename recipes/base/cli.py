@@ -29,6 +29,7 @@ from sparse_prune.recipes.base.history import RunHistory
 from sparse_prune.recipes.base.machine import describe_machine
 from sparse_prune.recipes.base.module import FineTuneModule
 from sparse_prune.recipes.base.parser import RecipeParser
+from sparse_prune.recipes.base.pretrained import check_vocabulary
 from sparse_prune.recipes.base.progress import Heartbeat, Progress
 from sparse_prune.recipes.base.refusals import program_of, refusals
 from sparse_prune.recipes.base.report import CacheComparison, DenseRun, RunReport
@@ -109,6 +110,9 @@ class FineTuneCLI(LightningCLI):
             _callback(self.trainer, kind)
         if isinstance(self._export, str):
             self._check_export(self._export)
+        tokenizer = self.tokenizer()
+        if tokenizer is not None:
+            check_vocabulary(tokenizer, self.model.model)
         self._seed()
 
     def _check_export(self, folder: str) -> None:

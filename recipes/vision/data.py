@@ -91,6 +91,7 @@ class ImageDataModule(ClassificationDataModule):
             found += [(turn, places[int(name)]) for turn, name in enumerate(names)]
         found.sort(key=lambda entry: entry[0])
         chosen = [place for _, place in found[:count]]
+        self.images.check(chosen)
         return SquareImages(self.images, chosen, self.image_size, self.mean, self.std)
 
 
