@@ -27,7 +27,7 @@ def test_the_faster_type_is_taken_and_the_slower_named_once(speed, chosen, monke
         assert fast_precision("cpu") == fast_precision("cpu") == chosen
     fast = chosen == "bf16-mixed"
     assert fast_dtype(torch.bfloat16, "cpu") == (torch.bfloat16 if fast else torch.float32)
-    line = "Precision: float32, not bfloat16, which this CPU multiplies at 0.1 GFLOP/s, float32 at 100."
+    line = "Precision: float32, not bfloat16, which a thread of this CPU multiplies at 0.1 GFLOP/s, float32 at 100."
     assert caplog.messages == ([] if fast else [line])
     with fast_autocast("cpu"):
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == fast_dtype(torch.bfloat16, "cpu")
