@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from sparse_prune.fixed_patterns import random_pattern
 from sparse_prune.kernels import block_sparse_attention
+from sparse_prune.precision import fast_dtype
 from sparse_prune.recipes.base.machine import describe_machine
 
 HEADS, KV_HEADS, HEAD_DIM = 9, 3, 64
@@ -79,7 +80,8 @@ def main() -> None:
     parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 2048, 4096])
     parser.add_argument("--blocks", type=int, nargs="+", default=[64, 128])
     parser.add_argument("--sparsities", type=float, nargs="+", default=[0.0, 0.3, 0.5, 0.7, 0.9])
-    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
+    types = dict.fromkeys(("float32", str(fast_dtype(torch.bfloat16, "cpu")).removeprefix("torch.")))
+    parser.add_argument("--dtypes", nargs="+", default=list(types), help="default: what this CPU multiplies fast")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()

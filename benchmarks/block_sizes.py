@@ -11,12 +11,12 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-import torch
 from one_shot import evaluate, load, parser, probe, prune, save
 
 from sparse_prune import AttentionPruner, ConstantSchedule
 from sparse_prune.attention import detach
 from sparse_prune.attention.measure import time_attention
+from sparse_prune.precision import fast_autocast
 
 SIZES = (16, 32, 64, 128)
 
@@ -54,7 +54,7 @@ def main() -> None:
     options.add_argument("--block-sizes", type=int, nargs="+", default=SIZES, help="tokens per block side")
     options.set_defaults(sparsities=[0.6, 0.7])
     arguments = options.parse_args()
-    with torch.autocast("cpu", torch.bfloat16):
+    with fast_autocast("cpu"):
         save(arguments, measure(arguments))
 
 

@@ -17,6 +17,7 @@ from one_shot import evaluate, load, parser, probe, prune, save
 
 from sparse_prune import AttentionPruner, BlockStatistics, ConstantSchedule, Constraints
 from sparse_prune.export import save_pretrained
+from sparse_prune.precision import fast_autocast
 from sparse_prune.retrieval_heads import retrieval_heads, retrieval_scores
 
 
@@ -108,7 +109,7 @@ def main() -> None:
     options.add_argument("--statistics", type=Path, help="file to keep the scores in, for the next run")
     options.add_argument("--export", type=Path, help="folder to export every variant's model to")
     arguments = options.parse_args()
-    with torch.autocast("cpu", torch.bfloat16):
+    with fast_autocast("cpu"):
         save(arguments, measure(arguments), without=("export", "statistics"))
 
 

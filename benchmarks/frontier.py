@@ -35,6 +35,7 @@ from sparse_prune.callbacks import AttentionPruning, Distillation, KernelSwap
 from sparse_prune.evaluation import retrieval
 from sparse_prune.fixed_patterns import FixedKind, fixed_pattern
 from sparse_prune.layer_state import LayerState
+from sparse_prune.precision import fast_autocast, fast_precision
 from sparse_prune.recipes.base.machine import describe_machine
 from sparse_prune.recipes.base.pretrained import load_tokenizer
 from sparse_prune.recipes.causal_lm.data import TextDataModule
@@ -74,6 +75,11 @@ class Plan:
     learning_rate: float
     accelerator: str
     gradient_checkpointing: bool = False
+
+    @property
+    def device(self) -> str:
+        """Where models are trained and measured."""
+        return "cuda" if self.accelerator == "gpu" else "cpu"
 
     @property
     def every(self) -> int:
@@ -282,7 +288,7 @@ def run(plan: Plan, method: Method, sparsity: float, seed: int, data: Data) -> d
         trainer = pl.Trainer(
             accelerator=plan.accelerator,
             devices=1,
-            precision="bf16-mixed",
+            precision=fast_precision(plan.device),
             max_steps=plan.steps,
             callbacks=callbacks,
             logger=False,
@@ -298,10 +304,11 @@ def run(plan: Plan, method: Method, sparsity: float, seed: int, data: Data) -> d
     handles = attach(module)
     possible = sum(h.pattern.possible_count for h in handles if h.pattern is not None)
     kept = sum(h.pattern.kept_blocks for h in handles if h.pattern is not None)
-    device = "cuda" if plan.accelerator == "gpu" else "cpu"
-    model = module.model.to(device).eval()
-    with torch.no_grad(), torch.autocast(device, torch.bfloat16):
-        losses = [float(model(input_ids=s[None], labels=s[None], use_cache=False).loss) for s in data.tests.to(device)]
+    model = module.model.to(plan.device).eval()
+    with torch.no_grad(), fast_autocast(plan.device):
+        losses = [
+            float(model(input_ids=s[None], labels=s[None], use_cache=False).loss) for s in data.tests.to(plan.device)
+        ]
         passkey = retrieval(model, data.tokenizer, plan.length, DEPTHS, data.prompts)
         needle = retrieval(model, data.tokenizer, plan.length, DEPTHS, data.prompts, data.tests[0].tolist())
     return {

@@ -19,6 +19,7 @@ from torch import Tensor
 from sparse_prune import BlockPattern, Constraints
 from sparse_prune.attention import PrunableAttention, attach
 from sparse_prune.kernels import AttentionOptions
+from sparse_prune.precision import fast_autocast
 from sparse_prune.selection import LayerScores, select
 
 
@@ -140,7 +141,7 @@ def main() -> None:
     """Parse arguments, measure, write JSON."""
     options = parser(__doc__, probes=3, sequences=2, prompts=4)
     arguments = options.parse_args()
-    with torch.autocast("cpu", torch.bfloat16):
+    with fast_autocast("cpu"):
         save(arguments, measure(arguments))
 
 

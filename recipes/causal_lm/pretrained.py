@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,7 +25,16 @@ def load_model(model: str, dtype: torch.dtype = torch.float32) -> Any:
     from transformers import AutoModelForCausalLM
 
     where, options = locate(model)
-    found = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, **options)
+    try:
+        found = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, **options)
+    except Exception as error:
+        if "gguf_file" not in options or isinstance(error, ImportError | MemoryError):
+            raise
+        file = str(Path(where) / options["gguf_file"])
+        raise ValueError(
+            f"`model` must be a whole GGUF file of a kind that transformers reads, got {file!r}: {error}. Copy it "
+            "again, or name another."
+        ) from error
     layers = [layer for layer in list_layers(found) if layer.problem is None]
     if layers and not any(layer.causal for layer in layers):
         raise ValueError(

@@ -26,7 +26,8 @@ from sparse_prune.recipes.vision.images import LabelledImages, load_images
 class ImageDataModule(ClassificationDataModule):
     """Images, resized to squares; classes take turns, so that splits are balanced.
 
-    An image is read and resized when a loader asks for it, once per epoch; labels are known without.
+    An image is read and resized when a loader asks for it, once per epoch; labels are known without. Files of a folder
+    are read once more before the training, so that one that is broken stops no run midway.
 
     Args:
         data: "digits" (1797 handwritten digits of 8 x 8 pixels that scikit-learn ships), a folder with one folder of
@@ -91,6 +92,7 @@ class ImageDataModule(ClassificationDataModule):
             found += [(turn, places[int(name)]) for turn, name in enumerate(names)]
         found.sort(key=lambda entry: entry[0])
         chosen = [place for _, place in found[:count]]
+        self.images.check(chosen)
         return SquareImages(self.images, chosen, self.image_size, self.mean, self.std)
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from sparse_prune.recipes.base.classification import in_order
 from sparse_prune.recipes.base.hub import PREFIX, hub_classes, hub_rows
 
+_NAMED = 3  # broken files that an error names
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp"}
 
 
@@ -44,6 +45,29 @@ class LabelledImages:
             with Image.open(image) as opened:
                 return _values(opened)
         return _values(image)
+
+    def check(self, places: Sequence[int]) -> None:
+        """Refuse files that are no images or are cut; every file is read once. Images of a data set are not looked at.
+
+        Args:
+            places: Which images.
+
+        Raises:
+            ValueError: If some cannot be read; the message names the first few.
+        """
+        broken = []
+        for place in places if isinstance(self.images, list) else ():  # a data set's column reads what it is asked for
+            if isinstance(image := self.images[place], Path):
+                try:
+                    self.read(place)
+                except (OSError, SyntaxError, ValueError) as error:  # Pillow's words for what is not as it should be
+                    broken.append(f"{str(image)!r} ({error})")
+        if broken:
+            more = f", and {len(broken) - _NAMED} more" if len(broken) > _NAMED else ""
+            raise ValueError(
+                f"`data` must hold images that can be read, got {'; '.join(broken[:_NAMED])}{more}. Copy them again, "
+                "or remove them."
+            )
 
 
 def _values(image: Any) -> np.ndarray[Any, Any]:

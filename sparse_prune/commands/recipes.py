@@ -81,16 +81,17 @@ def main(args: list[str] | None = None) -> None:
     copying = actions.add_parser("copy", help="copy code and configurations for editing")
     copying.add_argument("name", choices=known)
     copying.add_argument("folder", type=user_path, help="new folder; its name becomes the package's")
-    running = actions.add_parser("run", help="fit with a configuration")
-    running.add_argument("name", choices=known)
+    running = actions.add_parser("run", help="fit with a configuration", add_help=False)
+    running.add_argument("name", choices=known, nargs="?")
     what = "name of a shipped configuration, or a file; may be repeated"
-    running.add_argument("-c", "--config", action="append", required=True, help=what)
+    running.add_argument("-c", "--config", action="append", default=[], help=what)
+    running.add_argument("-h", "--help", action="store_true", help="after NAME: every setting of that recipe")
+    running.add_argument("--debug", action="store_true", help="show where an error came from")
     given, rest = parser.parse_known_args(args)
     if rest and given.action != "run":
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if given.action == "run":
-        configs = [part for config in given.config for part in ("--config", config)]
-        import_module(f"{known[given.name].package}.cli").main(["fit", *configs, *rest])
+        _run(running, known, given, rest)
     elif given.action == "copy":
         try:
             written = copy(known[given.name], given.folder)
@@ -102,3 +103,17 @@ def main(args: list[str] | None = None) -> None:
         for recipe in known.values():
             print(f"{recipe.name}\n  {recipe.description}\n  configurations: {', '.join(recipe.configs)}")
         print("\nsparse-prune recipes run NAME --config CONFIGURATION; any setting: --trainer.max_steps 50 ...")
+
+
+def _run(parser: argparse.ArgumentParser, known: dict[str, Recipe], given: argparse.Namespace, rest: list[str]) -> None:
+    if given.name is None and given.help:
+        parser.print_help()
+        return
+    if given.name is None:
+        parser.error(f"NAME must be one of {', '.join(known)}")
+    recipe = known[given.name]
+    if not given.config and not given.help:
+        parser.error(f"--config must be a file or one of {', '.join(recipe.configs)}")
+    flags = [f"--{name}" for name in ("help", "debug") if getattr(given, name)]
+    configs = [part for config in given.config for part in ("--config", config)]
+    import_module(f"{recipe.package}.cli").main(["fit", *configs, *rest, *flags])

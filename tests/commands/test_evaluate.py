@@ -248,6 +248,23 @@ def test_dense_twin_keeps_its_rotary_frequencies(exported, tiny_model, tmp_path,
     assert dense["lm_head.weight"] == torch.bfloat16
 
 
+def test_a_type_that_is_slow_here_gives_way_unless_it_is_asked_for(exported, tmp_path, monkeypatch):
+    seen = []
+
+    def watch(model, **measure):
+        seen.append(model.dtype)
+        return [result(128, 1.0, 1, 1.0)]
+
+    monkeypatch.setattr("sparse_prune.commands.evaluate.cli.evaluate", watch)
+    monkeypatch.setattr("sparse_prune.precision._is_fast", lambda wanted, kind: False)
+    (tmp_path / "text").write_text("some " * 60)
+    save_pretrained(load(exported, dtype=torch.bfloat16), tmp_path / "half", tokenizer=load_tokenizer(str(exported)))
+    options = f"--text {tmp_path / 'text'} --lengths 128 --output {tmp_path / 'out'} --device cpu"
+    for more in ([], ["--dtype", "bfloat16"]):
+        main([str(tmp_path / "half"), *options.split(), *more])
+    assert seen == [torch.float32] * 2 + [torch.bfloat16] * 2
+
+
 def test_unknown_command_names_those_there_are(capsys):
     with pytest.raises(SystemExit):
         command_line(["prune"])

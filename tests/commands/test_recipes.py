@@ -58,7 +58,7 @@ def test_a_copy_lists_its_configurations(tmp_path, monkeypatch, capsys):
         import_module("my_vision.cli").main(["fit", "--config", "typo"])
     assert done.value.code == 2
     printed = capsys.readouterr().err
-    assert "my_vision: error: `--config` must be a file or one of mine, quickstart, got 'typo'" in printed
+    assert "python -m my_vision fit: error: `--config` must be a file or one of mine, quickstart, got 'typo'" in printed
 
 
 def test_a_copy_overwrites_nothing(tmp_path, capsys):
@@ -107,3 +107,48 @@ def test_run_hands_over_to_the_recipe(capsys):
     with pytest.raises(SystemExit):
         cli.main(["list", "--what"])
     assert "unrecognized arguments: --what" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (
+            ["--trainer.max_stepz", "3"],
+            "arguments: --trainer.max_stepz 3. Did you mean --trainer.max_steps?",
+        ),
+        (["--model.width", "abc"], "`model.width`: Expected an int. Got value: abc."),
+        (["--trainer.callbacks.init_args.nothing", "3"], "KernelSwap': Option 'nothing' is not accepted"),
+        (["--data.data", "nowhere"], "`data` must be 'digits', hub:NAME, or an existing folder, got 'nowhere'."),
+        (["--model.model", "/nowhere"], "`model` must be an existing folder, got '/nowhere'."),
+        (["--trainer.accelerator", "gpu", "--trainer.devices", "99"], "No supported gpu backend found"),
+    ],
+)
+def test_what_is_refused_takes_one_line_with_the_remedy(options, told, capsys, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(SystemExit) as done:
+        main(["recipes", "run", "vision", "--config", "quickstart", *options])
+    assert done.value.code == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+    assert line.startswith("sparse-prune recipes run vision: error: ")
+    assert told in line
+    assert line.endswith((" --help shows the settings.", " --debug shows where it came from."))
+    assert len(line) < 500
+
+
+def test_debug_shows_where_an_error_came_from():
+    with pytest.raises(FileNotFoundError, match="got 'nowhere'"):
+        main(["recipes", "run", "vision", "--config", "quickstart", "--data.data", "nowhere", "--debug"])
+
+
+def test_help_of_a_recipe_shows_its_settings(capsys):
+    with pytest.raises(SystemExit) as done:
+        main(["recipes", "run", "vision", "--help"])
+    assert done.value.code in (0, None)
+    printed = capsys.readouterr().out
+    for setting in ("--model.patch_size", "--data.image_size", "--compare_dense", "--trainer.max_steps"):
+        assert setting in printed
+    main(["recipes", "run", "--help"])
+    assert "NAME" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(["recipes", "run", "vision"])
+    assert "--config must be a file or one of quickstart, vit_gpu" in capsys.readouterr().err

