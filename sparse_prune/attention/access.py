@@ -38,9 +38,9 @@ def list_layers(model: nn.Module, example: Any = None) -> list[FoundLayer]:
     if example is None or all(handle_of(module) is not None for module in (*usable, *mhas.values(), *callers.values())):
         found += [*mha.find(mhas, None), *sdpa.find(callers, None)]
     else:
-        with mha.observing(model) as mha_calls, observing(model) as sdpa_calls:
+        with hf.observing(model) as hf_calls, mha.observing(model) as mha_calls, observing(model) as sdpa_calls:
             run_example(model, example)
-        found = [*hf.find(modules, sdpa_calls), *mha.find(mhas, mha_calls), *sdpa.find(callers, sdpa_calls)]
+        found = [*hf.find(modules, hf_calls), *mha.find(mhas, mha_calls), *sdpa.find(callers, sdpa_calls)]
     found += _unreached(modules, [layer.name for layer in found])
     order = {name: index for index, name in enumerate(modules)}
     return sorted(found, key=lambda layer: order[layer.name])

@@ -126,7 +126,7 @@ def describe(
         elif is_bias(attn_mask):
             problem = BIAS
         else:
-            causal = hides_future(attn_mask)
+            causal = hides_future(attn_mask, query.shape[2], key.shape[2])
     heads = (query.shape[1], key.shape[1]) if query.dim() == key.dim() == 4 else (1, 1)
     return Call(*heads, causal, problem)
 
@@ -138,8 +138,8 @@ def _shape_problem(query: Tensor, key: Tensor, value: Tensor) -> str | None:
         return f"calls attention with {query.dim()} dimensions; 4 are needed: batch, heads, length, head_dim"
     if query.shape[2] != key.shape[2]:
         return f"cross-attention ({query.shape[2]} queries, {key.shape[2]} keys)"
-    if key.shape != value.shape:
-        return "its values have another size than its keys"
+    if key.shape[:3] != value.shape[:3]:
+        return "its values have other heads or another length than its keys"
     if query.shape[1] % key.shape[1] or query.shape[0] != key.shape[0]:
         return "its keys are broadcast over samples or heads"
     return None
