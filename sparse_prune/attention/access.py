@@ -40,6 +40,9 @@ def list_layers(model: nn.Module, example: Any = None) -> list[FoundLayer]:
     else:
         with hf.observing(model) as hf_calls, mha.observing(model) as mha_calls, observing(model) as sdpa_calls:
             run_example(model, example)
+        # However a module names SDPA, its call was seen.
+        names = [name for name in modules if name in callers or name in sdpa_calls.keys() - mhas.keys()]
+        callers = {name: modules[name] for name in names if not hf.is_attention(type(modules[name]))}
         found = [*hf.find(modules, hf_calls), *mha.find(mhas, mha_calls), *sdpa.find(callers, sdpa_calls)]
     found += _unreached(modules, [layer.name for layer in found])
     order = {name: index for index, name in enumerate(modules)}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import inspect
-import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -20,7 +19,7 @@ from sparse_prune.attention.layer import PrunableAttention
 from sparse_prune.attention.masks import hides_future
 from sparse_prune.attention.packed import PackedKeys
 from sparse_prune.attention.softcap import softcapped
-from sparse_prune.attention.trial import Call, Calls, describe
+from sparse_prune.attention.trial import Call, Calls, describe, named_cross
 from sparse_prune.kernels import AttentionOptions
 
 IMPLEMENTATION = "sparse_prune"
@@ -28,7 +27,6 @@ BESIDE_EAGER = "sparse_prune_beside_eager"
 """The same for configs of layers of which some must go on in eager attention: all get the masks of that."""
 _INTERFACE = "ALL_ATTENTION_FUNCTIONS"
 _OWN = "_attn_implementation_before_pruning"
-_CROSS = re.compile(r"cross_?att(n|ention)|encoder_attn|encoder_decoder_attention|EncDecAttention")
 _REFUSED = {
     "position_bias": "an additive position bias",
     "s_aux": "learned attention sinks",
@@ -83,10 +81,10 @@ def observing(model: nn.Module) -> Iterator[Calls]:
         function = get(self, implementation, default)
 
         @wraps(function)
-        def observed(module: nn.Module, query: Any, key: Any, value: Any, mask: Any = None, **kwargs: Any) -> Any:
+        def observed(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
             if module in names:
-                calls.setdefault(names[module], []).append(_describe(module, query, key, value, mask, **kwargs))
-            return function(module, query, key, value, mask, **kwargs)
+                calls.setdefault(names[module], []).append(_describe(module, *args, **kwargs))
+            return function(module, *args, **kwargs)
 
         return observed
 
@@ -98,14 +96,15 @@ def observing(model: nn.Module) -> Iterator[Calls]:
 
 
 def _describe(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
 ) -> Call:
     """What a call of the AttentionInterface shows of its layer."""
-    flag = kwargs.get("is_causal")
-    flag = bool(getattr(module, "is_causal", False)) if flag is None else bool(flag)
-    if mask is None or mask.dim() == 4:
-        return describe(query, key, value, mask, is_causal=flag and mask is None)
-    return describe(query, key, value, None, is_causal=flag)  # padding alone, as FlashAttention takes it
+    mask, flag = _newest(attention_mask, key.shape[2]), _flag(module, kwargs.get("is_causal"))
+    if mask is None or mask.dim() != 4:  # nothing is hidden, or padding alone, as FlashAttention takes it
+        return describe(query, key, value, None, is_causal=flag)
+    if window_of(mask, query.shape[2]) is not None:
+        return describe(query, key, value, None, is_causal=True)
+    return describe(query, key, value, mask)
 
 
 def attach(model: nn.Module, layers: list[FoundLayer]) -> list[PrunableAttention]:
@@ -253,8 +252,7 @@ def _keywords(forward: Callable[..., Any]) -> dict[str, ast.expr]:
 
 
 def _is_cross(name: str, module: nn.Module) -> bool:
-    named = _CROSS.search(name) is not None
-    return named or "Cross" in type(module).__name__ or bool(getattr(module, "is_cross_attention", False))
+    return named_cross(name) or "Cross" in type(module).__name__ or bool(getattr(module, "is_cross_attention", False))
 
 
 def _is_causal(module: Any, modules: Iterable[nn.Module]) -> bool:

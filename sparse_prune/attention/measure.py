@@ -161,5 +161,5 @@ def _inputs(layer: PrunableAttention) -> tuple[Tensor, Tensor, Tensor]:
 
 @torch.enable_grad()  # type: ignore[untyped-decorator, unused-ignore]
 def _milliseconds(attend: Callable[[], Tensor], inputs: tuple[Tensor, Tensor, Tensor]) -> float:
-    grad = torch.ones_like(inputs[0][..., :1]).expand(*inputs[0].shape[:3], inputs[2].shape[3])
+    grad = inputs[0].new_ones(*inputs[0].shape[:3], inputs[2].shape[3])
     return milliseconds(lambda: torch.autograd.grad(attend(), inputs, grad), grad.device)
