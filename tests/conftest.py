@@ -4,8 +4,6 @@ import os
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
@@ -14,6 +12,10 @@ if not torch.cuda.is_available():
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory):
     """A folder with a random two-layer Llama and a tokenizer of single characters."""
+    # Not before the environment is set: these packages import Triton.
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
     folder = tmp_path_factory.mktemp("tiny")
     vocabulary = {"<unk>": 0, "<eos>": 1} | {chr(32 + i): 2 + i for i in range(95)} | {"\n": 97}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))

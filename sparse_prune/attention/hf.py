@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_prune.attention.found import FoundLayer, drop_handle, give_handle, handle_of, modules_of
+from sparse_prune.attention.hf_configs import TakeOver, give_back
 from sparse_prune.attention.hf_masks import boolean, expand, make_mask, may_lack_keys, window_of
 from sparse_prune.attention.layer import PrunableAttention
 from sparse_prune.attention.masks import hides_future
@@ -111,8 +112,6 @@ def attach(model: nn.Module, layers: list[FoundLayer]) -> list[PrunableAttention
     """Route layers through a handle each; those that share a config with them go on without one."""
     register()
     handles = [give_handle(layer) for layer in layers]
-    for handle in handles:
-        handle.on_load = register
     attention = [module for module in model.modules() if is_attention(type(module))]
     configs: dict[int, Any] = {id(layer.module.config): layer.module.config for layer in layers}
     for config in configs.values():
@@ -120,8 +119,12 @@ def attach(model: nn.Module, layers: list[FoundLayer]) -> list[PrunableAttention
         if config._attn_implementation not in (IMPLEMENTATION, BESIDE_EAGER):
             for module in sharing:
                 vars(module)[_OWN] = config._attn_implementation
-        # Not by `set_attn_implementation`, which goes on to the configs of other models inside.
-        config._attn_implementation_internal = _implementation(model, config, sharing)
+        before = next(vars(module)[_OWN] for module in sharing if _OWN in vars(module))
+        take_over = TakeOver(config, _implementation(model, config, sharing), before, register)
+        take_over()
+        for handle, layer in zip(handles, layers, strict=True):
+            if layer.module.config is config:
+                handle.on_load = take_over
     return handles
 
 
@@ -190,7 +193,7 @@ def detach(model: nn.Module) -> None:
             drop_handle(module)
             own = vars(module).pop(_OWN, None)
             if own is not None:
-                module.config._attn_implementation_internal = own  # type: ignore[union-attr]
+                give_back(module.config, own)
 
 
 def is_attention(kind: type[nn.Module]) -> bool:

@@ -32,7 +32,9 @@ def candidates(model: nn.Module) -> dict[str, nn.Module]:
     Modules of transformers' AttentionInterface are among them.
     """
     return {
-        name: module for name, module in modules_of(model).items() if replaced(module, _forward) or can_call_sdpa(module)
+        name: module
+        for name, module in modules_of(model).items()
+        if replaced(module, _forward) or can_call_sdpa(module)
     }
 
 
