@@ -121,8 +121,8 @@ def block_sparse_attention(
 def _check(query: Tensor, key: Tensor, value: Tensor, pattern: BlockPattern, options: AttentionOptions) -> None:
     if query.dim() != 4 or key.dim() != 4 or value.dim() != 4 or value.shape[:3] != key.shape[:3]:
         raise ValueError(
-            "`query`, `key` and `value` must have shape (batch, heads, length, head_dim) and `value` that of `key`, but "
-            "for its last side, "
+            "`query`, `key` and `value` must have shape (batch, heads, length, head_dim) and `value` the first three "
+            "sides of `key`, "
             f"got {tuple(query.shape)}, {tuple(key.shape)}, {tuple(value.shape)}."
         )
     if not query.dtype == key.dtype == value.dtype and not torch.is_autocast_enabled(query.device.type):
