@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from sparse_prune import BlockPattern
 from sparse_prune.kernels import AttentionOptions, block_sparse_attention
 from support.cases import inputs, random_pattern, run
 
