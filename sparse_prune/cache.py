@@ -106,6 +106,13 @@ class PatternLayer(CacheLayerMixin):  # type: ignore[misc]
         """
         if torch.is_grad_enabled() and key_states.requires_grad:
             raise ValueError("`PatternCache` keeps no gradients. Call the model under torch.no_grad().")
+        if key_states.shape[1] != self.handle.num_kv_heads:
+            raise ValueError(
+                f"`PatternCache` must get keys and values of {self.handle.num_kv_heads} heads for layer "
+                f"{self.handle.name!r}, got {key_states.shape[1]}: the model caches what it computes them from, as "
+                "multi-head latent attention does. Generate with past_key_values=DynamicCache(), which it shrinks "
+                "itself."
+            )
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         start, new = self.length, key_states.shape[2]

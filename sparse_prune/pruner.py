@@ -404,7 +404,9 @@ class AttentionPruner:
             )
         for name, part in layers.items():
             layer = self.layers[name].layer
-            if (part["num_heads"], part["causal"]) != (layer.num_heads, layer.causal):
+            # A layer that no call was seen of has nothing against what was seen in the run that is resumed.
+            causal = layer.causal if layer.seen else part["causal"]
+            if (part["num_heads"], part["causal"]) != (layer.num_heads, causal):
                 raise ValueError(
                     f"The checkpoint is of another model: layer {name!r} has {part['num_heads']} heads "
                     f"(causal={part['causal']}) there, {layer.num_heads} (causal={layer.causal}) here."
@@ -418,6 +420,7 @@ class AttentionPruner:
         for name, part in layers.items():
             if before is None and self._score.kind == "mean":  # the row-mass criterion kept a statistic beside
                 part = {**part, "scores": part["mass"]}
+            self.layers[name].layer.causal = part["causal"]
             self.layers[name].load_state_dict(part)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from typing import Any
 
 from torch import nn
@@ -35,13 +36,17 @@ def list_layers(model: nn.Module, example: Any = None) -> list[FoundLayer]:
     mhas = mha.candidates(model)
     callers = {name: module for name, module in sdpa.candidates(model).items() if not hf.is_attention(type(module))}
     example = getattr(model, "example_input_array", None) if example is None else example
-    if example is None or all(handle_of(module) is not None for module in (*usable, *mhas.values(), *callers.values())):
+    known = [*usable, *mhas.values(), *callers.values()]
+    if example is None or (known and all(handle_of(module) is not None for module in known)):
         found += [*mha.find(mhas, None), *sdpa.find(callers, None)]
     else:
-        with mha.observing(model) as mha_calls, observing(model) as sdpa_calls:
+        with hf.observing(model) as hf_calls, mha.observing(model) as mha_calls, observing(model) as sdpa_calls:
             run_example(model, example)
-        found = [*hf.find(modules, sdpa_calls), *mha.find(mhas, mha_calls), *sdpa.find(callers, sdpa_calls)]
-    found += _unreached(modules, [layer.name for layer in found])
+        # However a module names SDPA, its call was seen.
+        names = [name for name in modules if name in callers or name in sdpa_calls.keys() - mhas.keys()]
+        callers = {name: modules[name] for name in names if not hf.is_attention(type(modules[name]))}
+        found = [*hf.find(modules, hf_calls), *mha.find(mhas, mha_calls), *sdpa.find(callers, sdpa_calls)]
+    found += _unreached(modules, [layer.name for layer in found], tried=example is not None)
     order = {name: index for index, name in enumerate(modules)}
     return sorted(found, key=lambda layer: order[layer.name])
 
@@ -88,8 +93,13 @@ def attach(model: nn.Module, example: Any = None, *, module: str | None = None) 
             "attention goes through transformers' AttentionInterface, nn.MultiheadAttention or "
             "F.scaled_dot_product_attention."
         )
-    if problems:
-        log.warning("These attention layers stay dense: %s", "; ".join(problems))
+    if problems and any(handle_of(layer.module) is None for layer in usable):
+        log.warning(
+            "These attention layers stay dense: %s. Totals speak of the other %d of %d.",
+            "; ".join(problems),
+            len(usable),
+            len(layers),
+        )
     kinds = {kind: [layer for layer in usable if layer.kind == kind] for kind in ("transformers", "mha", "sdpa")}
     handles: dict[FoundLayer, PrunableAttention] = {}
     for kind, attach_layers in (("transformers", hf.attach), ("mha", mha.attach), ("sdpa", sdpa.attach)):
@@ -110,10 +120,12 @@ def detach(model: nn.Module) -> None:
     sdpa.detach(model)
 
 
-def _unreached(modules: dict[str, nn.Module], found: list[str]) -> list[FoundLayer]:
+def _unreached(modules: dict[str, nn.Module], found: list[str], tried: bool) -> list[FoundLayer]:
     """Modules that are called attention, the innermost of them, and were not found in any way."""
-    named = [name for name, module in modules.items() if "attention" in type(module).__name__.lower()]
+    named = [name for name, module in modules.items() if re.search("att(ention|n)", type(module).__name__.lower())]
     problem = "computes attention in its own code, without SDPA or the AttentionInterface"
+    if not tried:
+        problem += ", as far as can be told without an example input"
     return [
         FoundLayer(name, "unknown", modules[name], problem=problem)
         for name in named

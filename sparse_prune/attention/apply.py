@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,6 +12,8 @@ from sparse_prune.attention.access import attach
 from sparse_prune.attention.layer import PrunableAttention
 from sparse_prune.kernels import check_backend, usable_backend
 from sparse_prune.pattern import BlockPattern
+
+log = logging.getLogger(__name__)
 
 
 def apply_patterns(
@@ -23,7 +26,8 @@ def apply_patterns(
     Args:
         model: Any module; it is taken over if it was not yet.
         patterns: Layer -> pattern, as `sparse_prune.export.load_patterns` reads them. Layers without one stay as they
-            are. Names are those in `model`: patterns of a run begin with the LightningModule's attribute.
+            are. Names are those in `model`, or differ from them by one prefix, as those of a run do, which begin with
+            the LightningModule's attribute: the log says then what was matched.
         example: See `list_layers`.
         backend: One of `sparse_prune.kernels.BACKENDS`; None: "triton" where there is a GPU, "gather" elsewhere.
 
@@ -31,8 +35,8 @@ def apply_patterns(
         The layers that got a pattern.
 
     Raises:
-        ValueError: If a layer does not exist, or has other heads or another causality than its pattern, or the backend
-            is unknown.
+        ValueError: If a layer does not exist, could be several, or has other heads or another causality than its
+            pattern, or if the backend is unknown.
     """
     chosen = usable_backend("triton") if backend is None else backend
     check_backend(chosen)
@@ -54,18 +58,54 @@ def fitting_layers(
         example: See `list_layers`.
 
     Raises:
-        ValueError: If a layer does not exist, or has other heads or another causality than its pattern.
+        ValueError: If a layer does not exist, could be several, or has other heads or another causality than its
+            pattern.
     """
     layers = {layer.name: layer for layer in attach(model, example)}
-    if missing := sorted(patterns.keys() - layers.keys()):
-        raise ValueError(
-            f"The patterns are of another model: they name layers {missing[:4]}, this one has {list(layers)[:4]}. Give "
-            "the module that was pruned: names begin with that of the model in it."
-        )
+    names = _names_here(list(patterns), list(layers))
     for name, pattern in patterns.items():
-        there, here = (pattern.num_heads, pattern.causal), (layers[name].num_heads, layers[name].causal)
+        layer = layers[names[name]]
+        there, here = (pattern.num_heads, pattern.causal), (layer.num_heads, layer.causal)
         if there != here:
             raise ValueError(
                 f"The patterns are of another model: layer {name!r} has (heads, causal) {there} there, {here} here."
             )
-    return {name: layers[name] for name in patterns}
+    return {name: layers[names[name]] for name in patterns}
+
+
+def _names_here(there: list[str], here: list[str]) -> dict[str, str]:
+    """The layer's name for that of every pattern: the same one, or one that differs by a prefix as all others do.
+
+    Raises:
+        ValueError: If a layer does not exist, or if there are several ways.
+    """
+    if set(there) <= set(here):
+        return {name: name for name in there}
+    ways = {_prefixes(there[0], name) for name in here}
+    found = []
+    for cut, put in sorted(ways):
+        names = {name: put + name.removeprefix(cut) for name in there if name.startswith(cut)}
+        # Where both have a prefix of their own, nothing less than all layers tells that they are the same.
+        fits = set(names) == set(there) and set(names.values()) <= set(here)
+        if fits and (not (cut and put) or len(there) == len(here)):
+            found.append((cut, put, names))
+    if len(found) == 1:
+        cut, put, names = found[0]
+        log.info("Patterns of layers %r are matched with layers %r of this model.", f"{cut}...", f"{put}...")
+        return names
+    missing = sorted(set(there) - set(here))
+    ways_in_words = f" in {len(found)} ways, by the prefixes {[put for _, put, _ in found]}" if found else ""
+    raise ValueError(
+        f"The patterns are of another model: they name layers {missing[:4]}, this one has {list(here)[:4]}"
+        f"{ways_in_words}. Give the module that was pruned, or patterns with the names of this one's layers."
+    )
+
+
+def _prefixes(there: str, here: str) -> tuple[str, str]:
+    """What stands before the longest common end of two names, whole parts of them."""
+    one, other = there.split("."), here.split(".")
+    common = 0
+    while common < min(len(one), len(other)) and one[-1 - common] == other[-1 - common]:
+        common += 1
+    cut, put = (".".join([*parts[: len(parts) - common], ""]) for parts in (one, other))
+    return cut, put

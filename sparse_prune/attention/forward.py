@@ -4,26 +4,45 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from types import MethodType
 from typing import Any
 
 from torch import nn
 
 
+class _Replacement(partial[Any]):
+    """A `forward` of ours, told by its class from whatever else is put on instances: (function, module, own)."""
+
+
 def replace_forward(module: nn.Module, function: Callable[..., Any]) -> None:
     """Let the module's calls go to `function(module, own, ...)`, a function of a Python module.
 
-    `own` is a `forward` that someone else has put on the instance, else None; `run_original` takes it.
+    `own` is a `forward` that someone else has put on the instance, else None; `run_original` takes it. Hooks of
+    accelerate, which keep the `forward` that they run, stay around it.
+
+    Raises:
+        ValueError: If the module's calls do not come to the function after that.
     """
-    if not _is_replaced(module):
-        vars(module)["forward"] = partial(function, module, vars(module).get("forward"))
+    if not any(replaced(module, function, seat) for seat in _SEATS):
+        seat = _seat(module)
+        vars(module)[seat] = _Replacement(function, module, vars(module).get(seat))
+    if not replaced(module, function):
+        raise ValueError(
+            f"`model` must have modules whose `forward` can be replaced on the instance, got {type(module).__name__}, "
+            f"which goes on to call {module.forward!r}. Attach before the model is wrapped."
+        )
 
 
 def restore_forward(module: nn.Module) -> None:
     """Undo `replace_forward`."""
-    if _is_replaced(module):
-        own = vars(module).pop("forward").args[1]
-        if own is not None:
-            vars(module)["forward"] = own
+    for seat in _SEATS:
+        replacement = vars(module).get(seat)
+        if isinstance(replacement, _Replacement):
+            own = replacement.args[1]
+            if seat == "forward" and (own is None or _is_bound(own, module)):
+                del vars(module)[seat]
+            else:
+                vars(module)[seat] = MethodType(type(module).forward, module) if own is None else own
 
 
 def run_original(module: nn.Module, own: Callable[..., Any] | None, *args: Any, **kwargs: Any) -> Any:
@@ -31,6 +50,25 @@ def run_original(module: nn.Module, own: Callable[..., Any] | None, *args: Any, 
     return type(module).forward(module, *args, **kwargs) if own is None else own(*args, **kwargs)
 
 
-def _is_replaced(module: nn.Module) -> bool:
-    forward = vars(module).get("forward")
-    return isinstance(forward, partial) and forward.args[:1] == (module,)
+_SEATS = ("forward", "_old_forward")
+
+
+def _seat(module: nn.Module) -> str:
+    """The attribute that holds what a module computes: accelerate moves it when it puts a hook around it."""
+    return "_old_forward" if "_hf_hook" in vars(module) and "_old_forward" in vars(module) else "forward"
+
+
+def replaced(module: nn.Module, function: Callable[..., Any], seat: str | None = None) -> bool:
+    """Whether the module's calls go to a function that `replace_forward` has put there.
+
+    Args:
+        module: Any module.
+        function: As it was given to `replace_forward`.
+        seat: The attribute to look at; None: the one that holds what the module computes.
+    """
+    found = vars(module).get(seat or _seat(module))
+    return isinstance(found, _Replacement) and found.func is function and found.args[0] is module
+
+
+def _is_bound(method: Any, module: nn.Module) -> bool:
+    return isinstance(method, MethodType) and method.__self__ is module and method.__func__ is type(module).forward

@@ -33,6 +33,8 @@ class FoundLayer:
     """Tokens that a query sees back to, itself included, where the model says so."""
     problem: str | None = None
     """Why it cannot be pruned; None: it can."""
+    seen: bool = False
+    """Whether a trial run has shown its calls; else they are taken for what the module says, and the first decides."""
 
 
 def handle_of(module: nn.Module) -> PrunableAttention | None:
@@ -51,6 +53,7 @@ def give_handle(layer: FoundLayer) -> PrunableAttention:
         assert layer.num_heads is not None
         assert layer.num_kv_heads is not None
         handle = PrunableAttention(layer.name, layer.num_heads, layer.num_kv_heads, causal=bool(layer.causal))
+        handle.seen = layer.seen
         handle.repeats_keys = layer.kind == "transformers"
         setattr(layer.module, _HANDLE, handle)
     return handle

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import ast
 import inspect
-import re
+import sys
 from collections.abc import Callable, Iterable, Iterator
-from functools import cache, partial
+from contextlib import contextmanager
+from functools import cache, partial, wraps
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sparse_prune.attention.found import FoundLayer, drop_handle, give_handle, handle_of, modules_of
+from sparse_prune.attention.hf_configs import TakeOver, give_back
 from sparse_prune.attention.hf_masks import boolean, expand, make_mask, may_lack_keys, window_of
 from sparse_prune.attention.layer import PrunableAttention
+from sparse_prune.attention.masks import hides_future
 from sparse_prune.attention.packed import PackedKeys
 from sparse_prune.attention.softcap import softcapped
-from sparse_prune.attention.trial import BIAS, Calls
+from sparse_prune.attention.trial import Call, Calls, describe, named_cross
 from sparse_prune.kernels import AttentionOptions
 
 IMPLEMENTATION = "sparse_prune"
@@ -25,7 +28,6 @@ BESIDE_EAGER = "sparse_prune_beside_eager"
 """The same for configs of layers of which some must go on in eager attention: all get the masks of that."""
 _INTERFACE = "ALL_ATTENTION_FUNCTIONS"
 _OWN = "_attn_implementation_before_pruning"
-_CROSS = re.compile(r"cross_?att(n|ention)|encoder_attn|encoder_decoder_attention|EncDecAttention")
 _REFUSED = {
     "position_bias": "an additive position bias",
     "s_aux": "learned attention sinks",
@@ -46,7 +48,8 @@ def find(modules: dict[str, nn.Module], calls: Calls | None = None) -> Iterator[
 
     Args:
         modules: By qualified name.
-        calls: What they called in a trial run, which shows biases that hide in a mask; None: there was none.
+        calls: What they asked of the AttentionInterface in a trial run, which decides whether they are causal and shows
+            what no name tells: biases in masks, keys of others; None: there was none.
     """
     for name, module in modules.items():
         if is_attention(type(module)):
@@ -54,17 +57,61 @@ def find(modules: dict[str, nn.Module], calls: Calls | None = None) -> Iterator[
             window = getattr(module, "sliding_window", None)
             causal = _is_causal(module, modules.values()) and not _is_cross(name, module)
             problem = _problem(name, module, heads)
-            if problem is None and any(call.problem == BIAS for call in (calls or {}).get(name, ())):
-                problem = BIAS
-            yield FoundLayer(name, "transformers", module, heads, kv_heads, causal, window, problem)
+            handle, made = handle_of(module), (calls or {}).get(name, [])
+            if handle is not None:
+                causal = handle.causal
+            elif made:
+                causal = all(call.causal for call in made)
+                problem = problem or next((call.problem for call in made if call.problem is not None), None)
+            yield FoundLayer(name, "transformers", module, heads, kv_heads, causal, window, problem, bool(made))
+
+
+@contextmanager
+def observing(model: nn.Module) -> Iterator[Calls]:
+    """Note what modules ask of the AttentionInterface, whichever attention it gives them."""
+    calls: dict[str, list[Call]] = {}
+    transformers = sys.modules.get("transformers.modeling_utils")
+    if transformers is None:  # then no module of the model is one of its
+        yield calls
+        return
+    names = {module: name for name, module in modules_of(model).items()}
+    interface = transformers.AttentionInterface
+    get = interface.get_interface
+
+    def get_observed(self: Any, implementation: Any, default: Any) -> Callable[..., Any]:
+        function = get(self, implementation, default)
+
+        @wraps(function)
+        def observed(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            if module in names:
+                calls.setdefault(names[module], []).append(_describe(module, *args, **kwargs))
+            return function(module, *args, **kwargs)
+
+        return observed
+
+    interface.get_interface = get_observed
+    try:
+        yield calls
+    finally:
+        interface.get_interface = get
+
+
+def _describe(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
+) -> Call:
+    """What a call of the AttentionInterface shows of its layer."""
+    mask, flag = _newest(attention_mask, key.shape[2]), _flag(module, kwargs.get("is_causal"))
+    if mask is None or mask.dim() != 4:  # nothing is hidden, or padding alone, as FlashAttention takes it
+        return describe(query, key, value, None, is_causal=flag)
+    if window_of(mask, query.shape[2]) is not None:
+        return describe(query, key, value, None, is_causal=True)
+    return describe(query, key, value, mask)
 
 
 def attach(model: nn.Module, layers: list[FoundLayer]) -> list[PrunableAttention]:
     """Route layers through a handle each; those that share a config with them go on without one."""
     register()
     handles = [give_handle(layer) for layer in layers]
-    for handle in handles:
-        handle.on_load = register
     attention = [module for module in model.modules() if is_attention(type(module))]
     configs: dict[int, Any] = {id(layer.module.config): layer.module.config for layer in layers}
     for config in configs.values():
@@ -72,8 +119,12 @@ def attach(model: nn.Module, layers: list[FoundLayer]) -> list[PrunableAttention
         if config._attn_implementation not in (IMPLEMENTATION, BESIDE_EAGER):
             for module in sharing:
                 vars(module)[_OWN] = config._attn_implementation
-        # Not by `set_attn_implementation`, which goes on to the configs of other models inside.
-        config._attn_implementation_internal = _implementation(model, config, sharing)
+        before = next(vars(module)[_OWN] for module in sharing if _OWN in vars(module))
+        take_over = TakeOver(config, _implementation(model, config, sharing), before, register)
+        take_over()
+        for handle, layer in zip(handles, layers, strict=True):
+            if layer.module.config is config:
+                handle.on_load = take_over
     return handles
 
 
@@ -142,7 +193,7 @@ def detach(model: nn.Module) -> None:
             drop_handle(module)
             own = vars(module).pop(_OWN, None)
             if own is not None:
-                module.config._attn_implementation_internal = own  # type: ignore[union-attr]
+                give_back(module.config, own)
 
 
 def is_attention(kind: type[nn.Module]) -> bool:
@@ -204,8 +255,7 @@ def _keywords(forward: Callable[..., Any]) -> dict[str, ast.expr]:
 
 
 def _is_cross(name: str, module: nn.Module) -> bool:
-    named = _CROSS.search(name) is not None
-    return named or "Cross" in type(module).__name__ or bool(getattr(module, "is_cross_attention", False))
+    return named_cross(name) or "Cross" in type(module).__name__ or bool(getattr(module, "is_cross_attention", False))
 
 
 def _is_causal(module: Any, modules: Iterable[nn.Module]) -> bool:
@@ -283,10 +333,11 @@ def _dense(
     """The model's own attention by SDPA, (batch, num_heads, q_len, head_dim)."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    causal = bool(getattr(module, "is_causal", False)) if is_causal is None else is_causal
+    causal = _flag(module, is_causal)
     mask = _newest(mask, key.shape[2])
     if softcap is not None:
         mask, window = _for_kernels(mask, window, causal)
+        causal = causal and (mask is None or mask.dim() == 2)
         return softcapped(query, key, value, causal, _options(mask, window, dropout, scaling, softcap))
     if mask is not None and (mask.dim() == 2 or window is not None):
         mask = expand(mask, causal)
@@ -320,31 +371,47 @@ def _attend(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     beside_eager = module.config._attn_implementation == BESIDE_EAGER
-    active = handle.mode != "dense" or handle.probe_block_size is not None
-    if attention_mask is not None and (beside_eager or active):
+    active = not handle.idle
+    if attention_mask is not None and (beside_eager or active or not handle.seen):
         attention_mask = boolean(attention_mask)
     if beside_eager:  # the mask is whole
-        causal, is_causal = handle.causal, False
-    else:
-        causal = bool(getattr(module, "is_causal", False)) if is_causal is None else is_causal
-    if causal != handle.causal:
-        raise ValueError(
-            f"Layer {handle.name!r} must be called with is_causal={handle.causal}, got {causal}. "
-            "Set the module's `is_causal` before pruning starts."
-        )
+        is_causal = False
     _refuse_arguments(handle.name, kwargs, _REFUSED)
     if active:
         _refuse_bias(handle, attention_mask)
+    q_len, kv_len = query.shape[2], key.shape[2]
+    window = window_of(attention_mask, q_len)
+    causal = handle.causal
+    if active or not handle.seen:
+        causal = _shows_no_later_key(handle, _flag(module, is_causal), attention_mask, window, q_len, kv_len)
     handle.sliding_window = kwargs.get("sliding_window")
-    mask, window = _for_kernels(attention_mask, window_of(attention_mask, query.shape[2]), causal)
+    mask, window = _for_kernels(attention_mask, window, causal and handle.causal)
 
     def dense() -> Tensor:
         return _dense(module, query, key, value, mask, window, dropout, scaling, is_causal, softcap, **kwargs)
 
     options = _options(mask, window, dropout, scaling, softcap)
-    whole = not may_lack_keys(attention_mask, query.shape[2], key.shape[2], handle.sliding_window)
-    output = handle.attend(query, key, value, options, dense=dense, whole=whole)
+    whole = not may_lack_keys(attention_mask, q_len, kv_len, handle.sliding_window)
+    output = handle.attend(query, key, value, options, dense=dense, whole=whole, causal=causal)
     return output.transpose(1, 2).contiguous(), None
+
+
+def _flag(module: Any, is_causal: bool | None) -> bool:
+    """Whether a call without a mask is causal: as it says itself, else as its module does."""
+    return bool(getattr(module, "is_causal", False)) if is_causal is None else bool(is_causal)
+
+
+def _shows_no_later_key(
+    handle: PrunableAttention, flag: bool, mask: Tensor | None, window: int | None, q_len: int, kv_len: int
+) -> bool:
+    """Whether a call is causal: a flag is a claim, which holds where no mask of all pairs stands against it."""
+    if window is not None:
+        return True
+    if mask is None or mask.dim() == 2:
+        return flag or (q_len == 1 and handle.causal)
+    if torch.compiler.is_compiling():  # a tracer cannot look into the mask
+        return handle.causal
+    return hides_future(mask, q_len, kv_len) if mask.shape[-1] == kv_len else handle.causal
 
 
 _attend_eagerly = torch.compiler.disable(_attend)  # type: ignore[no-untyped-call, unused-ignore]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 from weakref import WeakValueDictionary
@@ -13,11 +14,13 @@ import torch
 from torch import Tensor
 
 from sparse_prune.attention.gradient import with_gradient
+from sparse_prune.attention.later import last_rows, opened
 from sparse_prune.attention.packed import PackedKeys, masked_attention
 from sparse_prune.kernels import AttentionOptions, block_sparse_attention, moving_backend, probe_attention, probe_score
 from sparse_prune.pattern import BlockPattern
 from sparse_prune.scores import STATISTICS, BlockStatistics, Score
 
+log = logging.getLogger(__name__)
 Mode = Literal["dense", "masked", "sparse"]
 _LENGTHS_KEPT = 8
 _COUNT = itertools.count()
@@ -41,6 +44,8 @@ class CallShape(NamedTuple):
     """On which they lie."""
     options: AttentionOptions = AttentionOptions()
     """What else the call asked for; of its masks the shapes alone, on the meta device."""
+    value_dim: int | None = None
+    """Channels of a head's values; None: as many as `head_dim`."""
 
 
 @dataclass(eq=False)
@@ -82,6 +87,10 @@ class PrunableAttention:
     does; else it shares them in any case (`enable_gqa`)."""
     on_load: Callable[[], None] | None = None
     """Called where the handle was copied or loaded, as by `torch.load` in another process; a function of a module."""
+    seen: bool = False
+    """Whether a call was seen. Until then `causal` is what the module says of itself, and the first call decides."""
+    aside: str | None = None
+    """Why the layer stays dense after all: its first call was of a kind that cannot be pruned. None: it may be."""
     _pattern: BlockPattern | None = None
     _version: str = ""  # names the pattern for torch.compile, which compiles anew when it changes
     _at: Callable[[int, int], BlockPattern] | None = None
@@ -117,7 +126,8 @@ class PrunableAttention:
     @property
     def idle(self) -> bool:
         """Whether a call is the model's own: there is no pattern to apply and nothing to watch."""
-        return (self.mode == "dense" or self._pattern is None) and self.probe_block_size is None
+        untouched = (self.mode == "dense" or self._pattern is None) and self.probe_block_size is None
+        return untouched or self.aside is not None
 
     def pattern_at(self, q_len: int, kv_len: int) -> BlockPattern:
         """The pattern for a call's lengths, kept for the next call; only the latest lengths are.
@@ -153,24 +163,29 @@ class PrunableAttention:
         *,
         dense: Callable[[], Tensor],
         whole: bool = True,
+        causal: bool | None = None,
     ) -> Tensor:
         """Attention in the layer's mode.
 
         Args:
             query: (batch, num_heads, q_len, head_dim).
             key: (batch, num_kv_heads, kv_len, head_dim), or what a `PatternCache` gave.
-            value: (batch, num_kv_heads, kv_len, head_dim), or what a `PatternCache` gave.
+            value: (batch, num_kv_heads, kv_len, value_dim), or what a `PatternCache` gave.
             options: What the model asks for.
             dense: The model's own attention.
             whole: Whether the keys are known to be all of the sequence's so far, of which no cache has dropped any.
+            causal: Whether this call shows queries no key later than themselves; the call decides, not the layer. One
+                that is not causal hides what it hides by the masks among its options. None: as the layer.
 
         Returns:
-            (batch, num_heads, q_len, head_dim).
+            (batch, num_heads, q_len, value_dim).
 
         Raises:
             ValueError: If the call has another number of heads than the layer, or keys that were evicted by another
                 pattern or by none.
         """
+        if self.aside is not None:
+            return dense()
         if (query.shape[1], key.shape[1]) != (self.num_heads, self.num_kv_heads):
             raise ValueError(
                 f"Layer {self.name!r} must be called with {self.num_heads} query and {self.num_kv_heads} key heads, "
@@ -182,11 +197,14 @@ class PrunableAttention:
                 return held.attend(query, options)
             key, value = held.first
         q_len, kv_len = query.shape[2], key.shape[2]
-        if self.traceable and torch.compiler.is_compiling():
+        causal = self.causal if causal is None else causal
+        if self.traceable and causal == self.causal and torch.compiler.is_compiling():
             return _attend_planned(self, query, key, value, options)
-        self._watch(query, key, value, options)
+        self._watch(query, key, value, options, causal)
+        if self.idle:
+            return dense()
         if self.mode == "dense" or self._pattern is None:
-            return self._with_gradient(dense(), query, key, value, options)
+            return self._with_gradient(dense(), query, key, value, options, causal)
         if q_len != kv_len:
             if not whole:
                 raise ValueError(
@@ -194,13 +212,20 @@ class PrunableAttention:
                     "pattern counts. Generate with past_key_values=PatternCache(model), or with DynamicCache() where "
                     "that refuses the model."
                 )
-            return self._attend_cached(query, key, value, options)
-        pattern = self.pattern_at(q_len, kv_len)
+            return self._attend_cached(query, key, value, options, causal)
+        pattern = self._pattern_of_call(q_len, kv_len, causal)
+        if causal and not pattern.causal:
+            options = _causal_too(options, q_len, query.device)
         backend = moving_backend(query, pattern, options) if self.mode == "masked" else self.backend
         output = block_sparse_attention(query, key, value, pattern, options, backend=backend)
-        return self._with_gradient(output, query, key, value, options)
+        return self._with_gradient(output, query, key, value, options, causal)
 
-    def _watch(self, query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions) -> None:
+    def _pattern_of_call(self, q_len: int, kv_len: int, causal: bool) -> BlockPattern:
+        """The pattern for a call's lengths; where the call shows later keys, with all of them."""
+        pattern = self.pattern_at(q_len, kv_len)
+        return opened(pattern) if pattern.causal and not causal else pattern
+
+    def _watch(self, query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions, causal: bool) -> None:
         """Remember the shape of a training call, and probe it if asked to."""
         # A checkpointed layer runs again inside the backward pass: it was probed and counted the first time.
         first_run = torch._C._current_graph_task_id() == -1  # type: ignore[attr-defined, unused-ignore]
@@ -209,26 +234,58 @@ class PrunableAttention:
         batch, _, q_len, head_dim = query.shape
         kv_len = key.shape[2]
         if q_len == kv_len:
+            self._learn(causal)
             shapes = options.with_masks(lambda mask: mask.to("meta"))
-            self.last_shape = CallShape(batch, q_len, kv_len, head_dim, value.dtype, query.device, shapes)
+            self.last_shape = CallShape(
+                batch, q_len, kv_len, head_dim, value.dtype, query.device, shapes, value.shape[3]
+            )
             if self.probe_block_size is not None:
-                self._probe(query, key, value, options, self.probe_block_size)
+                self._probe(query, key, value, options, self.probe_block_size, causal)
         elif self.probe_block_size is not None and torch.is_grad_enabled():  # without gradients it is a decoding step
+            if not self.seen and not causal and self._pattern is None:
+                self.set_aside(f"cross-attention ({q_len} queries, {kv_len} keys)")
+                return
             raise ValueError(
                 f"Layer {self.name!r} must attend to its own tokens in training, got {q_len} queries and {kv_len} "
                 "keys. Train without `past_key_values`: patterns hold no prefix and no cached keys."
             )
 
+    def _learn(self, causal: bool) -> None:
+        """The first call of a layer that no trial run has shown says whether it is causal."""
+        if not self.seen and self._pattern is None and self.statistics is None:
+            self.causal = causal
+        self.seen = True
+
+    def set_aside(self, problem: str) -> None:
+        """Leave the layer dense from now on, and say so.
+
+        Args:
+            problem: Why its connections cannot be pruned.
+        """
+        self.aside, self.statistics = problem, None
+        log.warning(
+            "This attention layer stays dense: %r: %s. It is left out of all totals; give an example input of the "
+            "model (LightningModule.example_input_array, or `example`) to know before training.",
+            self.name,
+            problem,
+        )
+
     def _probe(
-        self, query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions, block_size: tuple[int, int]
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        options: AttentionOptions,
+        block_size: tuple[int, int],
+        causal: bool,
     ) -> None:
-        seen = probe_attention(query.detach(), key.detach(), block_size, causal=self.causal, options=options)
+        seen = probe_attention(query.detach(), key.detach(), block_size, causal=causal, options=options)
         self.statistics = seen if self.statistics is None else self.statistics + seen
         if self.score is not None and self.score.sees != "gradient":
-            self._add_to_score(self.score, query.detach(), key.detach(), value.detach(), options, block_size)
+            self._add_to_score(self.score, query.detach(), key.detach(), value.detach(), options, block_size, causal)
 
     def _with_gradient(
-        self, output: Tensor, query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions
+        self, output: Tensor, query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions, causal: bool
     ) -> Tensor:
         """The output, whose gradient the score sees in the backward pass if it asks for it.
 
@@ -243,7 +300,7 @@ class PrunableAttention:
 
         def add(query: Tensor, key: Tensor, value: Tensor, gradient: Tensor) -> None:
             gradient = gradient.float() / self.gradient_scale
-            self._add_to_score(score, query, key, value, options, block_size, gradient)
+            self._add_to_score(score, query, key, value, options, block_size, causal, gradient)
 
         return with_gradient(output, query, key, value, add)
 
@@ -255,13 +312,14 @@ class PrunableAttention:
         value: Tensor,
         options: AttentionOptions,
         block_size: tuple[int, int],
+        causal: bool,
         gradient: Tensor | None = None,
     ) -> None:
         pattern = None
         if self.mode != "dense" and self._pattern is not None:
-            pattern = self.pattern_at(query.shape[2], key.shape[2])
+            pattern = self._pattern_of_call(query.shape[2], key.shape[2], causal)
         seen = probe_score(
-            score, query, key, value, block_size, causal=self.causal, options=options, gradient=gradient,
+            score, query, key, value, block_size, causal=causal, options=options, gradient=gradient,
             pattern=pattern,
         )  # fmt: skip
         self.score_sums = seen if self.score_sums is None else self.score_sums + seen
@@ -280,16 +338,20 @@ class PrunableAttention:
             )
         return key
 
-    def _attend_cached(self, query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions) -> Tensor:
+    def _attend_cached(
+        self, query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions, causal: bool
+    ) -> Tensor:
         """The last queries against a cache: few rows, so that off the GPU a mask costs little."""
         assert self._pattern is not None
         q_len, kv_len = query.shape[2], key.shape[2]
-        if self.mode == "sparse" and self.backend == "triton" and not torch.is_grad_enabled():
+        here = self.mode == "sparse" and self.backend == "triton" and not torch.is_grad_enabled()
+        # One last query sees every key in any case.
+        if here and self._pattern.causal and (causal or q_len == 1):
             from sparse_prune.kernels.triton.attend import decode, decodes
 
-            if decodes(query, key):  # more rows are masked
+            if decodes(query, key, value):  # more rows are masked
                 return decode(query, key, value, self._pattern, options)
-        mask = self._pattern.token_mask(q_len, kv_len, query.device)[None]
+        mask = last_rows(self._pattern, q_len, kv_len, causal, query.device)[None]
         if options.key_mask is not None:
             mask = mask & options.key_mask[:, None, None, :]
         if options.attn_mask is not None:
@@ -300,15 +362,21 @@ class PrunableAttention:
         )
 
 
+def _causal_too(options: AttentionOptions, length: int, device: torch.device) -> AttentionOptions:
+    """The options of a causal call under a pattern that knows of no causality."""
+    lower = torch.ones(length, length, dtype=torch.bool, device=device).tril()[None, None]
+    return replace(options, attn_mask=lower if options.attn_mask is None else options.attn_mask & lower)
+
+
 def _attend_planned(
     layer: PrunableAttention, query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions
 ) -> Tensor:
     """Sparse attention in a form that torch.compile can trace: what hangs on the pattern is a constant to it."""
-    from sparse_prune.kernels.triton.attend import attend_planned, call_dtype
+    from sparse_prune.kernels.triton.attend import attend_planned, call_dtype, width
     from sparse_prune.kernels.triton.configs import traits
 
     lengths, dtype = (query.shape[2], key.shape[2]), call_dtype(query)
-    planned = _plan(layer._version, *lengths, query.shape[3], dtype, query.device, *traits(options))
+    planned = _plan(layer._version, *lengths, width(query, value), dtype, query.device, *traits(options))
     return attend_planned(query, key, value, planned, layer.causal, options)
 
 

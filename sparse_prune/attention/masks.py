@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 HIDDEN = -1e4
 """A float mask hides a key with this or less; in softmax nothing is left of it."""
@@ -19,10 +20,31 @@ def is_bias(mask: Tensor) -> bool:
     return mask.dtype != torch.bool and (mask.requires_grad or bool(((mask != 0) & (mask > HIDDEN)).any()))
 
 
-def hides_future(mask: Tensor) -> bool:
-    """Whether no query of a square mask, (..., length, length), sees a later key. Reads its values."""
-    square = mask.dim() >= 2 and mask.shape[-1] == mask.shape[-2] > 1
-    return square and not bool(visible(mask).triu(1).any())
+_HIDES = WeakTensorKeyDictionary()  # masks -> what was read in them: a forward pass gives one to many layers
+
+
+def hides_future(mask: Tensor, q_len: int, kv_len: int) -> bool:
+    """Whether no query sees a key later than itself. Reads the mask's values, once per tensor.
+
+    Args:
+        mask: Boolean or additive, broadcastable to (batch, num_heads, q_len, kv_len).
+        q_len: Queries, the last of the positions. A single one in the last place has nothing later.
+        kv_len: Positions.
+    """
+    if q_len == 1:
+        return True
+    if mask.dim() < 2 or mask.shape[-2:] != (q_len, kv_len):
+        return False  # all rows alike, or all keys
+    version, hides = _HIDES.get(mask, (None, False))  # type: ignore[no-untyped-call, unused-ignore]
+    if version is None or version != _version(mask):
+        hides = not bool(visible(mask).triu(1 + kv_len - q_len).any())
+        _HIDES[mask] = _version(mask), hides
+    return bool(hides)
+
+
+def _version(mask: Tensor) -> int | None:
+    """Counts what was written into a tensor; tensors of inference mode do not count it, and are read each time."""
+    return None if mask.is_inference() else mask._version
 
 
 def split(mask: Tensor | None, batch: int, kv_len: int) -> tuple[Tensor | None, Tensor | None]:

@@ -93,12 +93,12 @@ def tune(layer: PrunableAttention, backend: str, pattern: BlockPattern) -> None:
     """
     if backend != "triton":
         return
-    from sparse_prune.kernels.triton.attend import check_supported
+    from sparse_prune.kernels.triton.attend import check_supported, same_width
     from sparse_prune.kernels.triton.tuning import tune as tune_kernels
 
     query, key, value = _inputs(layer)
     check_supported(query)
-    tune_kernels(query, key, value, pattern, _options(layer))
+    tune_kernels(*same_width(query, key, value), pattern, _options(layer))
 
 
 def _time(layer: PrunableAttention, backend: str, pattern: BlockPattern) -> float:
@@ -148,18 +148,18 @@ def _options(layer: PrunableAttention) -> AttentionOptions:
 
 def _inputs(layer: PrunableAttention) -> tuple[Tensor, Tensor, Tensor]:
     assert layer.last_shape is not None
-    batch, q_len, kv_len, head_dim, dtype, device, _ = layer.last_shape
+    batch, q_len, kv_len, head_dim, dtype, device, _, value_dim = layer.last_shape
     generator = torch.Generator(device).manual_seed(0)
 
-    def random(heads: int, length: int) -> Tensor:
-        shape = (batch, heads, length, head_dim)
+    def random(heads: int, length: int, channels: int = head_dim) -> Tensor:
+        shape = (batch, heads, length, channels)
         return torch.randn(shape, generator=generator, dtype=dtype, device=device, requires_grad=True)
 
     heads, kv_heads = layer.num_heads, layer.num_kv_heads
-    return random(heads, q_len), random(kv_heads, kv_len), random(kv_heads, kv_len)
+    return random(heads, q_len), random(kv_heads, kv_len), random(kv_heads, kv_len, value_dim or head_dim)
 
 
 @torch.enable_grad()  # type: ignore[untyped-decorator, unused-ignore]
 def _milliseconds(attend: Callable[[], Tensor], inputs: tuple[Tensor, Tensor, Tensor]) -> float:
-    grad = torch.ones_like(inputs[0])
+    grad = inputs[0].new_ones(*inputs[0].shape[:3], inputs[2].shape[3])
     return milliseconds(lambda: torch.autograd.grad(attend(), inputs, grad), grad.device)

@@ -18,8 +18,8 @@ from sparse_prune.attention.forward import replace_forward, restore_forward, run
 from sparse_prune.attention.found import FoundLayer, drop_handle, give_handle, handle_of, modules_of
 from sparse_prune.attention.layer import PrunableAttention
 from sparse_prune.attention.masks import is_bias, visible
-from sparse_prune.attention.sdpa import check_call
-from sparse_prune.attention.trial import Call, Calls, describe
+from sparse_prune.attention.sdpa import call_is_causal
+from sparse_prune.attention.trial import Call, Calls, describe, named_cross
 from sparse_prune.kernels import AttentionOptions
 
 _NESTED = "_nested_tensor_before_pruning"
@@ -44,16 +44,16 @@ def find(modules: dict[str, nn.MultiheadAttention], calls: Calls | None) -> Iter
     for name, module in modules.items():
         handle, heads = handle_of(module), module.num_heads
         made = None if calls is None else calls.get(name, [])
-        causal = handle.causal if handle is not None else any(call.causal for call in made or [])
+        causal = handle.causal if handle is not None else bool(made) and all(call.causal for call in made or [])
         problem = _problem(name, module) or (_call_problem(made) if handle is None else None)
-        yield FoundLayer(name, "mha", module, heads, heads, causal, problem=problem)
+        yield FoundLayer(name, "mha", module, heads, heads, causal, problem=problem, seen=bool(made))
 
 
 def _problem(name: str, module: nn.MultiheadAttention) -> str | None:
     if module.bias_k is not None or module.add_zero_attn:
         return "adds keys of its own (`add_bias_kv`, `add_zero_attn`)"
-    if (module.kdim, module.vdim) != (module.embed_dim, module.embed_dim) or name.endswith("multihead_attn"):
-        return "cross-attention"  # `multihead_attn` is nn.TransformerDecoderLayer's name for it
+    if (module.kdim, module.vdim) != (module.embed_dim, module.embed_dim) or named_cross(name):
+        return "cross-attention"
     return None
 
 
@@ -71,7 +71,7 @@ def observing(model: nn.Module) -> Iterator[Calls]:
     for name, module in candidates(model).items():
 
         def note(module: nn.Module, args: Any, kwargs: Any, name: str = name) -> None:
-            calls[name] = [_describe(*args, **kwargs)]
+            calls[name] = [_describe(module, *args, **kwargs)]
 
         hooks.append(module.register_forward_pre_hook(note, with_kwargs=True))
     try:
@@ -81,11 +81,26 @@ def observing(model: nn.Module) -> Iterator[Calls]:
             hook.remove()
 
 
-def _describe(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **kwargs: Any) -> Call:
-    if query is not key or key is not value:
-        return Call(1, 1, False, "cross-attention")
-    tokens = torch.empty(1, 1, 2, 1, device="meta")  # the mask alone tells, not the tokens
-    return describe(tokens, tokens, tokens, _as_sdpa(attn_mask))
+def _describe(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_padding_mask: Tensor | None = None,
+    need_weights: bool = True,
+    attn_mask: Tensor | None = None,
+    *args: Any,
+    **kwargs: Any,
+) -> Call:
+    if query.is_nested:
+        return Call(1, 1, False, "attends to nested tensors")
+    # Lengths and masks tell, not what the tokens are: a position may have been added to queries and keys alone.
+    queries, keys = (torch.empty(1, 1, _length(module, tokens), 1, device="meta") for tokens in (query, key))
+    return describe(queries, keys, keys, _as_sdpa(attn_mask))
+
+
+def _length(module: Any, tokens: Tensor) -> int:
+    return tokens.shape[1 if tokens.dim() == 3 and module.batch_first else 0]
 
 
 def attach(model: nn.Module, layers: list[FoundLayer]) -> list[PrunableAttention]:
@@ -132,7 +147,8 @@ def _forward(module: nn.Module, own: Callable[..., Any] | None, *args: Any, **kw
 def _routed(module: Any, own: Any, layer: PrunableAttention | None, *args: Any, **kwargs: Any) -> Any:
     if layer is None or layer.idle:
         return run_original(module, own, *args, **kwargs)
-    return _attend(module, layer, *args, **kwargs)
+    output = _attend(module, layer, *args, **kwargs)
+    return run_original(module, own, *args, **kwargs) if output is None else output
 
 
 _routed_eagerly = torch.compiler.disable(_routed)  # type: ignore[no-untyped-call, unused-ignore]
@@ -149,28 +165,38 @@ def _attend(
     attn_mask: Tensor | None = None,
     average_attn_weights: bool = True,
     is_causal: bool = False,
-) -> tuple[Tensor, Tensor | None]:
-    """`nn.MultiheadAttention.forward` in the layer's mode. Weights are those without dropout."""
-    if query is not key or key is not value or query.is_nested:
+) -> tuple[Tensor, Tensor | None] | None:
+    """`nn.MultiheadAttention.forward` in the layer's mode; None if the layer stays dense from this call on.
+
+    Weights are those without dropout.
+    """
+    if query.is_nested:
         raise ValueError(
-            f"Layer {layer.name!r} must attend to its own tokens, in padded tensors; got cross-attention or nested "
-            "tensors. Give an example input of the model (LightningModule.example_input_array, or `example`)."
+            f"Layer {layer.name!r} must get padded tensors, got nested ones. Pad the batch, and give a "
+            "`key_padding_mask`."
         )
-    tokens = query[None] if query.dim() == 2 else query if module.batch_first else query.transpose(0, 1)
-    batch, length, _ = tokens.shape
-    queries, keys, values = _project(module, tokens)
+    length, kv_len = _length(module, query), _length(module, key)
     hidden, mask = _as_sdpa(key_padding_mask), _as_sdpa(attn_mask)
+    batch = 1 if query.dim() == 2 else query.shape[0 if module.batch_first else 1]
     if mask is not None and mask.dim() == 3:
         mask = torch.unflatten(mask, 0, (batch, module.num_heads))
     if layer.probe_block_size is not None and hidden is not None and is_bias(hidden):
         raise ValueError(f"Layer {layer.name!r} must get a `key_padding_mask` of True and False, got other values.")
-    check_call(layer, length, length, mask, False)
+    causal = call_is_causal(layer, length, kv_len, mask, False)
+    if layer.aside is not None:
+        return None
+    if length != kv_len:
+        raise ValueError(
+            f"Layer {layer.name!r} must attend to its own tokens, got {length} queries and {kv_len} keys. Give an "
+            "example input of the model (LightningModule.example_input_array, or `example`)."
+        )
+    queries, keys, values = _project(module, query, key, value)
     key_mask = None if hidden is None else visible(hidden).reshape(batch, length)
     attn_mask = None if mask is None else visible(mask).reshape((1,) * (4 - mask.dim()) + mask.shape)
     dropout = module.dropout if module.training else 0.0
     options = AttentionOptions(
         key_mask=key_mask,
-        attn_mask=None if is_causal and layer.causal else attn_mask,
+        attn_mask=None if is_causal and causal and layer.causal else attn_mask,
         dropout_p=dropout,
         seed=int(torch.randint(2**62, ())) if dropout else None,
     )
@@ -181,6 +207,7 @@ def _attend(
         values,
         options,
         dense=lambda: F.scaled_dot_product_attention(queries, keys, values, everything, dropout),
+        causal=causal,
     )
     output = F.linear(output.transpose(1, 2).flatten(2), module.out_proj.weight, module.out_proj.bias)
     weights = _weights(layer, queries, keys, everything) if need_weights else None
@@ -191,12 +218,21 @@ def _attend(
     return output if module.batch_first else output.transpose(0, 1), weights
 
 
-def _project(module: nn.MultiheadAttention, tokens: Tensor) -> tuple[Tensor, ...]:
+def _project(module: nn.MultiheadAttention, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
     """Query, key and value, (batch, num_heads, length, head_dim) each."""
-    weight = module.in_proj_weight
+    weight, bias = module.in_proj_weight, module.in_proj_bias
     if weight is None:
         weight = torch.cat([module.q_proj_weight, module.k_proj_weight, module.v_proj_weight])
-    parts = F.linear(tokens, weight, module.in_proj_bias).chunk(3, -1)
+
+    def tokens(given: Tensor) -> Tensor:
+        return given[None] if given.dim() == 2 else given if module.batch_first else given.transpose(0, 1)
+
+    if query is key is value:
+        parts = F.linear(tokens(query), weight, bias).chunk(3, -1)
+    else:
+        biases = (None, None, None) if bias is None else bias.chunk(3)
+        given = zip((query, key, value), weight.chunk(3), biases, strict=True)
+        parts = tuple(F.linear(tokens(part), own, own_bias) for part, own, own_bias in given)
     return tuple(torch.unflatten(part, -1, (module.num_heads, -1)).transpose(1, 2) for part in parts)
 
 

@@ -15,11 +15,11 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from sparse_prune.attention.callers import can_call_sdpa
-from sparse_prune.attention.forward import replace_forward, restore_forward, run_original
+from sparse_prune.attention.forward import replace_forward, replaced, restore_forward, run_original
 from sparse_prune.attention.found import FoundLayer, drop_handle, give_handle, handle_of, modules_of
 from sparse_prune.attention.layer import PrunableAttention
 from sparse_prune.attention.masks import hides_future, is_bias, split
-from sparse_prune.attention.trial import Call, Calls, observing, run_example
+from sparse_prune.attention.trial import BIAS, Call, Calls, observing, run_example
 from sparse_prune.kernels import AttentionOptions
 
 _LENGTH = 4  # tokens when a module is tried alone
@@ -27,8 +27,15 @@ _EXAMPLE = "Give an example input of the model (LightningModule.example_input_ar
 
 
 def candidates(model: nn.Module) -> dict[str, nn.Module]:
-    """Modules that can call SDPA, by qualified name; those of transformers' AttentionInterface are among them."""
-    return {name: module for name, module in modules_of(model).items() if can_call_sdpa(module)}
+    """Modules that can call SDPA, by qualified name, as their code says, and those whose calls are routed already.
+
+    Modules of transformers' AttentionInterface are among them.
+    """
+    return {
+        name: module
+        for name, module in modules_of(model).items()
+        if replaced(module, _forward) or can_call_sdpa(module)
+    }
 
 
 def find(modules: dict[str, nn.Module], calls: Calls | None) -> Iterator[FoundLayer]:
@@ -73,15 +80,16 @@ def _try_alone(name: str, module: nn.Module) -> FoundLayer:
     except ValueError as error:
         reason = f"{type(error.__cause__).__name__}: {error.__cause__}".splitlines()[0]
         return FoundLayer(name, "sdpa", module, problem=f"cannot be run alone ({reason}). {_EXAMPLE}")
-    return _found(name, module, calls.get("", []), f"it made no call of SDPA when run alone. {_EXAMPLE}")
+    return _found(name, module, calls.get("", []), f"it made no call of SDPA when run alone. {_EXAMPLE}", False)
 
 
-def _found(name: str, module: nn.Module, calls: list[Call], uncalled: str) -> FoundLayer:
+def _found(name: str, module: nn.Module, calls: list[Call], uncalled: str, seen: bool = True) -> FoundLayer:
     if not calls:
         return FoundLayer(name, "sdpa", module, problem=uncalled)
     call = calls[0]
     problem = call.problem if len(calls) == 1 else f"calls SDPA {len(calls)} times in one forward pass"
-    return FoundLayer(name, "sdpa", module, call.num_heads, call.num_kv_heads, call.causal, problem=problem)
+    heads = call.num_heads, call.num_kv_heads
+    return FoundLayer(name, "sdpa", module, *heads, call.causal, problem=problem, seen=seen)
 
 
 class _Route(TorchFunctionMode):
@@ -129,10 +137,8 @@ def attend(
 ) -> Tensor:
     """`F.scaled_dot_product_attention` in the layer's mode.
 
-    Values of masks are read where the layer is probed: there they must agree with what is known of the layer.
-
     Raises:
-        ValueError: If the call is not of the kind that the layer was found with.
+        ValueError: If the call cannot be pruned, though others of the layer could.
     """
 
     def dense() -> Tensor:
@@ -142,35 +148,40 @@ def attend(
         return output
 
     q_len, kv_len = query.shape[2], key.shape[2]
-    check_call(layer, q_len, kv_len, attn_mask, is_causal)
+    causal = call_is_causal(layer, q_len, kv_len, attn_mask, is_causal)
     key_mask, attn_mask_ = split(attn_mask, query.shape[0], kv_len)
     seed = int(torch.randint(2**62, ())) if dropout_p else None
     options = AttentionOptions(scale, key_mask, attn_mask_, dropout_p=dropout_p, seed=seed)
-    return layer.attend(query, key, value, options, dense=dense)
+    return layer.attend(query, key, value, options, dense=dense, causal=causal)
 
 
-def check_call(layer: PrunableAttention, q_len: int, kv_len: int, attn_mask: Tensor | None, is_causal: bool) -> None:
-    """A call must be of the kind that the layer was found with; a probed layer's mask is read for it."""
+def call_is_causal(
+    layer: PrunableAttention, q_len: int, kv_len: int, attn_mask: Tensor | None, is_causal: bool
+) -> bool:
+    """Whether a call of SDPA shows queries no later key: by its mask, which is read, or else by its flag.
+
+    A layer that no call was seen of stays dense from here on if this one cannot be pruned.
+
+    Raises:
+        ValueError: If the call cannot be pruned, though others of the layer could.
+    """
     if q_len != kv_len and (is_causal or torch.is_grad_enabled()):
-        raise ValueError(
-            f"Layer {layer.name!r} must attend to its own tokens, got {q_len} queries and {kv_len} keys"
-            f"{' with is_causal=True, which SDPA counts from the first key' if is_causal else ''}. {_EXAMPLE}"
-        )
-    causal = is_causal
-    if attn_mask is not None:
-        causal = layer.causal
-        if layer.probe_block_size is not None:
-            if is_bias(attn_mask):
-                raise ValueError(
-                    f"Layer {layer.name!r} must get a mask of 0 and -inf, got other values. {_EXAMPLE} "
-                    "A bias of attention cannot be pruned."
-                )
-            causal = hides_future(attn_mask)
-    if causal != layer.causal and q_len > 1:
-        raise ValueError(
-            f"Layer {layer.name!r} was found {_kind(layer.causal)}, but is called {_kind(causal)}. {_EXAMPLE}"
-        )
+        counted = " with is_causal=True, which SDPA counts from the first key" if is_causal else ""
+        _refuse(layer, f"cross-attention ({q_len} queries, {kv_len} keys{counted})")
+    if attn_mask is None:
+        return is_causal or (q_len == 1 and layer.causal)
+    if torch.compiler.is_compiling():  # a tracer cannot look into the mask
+        return layer.causal
+    if is_bias(attn_mask):
+        _refuse(layer, BIAS)
+    return hides_future(attn_mask, q_len, kv_len)
 
 
-def _kind(causal: bool) -> str:
-    return "causal" if causal else "bidirectional"
+def _refuse(layer: PrunableAttention, problem: str) -> None:
+    if layer.aside is None and not layer.seen and layer.pattern is None:
+        layer.set_aside(problem)
+    elif layer.aside is None:
+        raise ValueError(
+            f"Layer {layer.name!r} must be called with its own tokens and masks that only hide keys, as it was before, "
+            f"got {problem}. {_EXAMPLE}"
+        )

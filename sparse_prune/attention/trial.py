@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
@@ -19,6 +21,14 @@ from sparse_prune.attention.masks import hides_future, is_bias
 
 BIAS = "adds a bias to attention (a mask with other values than 0 and -inf)"
 """Why a layer whose mask does more than hide keys cannot be pruned."""
+
+
+_CROSS = re.compile(r"cross_?att(n|ention)|encoder_attn|encoder_decoder_attention|EncDecAttention|multihead_attn$")
+
+
+def named_cross(name: str) -> bool:
+    """Whether a module's name says that it attends to the tokens of others, as transformers and torch name such."""
+    return _CROSS.search(name) is not None
 
 
 @dataclass(frozen=True)
@@ -36,9 +46,11 @@ Calls = Mapping[str, list[Call]]
 """Module -> attention calls of its latest forward pass; calls of modules inside it are theirs."""
 
 
-@torch.no_grad()
 def run_example(model: nn.Module, example: Any) -> None:
     """Run the model once in eval mode, outside of torch.compile, and leave it as it was.
+
+    Gradients are on, for what requires them tells a learned bias from a mask while all its values are still zero.
+    Nothing is kept for a backward pass.
 
     Args:
         model: Any module.
@@ -55,7 +67,11 @@ def run_example(model: nn.Module, example: Any) -> None:
     args = example if isinstance(example, tuple) else () if isinstance(example, dict) else (example,)
     kwargs = example if isinstance(example, dict) else {}
     try:
-        with torch.compiler.set_stance("force_eager"):
+        with (
+            torch.compiler.set_stance("force_eager"),
+            torch.enable_grad(),
+            saved_tensors_hooks(lambda tensor: None, _never),
+        ):
             model.eval()(*args, **kwargs)
     except Exception as error:
         raise ValueError(
@@ -65,6 +81,10 @@ def run_example(model: nn.Module, example: Any) -> None:
     finally:
         for module, mode in training.items():
             module.training = mode
+
+
+def _never(nothing: None) -> Tensor:
+    raise RuntimeError("a trial run is not differentiated")
 
 
 def _converted(parameter: Tensor, tensor: Tensor) -> Tensor:
@@ -126,7 +146,7 @@ def describe(
         elif is_bias(attn_mask):
             problem = BIAS
         else:
-            causal = hides_future(attn_mask)
+            causal = hides_future(attn_mask, query.shape[2], key.shape[2])
     heads = (query.shape[1], key.shape[1]) if query.dim() == key.dim() == 4 else (1, 1)
     return Call(*heads, causal, problem)
 
@@ -138,8 +158,8 @@ def _shape_problem(query: Tensor, key: Tensor, value: Tensor) -> str | None:
         return f"calls attention with {query.dim()} dimensions; 4 are needed: batch, heads, length, head_dim"
     if query.shape[2] != key.shape[2]:
         return f"cross-attention ({query.shape[2]} queries, {key.shape[2]} keys)"
-    if key.shape != value.shape:
-        return "its values have another size than its keys"
+    if key.shape[:3] != value.shape[:3]:
+        return "its values have other heads or another length than its keys"
     if query.shape[1] % key.shape[1] or query.shape[0] != key.shape[0]:
         return "its keys are broadcast over samples or heads"
     return None

@@ -147,13 +147,13 @@ def block_sparse_attention(
     Args:
         query: (batch, num_heads, q_len, head_dim).
         key: (batch, num_kv_heads, kv_len, head_dim); num_kv_heads divides num_heads.
-        value: (batch, num_kv_heads, kv_len, head_dim).
+        value: (batch, num_kv_heads, kv_len, value_dim).
         pattern: The connections to keep, for exactly these lengths (see `BlockPattern.at`).
         options: Masks, scale, dropout, soft cap.
         backend: One of `BACKENDS`.
 
     Returns:
-        (batch, num_heads, q_len, head_dim). Rows that may attend to nothing are zero.
+        (batch, num_heads, q_len, value_dim). Rows that may attend to nothing are zero.
 
     Raises:
         ValueError: If the backend is unknown or the shapes do not fit together; the message names which.
@@ -161,15 +161,16 @@ def block_sparse_attention(
     check_backend(backend)
     options = options or AttentionOptions()
     _check(query, key, value, pattern, options)
-    if not query.shape[0]:  # no sequences, nothing to tile: the reference takes any shape
+    if not query.numel() or not key.numel() or not value.numel():  # nothing to tile: the reference takes any shape
         backend = "reference"
     return BACKENDS[backend](query, key, value, pattern, options)
 
 
 def _check(query: Tensor, key: Tensor, value: Tensor, pattern: BlockPattern, options: AttentionOptions) -> None:
-    if query.dim() != 4 or key.dim() != 4 or value.shape != key.shape:
+    if query.dim() != 4 or key.dim() != 4 or value.dim() != 4 or value.shape[:3] != key.shape[:3]:
         raise ValueError(
-            "`query`, `key` and `value` must have shape (batch, heads, length, head_dim) and `value` that of `key`, "
+            "`query`, `key` and `value` must have shape (batch, heads, length, head_dim) and `value` the first three "
+            "sides of `key`, "
             f"got {tuple(query.shape)}, {tuple(key.shape)}, {tuple(value.shape)}."
         )
     if not query.dtype == key.dtype == value.dtype and not torch.is_autocast_enabled(query.device.type):
@@ -178,7 +179,7 @@ def _check(query: Tensor, key: Tensor, value: Tensor, pattern: BlockPattern, opt
             f"{query.dtype}, {key.dtype}, {value.dtype}. Cast them to that of `value`, or use torch.autocast."
         )
     batch, heads, q_len, head_dim = query.shape
-    if key.shape[0] != batch or key.shape[3] != head_dim or heads % key.shape[1]:
+    if key.shape[0] != batch or key.shape[3] != head_dim or (heads % key.shape[1] if key.shape[1] else heads):
         raise ValueError(
             f"`key` must have batch {batch}, head_dim {head_dim} and a number of heads that divides {heads}, "
             f"got {tuple(key.shape)}."

@@ -37,7 +37,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, pattern: BlockPattern, opt
         query, key, value = query.detach(), key.detach(), value.detach()  # it looks at the flag alone
     visible = options.token_mask(pattern.q_len, pattern.kv_len, device)
     masked = None if visible is None else visible.shape
-    shapes = (query.shape, key.shape, query.dtype, device, masked)
+    shapes = (query.shape, key.shape, value.shape, query.dtype, device, masked)
     tiles = _tiles(pattern.block_size) if device.type == "cuda" else None
     compiled = _compiled(
         _COMPILERS[device.type],

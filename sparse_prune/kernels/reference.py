@@ -32,9 +32,9 @@ def attend(query: Tensor, key: Tensor, value: Tensor, pattern: BlockPattern, opt
 def masked_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, options: AttentionOptions) -> Tensor:
     """As `attend`, by any boolean mask broadcastable to (batch, num_heads, q_len, kv_len), True = may attend."""
     batch, heads, q_len, head_dim = query.shape
-    kv_len, group = key.shape[2], heads // key.shape[1]
+    kv_len, group = key.shape[2], heads // max(key.shape[1], 1)
     key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
-    logits = query @ key.transpose(-1, -2) * (head_dim**-0.5 if options.scale is None else options.scale)
+    logits = query @ key.transpose(-1, -2) * (max(head_dim, 1) ** -0.5 if options.scale is None else options.scale)
     if options.softcap is not None:
         logits = options.softcap * torch.tanh(logits / options.softcap)
     visible = options.token_mask(q_len, kv_len, query.device)

@@ -2,6 +2,7 @@ import copy
 
 import pytest
 import torch
+from torch import nn
 
 from sparse_prune import AttentionPruner, BlockPattern, ConstantSchedule
 from sparse_prune.attention import apply_patterns, attach
@@ -47,6 +48,28 @@ def test_layers_that_keep_everything_or_are_not_named_stay_dense(pruned):
     dense = BlockPattern.dense(whole.num_heads, 32, 32, 4, causal=True)
     apply_patterns(fresh, {first: dense})
     assert handles[first].mode == "dense"
+
+
+class Wrapped(nn.Module):
+    def __init__(self, name):
+        super().__init__()
+        setattr(self, name, NanoGPT())
+
+
+def test_patterns_whose_names_differ_by_a_prefix_fit_and_the_log_says_so(pruned, caplog):
+    patterns = pruned[2].patterns
+    wrapped = {f"net.{name}": pattern for name, pattern in patterns.items()}
+    with caplog.at_level("INFO"):
+        bare = apply_patterns(NanoGPT(), wrapped)
+    assert [layer.name for layer in bare] == list(patterns)
+    assert "'net....' are matched with layers '...'" in caplog.text
+    for given, model in ((patterns, Wrapped("net")), (wrapped, Wrapped("model"))):
+        layers = apply_patterns(model, given)
+        for layer, pattern in zip(layers, given.values(), strict=True):
+            assert layer.name.endswith(tuple(patterns))
+            assert layer.pattern is pattern
+    with pytest.raises(ValueError, match="in 2 ways, by the prefixes"):
+        apply_patterns(nn.ModuleList([NanoGPT(), NanoGPT()]), patterns)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
+import copy
 import gc
 import io
+import pickle
 import weakref
 
 import pytest
@@ -12,6 +14,10 @@ from transformers import (
     BigBirdPegasusConfig,
     BigBirdPegasusForCausalLM,
     BigBirdPegasusForConditionalGeneration,
+    CLIPTextConfig,
+    CLIPTextModel,
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
     DynamicCache,
     EncoderDecoderConfig,
     EncoderDecoderModel,
@@ -627,3 +633,151 @@ def test_a_windowed_mask_is_expanded_once_for_all_layers():
     del mask
     gc.collect()
     assert held() is None
+
+
+def reference_attention(query, key, value, allowed, scale):
+    group = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
+    weights = (query @ key.transpose(2, 3) * scale).masked_fill(~allowed, -torch.inf).softmax(-1)
+    return (weights @ value).transpose(1, 2).contiguous(), None
+
+
+def by_hand(model, allowed, *args, **kwargs):
+    """The model's output with attention by hand; `allowed` gives for a module, mask and lengths what may be seen."""
+
+    def attention(module, query, key, value, attention_mask, scaling=None, is_causal=None, **rest):
+        flag = getattr(module, "is_causal", False) if is_causal is None else is_causal
+        length = query.shape[2]
+        seen = torch.ones(1, 1, length, length, dtype=torch.bool)
+        if attention_mask is not None:
+            seen = seen & (attention_mask if attention_mask.dtype == torch.bool else attention_mask > -1e4)
+        elif flag:
+            seen = seen.tril()
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        return reference_attention(query, key, value, seen & allowed(module), scale)
+
+    own = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
+    before = {key: config._attn_implementation_internal for key, config in own.items()}
+    AttentionInterface.register("by_hand", attention)
+    AttentionMaskInterface.register("by_hand", AttentionMaskInterface()["sdpa"])
+    try:
+        for config in own.values():
+            config._attn_implementation_internal = "by_hand"
+        return model(*args, **kwargs)
+    finally:
+        for key, config in own.items():
+            config._attn_implementation_internal = before[key]
+
+
+def kept(handles, length):
+    """What patterns keep, by module name; later keys of a causal pattern's blocks are not its matter."""
+
+    def mask(pattern):
+        keep = pattern.keep
+        if pattern.causal:
+            keep = keep | torch.ones_like(keep).triu()
+        return keep.repeat_interleave(BLOCK, 1).repeat_interleave(BLOCK, 2)[None, :, :length, :length]
+
+    return {handle.name: mask(handle.pattern) for handle in handles}
+
+
+@pytest.mark.parametrize("example", [True, False])
+@pytest.mark.parametrize("kind", ["bool", "float"])
+@pytest.mark.parametrize("mode", ["masked", "sparse"])
+def test_prefix_masks_of_four_dimensions_are_honoured(example, kind, mode):
+    model, ids = make("llama"), tokens()
+    mask = torch.ones(2, 1, LENGTH, LENGTH, dtype=torch.bool).tril()
+    mask[..., :6] = True
+    if kind == "float":
+        mask = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
+    handles = attach(model, {"input_ids": ids, "attention_mask": mask} if example else None)
+    assert [handle.causal for handle in handles] == [not example] * len(handles)
+    set_patterns(handles, mode, density=0.3)
+    output = model(ids, attention_mask=mask).logits
+    causal = model(ids).logits
+    names = {module: name for name, module in model.named_modules()}
+    masks = kept(handles, LENGTH)
+    detach(model)
+    expected = by_hand(model, lambda module: masks[names[module]], ids, attention_mask=mask).logits
+    torch.testing.assert_close(output, expected, atol=1e-4, rtol=1e-4)
+    expected = by_hand(model, lambda module: masks[names[module]], ids).logits
+    torch.testing.assert_close(causal, expected, atol=1e-4, rtol=1e-4)
+    full = attach(model)
+    set_patterns(full, mode, density=1.0)
+    pruned_nothing = model(ids, attention_mask=mask).logits
+    detach(model)
+    torch.testing.assert_close(pruned_nothing, model(ids, attention_mask=mask).logits, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("example", [True, False])
+def test_a_text_tower_whose_calls_say_that_they_are_causal_is_causal(example):
+    torch.manual_seed(0)
+    config = CLIPTextConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2)
+    config.num_attention_heads, config.max_position_embeddings = 4, 64
+    model, ids = CLIPTextModel(config).eval(), tokens()
+    own = model(ids).last_hidden_state
+    handles = attach(model, ids if example else None)
+    torch.testing.assert_close(model(ids).last_hidden_state, own)
+    for handle in handles:
+        handle.probe_block_size = (BLOCK, BLOCK)
+    model(ids)
+    assert all(handle.causal for handle in handles)
+    assert all(float(handle.statistics.sums[0].triu(1).sum()) == 0 for handle in handles)
+    for handle in handles:
+        handle.probe_block_size = None
+    set_patterns(handles, "sparse", density=0.4)
+    output = model(ids).last_hidden_state
+    masks, names = kept(handles, LENGTH), {module: name for name, module in model.named_modules()}
+    detach(model)
+    expected = by_hand(model, lambda module: masks[names[module]], ids).last_hidden_state
+    torch.testing.assert_close(output, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("backend", ["gather", "sdpa", "reference", "triton"])
+def test_latent_attention_with_values_of_another_size_is_pruned(backend):
+    torch.manual_seed(0)
+    config = DeepseekV3Config(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=4, q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=4, qk_nope_head_dim=12, v_head_dim=8,
+        n_routed_experts=4, n_group=1, topk_group=1, num_experts_per_tok=2, moe_intermediate_size=16,
+    )  # fmt: skip
+    model, ids = DeepseekV3ForCausalLM(config).eval(), tokens()
+    handles = attach(model, ids)
+    set_patterns(handles, "sparse", 0.3, backend)
+    if backend == "triton":  # its blocks have 16 tokens or more
+        keep = torch.tensor([[True, False], [False, True]]).expand(4, 2, 2)
+        for handle in handles:
+            handle.pattern = BlockPattern(keep, (16, 16), True, LENGTH, LENGTH)
+    output = model(ids, use_cache=False).logits
+    masks = {handle.name: handle.pattern.token_mask(LENGTH, LENGTH)[None] for handle in handles}
+    names = {module: name for name, module in model.named_modules()}
+    parameter = model.model.layers[0].self_attn.kv_b_proj.weight
+    grad = torch.autograd.grad(output.square().sum(), parameter)
+    with torch.no_grad():
+        cache = DynamicCache()
+        found = [model(chunk, past_key_values=cache).logits for chunk in ids.split([17, 4, 1, 1, 1], 1)]
+        torch.testing.assert_close(torch.cat(found, 1), output, atol=1e-4, rtol=1e-4)
+        with pytest.raises(ValueError, match="4 heads.*latent attention"):
+            model(ids[:1], past_key_values=PatternCache(model))
+    detach(model)
+    expected = by_hand(model, lambda module: masks[names[module]], ids, use_cache=False).logits
+    torch.testing.assert_close(output, expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(grad, torch.autograd.grad(expected.square().sum(), parameter), atol=1e-3, rtol=1e-3)
+
+
+def test_a_pickled_config_names_the_models_own_attention_and_pickled_models_keep_their_patterns():
+    model, ids = make("llama"), tokens()
+    before = model.config._attn_implementation
+    set_patterns(attach(model), "sparse", density=0.3)
+    pruned = model(ids).logits
+    config = pickle.loads(pickle.dumps(model.config))
+    assert config._attn_implementation == before
+    assert copy.deepcopy(model.config)._attn_implementation == before
+    for other in (pickle.loads(pickle.dumps(model)), copy.deepcopy(model)):
+        torch.testing.assert_close(other(ids).logits, pruned)
+        assert pickle.loads(pickle.dumps(other.config))._attn_implementation == before
+        detach(other)
+        assert other.config._attn_implementation == before
+    torch.testing.assert_close(model(ids).logits, pruned)
+    detach(model)
+    assert pickle.loads(pickle.dumps(model.config))._attn_implementation == before

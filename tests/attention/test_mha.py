@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from sparse_prune import BlockPattern
+from sparse_prune import AttentionPruner, BlockPattern, ConstantSchedule
 from sparse_prune.attention import attach, detach, find_layers, handle_of, list_layers
 
 LENGTH, BLOCK, WIDTH, HEADS = 24, 8, 32, 4
@@ -132,11 +132,70 @@ def test_an_example_tells_causal_from_bidirectional_and_cross_from_self():
     assert "decoder.layers.0.multihead_attn" not in find_layers(whole)
 
 
-def test_a_causal_mask_without_an_example_is_refused_at_the_first_probe():
+def test_without_an_example_the_first_probed_call_says_that_a_layer_is_causal():
     model = encoder()
-    attach(model)[0].probe_block_size = (BLOCK, BLOCK)
-    with pytest.raises(ValueError, match=r"layers\.0\.self_attn.*found bidirectional.*example_input_array"):
-        model(inputs(), CAUSAL)
+    handle = attach(model)[0]
+    assert not handle.causal
+    handle.probe_block_size = (BLOCK, BLOCK)
+    model(inputs(), CAUSAL)
+    assert handle.causal
+    assert handle.statistics.sums[0].triu(1).sum() == 0
+
+
+class Positions(nn.Module):
+    """DETR's self-attention: positions are added to queries and keys alone."""
+
+    def __init__(self, batch_first):
+        super().__init__()
+        self.attn = nn.MultiheadAttention(WIDTH, HEADS, batch_first=batch_first)
+        self.position = nn.Parameter(torch.randn(WIDTH))
+
+    def forward(self, x, mask=None):
+        placed = x + self.position
+        return self.attn(placed, placed, x, attn_mask=mask)[0]
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_self_attention_with_other_tensors_of_the_same_length_is_pruned(batch_first):
+    torch.manual_seed(0)
+    model, x = Positions(batch_first), inputs(batch_first)
+    (handle,) = attach(model, x)
+    prune([handle])
+    output = model(x)
+    grads = torch.autograd.grad(output.square().sum(), tuple(model.parameters()))
+    detach(model)
+    expected = model(x, float_mask(handle.pattern))
+    torch.testing.assert_close(output, expected)
+    torch.testing.assert_close(grads, torch.autograd.grad(expected.square().sum(), tuple(model.parameters())))
+
+
+class Pooling(nn.Module):
+    """SigLIP's pooling head: one query, without an example taken for self-attention."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder, self.pool = encoder(), nn.MultiheadAttention(WIDTH, HEADS, batch_first=True)
+
+    def forward(self, x):
+        x = self.encoder(x)
+        return self.pool(x[:, :1], x, x)[0]
+
+
+def test_other_lengths_at_the_first_probe_leave_a_layer_dense_and_name_it(caplog):
+    torch.manual_seed(0)
+    model, x = Pooling(), inputs()
+    expected = model(x)
+    pruner = AttentionPruner(ConstantSchedule(final=0.4), block_size=BLOCK)
+    pruner.attach(model)
+    pruner.probe(True)
+    torch.testing.assert_close(model(x), expected)
+    model(x)
+    assert [record.getMessage() for record in caplog.records if "'pool': cross-attention" in record.getMessage()]
+    assert sum("'pool'" in record.getMessage() for record in caplog.records) == 1
+    pruner.probe(False)
+    assert pruner.update(1).sparsity > 0.2
+    assert "pool" not in pruner.patterns
+    assert [layer.name for layer in list_layers(Pooling(), x) if layer.problem] == ["pool"]
 
 
 def test_cross_attention_and_added_keys_are_refused():

@@ -1,5 +1,6 @@
 import copy
 import pickle
+from functools import partial
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from torch.nn import functional as F
 from torch.nn.functional import scaled_dot_product_attention
 
 from sparse_prune import BlockPattern
-from sparse_prune.attention import attach, detach, handle_of, list_layers
+from sparse_prune.attention import attach, detach, handle_of, list_layers, measure
 from sparse_prune.attention.sdpa import attend
 from support.nano import CausalSelfAttention, NanoGPT
 
@@ -168,20 +169,165 @@ def test_what_cannot_be_pruned_is_named_with_its_reason(module, reason):
         attach(module)
 
 
-def test_a_bias_is_refused_when_found_and_when_probed():
+def test_a_bias_is_seen_in_the_trial_run_and_at_the_first_probe(caplog):
     bias = torch.randn(LENGTH, LENGTH)
     assert "bias" in found(MaskedAttention(), (inputs(), bias))[0][-1]
     module = MaskedAttention()
-    attach(module)[0].probe_block_size = (BLOCK, BLOCK)
-    with pytest.raises(ValueError, match="0 and -inf"):
+    expected = module(inputs(), bias)
+    (handle,) = attach(module)
+    handle.probe_block_size = (BLOCK, BLOCK)
+    torch.testing.assert_close(module(inputs(), bias), expected)
+    assert "adds a bias" in handle.aside
+    assert "adds a bias" in caplog.text
+    handle.probe_block_size = None
+    (handle,) = attach(module := MaskedAttention(), (inputs(), None))
+    prune([handle])
+    with pytest.raises(ValueError, match="masks that only hide keys.*adds a bias"):
         module(inputs(), bias)
 
 
-def test_a_causal_mask_on_a_layer_found_bidirectional_is_refused():
+class LearnedBias(MaskedAttention):
+    def __init__(self):
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(LENGTH, LENGTH))
+
+    def forward(self, x):
+        return super().forward(x, self.bias[None] * 1.0)
+
+
+def test_a_learned_bias_that_is_still_zero_is_seen_in_the_trial_run():
+    with torch.no_grad():
+        assert "bias" in found(LearnedBias(), inputs())[0][-1]
+
+
+def test_without_an_example_the_first_probed_call_says_that_a_layer_is_causal():
     module = MaskedAttention()
-    attach(module)[0].probe_block_size = (BLOCK, BLOCK)
-    with pytest.raises(ValueError, match="found bidirectional, but is called causal.*example_input_array"):
-        module(inputs(), torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril())
+    (handle,) = attach(module)
+    handle.probe_block_size = (BLOCK, BLOCK)
+    module(inputs(), torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril())
+    assert handle.causal
+    assert handle.statistics.sums[0].triu(1).sum() == 0
+
+
+def prefix_mask(length=5, kind="bool"):
+    mask = torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril()
+    mask[:, :length] = True
+    return mask if kind == "bool" else torch.zeros(LENGTH, LENGTH).masked_fill(~mask, -torch.inf)
+
+
+def by_hand(module, x, mask):
+    """Attention of `MaskedAttention` under a (heads, length, length) mask of what may be seen."""
+    query, (key, value) = split_heads(module.q(x), HEADS), module.kv(x).chunk(2, -1)
+    key, value = (split_heads(part, 2).repeat_interleave(2, 1) for part in (key, value))
+    weights = (query @ key.transpose(2, 3) * 0.3).masked_fill(~mask, -torch.inf).softmax(-1)
+    return (weights @ value).transpose(1, 2).flatten(2)
+
+
+@pytest.mark.parametrize("kind", ["bool", "float"])
+@pytest.mark.parametrize("mode", ["masked", "sparse"])
+@pytest.mark.parametrize("example", ["prefix", "causal"])
+def test_masks_that_show_later_keys_are_honoured(kind, mode, example):
+    torch.manual_seed(0)
+    module, x, mask = MaskedAttention(), inputs(), prefix_mask(kind=kind)
+    causal = torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril()
+    (handle,) = attach(module, (x, mask if example == "prefix" else causal))
+    assert handle.causal == (example == "causal")
+    prune([handle], mode)
+    keep = handle.pattern.keep
+    if handle.causal:  # the pattern speaks of no key after the queries' own block, and says nothing against one in it
+        keep = keep | torch.ones(3, 3, dtype=torch.bool).triu()
+    kept = keep.repeat_interleave(BLOCK, 1).repeat_interleave(BLOCK, 2)
+    torch.testing.assert_close(module(x, mask), by_hand(module, x, kept & prefix_mask()), atol=1e-5, rtol=1e-4)
+    # And causal calls of the same layer stay causal.
+    kept = handle.pattern.keep.repeat_interleave(BLOCK, 1).repeat_interleave(BLOCK, 2)
+    torch.testing.assert_close(module(x, causal), by_hand(module, x, kept & causal), atol=1e-5, rtol=1e-4)
+
+
+class Flagged(MaskedAttention):
+    """Says with every call whether it is causal."""
+
+    def forward(self, x, causal):
+        query, (key, value) = split_heads(self.q(x), HEADS), self.kv(x).chunk(2, -1)
+        key, value = split_heads(key, 2), split_heads(value, 2)
+        out = F.scaled_dot_product_attention(query, key, value, is_causal=causal, enable_gqa=True, scale=0.3)
+        return out.transpose(1, 2).flatten(2)
+
+
+@pytest.mark.parametrize("found_causal", [True, False])
+def test_the_call_decides_whether_it_is_causal(found_causal):
+    torch.manual_seed(0)
+    module, x = Flagged(), inputs()
+    (handle,) = attach(module, (x, found_causal))
+    assert handle.causal == found_causal
+    dense = BlockPattern.dense(HEADS, LENGTH, LENGTH, BLOCK, found_causal)
+    handle.pattern, handle.mode, handle.backend = dense, "sparse", "gather"
+    everything = torch.ones(LENGTH, LENGTH, dtype=torch.bool)
+    torch.testing.assert_close(module(x, False), by_hand(module, x, everything), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(module(x, True), by_hand(module, x, everything.tril()), atol=1e-5, rtol=1e-4)
+
+
+REGISTRY = {"sdpa": F.scaled_dot_product_attention}
+
+
+class ByPartial(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.q, self.core = nn.Linear(WIDTH, WIDTH), partial(F.scaled_dot_product_attention, is_causal=True)
+
+    def forward(self, x):
+        query = split_heads(self.q(x), HEADS)
+        return self.core(query, query, query).transpose(1, 2).flatten(2)
+
+
+class ByRegistry(ByPartial):
+    def forward(self, x):
+        query = split_heads(self.q(x), HEADS)
+        return REGISTRY["sdpa"](query, query, query, is_causal=True).transpose(1, 2).flatten(2)
+
+
+class ByGetattr(ByPartial):
+    def forward(self, x):
+        query = split_heads(self.q(x), HEADS)
+        call = getattr(F, "scaled_dot_" + "product_attention")
+        return call(query, query, query, is_causal=True).transpose(1, 2).flatten(2)
+
+
+@pytest.mark.parametrize("kind", [ByPartial, ByRegistry, ByGetattr])
+def test_sdpa_under_another_name_is_taken_over(kind):
+    torch.manual_seed(0)
+    module, x = kind(), inputs()
+    assert found(module, x) == [("", HEADS, HEADS, True, None)]
+    (handle,) = attach(module, x)
+    assert attach(module, x) == [handle]
+    prune([handle])
+    query = split_heads(module.q(x), HEADS)
+    mask = handle.pattern.token_mask(LENGTH, LENGTH)
+    weights = (query @ query.transpose(2, 3) * (WIDTH // HEADS) ** -0.5).masked_fill(~mask, -torch.inf).softmax(-1)
+    torch.testing.assert_close(module(x), (weights @ query).transpose(1, 2).flatten(2), atol=1e-5, rtol=1e-4)
+    detach(module)
+    assert handle_of(module) is None
+    if kind is not ByGetattr:  # nothing but a call can tell
+        assert found(kind())[0][:4] == ("", HEADS, HEADS, True)
+
+
+class WideValues(ByPartial):
+    def forward(self, x):
+        query = split_heads(self.q(x), HEADS)
+        return F.scaled_dot_product_attention(query[..., :6], query[..., :6], query).transpose(1, 2).flatten(2)
+
+
+def test_values_of_another_size_than_keys_are_pruned_and_timed():
+    torch.manual_seed(0)
+    module, x = WideValues(), inputs()
+    (handle,) = attach(module, x)
+    prune([handle])
+    query = split_heads(module.q(x), HEADS)
+    mask = handle.pattern.token_mask(LENGTH, LENGTH)
+    weights = query[..., :6] @ query[..., :6].transpose(2, 3) * 6**-0.5
+    expected = (weights.masked_fill(~mask, -torch.inf).softmax(-1) @ query).transpose(1, 2).flatten(2)
+    torch.testing.assert_close(module(x), expected, atol=1e-5, rtol=1e-4)
+    assert handle.last_shape.value_dim == 8
+    assert set(measure.time_attention(handle, ["gather"], repeats=1)) == {"dense", "gather"}
 
 
 @torch.no_grad()

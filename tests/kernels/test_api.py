@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from sparse_prune import BlockPattern
 from sparse_prune.kernels import AttentionOptions, block_sparse_attention
 from support.cases import inputs, random_pattern, run
 
@@ -56,3 +57,52 @@ def test_what_validation_built_in_inference_mode_serves_training(backend, made_t
     wanted = run(tensors, random_pattern(4, 37, 37, 16, True), None, "reference")
     for f, w in zip(found, wanted, strict=True):
         torch.testing.assert_close(f, w, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("backend", ["gather", "sdpa", "triton"])
+@pytest.mark.parametrize(("key_dim", "value_dim"), [(24, 16), (16, 24)])
+def test_values_of_another_size_than_keys(backend, key_dim, value_dim):
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (
+        torch.randn(1, heads, 32, dim, generator=generator, requires_grad=True)
+        for heads, dim in ((2, key_dim), (1, key_dim), (1, value_dim))
+    )
+    keep = torch.tensor([[[True, False], [True, True]], [[True, False], [False, True]]])
+    pattern = BlockPattern(keep, (16, 16), True, 32, 32)
+    mask = keep.repeat_interleave(16, 1).repeat_interleave(16, 2) & torch.ones(32, 32, dtype=torch.bool).tril()
+    logits = (query @ key.transpose(2, 3) * key_dim**-0.5).masked_fill(~mask, -torch.inf)
+    expected = logits.softmax(-1) @ value
+    output = block_sparse_attention(query, key, value, pattern, backend=backend)
+    torch.testing.assert_close(output, expected, atol=1e-4, rtol=1e-4)
+    grad = torch.randn(expected.shape, generator=generator)
+    for got, want in zip(*(torch.autograd.grad(o, (query, key, value), grad) for o in (output, expected)), strict=True):
+        torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("backend", ["gather", "sdpa", "triton", "reference", "flex"])
+@pytest.mark.parametrize("sizes", [(0, 2, 20, 20), (1, 0, 20, 20), (1, 2, 0, 0), (1, 2, 20, 0)])
+def test_calls_without_sequences_heads_tokens_or_keys_give_zeros(backend, sizes):
+    batch, heads, q_len, kv_len = sizes
+    query = torch.randn(batch, heads, q_len, 16, requires_grad=True)
+    key = torch.randn(batch, heads, kv_len, 16)
+    pattern = BlockPattern.dense(heads, q_len, kv_len, 16, causal=False)
+    output = block_sparse_attention(query, key, key, pattern, backend=backend)
+    assert output.shape == query.shape
+    assert output.eq(0).all()
+    output.sum().backward()
+    assert query.grad.eq(0).all()
+
+
+def test_forward_mode_is_refused_by_triton_and_right_in_the_reference():
+    query, tangent = torch.randn(2, 1, 1, 20, 16, generator=torch.Generator().manual_seed(0))
+    pattern = BlockPattern.dense(1, 20, 20, 16, causal=True)
+
+    def loss(query, backend):
+        return block_sparse_attention(query, query, query, pattern, backend=backend).square().sum()
+
+    _, slope = torch.func.jvp(lambda q: loss(q, "reference"), (query,), (tangent,))
+    step = 1e-3
+    difference = (loss(query + step * tangent, "reference") - loss(query - step * tangent, "reference")) / (2 * step)
+    torch.testing.assert_close(slope, difference, rtol=1e-2, atol=1e-2)
+    with pytest.raises(NotImplementedError, match="backend='reference'"):
+        torch.func.jvp(lambda q: loss(q, "triton"), (query,), (tangent,))

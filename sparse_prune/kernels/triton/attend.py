@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from sparse_prune.kernels.choice import triton_interprets
 from sparse_prune.kernels.options import AttentionOptions
@@ -44,7 +45,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, pattern: BlockPattern, opt
     """
     query, key, value = _cast(query, key, value)
     check_supported(query)
-    planned = plan(pattern, query.shape[3], query.dtype, query.device, *traits(options))
+    planned = plan(pattern, width(query, value), query.dtype, query.device, *traits(options))
     return attend_planned(query, key, value, planned, pattern.causal, options)
 
 
@@ -52,14 +53,41 @@ def attend_planned(
     query: Tensor, key: Tensor, value: Tensor, planned: Plan, causal: bool, options: AttentionOptions
 ) -> Tensor:
     """As `attend`, by the tables of a pattern: all of it can be traced by torch.compile."""
+    ops.refuse_forward_mode(query, key, value)
     query, key, value = _cast(query, key, value)
+    value_dim, scale = value.shape[3], _scale(query, options)
+    query, key, value = same_width(query, key, value)
     tables, configs = planned
     with torch.autocast(query.device.type, enabled=False):
         output, _ = ops.block_sparse_attention(
             query, key, value, tables, configs, options.key_mask, options.attn_mask, options.documents,
-            causal, options.scale, options.softcap, options.dropout_p, options.seed or 0, options.window,
+            causal, scale, options.softcap, options.dropout_p, options.seed or 0, options.window,
         )  # fmt: skip
-    return torch.as_tensor(output)
+    output = torch.as_tensor(output)
+    return output if output.shape[3] == value_dim else output[..., :value_dim]
+
+
+def width(query: Tensor, value: Tensor) -> int:
+    """Channels of a head that the kernels see: they know one size for keys and values."""
+    return max(query.shape[3], value.shape[3])
+
+
+def same_width(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Query, key and value with as many channels a head, zeros behind the shorter ones', which change nothing.
+
+    The scale must be given then: by default it follows the channels.
+    """
+    wide = width(query, value)
+
+    def padded(tensor: Tensor) -> Tensor:
+        return tensor if tensor.shape[3] == wide else pad(tensor, (0, wide - tensor.shape[3]))
+
+    return padded(query), padded(key), padded(value)
+
+
+def _scale(query: Tensor, options: AttentionOptions) -> float:
+    scale: float = query.shape[3] ** -0.5 if options.scale is None else options.scale
+    return scale
 
 
 _PLANS: WeakKeyDictionary[BlockPattern, dict[tuple[Call, torch.device], tuple[object, Plan]]] = WeakKeyDictionary()
@@ -211,10 +239,13 @@ class _DecodeTables:
 _DECODE: WeakKeyDictionary[BlockPattern, tuple[tuple[Any, ...], _DecodeTables]] = WeakKeyDictionary()
 
 
-def decodes(query: Tensor, key: Tensor) -> bool:
-    """Whether a call has few enough rows (queries times heads of a KV group) for `decode`; shapes as there."""
+def decodes(query: Tensor, key: Tensor, value: Tensor | None = None) -> bool:
+    """Whether a call has few enough rows (queries times heads of a KV group) for `decode`; shapes as there.
+
+    Without a value it is taken for as wide as the key.
+    """
     rows = query.shape[1] // key.shape[1] * query.shape[2]
-    return rows <= most_rows(query.shape[3], call_dtype(query))
+    return rows <= most_rows(width(query, key if value is None else value), call_dtype(query))
 
 
 def decode(query: Tensor, key: Tensor, value: Tensor, pattern: BlockPattern, options: AttentionOptions) -> Tensor:
@@ -223,19 +254,22 @@ def decode(query: Tensor, key: Tensor, value: Tensor, pattern: BlockPattern, opt
     Args:
         query: (batch, num_heads, q_len, head_dim), the last `q_len` of `kv_len` positions.
         key: (batch, num_kv_heads, kv_len, head_dim).
-        value: As `key`.
+        value: (batch, num_kv_heads, kv_len, value_dim).
         pattern: Causal, of any lengths; continued by the rule of `BlockPattern.at`.
         options: Masks, scale and soft cap.
 
     Returns:
-        (batch, num_heads, q_len, head_dim), contiguous. Rows that may attend to nothing are zero.
+        (batch, num_heads, q_len, value_dim). Rows that may attend to nothing are zero.
 
     Raises:
         ValueError: If the input is unsupported or a KV group has more rows than `configs.most_rows`; the message names
             the remedy.
     """
+    ops.refuse_forward_mode(query, key, value)
     query, key, value = _cast(query, key, value)
     check_supported(query)
+    value_dim, options = value.shape[3], replace(options, scale=_scale(query, options))
+    query, key, value = same_width(query, key, value)
     if not pattern.causal or options.dropout_p:
         raise ValueError(
             f"Decoding needs a causal pattern and no dropout, got causal={pattern.causal} and "
@@ -246,13 +280,14 @@ def decode(query: Tensor, key: Tensor, value: Tensor, pattern: BlockPattern, opt
     config = decode_config(heads // kv_heads * q_len, head_dim, query.dtype, pattern.block_size)
     tables, first = _decode_tables(pattern, q_len, kv_len, kv_heads, config.tile[1], query.device)
     splits = max(1, min(tables.most, -(-2 * _processors(query.device) // (kv_heads * max(1, query.shape[0])))))
-    return within_memory(
+    output = within_memory(
         "decode", config, query, options,
         lambda config: launch_decode(
             query.detach(), key.detach(), value.detach(), tables.visits.start, tables.visits.index, tables.keep, first,
             pattern.block_size, config, splits, pattern.causal, options,
         ),
     )  # fmt: skip
+    return output if output.shape[3] == value_dim else output[..., :value_dim]
 
 
 def _decode_tables(

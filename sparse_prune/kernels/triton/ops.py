@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from sparse_prune.kernels.options import AttentionOptions
 from sparse_prune.kernels.triton.configs import LaunchConfig
@@ -98,6 +99,22 @@ def _backward(ctx: Any, grad: Tensor | None, grad_lse: Tensor | None) -> tuple[A
 
 
 block_sparse_attention.register_autograd(_backward, setup_context=_save)
+
+
+def refuse_forward_mode(*tensors: Tensor) -> None:
+    """Refuse tensors that carry tangents: the operators would drop them in silence.
+
+    Raises:
+        NotImplementedError: If any does, as in `torch.func.jvp`.
+    """
+    # A tracer follows no dual tensors; outside of a dual level there are none.
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return
+    if any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
+        raise NotImplementedError(
+            "Backend 'triton' must get tensors without tangents, got forward-mode differentiation (torch.func.jvp, "
+            "torch.autograd.forward_ad). Use backend='reference', which has it."
+        )
 
 
 def _options(

@@ -1,0 +1,57 @@
+"""Calls that show keys later than causality does, as a mask of a prefix or of an image's tokens: what patterns hold."""
+
+from __future__ import annotations
+
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from sparse_prune.pattern import BlockPattern, num_blocks
+
+_OPENED: WeakKeyDictionary[BlockPattern, BlockPattern] = WeakKeyDictionary()
+
+
+def opened(pattern: BlockPattern) -> BlockPattern:
+    """A causal pattern of self-attention without its causality: what it does not speak of, later keys, is kept.
+
+    Blocks that hold a later key for any of their queries are kept whole. The call's mask must hide what is hidden.
+
+    Args:
+        pattern: Causal, of as many queries as keys.
+    """
+    if pattern not in _OPENED:
+        keep = pattern.keep | _later(0, *pattern.keep.shape[1:], pattern.block_size)
+        _OPENED[pattern] = BlockPattern(keep, pattern.block_size, False, pattern.q_len, pattern.kv_len)
+    return _OPENED[pattern]
+
+
+def last_rows(pattern: BlockPattern, q_len: int, kv_len: int, causal: bool, device: torch.device) -> Tensor:
+    """The token mask of the last queries of a sequence.
+
+    Args:
+        pattern: Causal or not.
+        q_len: Queries, the last of the positions.
+        kv_len: Positions.
+        causal: Whether the call shows no later keys; if it does, those that the pattern does not speak of are kept.
+        device: Of the mask.
+
+    Returns:
+        Boolean, (num_heads, q_len, kv_len), True = may attend.
+    """
+    if causal and pattern.causal:
+        return pattern.token_mask(q_len, kv_len, device)
+    (block_q, block_kv), start = pattern.block_size, kv_len - q_len
+    first, end, cols = start // block_q, num_blocks(kv_len, block_q), num_blocks(kv_len, block_kv)
+    keep = pattern.keep_rows(first, end, cols)
+    if pattern.causal:
+        keep = keep | _later(first, end, cols, pattern.block_size)
+    query, key = torch.arange(start, kv_len, device=device), torch.arange(kv_len, device=device)
+    mask = keep.to(device)[:, query // block_q - first][:, :, key // block_kv]
+    return mask & (key <= query[:, None]) if causal else mask
+
+
+def _later(first: int, end: int, cols: int, block_size: tuple[int, int]) -> Tensor:
+    """Blocks in which any key is later than any query, (end - first, cols)."""
+    block_q, block_kv = block_size
+    return (torch.arange(cols) + 1) * block_kv - 1 > torch.arange(first, end)[:, None] * block_q
