@@ -26,8 +26,8 @@ def apply_patterns(
     Args:
         model: Any module; it is taken over if it was not yet.
         patterns: Layer -> pattern, as `sparse_prune.export.load_patterns` reads them. Layers without one stay as they
-            are. Names are those in `model`, or differ from them by one prefix, as those of a run do, which begin with the
-            LightningModule's attribute: the log says then what was matched.
+            are. Names are those in `model`, or differ from them by one prefix, as those of a run do, which begin with
+            the LightningModule's attribute: the log says then what was matched.
         example: See `list_layers`.
         backend: One of `sparse_prune.kernels.BACKENDS`; None: "triton" where there is a GPU, "gather" elsewhere.
 
@@ -86,9 +86,9 @@ def _names_here(there: list[str], here: list[str]) -> dict[str, str]:
     for cut, put in sorted(ways):
         names = {name: put + name.removeprefix(cut) for name in there if name.startswith(cut)}
         # Where both have a prefix of their own, nothing less than all layers tells that they are the same.
-        if set(names) == set(there) and set(names.values()) <= set(here):
-            if not (cut and put) or len(there) == len(here):
-                found.append((cut, put, names))
+        all_fit = set(names) == set(there) and set(names.values()) <= set(here)
+        if all_fit and (not (cut and put) or len(there) == len(here)):
+            found.append((cut, put, names))
     if len(found) == 1:
         cut, put, names = found[0]
         log.info("Patterns of layers %r are matched with layers %r of this model.", f"{cut}...", f"{put}...")
