@@ -110,8 +110,7 @@ class PatternLayer(CacheLayerMixin):  # type: ignore[misc]
             raise ValueError(
                 f"`PatternCache` must get keys and values of {self.handle.num_kv_heads} heads for layer "
                 f"{self.handle.name!r}, got {key_states.shape[1]}: the model caches what it computes them from, as "
-                "multi-head latent attention does. Generate with past_key_values=DynamicCache(), which it shrinks "
-                "itself."
+                "multi-head latent attention does. Generate with past_key_values=DynamicCache()."
             )
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)

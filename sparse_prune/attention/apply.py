@@ -86,8 +86,8 @@ def _names_here(there: list[str], here: list[str]) -> dict[str, str]:
     for cut, put in sorted(ways):
         names = {name: put + name.removeprefix(cut) for name in there if name.startswith(cut)}
         # Where both have a prefix of their own, nothing less than all layers tells that they are the same.
-        fits = set(names) == set(there) and set(names.values()) <= set(here)
-        if fits and (not (cut and put) or len(there) == len(here)):
+        all_fit = set(names) == set(there) and set(names.values()) <= set(here)
+        if all_fit and (not (cut and put) or len(there) == len(here)):
             found.append((cut, put, names))
     if len(found) == 1:
         cut, put, names = found[0]

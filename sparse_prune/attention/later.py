@@ -21,7 +21,8 @@ def opened(pattern: BlockPattern) -> BlockPattern:
         pattern: Causal, of as many queries as keys.
     """
     if pattern not in _OPENED:
-        keep = pattern.keep | _later(0, *pattern.keep.shape[1:], pattern.block_size)
+        rows, cols = pattern.keep.shape[1:]
+        keep = pattern.keep | _later(0, rows, cols, pattern.block_size)
         _OPENED[pattern] = BlockPattern(keep, pattern.block_size, False, pattern.q_len, pattern.kv_len)
     return _OPENED[pattern]
 

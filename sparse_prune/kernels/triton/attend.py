@@ -242,10 +242,10 @@ _DECODE: WeakKeyDictionary[BlockPattern, tuple[tuple[Any, ...], _DecodeTables]] 
 def decodes(query: Tensor, key: Tensor, value: Tensor | None = None) -> bool:
     """Whether a call has few enough rows (queries times heads of a KV group) for `decode`; shapes as there.
 
-    Without a value it is taken for as wide as the key.
+    Without a value it is taken for as wide as the query.
     """
     rows = query.shape[1] // key.shape[1] * query.shape[2]
-    return rows <= most_rows(width(query, key if value is None else value), call_dtype(query))
+    return rows <= most_rows(width(query, query if value is None else value), call_dtype(query))
 
 
 def decode(query: Tensor, key: Tensor, value: Tensor, pattern: BlockPattern, options: AttentionOptions) -> Tensor:
