@@ -115,7 +115,8 @@ def build(
         raise ValueError(f"`length` must be at least {length - room} tokens for {task.name}, got {length}. Raise it.")
     text = list(filler) if parts.filler is None else encode(parts.filler(room + 1))
     text = (text * (room // len(text) + 1))[:room]
-    context, done = [], 0
+    context: list[int] = []
+    done = 0
     for place, fact in sorted((int(where * room), index) for index, where in enumerate(depths[: len(facts)])):
         context += text[done:place] + facts[fact]
         done = place
