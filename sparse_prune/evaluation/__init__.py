@@ -12,8 +12,13 @@ from sparse_prune.evaluation.measures import (
     retrieval,
     retrieval_prompts,
 )
+from sparse_prune.evaluation.meter import Score, measure_task
+from sparse_prune.evaluation.tasks import TASKS
 
 __all__ = [
+    "Score",
+    "TASKS",
+    "measure_task",
     "CacheCost",
     "MakeCache",
     "all_connections",

@@ -1,0 +1,170 @@
+"""The meter: how much of a task a model solves, with its interval, by depth, through the cache."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparse_prune.evaluation.tasks import Example, Task, build
+from sparse_prune.evaluation.tasks.task import Split
+
+COUNTS_FROM = 0.8
+"""Accuracy of the dense model from which a task counts."""
+
+
+@dataclass(frozen=True)
+class Answered:
+    """One question and how the model did."""
+
+    right: bool
+    """Whether every token of the answer came first, with the true answer as input."""
+    log_prob: float
+    """Of the answer, mean over its tokens, nats per token."""
+    depth: float | None
+    """As in `Question`."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """How a model did in a task."""
+
+    answers: list[Answered]
+    """At least one."""
+
+    @property
+    def accuracy(self) -> float:
+        """Share of right answers, in [0, 1]."""
+        return sum(answer.right for answer in self.answers) / len(self.answers)
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Wilson's interval of the accuracy at 95 %.
+
+        Questions on one context are taken as independent.
+        """
+        return wilson(sum(answer.right for answer in self.answers), len(self.answers))
+
+    @property
+    def log_prob(self) -> float:
+        """Mean over the answers, nats per token."""
+        return sum(answer.log_prob for answer in self.answers) / len(self.answers)
+
+    def by_depth(self) -> dict[float | None, Score]:
+        """The same for every depth apart."""
+        depths = dict.fromkeys(answer.depth for answer in self.answers)
+        return {depth: Score([a for a in self.answers if a.depth == depth]) for depth in depths}
+
+
+def wilson(right: int, count: int, z: float = 1.959964) -> tuple[float, float]:
+    """Wilson's score interval of a share.
+
+    Args:
+        right: Successes, at most `count`.
+        count: Trials, at least 1.
+        z: Width in standard errors; the default covers 95 %.
+
+    Raises:
+        ValueError: If a number is out of range.
+    """
+    if count < 1 or not 0 <= right <= count:
+        raise ValueError(f"`right` must lie in [0, count] and `count` be positive, got {right} of {count}.")
+    share, extra = right / count, z * z / count
+    middle = (share + extra / 2) / (1 + extra)
+    half = z / (1 + extra) * math.sqrt(share * (1 - share) / count + extra / count / 4)
+    return max(middle - half, 0.0), min(middle + half, 1.0)
+
+
+def measure_task(
+    model: Any,
+    tokenizer: Any,
+    task: Task,
+    filler: Sequence[int],
+    length: int,
+    make_cache: Callable[[], Any],
+    prompts: int = 60,
+    depths: Sequence[float] = (0.1, 0.3, 0.5, 0.7, 0.9),
+    seed: int = 0,
+    split: Split = "test",
+) -> Score:
+    """Ask at least `prompts` questions of one task.
+
+    Args:
+        model: A transformers causal language model.
+        tokenizer: Its tokenizer; it, `filler`, `length` and `split` as in `build`.
+        task: Which; `TASKS` has them.
+        filler: Tokens of a text.
+        length: Tokens.
+        make_cache: An empty cache for one sequence, such as `partial(fresh_cache, model)`.
+        prompts: Questions; at least 1. Several questions on one context share its prefill.
+        depths: Where facts lie, in [0, 1], in turn.
+        seed: Of names, numbers and wordings.
+
+    Raises:
+        ValueError: As in `build`, or if `prompts` is not positive or there are no depths.
+    """
+    if prompts < 1 or not depths:
+        raise ValueError(f"`prompts` must be at least 1 and `depths` hold one, got {prompts} and {list(depths)}.")
+    answers: list[Answered] = []
+    index = 0
+    while len(answers) < prompts:
+        depth = depths[index % len(depths)]
+        example = build(task, tokenizer, filler, length, depth, seed * 1_000_003 + index, split)
+        answers += answer(model, example, make_cache)
+        index += 1
+    return Score(answers)
+
+
+@torch.no_grad()
+def answer(model: Any, example: Example, make_cache: Callable[[], Any]) -> list[Answered]:
+    """Answer an example's questions after one prefill, through the cache: what was evicted is missed.
+
+    Args:
+        model: A transformers causal language model.
+        example: What to ask.
+        make_cache: An empty cache for one sequence.
+    """
+    cache = make_cache()
+    model(input_ids=_row(model, example.context), past_key_values=cache, logits_to_keep=1)
+    answers = []
+    for question in example.questions:
+        seen = cache if example.turns else copy.deepcopy(cache)
+        inputs = _row(model, question.tokens + question.answer)
+        logits = model(input_ids=inputs, past_key_values=seen).logits[0]
+        count = len(question.answer)
+        logits, target = logits[-count - 1 : -1].float(), inputs[0, -count:]
+        mean = logits.log_softmax(-1).gather(1, target[:, None]).mean()
+        answers.append(Answered(bool((logits.argmax(-1) == target).all()), float(mean), question.depth))
+    return answers
+
+
+def counted(dense: Score) -> bool:
+    """Whether a task counts: the dense model solves at least `COUNTS_FROM` of it."""
+    return dense.accuracy >= COUNTS_FROM
+
+
+def table(rows: Iterable[tuple[str, Score, Score]]) -> str:
+    """Markdown, a row per task: its name, the dense model's score and the pruned one's."""
+    lines = [
+        "| task | dense | pruned | log-probability, nats per token | counted |",
+        "| --- | ---: | ---: | ---: | --- |",
+    ]
+    for name, dense, pruned in rows:
+        note = "yes" if counted(dense) else f"not counted, dense solves {dense.accuracy:.0%}"
+        prob = f"{dense.log_prob:.2f} / {pruned.log_prob:.2f}"
+        lines.append(f"| {name} | {_share(dense)} | {_share(pruned)} | {prob} | {note} |")
+    return "\n".join(lines)
+
+
+def _share(score: Score) -> str:
+    low, high = score.interval
+    return f"{score.accuracy:.0%} ({low:.0%} to {high:.0%})"
+
+
+def _row(model: Any, tokens: list[int]) -> Tensor:
+    return torch.tensor([tokens], device=model.device)

@@ -1,0 +1,104 @@
+from functools import partial
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from sparse_prune.evaluation import fresh_cache
+from sparse_prune.evaluation.meter import Answered, Score, answer, counted, measure_task, table, wilson
+from sparse_prune.evaluation.tasks import TASKS, build
+from sparse_prune.recipes.base.pretrained import load_tokenizer
+from sparse_prune.recipes.causal_lm.pretrained import load_model
+
+NAMES = sorted(TASKS)
+FILLER = list(range(40, 70))
+
+
+class Stub:
+    """Knows the answers of the examples it was shown, or none."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, examples):
+        self.known = {tuple(q.tokens + q.answer) for example in examples for q in example.questions}
+
+    def __call__(self, input_ids, past_key_values, logits_to_keep=0):
+        row, logits = input_ids[0], torch.zeros(1, input_ids.shape[1], 98)
+        if tuple(row.tolist()) in self.known:
+            logits[0, :-1] = torch.nn.functional.one_hot(row[1:], 98) * 50.0
+        return SimpleNamespace(logits=logits)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_model):
+    return load_tokenizer(tiny_model)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_examples_have_the_length_asked_for_and_tell_their_answers(tokenizer, name):
+    example = build(TASKS[name], tokenizer, FILLER, 480, 0.3, 1)
+    ends = [len(q.tokens) + len(q.answer) for q in example.questions]
+    assert len(example.context) + (sum(ends) if example.turns else max(ends)) == 480
+    text = tokenizer.decode(example.context).replace(" ", "")
+    for question in example.questions:
+        answer_text = tokenizer.decode(question.answer).replace(" ", "")
+        assert all(part in text for part in answer_text.replace("and", ",").split(","))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_wordings_for_choosing_and_testing_are_disjoint(name):
+    task = TASKS[name]
+    for field in ("fact", "question"):
+        assert not {getattr(w, field) for w in task.choose} & {getattr(w, field) for w in task.test}
+    with pytest.raises(ValueError, match="`split`"):
+        task.wordings("train")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_oracle_scores_all_and_a_blind_model_nothing(tokenizer, name):
+    ask = partial(measure_task, tokenizer=tokenizer, task=TASKS[name], filler=FILLER, length=480, prompts=8)
+    examples = [build(TASKS[name], tokenizer, FILLER, 480, (0.1, 0.3, 0.5, 0.7, 0.9)[i % 5], i) for i in range(8)]
+    oracle = ask(Stub(examples), make_cache=object)
+    assert len(oracle.answers) >= 8
+    assert oracle.accuracy == 1
+    assert oracle.log_prob == pytest.approx(0, abs=1e-3)
+    assert ask(Stub([]), make_cache=object).accuracy == 0
+
+
+@pytest.mark.parametrize("name", ["multi_query", "turns"])
+def test_one_prefill_answers_as_fresh_prompts_do(tiny_model, tokenizer, name):
+    model = load_model(tiny_model).eval()
+    example = build(TASKS[name], tokenizer, FILLER, 480, 0.3, 1)
+    before = example.context
+    for question, got in zip(example.questions, answer(model, example, partial(fresh_cache, model)), strict=True):
+        whole = torch.tensor([before + question.tokens + question.answer])
+        with torch.no_grad():
+            logits = model(whole).logits[0, -len(question.answer) - 1 : -1].log_softmax(-1)
+        expected = logits.gather(1, torch.tensor(question.answer)[:, None]).mean()
+        assert got.log_prob == pytest.approx(float(expected), rel=1e-4)
+        if example.turns:
+            before = before + question.tokens + question.answer
+
+
+def test_intervals_are_wilsons():
+    assert wilson(60, 60) == (pytest.approx(0.940, abs=5e-4), pytest.approx(1.0))
+    assert wilson(3, 4) == (pytest.approx(0.301, abs=1e-3), pytest.approx(0.954, abs=1e-3))
+    assert wilson(0, 10)[0] == 0
+    with pytest.raises(ValueError, match="2 of 1"):
+        wilson(2, 1)
+
+
+def test_only_what_dense_solves_counts():
+    def score(right):
+        return Score([Answered(index < right, -1.0, (0.1, 0.9)[index % 2]) for index in range(10)])
+
+    assert counted(score(8))
+    assert not counted(score(7))
+    assert "not counted, dense solves 70%" in table([("needle", score(7), score(1))])
+    assert {depth: part.accuracy for depth, part in score(5).by_depth().items()} == {0.1: 0.6, 0.9: 0.4}
+
+
+def test_what_does_not_fit_is_refused(tokenizer):
+    for arguments, named in (((FILLER, 10, 0.5), "length"), ((FILLER, 480, 2.0), "depth"), (([], 480, 0.5), "filler")):
+        with pytest.raises(ValueError, match=f"`{named}` must"):
+            build(TASKS["needle"], tokenizer, *arguments, seed=0)
