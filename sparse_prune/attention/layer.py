@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal, NamedTuple
-from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 
 from sparse_prune.attention.packed import PackedKeys, masked_attention
-from sparse_prune.kernels import AttentionOptions, block_sparse_attention, moving_backend, probe_attention
+from sparse_prune.kernels import (
+    AttentionOptions,
+    block_sparse_attention,
+    check_backend,
+    moving_backend,
+    name_pattern,
+    probe_attention,
+)
 from sparse_prune.pattern import BlockPattern
 from sparse_prune.scores import STATISTICS, BlockStatistics, Statistic
 
 Mode = Literal["dense", "masked", "sparse"]
 _LENGTHS_KEPT = 8
-_COUNT = itertools.count()
-_PATTERNS: WeakValueDictionary[str, BlockPattern] = WeakValueDictionary()  # by `PrunableAttention._version`
 
 
 class CallShape(NamedTuple):
@@ -98,14 +101,14 @@ class PrunableAttention:
         self._pattern = pattern
         self._at = None
         if pattern is not None:
-            self._version = str(next(_COUNT))
-            _PATTERNS[self._version] = pattern
+            self._version = name_pattern(pattern)
             self._at = lru_cache(_LENGTHS_KEPT)(pattern.at)
 
     @property
     def traceable(self) -> bool:
         """Whether torch.compile can follow a call: the pattern is frozen and its kernels are operators of torch."""
-        return self.mode == "sparse" and self.backend == "triton" and self.probe_block_size is None
+        frozen = self.mode == "sparse" and self.probe_block_size is None
+        return frozen and check_backend(self.backend).traced is not None
 
     @property
     def idle(self) -> bool:
@@ -172,8 +175,9 @@ class PrunableAttention:
                 return held.attend(query, options)
             key, value = held.first
         q_len, kv_len = query.shape[2], key.shape[2]
-        if self.traceable and torch.compiler.is_compiling():
-            return _attend_planned(self, query, key, value, options)
+        traced = check_backend(self.backend).traced if self.traceable and torch.compiler.is_compiling() else None
+        if traced is not None:
+            return traced(query, key, value, self._version, self.causal, options)
         self._watch(query, key, value, options)
         if self.mode == "dense" or self._pattern is None:
             return dense()
@@ -230,11 +234,10 @@ class PrunableAttention:
         """The last queries against a cache: few rows, so that off the GPU a mask costs little."""
         assert self._pattern is not None
         q_len, kv_len = query.shape[2], key.shape[2]
-        if self.mode == "sparse" and self.backend == "triton" and not torch.is_grad_enabled():
-            from sparse_prune.kernels.triton.attend import decode, decodes
-
-            if decodes(query, key):  # more rows are masked
-                return decode(query, key, value, self._pattern, options)
+        decode = check_backend(self.backend).decode if self.mode == "sparse" and not torch.is_grad_enabled() else None
+        decoded = None if decode is None else decode(query, key, value, self._pattern, options)
+        if decoded is not None:
+            return decoded
         mask = self._pattern.token_mask(q_len, kv_len, query.device)[None]
         if options.key_mask is not None:
             mask = mask & options.key_mask[:, None, None, :]
@@ -244,27 +247,3 @@ class PrunableAttention:
         return masked_attention(
             query, key.repeat_interleave(group, 1), value.repeat_interleave(group, 1), mask, options
         )
-
-
-def _attend_planned(
-    layer: PrunableAttention, query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions
-) -> Tensor:
-    """Sparse attention in a form that torch.compile can trace: what hangs on the pattern is a constant to it."""
-    from sparse_prune.kernels.triton.attend import attend_planned, call_dtype
-    from sparse_prune.kernels.triton.configs import traits
-
-    lengths, dtype = (query.shape[2], key.shape[2]), call_dtype(query)
-    planned = _plan(layer._version, *lengths, query.shape[3], dtype, query.device, *traits(options))
-    return attend_planned(query, key, value, planned, layer.causal, options)
-
-
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator, unused-ignore]
-def _plan(
-    version: str, q_len: int, kv_len: int, head_dim: int, dtype: torch.dtype, device: torch.device, masks: int,
-    softcap: bool, dropout: bool,
-) -> tuple[list[Tensor], list[int]]:  # fmt: skip
-    from sparse_prune.kernels.triton.attend import plan
-
-    pattern = _PATTERNS[version].at(q_len, kv_len)
-    planned: tuple[list[Tensor], list[int]] = plan(pattern, head_dim, dtype, device, masks, softcap, dropout)
-    return planned
