@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import torch
@@ -12,6 +12,12 @@ from torch import Tensor
 Packed = dict[str, Any]
 
 
+@overload
+def pack(tensor: Tensor) -> Packed: ...
+@overload
+def pack(tensor: None) -> None: ...
+@overload
+def pack(tensor: Tensor | None) -> Packed | None: ...
 def pack(tensor: Tensor | None) -> Packed | None:
     """The least that a tensor follows from: half the numbers, if the future is masked, and fewer inside a window.
 
@@ -31,6 +37,10 @@ def pack(tensor: Tensor | None) -> Packed | None:
     return packed
 
 
+@overload
+def unpack(packed: Packed | Tensor) -> Tensor: ...
+@overload
+def unpack(packed: Packed | Tensor | None) -> Tensor | None: ...
 def unpack(packed: Packed | Tensor | None) -> Tensor | None:
     """The tensor that `pack` took, on the CPU.
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Literal, NamedTuple
-from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -16,15 +14,21 @@ from torch import Tensor
 from sparse_prune.attention.gradient import with_gradient
 from sparse_prune.attention.later import last_rows, opened
 from sparse_prune.attention.packed import PackedKeys, masked_attention
-from sparse_prune.kernels import AttentionOptions, block_sparse_attention, moving_backend, probe_attention, probe_score
+from sparse_prune.kernels import (
+    AttentionOptions,
+    block_sparse_attention,
+    check_backend,
+    moving_backend,
+    name_pattern,
+    probe_attention,
+    probe_score,
+)
 from sparse_prune.pattern import BlockPattern
 from sparse_prune.scores import STATISTICS, BlockStatistics, Score
 
 log = logging.getLogger(__name__)
 Mode = Literal["dense", "masked", "sparse"]
 _LENGTHS_KEPT = 8
-_COUNT = itertools.count()
-_PATTERNS: WeakValueDictionary[str, BlockPattern] = WeakValueDictionary()  # by `PrunableAttention._version`
 
 
 class CallShape(NamedTuple):
@@ -114,14 +118,14 @@ class PrunableAttention:
         self._pattern = pattern
         self._at = None
         if pattern is not None:
-            self._version = str(next(_COUNT))
-            _PATTERNS[self._version] = pattern
+            self._version = name_pattern(pattern)
             self._at = lru_cache(_LENGTHS_KEPT)(pattern.at)
 
     @property
     def traceable(self) -> bool:
         """Whether torch.compile can follow a call: the pattern is frozen and its kernels are operators of torch."""
-        return self.mode == "sparse" and self.backend == "triton" and self.probe_block_size is None
+        frozen = self.mode == "sparse" and self.probe_block_size is None
+        return frozen and check_backend(self.backend).traced is not None
 
     @property
     def idle(self) -> bool:
@@ -198,8 +202,10 @@ class PrunableAttention:
             key, value = held.first
         q_len, kv_len = query.shape[2], key.shape[2]
         causal = self.causal if causal is None else causal
-        if self.traceable and causal == self.causal and torch.compiler.is_compiling():
-            return _attend_planned(self, query, key, value, options)
+        traces = self.traceable and causal == self.causal and torch.compiler.is_compiling()
+        traced = check_backend(self.backend).traced if traces else None
+        if traced is not None:
+            return traced(query, key, value, self._version, self.causal, options)
         self._watch(query, key, value, options, causal)
         if self.idle:
             return dense()
@@ -344,13 +350,12 @@ class PrunableAttention:
         """The last queries against a cache: few rows, so that off the GPU a mask costs little."""
         assert self._pattern is not None
         q_len, kv_len = query.shape[2], key.shape[2]
-        here = self.mode == "sparse" and self.backend == "triton" and not torch.is_grad_enabled()
+        decode = check_backend(self.backend).decode if self.mode == "sparse" and not torch.is_grad_enabled() else None
         # One last query sees every key in any case.
-        if here and self._pattern.causal and (causal or q_len == 1):
-            from sparse_prune.kernels.triton.attend import decode, decodes
-
-            if decodes(query, key, value):  # more rows are masked
-                return decode(query, key, value, self._pattern, options)
+        if decode is not None and self._pattern.causal and (causal or q_len == 1):
+            decoded = decode(query, key, value, self._pattern, options)
+            if decoded is not None:
+                return decoded
         mask = last_rows(self._pattern, q_len, kv_len, causal, query.device)[None]
         if options.key_mask is not None:
             mask = mask & options.key_mask[:, None, None, :]
@@ -366,27 +371,3 @@ def _causal_too(options: AttentionOptions, length: int, device: torch.device) ->
     """The options of a causal call under a pattern that knows of no causality."""
     lower = torch.ones(length, length, dtype=torch.bool, device=device).tril()[None, None]
     return replace(options, attn_mask=lower if options.attn_mask is None else options.attn_mask & lower)
-
-
-def _attend_planned(
-    layer: PrunableAttention, query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions
-) -> Tensor:
-    """Sparse attention in a form that torch.compile can trace: what hangs on the pattern is a constant to it."""
-    from sparse_prune.kernels.triton.attend import attend_planned, call_dtype, width
-    from sparse_prune.kernels.triton.configs import traits
-
-    lengths, dtype = (query.shape[2], key.shape[2]), call_dtype(query)
-    planned = _plan(layer._version, *lengths, width(query, value), dtype, query.device, *traits(options))
-    return attend_planned(query, key, value, planned, layer.causal, options)
-
-
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator, unused-ignore]
-def _plan(
-    version: str, q_len: int, kv_len: int, head_dim: int, dtype: torch.dtype, device: torch.device, masks: int,
-    softcap: bool, dropout: bool,
-) -> tuple[list[Tensor], list[int]]:  # fmt: skip
-    from sparse_prune.kernels.triton.attend import plan
-
-    pattern = _PATTERNS[version].at(q_len, kv_len)
-    planned: tuple[list[Tensor], list[int]] = plan(pattern, head_dim, dtype, device, masks, softcap, dropout)
-    return planned

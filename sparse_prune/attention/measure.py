@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from sparse_prune.attention.layer import PrunableAttention
 from sparse_prune.attention.softcap import softcapped
 from sparse_prune.clock import milliseconds
-from sparse_prune.kernels import AttentionOptions, block_sparse_attention
+from sparse_prune.kernels import AttentionOptions, block_sparse_attention, check_backend
 from sparse_prune.pattern import BlockPattern
 
 log = logging.getLogger(__name__)
@@ -91,14 +91,9 @@ def tune(layer: PrunableAttention, backend: str, pattern: BlockPattern) -> None:
     Raises:
         ValueError: If the backend does not take the shape.
     """
-    if backend != "triton":
-        return
-    from sparse_prune.kernels.triton.attend import check_supported, same_width
-    from sparse_prune.kernels.triton.tuning import tune as tune_kernels
-
-    query, key, value = _inputs(layer)
-    check_supported(query)
-    tune_kernels(*same_width(query, key, value), pattern, _options(layer))
+    find = check_backend(backend).tune
+    if find is not None:
+        find(*_inputs(layer), pattern, _options(layer))
 
 
 def _time(layer: PrunableAttention, backend: str, pattern: BlockPattern) -> float:

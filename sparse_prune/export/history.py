@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from sparse_prune.files import whole_file
+from sparse_prune.packing import pack, unpack
 from sparse_prune.pattern import BlockPattern
 
 FOLDER = "pattern_history"
@@ -31,10 +32,10 @@ def save_frame(patterns: Mapping[str, BlockPattern], folder: Path, step: int) ->
     arrays = {}
     for name, pattern in patterns.items():
         shape = (*pattern.keep.shape, *pattern.block_size, int(pattern.causal), pattern.q_len, pattern.kv_len)
-        arrays[f"{name}:bits"] = np.packbits(pattern.keep.numpy())
+        arrays[f"{name}:bits"] = pack(pattern.keep)["bits"].numpy()
         arrays[f"{name}:shape"] = np.asarray(shape, dtype=np.int64)
     with whole_file(target) as path, open(path, "wb") as file:
-        np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
+        np.savez_compressed(file, **arrays)
     return target
 
 
@@ -84,5 +85,5 @@ def _path(folder: Path, step: int) -> Path:
 
 def _pattern(bits: np.ndarray[tuple[int], np.dtype[np.uint8]], shape: list[int]) -> BlockPattern:
     heads, rows, cols, block_q, block_kv, causal, q_len, kv_len = shape
-    keep = np.unpackbits(bits, count=heads * rows * cols).reshape(heads, rows, cols).astype(bool)
-    return BlockPattern(torch.from_numpy(keep), (block_q, block_kv), bool(causal), q_len, kv_len)
+    keep = unpack({"shape": (heads, rows, cols), "bits": torch.from_numpy(bits)})
+    return BlockPattern(keep, (block_q, block_kv), bool(causal), q_len, kv_len)

@@ -7,48 +7,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from sparse_prune.kernels import gather, reference, sdpa
-from sparse_prune.kernels.choice import triton_kernels
+from sparse_prune.kernels.backends import BACKENDS
+from sparse_prune.kernels.backends.triton import triton_kernels
+from sparse_prune.kernels.choice import check_backend
 from sparse_prune.kernels.options import AttentionOptions
 from sparse_prune.pattern import BlockPattern
 from sparse_prune.scores import AttentionCall, BlockStatistics, Score, probe_blocks
-
-
-def _triton(query: Tensor, key: Tensor, value: Tensor, pattern: BlockPattern, options: AttentionOptions) -> Tensor:
-    kernels = triton_kernels()
-    if kernels is None:
-        raise ValueError("`backend='triton'` needs the triton package. Install it, or use 'gather'.")
-    output: Tensor = kernels.attend(query, key, value, pattern, options)
-    return output
-
-
-def _flex(query: Tensor, key: Tensor, value: Tensor, pattern: BlockPattern, options: AttentionOptions) -> Tensor:
-    from sparse_prune.kernels.flex import attend  # takes a second to import
-
-    return attend(query, key, value, pattern, options)
-
-
-BACKENDS = {
-    "flex": _flex,
-    "gather": gather.attend,
-    "reference": reference.attend,
-    "sdpa": sdpa.attend,
-    "triton": _triton,
-}
-"""Name -> implementation. 'gather', 'triton' and, on a GPU, 'flex' skip pruned blocks; the others mask them."""
-
-
-def check_backend(backend: str) -> None:
-    """Refuse what is no backend.
-
-    Args:
-        backend: One of `BACKENDS`.
-
-    Raises:
-        ValueError: If it is none.
-    """
-    if backend not in BACKENDS:
-        raise ValueError(f"`backend` must be one of {sorted(BACKENDS)}, got {backend!r}.")
 
 
 def probe_attention(
@@ -158,12 +122,12 @@ def block_sparse_attention(
     Raises:
         ValueError: If the backend is unknown or the shapes do not fit together; the message names which.
     """
-    check_backend(backend)
+    chosen = check_backend(backend)
     options = options or AttentionOptions()
     _check(query, key, value, pattern, options)
     if not query.numel() or not key.numel() or not value.numel():  # nothing to tile: the reference takes any shape
-        backend = "reference"
-    return BACKENDS[backend](query, key, value, pattern, options)
+        chosen = BACKENDS["reference"]
+    return chosen.attend(query, key, value, pattern, options)
 
 
 def _check(query: Tensor, key: Tensor, value: Tensor, pattern: BlockPattern, options: AttentionOptions) -> None:

@@ -2,31 +2,30 @@
 
 from __future__ import annotations
 
-import os
-from types import ModuleType
-
 import torch
 from torch import Tensor
 
+from sparse_prune.kernels.backend import Backend
+from sparse_prune.kernels.backends import BACKENDS
 from sparse_prune.kernels.options import AttentionOptions
 from sparse_prune.pattern import BlockPattern
 
-_LARGEST_MASK = 2**24
-"""Elements of a token mask, 5 bytes each, that every layer may keep for its backward pass."""
+_ANYWHERE = "gather"
+"""Takes every call on every device."""
 
 
-def triton_kernels() -> ModuleType | None:
-    """The Triton kernels; None without the triton package."""
-    try:
-        from sparse_prune.kernels.triton import attend
-    except ImportError:
-        return None
-    return attend
+def check_backend(backend: str) -> Backend:
+    """The record of a backend.
 
+    Args:
+        backend: A name.
 
-def triton_interprets() -> bool:
-    """Whether Triton runs its kernels on a CPU, in its interpreter."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
+    Raises:
+        ValueError: If no backend has that name.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"`backend` must be one of {sorted(BACKENDS)}, got {backend!r}.")
+    return BACKENDS[backend]
 
 
 def skipping_backends(device: torch.device) -> tuple[str, ...]:
@@ -35,16 +34,17 @@ def skipping_backends(device: torch.device) -> tuple[str, ...]:
     Args:
         device: Where the layer runs.
     """
-    return ("triton", "flex", "gather") if device.type == "cuda" else ("gather",)
+    found = tuple(name for name, backend in BACKENDS.items() if device.type in backend.skips_on)
+    return found or (_ANYWHERE,)
 
 
 def usable_backend(backend: str) -> str:
-    """The backend itself, or "gather" in the place of "triton" where there is no GPU.
+    """The backend itself, or "gather" in the place of one that this machine does not run, as "triton" without a GPU.
 
     Args:
-        backend: One of `BACKENDS`.
+        backend: A name; one that is no backend is given back as it is, for `check_backend` to refuse.
     """
-    return "gather" if backend == "triton" and not torch.cuda.is_available() else backend
+    return backend if backend not in BACKENDS or BACKENDS[backend].usable() else _ANYWHERE
 
 
 def check_trains(backend: str, device: torch.device) -> None:
@@ -55,10 +55,9 @@ def check_trains(backend: str, device: torch.device) -> None:
         device: Where the layers run.
 
     Raises:
-        ValueError: If it needs a GPU and there is none.
+        ValueError: If it cannot, or there is no such backend.
     """
-    missing = backend == "flex" or (backend == "triton" and not triton_interprets())
-    if missing and device.type != "cuda":
+    if not check_backend(backend).trains(device):
         raise ValueError(f"`backend={backend!r}` must train on a CUDA device, got {device}. Use 'auto' or 'gather'.")
 
 
@@ -72,29 +71,4 @@ def moving_backend(query: Tensor, pattern: BlockPattern, options: AttentionOptio
         pattern: For the lengths of the call.
         options: Of the call.
     """
-    if query.device.type == "cuda":
-        kernels = triton_kernels()
-        return "triton" if kernels and kernels.unsupported(query, pattern.block_size) is None else "gather"
-    masked = query.device.type == "cpu" and options.softcap is None and _masking_pays(query, pattern, options)
-    return "sdpa" if masked else "gather"
-
-
-def _masking_pays(query: Tensor, pattern: BlockPattern, options: AttentionOptions) -> bool:
-    """Whether a CPU is faster with a token mask over all pairs than with the kept blocks alone.
-
-    Costs are in units of what SDPA takes for one query-key pair, forward and backward; `benchmarks/moving_backend.py`
-    measures what they were fitted to, on one thread of an Intel Xeon.
-    """
-    pairs = query.shape[0] * pattern.num_heads * pattern.q_len * pattern.kv_len
-    masks = (options.key_mask, options.attn_mask, options.documents)
-    own = any(mask is not None and mask.shape[0] > 1 for mask in masks)  # each sample has a mask of its own
-    elements = pairs if own else pairs // max(query.shape[0], 1)
-    if elements > _LARGEST_MASK and not options.dropout_p:  # with dropout SDPA keeps every weight in any case
-        return False
-    pair, kept_pair = 1.0, 1.0 + 48 / min(pattern.block_size)
-    if query.dtype == torch.bfloat16:
-        kept_pair *= 1.6
-    if options.dropout_p:  # gather's numbers can be drawn again, which takes longer
-        pair, kept_pair = 4.0 * pair, 8.0 * kept_pair
-    kept = pattern.kept_blocks / pattern.keep.numel()
-    return pair * pairs + 0.55 * elements < kept_pair * kept * pairs
+    return next((name for name, each in BACKENDS.items() if each.suits_moving(query, pattern, options)), _ANYWHERE)

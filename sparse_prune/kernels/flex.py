@@ -5,12 +5,12 @@ from __future__ import annotations
 from functools import lru_cache
 from types import FunctionType
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
+from sparse_prune.kernels.derived import derived
 from sparse_prune.kernels.options import AttentionOptions
 from sparse_prune.pattern import BlockPattern
 
@@ -112,19 +112,11 @@ def _compiled(compiler: str, tuned: bool, kind: tuple[Any, ...]) -> Any:
     )
 
 
-_PLAIN: WeakKeyDictionary[BlockPattern, dict[torch.device, BlockMask]] = WeakKeyDictionary()
-
-
 def _block_mask(pattern: BlockPattern, visible: Tensor | None, device: torch.device) -> BlockMask:
     """Built once per pattern, unless masks come with the call."""
     if visible is not None:
         return _build(pattern, visible.expand(-1, -1, pattern.q_len, pattern.kv_len), device)
-    known = _PLAIN.setdefault(pattern, {})
-    if device not in known:
-        # A mask that was built in validation must serve training too.
-        with torch.inference_mode(False):
-            known[device] = _build(pattern, None, device)
-    return known[device]
+    return derived(pattern, ("flex", device), lambda: _build(pattern, None, device))
 
 
 def _build(pattern: BlockPattern, visible: Tensor | None, device: torch.device) -> BlockMask:

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from sparse_prune.kernels.derived import derived
 from sparse_prune.kernels.dropout import dropout_uniform
 from sparse_prune.kernels.options import AttentionOptions
 from sparse_prune.pattern import BlockPattern
@@ -48,15 +48,8 @@ class _Bucket:
     """Boolean, (block_q, tokens), True = hidden, for the last `tokens` keys of each tile. None: all are visible."""
 
 
-_BUCKETS: WeakKeyDictionary[BlockPattern, dict[torch.device, list[_Bucket]]] = WeakKeyDictionary()
-
-
 def _buckets(pattern: BlockPattern, device: torch.device) -> list[_Bucket]:
-    per_device = _BUCKETS.setdefault(pattern, {})
-    if device not in per_device:
-        with torch.inference_mode(False):  # training uses what validation built
-            per_device[device] = _build_buckets(pattern, device)
-    return per_device[device]
+    return derived(pattern, ("gather", device), lambda: _build_buckets(pattern, device))
 
 
 def _build_buckets(pattern: BlockPattern, device: torch.device) -> list[_Bucket]:

@@ -1,4 +1,5 @@
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
@@ -42,7 +43,9 @@ def test_candidates_do_what_the_training_call_asked_for(layer, monkeypatch, capl
     layer.attend(*measure._inputs(layer), asked, dense=lambda: None)
     assert layer.last_shape.options.key_mask.is_meta  # a mask is not kept alive
     gather = BACKENDS["gather"]
-    monkeypatch.setitem(BACKENDS, "gather", lambda *call: seen.append(call[-1]) or gather(*call))
+    monkeypatch.setitem(
+        BACKENDS, "gather", replace(gather, attend=lambda *call: seen.append(call[-1]) or gather.attend(*call))
+    )
     with caplog.at_level(logging.INFO):
         assert list(measure.time_attention(layer, ["flex", "gather"])) == ["dense", "gather"]
     assert "Backend 'flex' has no dropout" in caplog.text
@@ -72,9 +75,9 @@ def test_a_candidate_that_fails_is_left_out(layer, monkeypatch, caplog, runs):
         if not left:
             raise torch.OutOfMemoryError("out of memory")
         left.pop()
-        return gather(*call)
+        return gather.attend(*call)
 
-    monkeypatch.setitem(BACKENDS, "flex", fail_in_the_end)
+    monkeypatch.setitem(BACKENDS, "flex", replace(BACKENDS["flex"], attend=fail_in_the_end))
     assert list(measure.time_attention(layer, ["flex", "gather"])) == ["dense", "gather"]
     assert "layer: not measured with flex: OutOfMemoryError: out of memory" in caplog.text
 

@@ -1,5 +1,7 @@
 """What serves a pattern that still moves: the kept blocks alone, or on a CPU a mask where that is faster."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -61,14 +63,15 @@ def test_no_sequence_at_all():
 @pytest.mark.parametrize(("density", "wanted"), [(0.9, "sdpa"), (0.1, "gather")])
 def test_a_layer_whose_pattern_moves_takes_it(monkeypatch, density, wanted):
     taken = []
-    for name, attend in BACKENDS.items():
-        monkeypatch.setitem(BACKENDS, name, lambda *call, name=name, attend=attend: taken.append(name) or attend(*call))
+    for name, known in list(BACKENDS.items()):
+        watched = replace(known, attend=lambda *call, known=known: taken.append(known.name) or known.attend(*call))
+        monkeypatch.setitem(BACKENDS, name, watched)
     layer = PrunableAttention("layer", 2, 2, causal=False, mode="masked")
     layer.pattern = random_pattern(2, 256, 16, density=density, causal=False)
     query, key, value = torch.randn(3, 4, 2, 256, 16)
     found = layer.attend(query, key, value, AttentionOptions(), dense=lambda: pytest.fail("the layer is pruned"))
     assert taken == [wanted]
-    exact = BACKENDS["reference"](query, key, value, layer.pattern, AttentionOptions())
+    exact = BACKENDS["reference"].attend(query, key, value, layer.pattern, AttentionOptions())
     torch.testing.assert_close(found, exact, atol=1e-5, rtol=1e-5)
 
 

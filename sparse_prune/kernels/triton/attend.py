@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from sparse_prune.kernels.choice import triton_interprets
 from sparse_prune.kernels.options import AttentionOptions
 from sparse_prune.kernels.triton import ops, tuning
 from sparse_prune.kernels.triton.configs import (
@@ -23,6 +22,7 @@ from sparse_prune.kernels.triton.configs import (
     probe_config,
     traits,
 )
+from sparse_prune.kernels.triton.interpreter import triton_interprets
 from sparse_prune.kernels.triton.launch import launch_decode, launch_probe
 from sparse_prune.kernels.triton.memory import within_memory
 from sparse_prune.kernels.triton.tables import Visits, build_visits, index_tables

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.weak import WeakIdKeyDictionary
 
+from sparse_prune.kernels.derived import derived
 from sparse_prune.pattern import BlockPattern, possible_blocks
 
 
@@ -110,9 +110,6 @@ class IndexTables:
     """Tokens per tile, (query, key); both divide the pattern's block."""
 
 
-_CACHE: WeakKeyDictionary[BlockPattern, dict[tuple[tuple[int, int], torch.device], IndexTables]] = WeakKeyDictionary()
-
-
 def index_tables(pattern: BlockPattern, tile: tuple[int, int], device: torch.device) -> IndexTables:
     """Tables of a pattern, built once per tile and device and kept as long as the pattern lives.
 
@@ -128,13 +125,12 @@ def index_tables(pattern: BlockPattern, tile: tuple[int, int], device: torch.dev
     """
     if pattern.block_size[0] % tile[0] or pattern.block_size[1] % tile[1]:
         raise ValueError(f"`tile` must divide the pattern's block {pattern.block_size}, got {tile}.")
-    known = _CACHE.setdefault(pattern, {})
-    key = (tile, device)
-    if key not in known:
-        with torch.inference_mode(False):  # autograd cannot save for training what validation built in inference mode
-            keep = pattern.keep.pin_memory() if device.type == "cuda" else pattern.keep
-            known[key] = build_tables(pattern, tile, keep.to(device, non_blocking=True), count_tiles(pattern, tile))
-    return known[key]
+
+    def build() -> IndexTables:
+        keep = pattern.keep.pin_memory() if device.type == "cuda" else pattern.keep
+        return build_tables(pattern, tile, keep.to(device, non_blocking=True), count_tiles(pattern, tile))
+
+    return derived(pattern, ("tables", tile, device), build)
 
 
 def build_tables(pattern: BlockPattern, tile: tuple[int, int], keep: Tensor, total: int) -> IndexTables:

@@ -1,0 +1,31 @@
+"""What is derived from a pattern and kept, for as long as the pattern lives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from typing import TypeVar
+from weakref import WeakKeyDictionary
+
+import torch
+
+from sparse_prune.pattern import BlockPattern
+
+_T = TypeVar("_T")
+_KEPT: WeakKeyDictionary[BlockPattern, dict[Hashable, object]] = WeakKeyDictionary()
+
+
+def derived(pattern: BlockPattern, key: tuple[Hashable, ...], make: Callable[[], _T]) -> _T:
+    """What `make` gives, made once per pattern and key, and dropped with the pattern.
+
+    It is made outside of inference mode: autograd cannot save for training what validation built inside it.
+
+    Args:
+        pattern: What it is derived from. What `make` gives must not hold it, or neither would ever be dropped.
+        key: Who asks, and all else that it is derived from.
+        make: Derives it.
+    """
+    known = _KEPT.setdefault(pattern, {})
+    if key not in known:
+        with torch.inference_mode(False):
+            known[key] = make()
+    return known[key]  # type: ignore[return-value]

@@ -1,0 +1,38 @@
+"""What is derived from a pattern is made once, and goes when the pattern goes."""
+
+import gc
+import weakref
+
+import torch
+
+from sparse_prune.fixed_patterns import random_pattern
+from sparse_prune.kernels.derived import derived
+
+
+def test_it_is_made_once_per_pattern_and_key():
+    one, other, made = random_pattern(2, 64, 16, density=0.5), random_pattern(2, 64, 16, density=0.5), []
+
+    def ask(pattern, key):
+        return derived(pattern, (key,), lambda: made.append(key) or [key])
+
+    assert ask(one, "a") is ask(one, "a")
+    assert ask(one, "b") == ["b"]
+    assert ask(other, "a") is not ask(one, "a")
+    assert made == ["a", "b", "a"]
+
+
+def test_it_lives_as_long_as_the_pattern():
+    pattern = random_pattern(2, 64, 16, density=0.5)
+    found = weakref.ref(derived(pattern, ("tensor",), lambda: torch.ones(3)))
+    gc.collect()
+    assert found() is not None
+    del pattern
+    gc.collect()
+    assert found() is None
+
+
+def test_training_can_use_what_validation_made():
+    pattern = random_pattern(2, 64, 16, density=0.5)
+    with torch.inference_mode():
+        made = derived(pattern, ("tensor",), lambda: torch.ones(3))
+    assert not made.is_inference()
