@@ -258,7 +258,7 @@ def savings(pruner: AttentionPruner) -> dict[str, float]:
             cache = 2 * shape.batch * layer.num_kv_heads * pattern.kv_len * shape.head_dim * shape.dtype.itemsize
             bytes_dense += cache
             bytes_saved += cache * kv_blocks_droppable(pattern, layer.num_kv_heads)
-    found = {}
+    found: dict[str, float] = {}
     if flops_dense:
         found |= {FLOPS_SAVED.key: float(flops_dense - flops), FLOPS_SHARE.key: 1.0 - flops / flops_dense}
     if bytes_dense:

@@ -31,4 +31,5 @@ class OutputChange(Score):
         parts = torch.einsum("bkgrws,bkwsd->bkgrwd", weights, values.view(batch, kv_heads, width, side, head_dim))
         held = parts.reshape(batch, heads, rows, width, head_dim)  # what each block gives to the output
         moved = (row_masses(tile).float()[..., None] * held.sum(3, keepdim=True) - held).norm(dim=-1)
-        return moved.amax(2).sum(0)
+        changes: Tensor = moved.amax(2).sum(0)
+        return changes

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from sparse_prune import metrics
@@ -52,11 +52,11 @@ def _chart(chart: metrics.Chart) -> Chart:
     shown = [metric for metric in METRICS if metric.chart is chart]
     marks = tuple(metric.key for metric in shown if metric.event)
     title = f"{chart.title} (points: layers swapped)" if marks else chart.title
-    unit, axis = chart.unit or None, {"top": chart.top, "log": chart.log}
+    panel = Chart(title, tuple(metric.key for metric in shown), unit=chart.unit or None, marks=marks)
     if any(metric.per_layer for metric in shown):
         pattern = shown[0].pattern if len(shown) == 1 else f"({'|'.join(metric.pattern for metric in shown)})"
-        return Chart(title, pattern=pattern, unit=unit, **axis)
-    return Chart(title, tuple(metric.key for metric in shown), unit=unit, marks=marks, **axis)
+        panel = replace(panel, keys=(), pattern=pattern)
+    return replace(panel, top=chart.top, log=chart.log)
 
 
 SECTIONS = (
