@@ -226,8 +226,7 @@ class AttentionPruner:
 
         Raises:
             ValueError: If logits or gradients were NaN or infinite, or a score that sees gradients saw none, on all
-            ranks
-                alike; the message names the layers.
+                ranks alike; the message names the layers.
         """
         found = {name: state.layer.take_statistics(self._needed) for name, state in self.layers.items()}
         statistics = {name: seen for name, seen in found.items() if seen is not None}
