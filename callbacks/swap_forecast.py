@@ -107,6 +107,7 @@ def _by_shape(pruner: AttentionPruner) -> dict[Hashable, list[PrunableAttention]
     for state in pruner.layers.values():
         layer, shape = state.layer, state.layer.last_shape
         if shape is not None and shape.q_len == shape.kv_len:
-            key = (layer.num_heads, layer.num_kv_heads, layer.causal, shape[:-1], shape.options.window)
+            sizes = tuple(value for name, value in shape._asdict().items() if name != "options")
+            key = (layer.num_heads, layer.num_kv_heads, layer.causal, sizes, shape.options.window)
             found.setdefault(key, []).append(layer)
     return found

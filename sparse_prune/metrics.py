@@ -252,10 +252,11 @@ def savings(pruner: AttentionPruner) -> dict[str, float]:
         layer, pattern, shape = state.layer, state.layer.pattern, state.layer.last_shape
         if pattern is None or shape is None:
             continue
-        kept, possible = attention_flops(pattern, shape.head_dim, shape.batch)
+        kept, possible = attention_flops(pattern, shape.head_dim, shape.batch, shape.value_dim)
         flops, flops_dense = flops + kept, flops_dense + possible
         if layer.causal:
-            cache = 2 * shape.batch * layer.num_kv_heads * pattern.kv_len * shape.head_dim * shape.dtype.itemsize
+            channels = shape.head_dim + (shape.head_dim if shape.value_dim is None else shape.value_dim)
+            cache = shape.batch * layer.num_kv_heads * pattern.kv_len * channels * shape.dtype.itemsize
             bytes_dense += cache
             bytes_saved += cache * kv_blocks_droppable(pattern, layer.num_kv_heads)
     found: dict[str, float] = {}

@@ -450,7 +450,17 @@ def kv_blocks_droppable(pattern: BlockPattern, num_kv_heads: int) -> float:
     return 1.0 - float(per_head.float().mean())
 
 
-def attention_flops(pattern: BlockPattern, head_dim: int, batch: int = 1) -> tuple[int, int]:
-    """Multiply-adds times two of one forward pass through the kept and through all possible blocks."""
-    per_block = 4 * math.prod(pattern.block_size) * head_dim * batch
+def attention_flops(
+    pattern: BlockPattern, head_dim: int, batch: int = 1, value_dim: int | None = None
+) -> tuple[int, int]:
+    """Multiply-adds times two of one forward pass through the kept and through all possible blocks.
+
+    Args:
+        pattern: Which blocks are kept.
+        head_dim: Channels of a head's queries and keys.
+        batch: Samples.
+        value_dim: Channels of a head's values; None: `head_dim`.
+    """
+    channels = head_dim + (head_dim if value_dim is None else value_dim)
+    per_block = 2 * math.prod(pattern.block_size) * channels * batch
     return pattern.kept_blocks * per_block, pattern.possible_count * per_block

@@ -4,13 +4,14 @@ from pathlib import Path
 import pytest
 from pytorch_lightning.loggers import CSVLogger
 
-from sparse_prune import metrics
+from sparse_prune import BlockPattern, metrics
 from sparse_prune.callbacks import KernelSwap
 from sparse_prune.commands.dashboard.charts import _charts
 from sparse_prune.commands.dashboard.views import panel
 from sparse_prune.commands.report.logs import read_run
 from sparse_prune.commands.report.page import describe
 from sparse_prune.metrics import METRICS, Chart, Metric, markdown_table
+from sparse_prune.pruner import attention_flops
 from support.tiny import TinyModule, batches, pruning, trainer
 
 MONITORING = Path(__file__).parents[1] / "docs" / "monitoring.md"
@@ -65,3 +66,9 @@ def test_a_metric_that_is_added_is_logged_and_drawn(tmp_path, monkeypatch):
     assert re.fullmatch(added.pattern, "count/heads_layer_12")
     assert panel(added).metric_regex == added.pattern
     assert "| `count/heads_layer_NN` | its query heads | heads |" in markdown_table()
+
+
+def test_values_of_another_size_than_keys_count_as_they_are():
+    pattern = BlockPattern.dense(2, 8, 8, 4, True)
+    assert attention_flops(pattern, 16, value_dim=8)[1] * 4 == attention_flops(pattern, 16)[1] * 3
+    assert attention_flops(pattern, 16, value_dim=16) == attention_flops(pattern, 16)
