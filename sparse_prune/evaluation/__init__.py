@@ -12,11 +12,11 @@ from sparse_prune.evaluation.measures import (
     retrieval,
     retrieval_prompts,
 )
-from sparse_prune.evaluation.meter import Score, measure_task
+from sparse_prune.evaluation.meter import TaskScore, measure_task
 from sparse_prune.evaluation.tasks import TASKS
 
 __all__ = [
-    "Score",
+    "TaskScore",
     "TASKS",
     "measure_task",
     "CacheCost",

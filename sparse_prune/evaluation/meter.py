@@ -31,7 +31,7 @@ class Answered:
 
 
 @dataclass(frozen=True)
-class Score:
+class TaskScore:
     """How a model did in a task."""
 
     answers: list[Answered]
@@ -55,10 +55,10 @@ class Score:
         """Mean over the answers, nats per token."""
         return sum(answer.log_prob for answer in self.answers) / len(self.answers)
 
-    def by_depth(self) -> dict[float | None, Score]:
+    def by_depth(self) -> dict[float | None, TaskScore]:
         """The same for every depth apart."""
         depths = dict.fromkeys(answer.depth for answer in self.answers)
-        return {depth: Score([a for a in self.answers if a.depth == depth]) for depth in depths}
+        return {depth: TaskScore([a for a in self.answers if a.depth == depth]) for depth in depths}
 
 
 def wilson(right: int, count: int, z: float = 1.959964) -> tuple[float, float]:
@@ -91,7 +91,7 @@ def measure_task(
     depths: Sequence[float] = (0.1, 0.3, 0.5, 0.7, 0.9),
     seed: int = 0,
     split: Split = "test",
-) -> Score:
+) -> TaskScore:
     """Ask at least `prompts` questions of one task.
 
     Args:
@@ -117,7 +117,7 @@ def measure_task(
         example = build(task, tokenizer, filler, length, depth, seed * 1_000_003 + index, split)
         answers += answer(model, example, make_cache)
         index += 1
-    return Score(answers)
+    return TaskScore(answers)
 
 
 @torch.no_grad()
@@ -143,12 +143,12 @@ def answer(model: Any, example: Example, make_cache: Callable[[], Any]) -> list[
     return answers
 
 
-def counted(dense: Score) -> bool:
+def counted(dense: TaskScore) -> bool:
     """Whether a task counts: the dense model solves at least `COUNTS_FROM` of it."""
     return dense.accuracy >= COUNTS_FROM
 
 
-def table(rows: Iterable[tuple[str, Score, Score]]) -> str:
+def table(rows: Iterable[tuple[str, TaskScore, TaskScore]]) -> str:
     """Markdown, a row per task: its name, the dense model's score and the pruned one's."""
     lines = [
         "| task | dense | pruned | log-probability, nats per token | counted |",
@@ -161,7 +161,7 @@ def table(rows: Iterable[tuple[str, Score, Score]]) -> str:
     return "\n".join(lines)
 
 
-def _share(score: Score) -> str:
+def _share(score: TaskScore) -> str:
     low, high = score.interval
     return f"{score.accuracy:.0%} ({low:.0%} to {high:.0%})"
 

@@ -22,6 +22,7 @@ from sparse_prune.commands.evaluate.lengths import lengths_around
 from sparse_prune.commands.evaluate.report import EvaluationReport, LengthResult
 from sparse_prune.commands.evaluate.text import held_out
 from sparse_prune.evaluation import CacheCost, all_connections, cache_cost, mean_loss, retrieval
+from sparse_prune.evaluation.meter import wilson
 from sparse_prune.evaluation.prompts import needle_prompt
 from sparse_prune.export import load, save_pretrained
 from sparse_prune.recipes.base.pretrained import load_tokenizer
@@ -229,6 +230,32 @@ def test_command_writes_table_data_and_picture(exported, tiny_model, tmp_path, m
     table = (output / "evaluation.md").read_text()
     assert f"({data['ratios'][1]['kv_bytes']:.2f}x smaller)" in table
     assert table.splitlines()[4] in capsys.readouterr().out
+
+
+def test_tasks_are_asked_of_both(exported, tmp_path, capsys):
+    text, output = tmp_path / "text.txt", tmp_path / "out"
+    text.write_text("\n".join(f"number {index}" for index in range(60)))
+    options = f"{exported} --text {text} --lengths 400 --sequences 1 --prompts 0 --decode 2 --device cpu"
+    command_line(["evaluate", *options.split(), "--output", str(output), "--tasks", "passkey", "--questions", "4"])
+    (task,) = json.loads((output / "evaluation.json").read_text())["tasks"]
+    assert (task["task"], task["length"]) == ("passkey", 400)
+    assert task["dense"]["questions"] == task["pruned"]["questions"] == 4
+    assert task["dense"]["log_prob"] != task["pruned"]["log_prob"]  # one of them has all connections
+    assert task["dense"]["interval"] == pytest.approx(wilson(0, 4))  # the tiny model was not trained
+    assert list(task["dense"]["by_depth"]) == ["0.1", "0.5", "0.9"]
+    assert "| passkey | 0% (0% to 49%) | 0% (0% to 49%) |" in capsys.readouterr().out
+
+
+def test_a_task_that_does_not_fit_is_refused_before_anything_is_measured(exported, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sparse_prune.commands.evaluate.cli.evaluate", lambda *args, **given: pytest.fail("measured"))
+    (tmp_path / "text").write_text("some words " * 30)
+    options = (
+        f"{exported} --text {tmp_path / 'text'} --prompts 0 --lengths 128 --output {tmp_path / 'out'} --device cpu"
+    )
+    with pytest.raises(SystemExit) as done:
+        main([*options.split(), "--tasks", "all", "--task_length", "20"])
+    assert done.value.code == 2
+    assert "`length` must be at least" in capsys.readouterr().err
 
 
 def test_dense_twin_keeps_its_rotary_frequencies(exported, tiny_model, tmp_path, monkeypatch):

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from sparse_prune.evaluation import fresh_cache
-from sparse_prune.evaluation.meter import Answered, Score, answer, counted, measure_task, table, wilson
+from sparse_prune.evaluation.meter import Answered, TaskScore, answer, counted, measure_task, table, wilson
 from sparse_prune.evaluation.tasks import TASKS, build
 from sparse_prune.recipes.base.pretrained import load_tokenizer
 from sparse_prune.recipes.causal_lm.pretrained import load_model
@@ -90,7 +90,7 @@ def test_intervals_are_wilsons():
 
 def test_only_what_dense_solves_counts():
     def score(right):
-        return Score([Answered(index < right, -1.0, (0.1, 0.9)[index % 2]) for index in range(10)])
+        return TaskScore([Answered(index < right, -1.0, (0.1, 0.9)[index % 2]) for index in range(10)])
 
     assert counted(score(8))
     assert not counted(score(7))

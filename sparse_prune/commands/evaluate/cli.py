@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -13,9 +14,11 @@ from typing import Any
 import torch
 
 from sparse_prune.commands.evaluate.lengths import check_lengths, lengths_around
-from sparse_prune.commands.evaluate.report import EvaluationReport, LengthResult
+from sparse_prune.commands.evaluate.report import EvaluationReport, LengthResult, TaskResult
+from sparse_prune.commands.evaluate.tasks import Asking
 from sparse_prune.commands.evaluate.text import held_out
 from sparse_prune.evaluation import (
+    TASKS,
     all_connections,
     cache_cost,
     fresh_cache,
@@ -105,16 +108,16 @@ def main(args: list[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         model, twin, measure = _prepare(given)
+        asking = _asking(given, measure)
     except ImportError as error:
         parser.error(with_remedy(error))
     except (OSError, ValueError) as error:
         parser.error(str(error))
-    pruned = evaluate(model, **measure, chunk=given.chunk)
-    if twin is not None:
-        plain = evaluate(twin.to(given.device), **measure, chunk=given.chunk)
-    else:
-        with all_connections(model):
-            plain = evaluate(model, **measure, chunk=given.chunk)
+    pruned, asked = evaluate(model, **measure, chunk=given.chunk), asking.ask(model)
+    with nullcontext() if twin is not None else all_connections(model):
+        dense = model if twin is None else twin.to(given.device)
+        plain, answered = evaluate(dense, **measure, chunk=given.chunk), asking.ask(dense)
+    tasks = [TaskResult(name, asking.length, answered[name], asked[name]) for name in asking.names]
     setup = {
         "model": given.model,
         "dense model": given.dense or "the same weights, nothing pruned",
@@ -125,7 +128,7 @@ def main(args: list[str] | None = None) -> None:
         "device": given.device,
         **describe_machine(),
     }
-    report = EvaluationReport(setup, sparsity_of(model), tuple(given.depths), plain, pruned)
+    report = EvaluationReport(setup, sparsity_of(model), tuple(given.depths), plain, pruned, tasks)
     path = report.write(given.output)
     print(f"{report.text()}\nReport: {path}")
 
@@ -150,6 +153,14 @@ def _prepare(given: argparse.Namespace) -> tuple[Any, Any, dict[str, Any]]:
             check(each, **measure)
     _check_output(given.output)
     return model, twin, measure
+
+
+def _asking(given: argparse.Namespace, measure: dict[str, Any]) -> Asking:
+    """What to ask of the tasks; raises ValueError if a task does not fit."""
+    names = list(TASKS) if given.tasks == ["all"] else given.tasks
+    length = given.task_length or max(measure["lengths"])
+    filler = measure["tokens"][0].tolist() if names else [0]
+    return Asking(measure["tokenizer"], filler, names, length, given.questions, given.depths)
 
 
 def _tokenizer(model: str) -> Any:
@@ -197,6 +208,19 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--depths", type=_share, nargs="+", default=[0.1, 0.5, 0.9], help="where needles lie, 0 to 1")
     parser.add_argument(
         "--prompts", type=_at_least(0), default=2, help="passkeys and needles per length and depth; 0: none"
+    )
+    parser.add_argument(
+        "--tasks",
+        nargs="+",
+        default=[],
+        choices=("all", *TASKS),
+        metavar="TASK",
+        help=f"retrieval tasks to ask as well, or all of them: {', '.join(TASKS)}; default: none. They take long: a "
+        "question is a prefill, for several questions on one context in some tasks, of dense and pruned each",
+    )
+    parser.add_argument("--questions", type=count, default=60, help="of each task; fewer than 60 tell little")
+    parser.add_argument(
+        "--task_length", type=_at_least(2), help="tokens of a task; default: the longest of the lengths"
     )
     parser.add_argument("--decode", type=count, default=32, help="tokens to decode for the speed")
     parser.add_argument("--chunk", type=count, default=1024, help="tokens per forward pass")

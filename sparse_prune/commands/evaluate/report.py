@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from sparse_prune.evaluation import CacheCost
+from sparse_prune.evaluation.meter import TaskScore, table
 from sparse_prune.files import whole_file
 
 _DENSE, _PRUNED = "#9aa3b2", "#1d4e89"
@@ -37,6 +38,17 @@ class LengthResult:
 
 
 @dataclass(frozen=True)
+class TaskResult:
+    """How both models did in one retrieval task."""
+
+    name: str
+    length: int
+    """Tokens."""
+    dense: TaskScore
+    pruned: TaskScore
+
+
+@dataclass(frozen=True)
 class EvaluationReport:
     """Two models at the same lengths on the same text."""
 
@@ -47,6 +59,8 @@ class EvaluationReport:
     depths: tuple[float, ...]
     dense: list[LengthResult]
     pruned: list[LengthResult]
+    tasks: Sequence[TaskResult] = ()
+    """Retrieval tasks, if any were asked."""
 
     def write(self, folder: str | os.PathLike[str]) -> Path:
         """Write evaluation.md, evaluation.json and evaluation.png, each whole or not at all; return the text's path."""
@@ -61,7 +75,11 @@ class EvaluationReport:
 
     def as_dict(self) -> dict[str, Any]:
         """As JSON types."""
-        return asdict(self) | {"ratios": self.ratios()}
+        tasks = [
+            {"task": task.name, "length": task.length, "dense": _score(task.dense), "pruned": _score(task.pruned)}
+            for task in self.tasks
+        ]
+        return asdict(replace(self, tasks=())) | {"ratios": self.ratios(), "tasks": tasks}
 
     def ratios(self) -> list[dict[str, float]]:
         """Per length: rise of the perplexity, and how many times smaller the cache and faster the model is."""
@@ -110,11 +128,19 @@ class EvaluationReport:
             depths = "\n".join(lines)
         return (
             f"# Evaluation\n\nDense / pruned, {self.sparsity:.1%} of the possible attention blocks pruned.\n\n"
-            f"{self.table()}\n\n![Evaluation](evaluation.png)\n{depths}\n"
+            f"{self.table()}\n\n![Evaluation](evaluation.png)\n{depths}{self._asked()}\n"
             "The loss runs through the cache in chunks, so what was evicted is missed. KV bytes are what the prefill\n"
             "of one sequence adds to the allocator's live bytes.\n\n"
             f"## Setup\n\n| what | value |\n| --- | --- |\n{setup}\n"
         )
+
+    def _asked(self) -> str:
+        """The retrieval tasks, with their intervals."""
+        if not self.tasks:
+            return ""
+        rows = [(task.name, task.dense, task.pruned) for task in self.tasks]
+        head = f"\n## Retrieval tasks, {self.tasks[0].length} tokens\n\nShare right with its 95 % interval; "
+        return f"{head}log-probability of the answer, dense / pruned.\n\n{table(rows)}\n"
 
     def _draw(self, path: Path) -> None:
         from matplotlib.figure import Figure
@@ -136,6 +162,12 @@ class EvaluationReport:
             axis.set_ylim(bottom=0)
             axis.legend()
         figure.savefig(path, dpi=110, format="png")
+
+
+def _score(score: TaskScore) -> dict[str, Any]:
+    depths = {str(depth): part.accuracy for depth, part in score.by_depth().items()}
+    numbers = {"accuracy": score.accuracy, "interval": score.interval, "log_prob": score.log_prob}
+    return numbers | {"questions": len(score.answers), "by_depth": depths}
 
 
 def _share(shares: list[float]) -> float:

@@ -1,0 +1,58 @@
+"""The retrieval tasks that `sparse-prune evaluate` asks dense and pruned."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from sparse_prune.evaluation import TASKS, fresh_cache, measure_task
+from sparse_prune.evaluation.meter import TaskScore
+from sparse_prune.evaluation.tasks import build
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Asking:
+    """Which tasks to ask, and how often.
+
+    Raises:
+        ValueError: If `questions` is not positive, or a task does not fit into `length` tokens.
+    """
+
+    tokenizer: Any
+    """The model's."""
+    filler: Sequence[int]
+    """Tokens of a text to hide facts in."""
+    names: Sequence[str]
+    """Of `TASKS`."""
+    length: int
+    """Tokens of a prompt with its answer."""
+    questions: int
+    """Of each task, at least."""
+    depths: Sequence[float]
+    """Where facts lie, in [0, 1], in turn."""
+
+    def __post_init__(self) -> None:
+        if self.questions < 1:
+            raise ValueError(f"`questions` must be at least 1, got {self.questions}.")
+        for name in self.names:
+            build(TASKS[name], self.tokenizer, self.filler, self.length, 0.5, 0)
+
+    def ask(self, model: Any) -> dict[str, TaskScore]:
+        """How a model does in every task, through its cache.
+
+        Args:
+            model: A transformers causal language model, as it stands.
+        """
+        scores = {}
+        for name in self.names:
+            scores[name] = measure_task(
+                model, self.tokenizer, TASKS[name], self.filler, self.length, partial(fresh_cache, model),
+                self.questions, self.depths,
+            )  # fmt: skip
+            log.info("%s: %.0f %% right", name, 100 * scores[name].accuracy)
+        return scores
