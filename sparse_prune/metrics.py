@@ -218,8 +218,14 @@ KV_BYTES = Metric(
 
 METRICS: tuple[Metric, ...] = tuple(value for value in tuple(vars().values()) if isinstance(value, Metric))
 """All of them, in the order of the charts."""
-CHARTS: tuple[Chart, ...] = tuple(dict.fromkeys(metric.chart for metric in METRICS))
-"""All charts of metrics, in order."""
+
+
+def charts() -> dict[Chart, list[Metric]]:
+    """All charts in order, each with its metrics."""
+    found: dict[Chart, list[Metric]] = {}
+    for metric in METRICS:
+        found.setdefault(metric.chart, []).append(metric)
+    return found
 
 
 def measure(now: Moment, *at: str) -> dict[str, float]:
@@ -255,8 +261,8 @@ def savings(pruner: AttentionPruner) -> dict[str, float]:
         kept, possible = attention_flops(pattern, shape.head_dim, shape.batch, shape.value_dim)
         flops, flops_dense = flops + kept, flops_dense + possible
         if layer.causal:
-            channels = shape.head_dim + (shape.head_dim if shape.value_dim is None else shape.value_dim)
-            cache = shape.batch * layer.num_kv_heads * pattern.kv_len * channels * shape.dtype.itemsize
+            tokens = shape.batch * layer.num_kv_heads * pattern.kv_len
+            cache = tokens * sum(shape.channels) * shape.dtype.itemsize
             bytes_dense += cache
             bytes_saved += cache * kv_blocks_droppable(pattern, layer.num_kv_heads)
     found: dict[str, float] = {}

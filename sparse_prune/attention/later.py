@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from weakref import WeakKeyDictionary
-
 import torch
 from torch import Tensor
 
+from sparse_prune.kernels.derived import derived
 from sparse_prune.pattern import BlockPattern, num_blocks
-
-_OPENED: WeakKeyDictionary[BlockPattern, BlockPattern] = WeakKeyDictionary()
 
 
 def opened(pattern: BlockPattern) -> BlockPattern:
@@ -20,11 +17,13 @@ def opened(pattern: BlockPattern) -> BlockPattern:
     Args:
         pattern: Causal, of as many queries as keys.
     """
-    if pattern not in _OPENED:
+
+    def make() -> BlockPattern:
         rows, cols = pattern.keep.shape[1:]
         keep = pattern.keep | _later(0, rows, cols, pattern.block_size)
-        _OPENED[pattern] = BlockPattern(keep, pattern.block_size, False, pattern.q_len, pattern.kv_len)
-    return _OPENED[pattern]
+        return BlockPattern(keep, pattern.block_size, False, pattern.q_len, pattern.kv_len)
+
+    return derived(pattern, ("opened",), make)
 
 
 def last_rows(pattern: BlockPattern, q_len: int, kv_len: int, causal: bool, device: torch.device) -> Tensor:

@@ -51,6 +51,11 @@ class CallShape(NamedTuple):
     value_dim: int | None = None
     """Channels of a head's values; None: as many as `head_dim`."""
 
+    @property
+    def channels(self) -> tuple[int, int]:
+        """Of a head's keys, and of its values."""
+        return self.head_dim, self.head_dim if self.value_dim is None else self.value_dim
+
 
 @dataclass(eq=False)
 class PrunableAttention:
@@ -202,7 +207,7 @@ class PrunableAttention:
             key, value = held.first
         q_len, kv_len = query.shape[2], key.shape[2]
         causal = self.causal if causal is None else causal
-        traces = self.traceable and causal == self.causal and torch.compiler.is_compiling()
+        traces = torch.compiler.is_compiling() and self.traceable and causal == self.causal
         traced = check_backend(self.backend).traced if traces else None
         if traced is not None:
             return traced(query, key, value, self._version, self.causal, options)

@@ -143,15 +143,16 @@ def _options(layer: PrunableAttention) -> AttentionOptions:
 
 def _inputs(layer: PrunableAttention) -> tuple[Tensor, Tensor, Tensor]:
     assert layer.last_shape is not None
-    batch, q_len, kv_len, head_dim, dtype, device, _, value_dim = layer.last_shape
-    generator = torch.Generator(device).manual_seed(0)
+    call = layer.last_shape
+    generator = torch.Generator(call.device).manual_seed(0)
 
-    def random(heads: int, length: int, channels: int = head_dim) -> Tensor:
-        shape = (batch, heads, length, channels)
-        return torch.randn(shape, generator=generator, dtype=dtype, device=device, requires_grad=True)
+    def random(heads: int, length: int, channels: int) -> Tensor:
+        shape = (call.batch, heads, length, channels)
+        return torch.randn(shape, generator=generator, dtype=call.dtype, device=call.device, requires_grad=True)
 
-    heads, kv_heads = layer.num_heads, layer.num_kv_heads
-    return random(heads, q_len), random(kv_heads, kv_len), random(kv_heads, kv_len, value_dim or head_dim)
+    (wide, value_wide), kv_heads = call.channels, layer.num_kv_heads
+    query, key = random(layer.num_heads, call.q_len, wide), random(kv_heads, call.kv_len, wide)
+    return query, key, random(kv_heads, call.kv_len, value_wide)
 
 
 @torch.enable_grad()  # type: ignore[untyped-decorator, unused-ignore]

@@ -7,7 +7,7 @@ from typing import Literal
 
 from sparse_prune import metrics
 from sparse_prune.losses import loss_keys
-from sparse_prune.metrics import CHARTS, METRICS, Metric
+from sparse_prune.metrics import Metric
 
 Kind = Literal["lines", "number", "pictures", "table"]
 
@@ -45,11 +45,10 @@ def _number(title: str, metric: Metric) -> Chart:
 
 def _charts(section: str) -> tuple[Chart, ...]:
     """The charts of a section, as the registry of metrics describes them."""
-    return tuple(_chart(chart) for chart in CHARTS if chart.section == section)
+    return tuple(_chart(chart, shown) for chart, shown in metrics.charts().items() if chart.section == section)
 
 
-def _chart(chart: metrics.Chart) -> Chart:
-    shown = [metric for metric in METRICS if metric.chart is chart]
+def _chart(chart: metrics.Chart, shown: list[Metric]) -> Chart:
     marks = tuple(metric.key for metric in shown if metric.event)
     title = f"{chart.title} (points: layers swapped)" if marks else chart.title
     panel = Chart(title, tuple(metric.key for metric in shown), unit=chart.unit or None, marks=marks)

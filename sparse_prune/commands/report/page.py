@@ -11,7 +11,7 @@ from sparse_prune import metrics
 from sparse_prune.commands.report.animation import blocks_per_cell, frames, thin_out
 from sparse_prune.commands.report.logs import RunLogs, Series
 from sparse_prune.losses import find_loss
-from sparse_prune.metrics import CHARTS, METRICS, Metric
+from sparse_prune.metrics import Metric
 from sparse_prune.pattern import BlockPattern
 
 
@@ -69,10 +69,9 @@ def _facts(logs: RunLogs) -> list[list[str]]:
 def _charts(logs: RunLogs) -> list[dict[str, Any]]:
     """The loss, and then the charts that the registry of metrics describes, as far as the run logged them."""
     charts = [_loss_chart(logs)]
-    for chart in CHARTS:
-        shown = [metric for metric in METRICS if metric.chart is chart and not metric.event]
-        lines = [line for metric in shown for line in _lines(metric, logs.metrics)]
+    for chart, shown in metrics.charts().items():
         if chart.on_page:
+            lines = [line for metric in shown if not metric.event for line in _lines(metric, logs.metrics)]
             charts.append({"title": chart.title, "unit": chart.unit, "lines": lines})
     return [chart for chart in charts if chart["lines"]]
 
