@@ -92,6 +92,15 @@ class SparsityLogger(Collaborator):
         # Under `fast_dev_run` a fit leaves no files.
         self._folder = None if trainer.fast_dev_run else run_folder(trainer)  # type: ignore[attr-defined]
         self._each(trainer, logger_extras.describe_metrics)
+        self.log_settings(trainer, settings)
+
+    def log_settings(self, trainer: pl.Trainer, settings: dict[str, Any]) -> None:
+        """Tell the loggers how the run is pruned, anew once what was left open is decided.
+
+        Args:
+            trainer: The Trainer.
+            settings: For the loggers' hyperparameters.
+        """
         self._each(trainer, partial(logger_extras.log_settings, trainer=trainer, settings=settings))
 
     def begin_training(self, trainer: pl.Trainer) -> None:

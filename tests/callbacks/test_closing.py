@@ -109,7 +109,7 @@ def test_sequences_too_short_are_told_what_would_do(tmp_path, caplog):
     def short(**changes):
         caplog.clear()
         trainer(tmp_path, [pruning(final=0.3, **changes)], steps=1).fit(TinyModule(), batches())
-        return [text for text in caplog.messages if "can be pruned in sequences like those" in text]
+        return [text for text in caplog.messages if "can be pruned in sequences of" in text]
 
     (found,) = short(block_size=64)
     assert "At most 0.0 % of the attention" in found
