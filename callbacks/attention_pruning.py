@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
@@ -178,7 +179,10 @@ class AttentionPruning(Driver):
     @override
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._release()
-        file = self.logging.end_fit(trainer, self.pruner, self.report, self.swap.events)
+        self._close(trainer, self.logging.end_fit(trainer, self.pruner, self.report, self.swap.events))
+
+    def _close(self, trainer: pl.Trainer, file: Path | None) -> None:
+        """The last word."""
         has_report = any(isinstance(logger, classes("loggers.CSVLogger")) for logger in trainer.loggers)
         tell(trainer, closing(self.pruner, self.report, self.swap.events, file, has_report))
 
@@ -320,7 +324,9 @@ class AttentionPruning(Driver):
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         self.pruner.probe(False)
         self._release()
-        self.logging.broken_off(trainer, self.pruner, self.report)
+        file = self.logging.broken_off(trainer, self.pruner, self.report)
+        if self.report is not None:
+            self._close(trainer, file)
 
     def _due(self, step: int) -> bool:
         """Whether a decision falls on this optimizer step, or on an earlier one that had nothing to decide by."""

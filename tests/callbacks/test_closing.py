@@ -6,6 +6,7 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
+from pytorch_lightning.callbacks import LambdaCallback
 from pytorch_lightning.loggers import CSVLogger
 
 from sparse_prune import Constraints
@@ -79,6 +80,28 @@ def test_layers_that_have_not_settled_are_named_with_the_remedy(tmp_path, told):
     assert "Not settled: 2 of 2 layers (model.model.layers.0.self_attn, model.model.layers.1.self_attn)" in told[0]
     assert "End the schedule earlier, train longer" in told[0]
     assert "sparse-prune report" not in told[0]  # there is no CSVLogger
+
+
+@pytest.mark.parametrize("kind", [RuntimeError, KeyboardInterrupt])
+def test_a_run_that_breaks_off_has_its_last_word(tmp_path, told, kind):
+    def fail(fit, *_):
+        if fit.global_step == 3:
+            raise kind("no more")
+
+    with pytest.raises((kind, SystemExit)):
+        trainer(tmp_path, [pruning(), LambdaCallback(on_train_batch_end=fail)]).fit(TinyModule(), batches())
+    assert len(told) == 1
+    assert "Not settled: 2 of 2 layers" in told[0]
+    assert f"Patterns: {tmp_path / 'attention_pattern.safetensors'}" in told[0]
+    assert (tmp_path / "attention_pattern.safetensors").exists()
+
+
+def test_a_fit_that_is_refused_has_none(tmp_path, told):
+    constraints = Constraints(protected_layers=("nowhere",))
+    fit = trainer(tmp_path, [pruning(constraints=constraints)])
+    with pytest.raises(ValueError, match="`protected_layers`"):
+        fit.fit(TinyModule(), batches())
+    assert not told
 
 
 def test_without_files_and_without_decisions(tmp_path, told, monkeypatch):
