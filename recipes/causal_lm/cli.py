@@ -28,6 +28,7 @@ class CausalLMCLI(FineTuneCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         super().add_arguments_to_parser(parser)
         parser.link_arguments("model.model", "data.tokenizer")
+        parser.link_arguments("data.pack", "model.packed")
 
     @override
     def tokenizer(self) -> Any:
