@@ -131,8 +131,8 @@ def load_images(data: str) -> LabelledImages:
         found = _of_rows(data)
     else:
         raise FileNotFoundError(
-            f"`data` must be 'digits', hub:NAME, or an existing folder, got {data!r}. Give one of a folder of images per "
-            "class."
+            f"`data` must be 'digits', hub:NAME, or an existing folder, got {data!r}. Give one that holds a folder of "
+            "images per class."
         )
     if len(found.classes) < 2:
         raise ValueError(
