@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
@@ -39,6 +40,7 @@ from sparse_prune.schedules import Schedule
 from sparse_prune.scores import Criterion, Score, Statistic
 
 log = logging.getLogger(__name__)
+_BLOCK_SIZE = "pruning/block_size"
 
 
 class AttentionPruning(Driver):
@@ -55,7 +57,8 @@ class AttentionPruning(Driver):
     Args:
         sparsity: Schedule of the share of possible blocks to prune, over all layers.
         threshold: Schedule of the cut-off on scores, instead of `sparsity`.
-        block_size: Tokens per block side, or (query, key).
+        block_size: Tokens per block side, or (query, key). None: 64, or less for sequences of less than 2048 tokens;
+            the first step shows how long they are, and the first decision is at the second.
         every_n_steps: Optimizer steps between decisions.
         statistic: Score of a block: "mean", "mean_square" or "max" of the mass that rows give it. "max" spares
             heads that look up single tokens (docs/score_statistics.md).
@@ -84,7 +87,7 @@ class AttentionPruning(Driver):
         sparsity: Schedule | None = None,
         *,
         threshold: Schedule | None = None,
-        block_size: int | tuple[int, int] = 64,
+        block_size: int | tuple[int, int] | None = None,
         every_n_steps: int = 10,
         statistic: Statistic = "max",
         criterion: Criterion = "score",
@@ -137,6 +140,8 @@ class AttentionPruning(Driver):
         self._last_step = 0  # the latest optimizer step seen
         self._resumed = False  # whether the checkpoint of the fit or evaluation that runs held pruning
         self._watching = False  # whether the batch is probed
+        self._looked = False  # whether the first training call of the run was looked at
+        self._blind = False  # whether the batch began without a block size to probe with
         self._probed: StandIn | None = None
         self._scale = 1.0  # the gradient scale before the batch
         self._distilled: DistilledStep | None = None
@@ -174,7 +179,10 @@ class AttentionPruning(Driver):
     @override
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._release()
-        file = self.logging.end_fit(trainer, self.pruner, self.report, self.swap.events)
+        self._close(trainer, self.logging.end_fit(trainer, self.pruner, self.report, self.swap.events))
+
+    def _close(self, trainer: pl.Trainer, file: Path | None) -> None:
+        """The last word."""
         has_report = any(isinstance(logger, classes("loggers.CSVLogger")) for logger in trainer.loggers)
         tell(trainer, closing(self.pruner, self.report, self.swap.events, file, has_report))
 
@@ -192,13 +200,16 @@ class AttentionPruning(Driver):
         """For the loggers; steps are those of the schedule as it was given."""
         given = replace(self.pruner)
         given.schedule = self._schedule
-        return pruning_settings(
+        settings = pruning_settings(
             given,
             every_n_steps=self.every_n_steps,
             module=self.module,
             distillation=self.distillation,
             swap=self.swap.backend,
         )
+        if self.pruner.block_size is None:
+            del settings[_BLOCK_SIZE]  # some loggers take a name once
+        return settings
 
     def _release(self) -> None:
         """Give the module its own training step back."""
@@ -214,7 +225,7 @@ class AttentionPruning(Driver):
 
     def _forget_run(self) -> None:
         """A new run begins, for the collaborators as well."""
-        self.report, self._last_step, self._run_steps = None, 0, None
+        self.report, self._last_step, self._run_steps, self._looked = None, 0, None, False
         self.swap.forget_run()
         self.logging.forget_run()
 
@@ -252,6 +263,7 @@ class AttentionPruning(Driver):
     ) -> None:
         self._scale = _gradient_scale(trainer)
         self._watching = self._due(trainer.global_step + 1)
+        self._blind = self.pruner.block_size is None
         self.logging.begin_batch(pl_module, self.swap)
 
     def _probe(self, pl_module: pl.LightningModule, step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -266,10 +278,25 @@ class AttentionPruning(Driver):
         output = None
         try:
             output = step(*args, **kwargs)
+            if not self._looked:
+                self._look(pl_module.trainer, pl_module)
         finally:
             if output is None or not pl_module.automatic_optimization:
                 self.pruner.probe(False)
         return output
+
+    def _look(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """After the first forward pass, before any weight has changed: choose blocks, say what cannot be won."""
+        length = trainer.strategy.broadcast(self.pruner.longest_call, src=0)  # all ranks need the same blocks
+        if length is None:
+            return
+        self._looked = True
+        if self.pruner.block_size is None:
+            self.pruner.choose_block_size(length)
+            self.logging.log_settings(trainer, {_BLOCK_SIZE: str(self.pruner.block_size)})
+        if self.report is None:
+            warn_of_reach(self.pruner)
+            self.swap.forecast(trainer, pl_module, self.pruner)
 
     @override
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -297,7 +324,9 @@ class AttentionPruning(Driver):
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         self.pruner.probe(False)
         self._release()
-        self.logging.broken_off(trainer, self.pruner, self.report)
+        file = self.logging.broken_off(trainer, self.pruner, self.report)
+        if self.report is not None:
+            self._close(trainer, file)
 
     def _due(self, step: int) -> bool:
         """Whether a decision falls on this optimizer step, or on an earlier one that had nothing to decide by."""
@@ -312,12 +341,10 @@ class AttentionPruning(Driver):
             # The scaler found NaN or infinity, took no step and trains on: what was probed may be as bad.
             self.pruner.forget()
             return
-        report = self.pruner.update(step, _reduction(trainer))
+        report = self.pruner.update(step, _reduction(trainer)) if self._looked else None
         if report is not None:
-            if self.report is None:
-                warn_of_reach(self.pruner)
             self.report = report
-        elif (step - 1) % self.every_n_steps == 0:
+        elif (step - 1) % self.every_n_steps == 0 and not (self._blind and self._looked):
             waiting = [state.layer.name for state in self.pruner.open_layers]
             log.warning(
                 "Step %d ran none of the layers %s: the decision waits for a step that does. "
