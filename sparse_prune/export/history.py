@@ -5,6 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 from zipfile import BadZipFile
 
 import numpy as np
@@ -29,8 +30,9 @@ def save_frame(patterns: Mapping[str, BlockPattern], folder: Path, step: int) ->
         The file's path.
     """
     target = _path(folder, step)
+    arrays: dict[str, Any] = {key: tensor.numpy() for key, tensor in encode(patterns).items()}
     with whole_file(target) as path, open(path, "wb") as file:
-        np.savez_compressed(file, **{key: tensor.numpy() for key, tensor in encode(patterns).items()})
+        np.savez_compressed(file, **arrays)
     return target
 
 
