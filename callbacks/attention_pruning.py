@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -28,6 +28,7 @@ from sparse_prune.callbacks.collaborator import Driver, adopted
 from sparse_prune.callbacks.distilling import DistilledStep
 from sparse_prune.callbacks.kernel_swap import KernelSwap
 from sparse_prune.callbacks.lightning import classes, overrides, tell
+from sparse_prune.callbacks.retrieving import RetrievalSearch
 from sparse_prune.callbacks.settings import pruning_settings
 from sparse_prune.callbacks.sparsity_logger import SparsityLogger
 from sparse_prune.callbacks.training_step import StandIn
@@ -36,6 +37,7 @@ from sparse_prune.distillation import Distillation
 from sparse_prune.distributed import sum_over_ranks
 from sparse_prune.pattern import whole_number
 from sparse_prune.pruner import AttentionPruner, PruneReport, Reduce
+from sparse_prune.retrieval import RetrievalHeads
 from sparse_prune.schedules import Schedule
 from sparse_prune.scores import Criterion, Score, Statistic
 
@@ -72,6 +74,8 @@ class AttentionPruning(Driver):
         patience: Decisions in a row, after the schedule's end, that must stand still before a layer is frozen.
         module: Qualified name, in the LightningModule, of the module that is pruned. None: all of it, models that only
             serve as a reference or a judge included.
+        retrieval: Find, before the first decision, the heads that a causal language model looks things up with, and
+            keep them whole beside those that `constraints` protects (docs/retrieval.md). None: no heads are sought.
         distillation: Let the dense model teach the pruned one while patterns move (docs/frontier.md). None: no teacher.
         swap: Swaps settled layers to block-sparse attention. None: `KernelSwap()`.
         logging: Logs what pruning does. None: `SparsityLogger()`.
@@ -97,6 +101,7 @@ class AttentionPruning(Driver):
         min_delta: float = 0.05,
         patience: int = 3,
         module: str | None = None,
+        retrieval: RetrievalHeads | None = None,
         distillation: Distillation | None = None,
         swap: KernelSwap | None = None,
         logging: SparsityLogger | None = None,
@@ -104,15 +109,14 @@ class AttentionPruning(Driver):
         steps = whole_number(every_n_steps)
         if steps is None or steps < 1:
             raise ValueError(f"`every_n_steps` must be a whole number of at least 1, got {every_n_steps!r}.")
-        if distillation is not None and not isinstance(distillation, Distillation):
-            raise TypeError(
-                f"`distillation` must be a Distillation or None, got {distillation!r}. Write Distillation()."
-            )
-        for name, given, kind in (("swap", swap, KernelSwap), ("logging", logging, SparsityLogger)):
+        parts: list[tuple[str, object, type]] = [("retrieval", retrieval, RetrievalHeads)]
+        parts += [("distillation", distillation, Distillation), ("swap", swap, KernelSwap)]
+        for name, given, kind in (*parts, ("logging", logging, SparsityLogger)):
             if given is not None and not isinstance(given, kind):
                 raise TypeError(f"`{name}` must be a {kind.__name__} or None, got {given!r}. Write {kind.__name__}().")
         self.every_n_steps = steps
         self.module = module
+        self.retrieval = retrieval
         self.distillation = distillation
         self.pruner = AttentionPruner(
             sparsity=sparsity,
@@ -145,6 +149,9 @@ class AttentionPruning(Driver):
         self._probed: StandIn | None = None
         self._scale = 1.0  # the gradient scale before the batch
         self._distilled: DistilledStep | None = None
+        self._search: RetrievalSearch | None = None
+        self._own_heads = self.pruner.constraints.protected_heads
+        self._found: dict[str, tuple[int, ...]] = {}  # heads kept whole for retrieval
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -173,6 +180,8 @@ class AttentionPruning(Driver):
         self.logging.begin_fit(trainer, self._settings())
         self._release()
         self._probed = StandIn(pl_module, partial(self._probe, pl_module))
+        if self.retrieval is not None and not self._found:
+            self._search = RetrievalSearch(pl_module, self.pruner, self.retrieval)
         if self.distillation is not None:
             self._distilled = DistilledStep(pl_module, self.pruner, self.distillation)
 
@@ -204,6 +213,7 @@ class AttentionPruning(Driver):
             given,
             every_n_steps=self.every_n_steps,
             module=self.module,
+            retrieval=self.retrieval,
             distillation=self.distillation,
             swap=self.swap.backend,
         )
@@ -216,7 +226,9 @@ class AttentionPruning(Driver):
         for around in (self._distilled, self._probed):  # the last one on goes first
             if around is not None:
                 around.remove()
-        self._distilled = self._probed = None
+        if self._search is not None:
+            self._search.remove()
+        self._distilled = self._probed = self._search = None
 
     def _attach(self, pl_module: pl.LightningModule) -> None:
         if not self.pruner.attached_to(pl_module):
@@ -226,6 +238,7 @@ class AttentionPruning(Driver):
     def _forget_run(self) -> None:
         """A new run begins, for the collaborators as well."""
         self.report, self._last_step, self._run_steps, self._looked = None, 0, None, False
+        self._keep_whole({})
         self.swap.forget_run()
         self.logging.forget_run()
 
@@ -341,6 +354,8 @@ class AttentionPruning(Driver):
             # The scaler found NaN or infinity, took no step and trains on: what was probed may be as bad.
             self.pruner.forget()
             return
+        if self._search is not None and self._looked:
+            self._find_heads(trainer, self._search)
         report = self.pruner.update(step, _reduction(trainer)) if self._looked else None
         if report is not None:
             self.report = report
@@ -353,6 +368,21 @@ class AttentionPruning(Driver):
                 (waiting or list(self.pruner.layers))[:4],
             )
 
+    def _find_heads(self, trainer: pl.Trainer, search: RetrievalSearch) -> None:
+        """All ranks ask the model, the first one's answer counts."""
+        self._search = None
+        with trainer.precision_plugin.forward_context():
+            found = trainer.strategy.broadcast(search.find(), src=0)
+        self._keep_whole(found)
+        total = sum(state.layer.num_heads for state in self.pruner.layers.values())
+        log.info("%d of %d heads are kept whole for retrieval (`retrieval`).", sum(map(len, found.values())), total)
+
+    def _keep_whole(self, found: Mapping[str, tuple[int, ...]]) -> None:
+        """Protect heads that were found, beside those that the user protects."""
+        self._found, own = dict(found), self._own_heads or {}
+        heads = {name: tuple(sorted({*own.get(name, ()), *found.get(name, ())})) for name in {**own, **found}}
+        self.pruner.constraints = replace(self.pruner.constraints, protected_heads=heads or None)
+
     @override
     def state_dict(self) -> dict[str, Any]:
         report = None if self.report is None else vars(self.report).copy()
@@ -362,6 +392,7 @@ class AttentionPruning(Driver):
             "report": report,
             "run_steps": self._run_steps,
             "schedule": repr(self._schedule),
+            "retrieval_heads": self._found,
             "swap": self.swap.state(),
             "logging": self.logging.state(),
         }
@@ -373,6 +404,7 @@ class AttentionPruning(Driver):
         self._last_step = state_dict["last_step"]
         self.report = None if state_dict["report"] is None else PruneReport(**state_dict["report"])
         self._run_steps = state_dict.get("run_steps")  # state of before schedules took shares has none
+        self._keep_whole(state_dict.get("retrieval_heads", {}))
         if self._run_steps is not None:
             self._reckon(self._run_steps)
         for collaborator, name in ((self.swap, "swap"), (self.logging, "logging")):

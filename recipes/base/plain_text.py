@@ -16,17 +16,18 @@ _MARKS = {  # the longer first: UTF-32 begins as UTF-16 does
     codecs.BOM_UTF16_LE: "utf-16",
     codecs.BOM_UTF16_BE: "utf-16",
 }
+_IMAGE = "an image. Remove it, or name the text files alone"
+_ARCHIVE = "an archive, or a document of an office program. Unpack it, or save it as plain text"
 _FOREIGN = {
     b"%PDF": "a PDF. Extract its text, say with `pdftotext`",
     b"%!PS": "PostScript. Extract its text, say with `ps2ascii`",
     b"{\\rtf": "rich text. Save it as plain text",
     b"version https://git-lfs": "a pointer of Git LFS. Run `git lfs pull`",
-    b"PK\x03\x04": "an archive, or a document of an office program. Unpack it, or save it as plain text",
     b"PAR1": "a Parquet table. Give it by itself, not among text",
-    b"\x89PNG": "an image. Remove it, or name the text files alone",
-    b"\xff\xd8\xff": "an image. Remove it, or name the text files alone",
-    b"GIF8": "an image. Remove it, or name the text files alone",
+    **dict.fromkeys((b"\x89PNG", b"\xff\xd8\xff", b"GIF8"), _IMAGE),
+    **dict.fromkeys((b"PK\x03\x04", b"BZh", b"\xfd7zXZ", b"7z\xbc\xaf", b"\x28\xb5\x2f\xfd", b"Rar!"), _ARCHIVE),
 }
+"""How files of other kinds begin -> what they are, and what to do."""
 
 
 def read_text(file: Path, argument: str) -> str:

@@ -10,12 +10,10 @@ from typing import Any
 
 from sparse_prune.recipes.base.columns import find_columns, is_chat
 from sparse_prune.recipes.base.labels import literal, numbered
-from sparse_prune.recipes.base.sources import files_in
 from sparse_prune.recipes.base.tables import (
     files_at,
     holds_tables,
     is_saved,
-    is_table,
     load_tables,
     options_for,
     readable,
@@ -126,12 +124,6 @@ def _place(name: str) -> tuple[str, list[str]]:
     return ":".join(parts[:end]), parts[end:]
 
 
-def _options(folder: str) -> dict[str, Any]:
-    """What to say of the tables in a folder; nothing of data sets of the hub."""
-    tables = [file for file in files_in(Path(folder), tell=False) if is_table(file)] if holds_tables(folder) else []
-    return options_for(tables[0]) if tables else {}
-
-
 def _load(data_set: str, config: str | None, argument: str, stream: bool) -> Any:
     """A data set of the hub, or a folder as it lays out its files."""
     from datasets import load_dataset
@@ -140,7 +132,7 @@ def _load(data_set: str, config: str | None, argument: str, stream: bool) -> Any
     wanted = f"`{argument}` must name a data set of the hub, or a folder of files, with a split called train, got "
     wanted += repr(data_set if config is None else f"{data_set}:{config}")
     with readable(data_set, argument):
-        options = _options(data_set)
+        options = options_for(data_set)
     try:
         return load_dataset(data_set, config, split="train", streaming=stream, **options)
     except FileNotFoundError as error:

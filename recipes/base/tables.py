@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import glob
 import gzip
+import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ _READERS = {
 }
 SUFFIXES = ", ".join(_READERS)
 _SEPARATORS = ",;\t|"
-_ABOUT = {".md", ".py", ".gitattributes"}  # beside the tables of a data set
+_ABOUT = {".md", ".py", "dataset_infos.json", "dataset_info.json"}  # beside the tables of a data set, by suffix or name
 _SAVED = ("dataset_info.json", "dataset_dict.json")
 _NAMED = 3  # broken files that an error names
 _HEAD = 1 << 16  # bytes that hold the names of columns
@@ -48,10 +49,8 @@ def is_saved(place: Path) -> bool:
 
 def holds_tables(place: str) -> bool:
     """Whether files, a folder or a glob are tables and nothing else."""
-    path = Path(place).expanduser()
-    files = files_in(path, tell=False) if path.is_dir() else files_at(place)
-    data = [file for file in files if file.suffix not in _ABOUT]
-    return is_saved(path) or (bool(data) and all(map(is_table, data)))
+    files = _data_files(place)
+    return is_saved(Path(place).expanduser()) or (bool(files) and all(map(is_table, files)))
 
 
 def load_tables(place: str, argument: str, stream: bool) -> Any:
@@ -80,27 +79,29 @@ def load_tables(place: str, argument: str, stream: bool) -> Any:
             )
         return saved["train"]
     files = files_at(place)
-    readers = {_reader(file) for file in files}
-    (reader,) = readers if len(readers) == 1 else (None,)
+    reader = _common_reader(files)
     if reader is None:
         raise ValueError(f"`{argument}` must be tables of one kind ({SUFFIXES}), got {place!r}. Name one kind.")
     with readable(place, argument):
-        options = options_for(files[0])
+        options = options_for(place)
         return load_dataset(reader, data_files=list(map(str, files)), split="train", streaming=stream, **options)
 
 
-def options_for(file: Path) -> dict[str, Any]:
+def options_for(place: str) -> dict[str, Any]:
     """What `load_dataset` is told of tables in CSV or JSON: encoding, separator, and that cells are text.
 
     Args:
-        file: The first of those of one kind, which speaks for all.
+        place: Files, a folder or a glob; the first file, or the first of the training split, speaks for all. Of others
+            than tables of one kind nothing is told.
 
     Raises:
         ValueError: If the first row of CSV cannot be read.
     """
-    reader = _reader(file)
+    files = _data_files(place)
+    reader = _common_reader(files)
     if reader not in ("csv", "json"):
         return {}
+    file = next((file for file in files if "train" in file.name), files[0])
     with open(file, "rb") as opened:
         start = opened.read(len(GZIP))
     with gzip.open(file) if start == GZIP else open(file, "rb") as opened:
@@ -123,6 +124,7 @@ def readable(place: str, argument: str) -> Iterator[None]:
     """
     from datasets.exceptions import DatasetGenerationError
 
+    logging.getLogger("datasets.packaged_modules").setLevel(logging.CRITICAL)  # what fails is raised as well
     try:
         yield
     except ConnectionError:
@@ -147,6 +149,19 @@ def unreadable(error: Exception, place: str, argument: str) -> ValueError:
         remedy = conversion(Path(files[0]))
     told = str(cause).strip().rstrip(".")
     return ValueError(f"`{argument}` must be a table that can be read, got {named}: {told}. {remedy}.")
+
+
+def _data_files(place: str) -> list[Path]:
+    """The files of a path or a glob, without what tells about them."""
+    path = Path(place).expanduser()
+    files = files_in(path, tell=False) if path.is_dir() else files_at(place)
+    return [file for file in files if not _ABOUT & {file.suffix.lower(), file.name}]
+
+
+def _common_reader(files: Sequence[Path]) -> str | None:
+    """What `datasets` reads all of these by; None if there are several or none."""
+    readers = {_reader(file) for file in files}
+    return readers.pop() if len(readers) == 1 else None
 
 
 def _reader(file: Path) -> str | None:

@@ -41,11 +41,9 @@ class CausalLMCLI(FineTuneCLI):
 
     @override
     def describe(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        return {
-            "model": config["model"]["model"],
-            "text": config["data"]["text"],
-            "context length": config["data"]["context_length"],
-        }
+        data = config["data"]
+        told = {"model": config["model"]["model"], "text": data["text"], "context length": data["context_length"]}
+        return told | {"documents": "packed"} if data["pack"] else told
 
     @override
     def next_commands(self, folder: Path, export: str | None) -> list[list[str]]:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.utils.data import Dataset
 from typing_extensions import override
 
@@ -92,7 +93,11 @@ def make_sequences(
             f"Give more documents, or lower `{argument}`."
         )
     ids, labels, positions = (torch.tensor(column) for column in zip(*found, strict=True))
-    return Sequences(ids, labels, positions if pack else None)
+    if not pack:
+        return Sequences(ids, labels)
+    padding = (positions == 0) & (F.pad(positions[:, 1:], (0, 1)) == 0)  # a document has more tokens than one
+    log.info("Packed %s: %d sequences, of which %.1f %% is padding.", purpose, len(ids), 100 * padding.float().mean())
+    return Sequences(ids, labels, positions)
 
 
 def end_of_text(tokenizer: Any) -> list[int]:

@@ -131,7 +131,8 @@ def load_images(data: str) -> LabelledImages:
         found = _of_rows(data)
     else:
         raise FileNotFoundError(
-            f"`data` must be 'digits', hub:NAME, or an existing folder of one folder of images per class, got {data!r}."
+            f"`data` must be 'digits', hub:NAME, or an existing folder, got {data!r}. Give one that holds a folder of "
+            "images per class."
         )
     if len(found.classes) < 2:
         raise ValueError(

@@ -1,6 +1,8 @@
 """What is text is read, whatever else is refused by name."""
 
+import bz2
 import gzip
+import lzma
 import random
 
 import pytest
@@ -27,6 +29,8 @@ def test_marked_and_compressed_text_is_read(tmp_path, encoding, compress):
         (b"%PDF-1.7\nobj", "a PDF. Extract its text"),
         (b"\x89PNG\r\n\x1a\n", "an image. Remove it, or name the text files alone"),
         (b"PK\x03\x04", "an archive"),
+        (bz2.compress(TEXT.encode()), "an archive, .*Unpack it"),
+        (lzma.compress(TEXT.encode()), "an archive, .*Unpack it"),
         (b"PAR1", "a Parquet table. Give it by itself"),
         (b"version https://git-lfs.github.com/spec/v1\n", "a pointer of Git LFS. Run `git lfs pull`"),
         (gzip.compress(b"%PDF"), "a PDF"),
