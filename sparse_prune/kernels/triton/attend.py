@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -125,14 +126,24 @@ def _plan(pattern: BlockPattern, call: Call, device: torch.device) -> Plan:
     return tables, configs
 
 
-def unsupported(query: Tensor, pattern_block: tuple[int, int]) -> str | None:
-    """Why the Triton backend cannot take a call; None if it can."""
+def supports(query: Tensor, block_size: tuple[int, int]) -> bool:
+    """Whether `attend` takes such a call; `block_size` is the pattern's."""
+    call = Call(query.shape[3], query.dtype, block_size)
+    return _taken(query, lambda: launch_config("forward", capability(query.device), call))
+
+
+def probes(query: Tensor, block_size: tuple[int, int]) -> bool:
+    """Whether `probe` takes such a call; arguments as there."""
+    return _taken(query, lambda: probe_config(Call(query.shape[3], call_dtype(query), block_size)))
+
+
+def _taken(query: Tensor, configure: Callable[[], object]) -> bool:
     try:
         check_supported(query)
-        launch_config("forward", capability(query.device), Call(query.shape[3], query.dtype, pattern_block))
-    except ValueError as error:
-        return str(error)
-    return None
+        configure()
+    except ValueError:
+        return False
+    return True
 
 
 def check_supported(query: Tensor) -> None:
@@ -154,16 +165,6 @@ def check_supported(query: Tensor) -> None:
             f"The Triton backend takes at most {_MAX_BATCH} sequences, got {query.shape[0]}. "
             "Split the batch, or use backend='gather'."
         )
-
-
-def probes(query: Tensor, block_size: tuple[int, int]) -> bool:
-    """Whether `probe` takes such a call; arguments as there."""
-    try:
-        check_supported(query)
-        probe_config(Call(query.shape[3], call_dtype(query), block_size))
-    except ValueError:
-        return False
-    return True
 
 
 def probe(
