@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import logging
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -15,7 +16,17 @@ from torch import Tensor, nn
 
 from sparse_prune.attention.found import FoundLayer, drop_handle, give_handle, handle_of, modules_of
 from sparse_prune.attention.hf_configs import TakeOver, give_back
-from sparse_prune.attention.hf_masks import boolean, expand, make_mask, may_lack_keys, window_of
+from sparse_prune.attention.hf_masks import (
+    boolean,
+    expand,
+    keep_apart,
+    make_mask,
+    may_lack_keys,
+    shows_all,
+    tells_documents,
+    tokens_of,
+    window_of,
+)
 from sparse_prune.attention.layer import PrunableAttention
 from sparse_prune.attention.masks import hides_future
 from sparse_prune.attention.packed import PackedKeys
@@ -23,6 +34,7 @@ from sparse_prune.attention.softcap import softcapped
 from sparse_prune.attention.trial import Call, Calls, describe, named_cross
 from sparse_prune.kernels import AttentionOptions
 
+log = logging.getLogger(__name__)
 IMPLEMENTATION = "sparse_prune"
 BESIDE_EAGER = "sparse_prune_beside_eager"
 """The same for configs of layers of which some must go on in eager attention: all get the masks of that."""
@@ -337,8 +349,8 @@ def _dense(
     mask = _newest(mask, key.shape[2])
     if softcap is not None:
         mask, window = _for_kernels(mask, window, causal)
-        causal = causal and (mask is None or mask.dim() == 2)
-        return softcapped(query, key, value, causal, _options(mask, window, dropout, scaling, softcap))
+        causal = causal and (mask is None or mask.dim() == 2 or window is not None)
+        return softcapped(query, key, value, causal, _options(mask, window, query.shape[2], dropout, scaling, softcap))
     if mask is not None and (mask.dim() == 2 or window is not None):
         mask = expand(mask, causal)
     output, _ = sdpa_attention_forward(
@@ -372,7 +384,8 @@ def _attend(
 ) -> tuple[Tensor, None]:
     beside_eager = module.config._attn_implementation == BESIDE_EAGER
     active = not handle.idle
-    if attention_mask is not None and (beside_eager or active or not handle.seen):
+    packed = kwargs.get("cu_seq_lens_q") is not None
+    if attention_mask is not None and (beside_eager or active or packed or not handle.seen):
         attention_mask = boolean(attention_mask)
     if beside_eager:  # the mask is whole
         is_causal = False
@@ -380,6 +393,11 @@ def _attend(
     if active:
         _refuse_bias(handle, attention_mask)
     q_len, kv_len = query.shape[2], key.shape[2]
+    if packed and q_len == kv_len:
+        flag = _flag(module, is_causal)
+        attention_mask = keep_apart(attention_mask, kwargs["cu_seq_lens_q"], query.shape[0], q_len, flag)
+    if handle.probe_block_size is not None and q_len == kv_len and shows_all(attention_mask, q_len):
+        _tell_of_restarts(type(module).__name__, kwargs.get("position_ids"))
     window = window_of(attention_mask, q_len)
     causal = handle.causal
     if active or not handle.seen:
@@ -390,10 +408,26 @@ def _attend(
     def dense() -> Tensor:
         return _dense(module, query, key, value, mask, window, dropout, scaling, is_causal, softcap, **kwargs)
 
-    options = _options(mask, window, dropout, scaling, softcap)
+    options = _options(mask, window, query.shape[2], dropout, scaling, softcap)
     whole = not may_lack_keys(attention_mask, q_len, kv_len, handle.sliding_window)
     output = handle.attend(query, key, value, options, dense=dense, whole=whole, causal=causal)
     return output.transpose(1, 2).contiguous(), None
+
+
+def _tell_of_restarts(kind: str, position_ids: Tensor | None) -> None:
+    """Say it if documents that were packed into a row see each other."""
+    if position_ids is not None and position_ids.dim() == 2 and bool((position_ids.diff(dim=1) < 0).any()):
+        _say_that_documents_mix(kind)
+
+
+@cache
+def _say_that_documents_mix(kind: str) -> None:
+    log.warning(
+        "The positions of %s restart within a row, but the documents there see each other: transformers keeps them "
+        "apart without `attention_mask` and without a cache. Pass `use_cache=False` and no `attention_mask`, or "
+        "`cu_seq_lens_q`.",
+        kind,
+    )
 
 
 def _flag(module: Any, is_causal: bool | None) -> bool:
@@ -418,16 +452,15 @@ _attend_eagerly = torch.compiler.disable(_attend)  # type: ignore[no-untyped-cal
 
 
 def _options(
-    mask: Tensor | None, window: int | None, dropout: float, scaling: float | None, softcap: float | None
+    mask: Tensor | None, window: int | None, q_len: int, dropout: float, scaling: float | None, softcap: float | None
 ) -> AttentionOptions:
-    key_mask = mask if mask is not None and mask.dim() == 2 else None
-    if mask is not None and window is not None:
-        # One value for all keys: there is no padding.
-        key_mask, mask = mask[:, 0, 0] if mask.stride(3) else None, None
+    tokens = tokens_of(mask, q_len)
+    pairs = mask is not None and mask.dim() == 4 and window is None and mask.dtype == torch.bool
     return AttentionOptions(
         scale=scaling,
-        key_mask=key_mask,
-        attn_mask=mask if mask is not None and mask.dim() == 4 and mask.dtype == torch.bool else None,
+        key_mask=None if tells_documents(tokens) else tokens,
+        attn_mask=mask if pairs else None,
+        documents=tokens if tells_documents(tokens) else None,
         window=window,
         dropout_p=dropout,
         seed=int(torch.randint(2**62, ())) if dropout else None,
@@ -446,7 +479,7 @@ def _refuse_arguments(name: str, kwargs: dict[str, Any], refused: Iterable[str])
 
 
 def _refuse_bias(handle: PrunableAttention, mask: Tensor | None) -> None:
-    if mask is not None and mask.dtype != torch.bool:
+    if mask is not None and mask.dtype != torch.bool and not tells_documents(mask):
         raise ValueError(
             f"Layer {handle.name!r} must get an attention mask that only hides keys, got one of {mask.dtype} that "
             "adds a bias. Set `example_input_array` on the LightningModule: the layer is then left dense."

@@ -562,7 +562,7 @@ def test_a_sliding_window_reaches_the_kernels_as_one(monkeypatch, padding):
 
 @pytest.mark.parametrize("mode", ["dense", "sparse"])
 @torch.no_grad()
-def test_what_is_more_than_a_sliding_window_stays_a_mask(monkeypatch, mode):
+def test_documents_keep_their_window_and_what_is_more_than_that_stays_a_mask(monkeypatch, mode):
     model, ids = make("mistral, sliding window"), tokens()
     packed = {"position_ids": torch.cat([torch.arange(10), torch.arange(14)])[None].expand(2, -1)}
     own = torch.rand(2, 1, LENGTH, LENGTH, generator=torch.Generator().manual_seed(3)) < 0.5
@@ -573,8 +573,10 @@ def test_what_is_more_than_a_sliding_window_stays_a_mask(monkeypatch, mode):
     seen = Options().watch(handles[0], monkeypatch)
     for inputs, wanted in zip((packed, custom), expected, strict=True):
         torch.testing.assert_close(model(ids, use_cache=False, **inputs)[0], wanted, atol=1e-4, rtol=1e-4)
-    assert all(options.window is None and options.attn_mask is not None for options in seen)
-    assert len(seen) == 2
+    apart, masked = seen
+    assert apart.documents[0].tolist() == [0] * 10 + [1] * 14
+    assert (apart.window, apart.attn_mask, masked.window, masked.documents) == (6, None, None, None)
+    assert masked.attn_mask is not None
 
 
 @pytest.mark.parametrize("name", ["gemma2", "modernbert"])
