@@ -45,7 +45,7 @@ def _mentions(function: FunctionType, owner: type[nn.Module], seen: set[CodeType
     if function.__code__ in seen or function.__module__.startswith(("torch.", "sparse_prune.")):
         return False
     seen.add(function.__code__)
-    names = list(_names(function.__code__))
+    names = [name for name in _names(function.__code__) if not name.startswith("__")]  # no forward pass builds itself
     for name in names:
         used: list[Any] = [function.__globals__.get(name, getattr(owner, name, None))]
         if "super" in names:
