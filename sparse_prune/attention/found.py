@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
 
 from torch import nn
 
 from sparse_prune.attention.layer import PrunableAttention
 
-Kind = Literal["transformers", "mha", "sdpa", "unknown"]
 _HANDLE = "_prunable_attention"
 
 
@@ -19,8 +17,9 @@ class FoundLayer:
 
     name: str
     """Qualified name of the module in the model."""
-    kind: Kind
-    """How it is reached: transformers' AttentionInterface, `nn.MultiheadAttention`, a call of SDPA, or not at all."""
+    kind: str
+    """How it is reached: transformers' AttentionInterface ("transformers"), `nn.MultiheadAttention` ("mha"), a call of
+    SDPA ("sdpa"), as another family says, or not at all ("unknown")."""
     module: nn.Module = field(repr=False)
     """The module itself."""
     num_heads: int | None = None

@@ -216,6 +216,11 @@ def keep_apart(mask: Tensor | None, cu_seqlens: Tensor, batch: int, length: int,
     return mask & (documents[:, None, :, None] == documents[:, None, None, :])
 
 
+def newest(mask: Tensor | None, kv_len: int) -> Tensor | None:
+    """A mask without the keys that a cache with a window has dropped."""
+    return mask if mask is None or mask.shape[-1] <= kv_len else mask[..., -kv_len:]
+
+
 def may_lack_keys(mask: Tensor | None, q_len: int, kv_len: int, window: int | None) -> bool:
     """Whether a cache may have dropped keys of a sequence before its last `kv_len`.
 

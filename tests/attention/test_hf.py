@@ -438,7 +438,7 @@ def own_argument(self, query, index):
 
 def test_what_a_layer_hands_to_attention_is_known_or_the_layer_stays_dense():
     module = type("Attention", (torch.nn.Module,), {"forward": own_argument})()
-    assert hf._problem("self_attn", module, 4) == "a sparse index of its own (`block_indices`)"
+    assert hf.refused("self_attn", module) == "a sparse index of its own (`block_indices`)"
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ from transformers import (
 )
 
 from sparse_prune import AttentionPruner, BlockPattern, ConstantSchedule
-from sparse_prune.attention import attach, hf
+from sparse_prune.attention import attach, hf_attention
 from sparse_prune.kernels import BACKENDS, Backend, reference
 from sparse_prune.scores import Influence
 from support.families import SMALL
@@ -170,7 +170,7 @@ def test_a_score_of_its_own_counts_per_document_too():
 
 
 def test_documents_that_see_each_other_are_told_of_once(caplog):
-    hf._say_that_documents_mix.cache_clear()
+    hf_attention._say_that_documents_mix.cache_clear()
     model, batch = MODELS["plain"](), flattened()
     for handle in attach(model):
         handle.probe_block_size = (BLOCK, BLOCK)
