@@ -12,12 +12,14 @@ import pytorch_lightning as pl
 import torch.distributed as dist
 from typing_extensions import override
 
+from sparse_prune.attention.averages import share_with_averages
 from sparse_prune.callbacks.checks import (
     in_steps,
     refuse_trainer,
     steps_of_run,
     warn_of_begin,
     warn_of_change,
+    warn_of_copies,
     warn_of_end,
     warn_of_reach,
     warn_of_return,
@@ -27,6 +29,7 @@ from sparse_prune.callbacks.collaborator import Driver, adopted
 from sparse_prune.callbacks.distilling import DistilledStep
 from sparse_prune.callbacks.kernel_swap import KernelSwap
 from sparse_prune.callbacks.lightning import classes, overrides, tell
+from sparse_prune.callbacks.randomness import Randomness
 from sparse_prune.callbacks.settings import pruning_settings
 from sparse_prune.callbacks.sparsity_logger import SparsityLogger
 from sparse_prune.callbacks.training_step import StandIn
@@ -137,6 +140,7 @@ class AttentionPruning(Driver):
         self._last_step = 0  # the latest optimizer step seen
         self._resumed = False  # whether the checkpoint of the fit or evaluation that runs held pruning
         self._watching = False  # whether the batch is probed
+        self._randomness = Randomness()
         self._probed: StandIn | None = None
         self._scale = 1.0  # the gradient scale before the batch
         self._distilled: DistilledStep | None = None
@@ -170,6 +174,7 @@ class AttentionPruning(Driver):
         self._probed = StandIn(pl_module, partial(self._probe, pl_module))
         if self.distillation is not None:
             self._distilled = DistilledStep(pl_module, self.pruner, self.distillation)
+        self._randomness.begin_fit()
 
     @override
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -238,6 +243,7 @@ class AttentionPruning(Driver):
             warn_of_end(self.pruner.schedule, total, self.every_n_steps, self.pruner.patience)
         self.swap.begin_training(pl_module)
         self.logging.begin_training(trainer)
+        self._randomness.begin_training()
 
     def _reckon(self, total: int | None) -> None:
         """Give the pruner its schedule in steps: of the run that was resumed, else of one of `total` steps."""
@@ -282,6 +288,7 @@ class AttentionPruning(Driver):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self.pruner.probe(False)
+        self._randomness.end_batch(trainer)
         if trainer.global_step > self._last_step:
             self._last_step = trainer.global_step
             if self._watching:
@@ -298,6 +305,10 @@ class AttentionPruning(Driver):
         self.pruner.probe(False)
         self._release()
         self.logging.broken_off(trainer, self.pruner, self.report)
+
+    @override
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        share_with_averages(pl_module)
 
     def _due(self, step: int) -> bool:
         """Whether a decision falls on this optimizer step, or on an earlier one that had nothing to decide by."""
@@ -316,6 +327,7 @@ class AttentionPruning(Driver):
         if report is not None:
             if self.report is None:
                 warn_of_reach(self.pruner)
+                warn_of_copies(self.pruner)
             self.report = report
         elif (step - 1) % self.every_n_steps == 0:
             waiting = [state.layer.name for state in self.pruner.open_layers]
@@ -337,6 +349,7 @@ class AttentionPruning(Driver):
             "schedule": repr(self._schedule),
             "swap": self.swap.state(),
             "logging": self.logging.state(),
+            "random": self._randomness.state(),
         }
 
     @override
@@ -351,6 +364,8 @@ class AttentionPruning(Driver):
         for collaborator, name in ((self.swap, "swap"), (self.logging, "logging")):
             if name in state_dict:
                 collaborator.load_state(state_dict[name])
+        if "random" in state_dict:
+            self._randomness.load_state(state_dict["random"])
         before = state_dict.get("schedule", repr(self._schedule))
         if self.report is not None and before != repr(self._schedule):
             warn_of_change(before, self._schedule, bool(self.pruner.open_layers))

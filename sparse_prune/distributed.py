@@ -112,7 +112,26 @@ def on_first_rank(work: Callable[[], _Result]) -> _Result:
 
 def is_first_rank() -> bool:
     """Whether this process is rank 0, or the only one."""
-    return not dist.is_available() or not dist.is_initialized() or dist.get_rank() == 0
+    return rank()[0] == 0
+
+
+def rank() -> tuple[int, int]:
+    """The number of this process among those of a run, and how many there are."""
+    if not dist.is_available() or not dist.is_initialized():
+        return 0, 1
+    return dist.get_rank(), dist.get_world_size()
+
+
+def from_all_ranks(value: _Result) -> list[_Result]:
+    """Every rank's value, in their order. Every rank must call it.
+
+    Args:
+        value: What can be pickled.
+    """
+    gathered: list[Any] = [value] * rank()[1]
+    if len(gathered) > 1:
+        dist.all_gather_object(gathered, value)
+    return gathered
 
 
 @lru_cache(maxsize=1)

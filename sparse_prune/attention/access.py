@@ -9,8 +9,17 @@ from typing import Any
 
 from torch import nn
 
+from sparse_prune.attention.averages import averaged_layers
 from sparse_prune.attention.families import FAMILIES
-from sparse_prune.attention.found import FoundLayer, drop_handle, give_handle, handle_of, holds, modules_of
+from sparse_prune.attention.found import (
+    FoundLayer,
+    drop_handle,
+    give_handle,
+    handle_of,
+    holds,
+    modules_of,
+    share_handle,
+)
 from sparse_prune.attention.layer import PrunableAttention
 from sparse_prune.attention.trial import Calls, run_example
 
@@ -82,7 +91,8 @@ def find_layers(model: nn.Module, example: Any = None) -> dict[str, nn.Module]:
 def attach(model: nn.Module, example: Any = None, *, module: str | None = None) -> list[PrunableAttention]:
     """Take over every self-attention layer that can be pruned; the model computes what it did.
 
-    Calling it again returns the handles that are already there.
+    Calling it again returns the handles that are already there. Layers of an `AveragedModel` inside `model` get the
+    handles of the layers that they average.
 
     Args:
         model: Any module.
@@ -98,7 +108,9 @@ def attach(model: nn.Module, example: Any = None, *, module: str | None = None) 
             f"`module` must name a module of {type(model).__name__}, got {module!r}. Its children are "
             f"{[name for name, _ in model.named_children()]}."
         )
-    layers = [layer for layer in list_layers(model, example) if holds(module or "", layer.name)]
+    every = list_layers(model, example)
+    averages = averaged_layers(modules_of(model), [layer.name for layer in every])
+    layers = [layer for layer in every if layer.name not in averages and holds(module or "", layer.name)]
     problems = [f"{layer.name!r}: {layer.problem}" for layer in layers if layer.problem is not None]
     usable = [layer for layer in layers if layer.problem is None]
     if not usable:
@@ -116,8 +128,12 @@ def attach(model: nn.Module, example: Any = None, *, module: str | None = None) 
             len(layers),
         )
     handles = [give_handle(layer) for layer in usable]
+    own = {layer.name: layer.module for layer in usable}
+    copies = [layer for layer in every if averages.get(layer.name) in own]
+    for copy in copies:
+        share_handle(own[averages[copy.name]], copy.module)
     for family in FAMILIES:
-        mine = [layer for layer in usable if layer.kind == family.KIND]
+        mine = [layer for layer in (*usable, *copies) if layer.kind == family.KIND]
         if mine:
             family.attach(model, mine)
     return handles

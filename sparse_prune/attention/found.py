@@ -58,6 +58,20 @@ def give_handle(layer: FoundLayer) -> PrunableAttention:
     return handle
 
 
+def share_handle(own: nn.Module, copy: nn.Module) -> None:
+    """Let a copy of an attached module have its handle: both are pruned as one.
+
+    Args:
+        own: The module.
+        copy: Its copy, which may have a copy of the handle.
+    """
+    handle, other = handle_of(own), handle_of(copy)
+    assert handle is not None
+    if other is not handle:
+        handle.on_load += other.on_load if other is not None else ()
+        setattr(copy, _HANDLE, handle)
+
+
 def drop_handle(module: nn.Module) -> None:
     """Forget the module's handle, if it has one."""
     vars(module).pop(_HANDLE, None)

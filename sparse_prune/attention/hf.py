@@ -112,7 +112,8 @@ def attach(model: nn.Module, layers: list[FoundLayer]) -> None:
             if layer.module.config is config:
                 handle = handle_of(layer.module)
                 assert handle is not None
-                handle.on_load = take_over
+                others = (known for known in handle.on_load if getattr(known, "config", None) is not config)
+                handle.on_load = (*others, take_over)
 
 
 def register() -> None:

@@ -24,9 +24,10 @@ from sparse_prune.attention.hf_masks import (
     window_of,
 )
 from sparse_prune.attention.layer import PrunableAttention
-from sparse_prune.attention.masks import hides_future
+from sparse_prune.attention.masks import assert_hides_future, hides_future
 from sparse_prune.attention.packed import PackedKeys
 from sparse_prune.attention.softcap import softcapped
+from sparse_prune.attention.trial import BIAS
 from sparse_prune.kernels import AttentionOptions
 
 log = logging.getLogger(__name__)
@@ -206,7 +207,9 @@ def _shows_no_later_key(
         return True
     if mask is None or mask.dim() == 2:
         return flag or (q_len == 1 and handle.causal)
-    if torch.compiler.is_compiling():  # a tracer cannot look into the mask
+    if torch.compiler.is_compiling():
+        if handle.causal:
+            assert_hides_future(mask, q_len, kv_len, handle.name)
         return handle.causal
     return hides_future(mask, q_len, kv_len) if mask.shape[-1] == kv_len else handle.causal
 
@@ -242,7 +245,12 @@ def _refuse_arguments(name: str, kwargs: dict[str, Any], refused: Iterable[str])
 
 
 def _refuse_bias(handle: PrunableAttention, mask: Tensor | None) -> None:
-    if mask is not None and mask.dtype != torch.bool and not tells_documents(mask):
+    """A layer that no call was seen of stays dense if its first one adds a bias."""
+    if mask is None or mask.dtype == torch.bool or tells_documents(mask):
+        return
+    if not handle.seen and handle.pattern is None:
+        handle.set_aside(BIAS)
+    else:
         raise ValueError(
             f"Layer {handle.name!r} must get an attention mask that only hides keys, got one of {mask.dtype} that "
             "adds a bias. Set `example_input_array` on the LightningModule: the layer is then left dense."

@@ -95,8 +95,8 @@ class PrunableAttention:
     repeats_keys: bool = False
     """Whether the model's own attention repeats key heads where a shared one would get a slow kernel, as transformers
     does; else it shares them in any case (`enable_gqa`)."""
-    on_load: Callable[[], None] | None = None
-    """Called where the handle was copied or loaded, as by `torch.load` in another process; a function of a module."""
+    on_load: tuple[Callable[[], None], ...] = ()
+    """Called where the handle was copied or loaded, as by `torch.load` in another process; functions of a module."""
     seen: bool = False
     """Whether a call was seen. Until then `causal` is what the module says of itself, and the first call decides."""
     aside: str | None = None
@@ -111,8 +111,8 @@ class PrunableAttention:
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
         self.pattern = self._pattern  # versions count anew in every process
-        if self.on_load is not None:
-            self.on_load()
+        for call in self.on_load:
+            call()
 
     @property
     def pattern(self) -> BlockPattern | None:

@@ -19,7 +19,7 @@ from sparse_prune.attention.callers import can_call_sdpa
 from sparse_prune.attention.forward import replace_forward, replaced, restore_forward, routed, run_original
 from sparse_prune.attention.found import FoundLayer, handle_of, modules_of
 from sparse_prune.attention.layer import PrunableAttention
-from sparse_prune.attention.masks import hides_future, is_bias, split
+from sparse_prune.attention.masks import assert_hides_future, hides_future, is_bias, split
 from sparse_prune.attention.trial import BIAS, Call, Calls, describe, run_example
 from sparse_prune.kernels import AttentionOptions
 
@@ -190,7 +190,9 @@ def call_is_causal(
         _refuse(layer, f"cross-attention ({q_len} queries, {kv_len} keys{counted})")
     if attn_mask is None:
         return is_causal or (q_len == 1 and layer.causal)
-    if torch.compiler.is_compiling():  # a tracer cannot look into the mask
+    if torch.compiler.is_compiling():
+        if layer.causal:
+            assert_hides_future(attn_mask, q_len, kv_len, layer.name)
         return layer.causal
     if is_bias(attn_mask):
         _refuse(layer, BIAS)

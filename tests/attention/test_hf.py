@@ -520,7 +520,7 @@ def test_only_models_with_layers_that_were_taken_over_are_switched():
     assert pair["model"].config._attn_implementation == "sdpa"
 
 
-def test_an_example_shows_a_bias_inside_a_mask():
+def test_an_example_shows_a_bias_inside_a_mask(caplog):
     torch.manual_seed(0)
     sizes = {"image_size": 16, "patch_size": 4, "embed_dim": 8, "depths": [1], "num_heads": [2], "window_size": 4}
     model, image = SwinModel(SwinConfig(**sizes)).eval(), torch.rand(1, 3, 16, 16)
@@ -532,6 +532,12 @@ def test_an_example_shows_a_bias_inside_a_mask():
     assert layer.problem.startswith("adds a bias to attention")
     with pytest.raises(ValueError, match="adds a bias to attention"):
         attach(model, image)
+    expected = model(image)[0]
+    (handle,) = attach(model)  # the first probe tells what no example told
+    handle.probe_block_size = (4, 4)
+    assert torch.equal(model(image)[0], expected)
+    assert handle.aside.startswith("adds a bias to attention")
+    assert "This attention layer stays dense" in caplog.text
 
 
 class Options(list):
