@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 from one_shot import evaluate, load, parser, probe, prune, save
+from retrieval_mass import retrieval_heads, retrieval_scores
 
 from sparse_prune import AttentionPruner, BlockStatistics, ConstantSchedule, Constraints
 from sparse_prune.export import save_pretrained
 from sparse_prune.precision import fast_autocast
-from sparse_prune.retrieval_heads import retrieval_heads, retrieval_scores
 
 
 def variants(protected: dict[str, tuple[int, ...]]) -> dict[str, Constraints]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
@@ -30,6 +31,7 @@ from sparse_prune.callbacks.distilling import DistilledStep
 from sparse_prune.callbacks.kernel_swap import KernelSwap
 from sparse_prune.callbacks.lightning import classes, overrides, tell
 from sparse_prune.callbacks.randomness import Randomness
+from sparse_prune.callbacks.retrieving import RetrievalSearch
 from sparse_prune.callbacks.settings import pruning_settings
 from sparse_prune.callbacks.sparsity_logger import SparsityLogger
 from sparse_prune.callbacks.training_step import StandIn
@@ -38,10 +40,12 @@ from sparse_prune.distillation import Distillation
 from sparse_prune.distributed import sum_over_ranks
 from sparse_prune.pattern import whole_number
 from sparse_prune.pruner import AttentionPruner, PruneReport, Reduce
+from sparse_prune.retrieval import RetrievalHeads
 from sparse_prune.schedules import Schedule
 from sparse_prune.scores import Criterion, Score, Statistic
 
 log = logging.getLogger(__name__)
+_BLOCK_SIZE = "pruning/block_size"
 
 
 class AttentionPruning(Driver):
@@ -58,7 +62,8 @@ class AttentionPruning(Driver):
     Args:
         sparsity: Schedule of the share of possible blocks to prune, over all layers.
         threshold: Schedule of the cut-off on scores, instead of `sparsity`.
-        block_size: Tokens per block side, or (query, key).
+        block_size: Tokens per block side, or (query, key). None: 64, or less for sequences of less than 2048 tokens;
+            the first step shows how long they are, and the first decision is at the second.
         every_n_steps: Optimizer steps between decisions.
         statistic: Score of a block: "mean", "mean_square" or "max" of the mass that rows give it. "max" spares
             heads that look up single tokens (docs/score_statistics.md).
@@ -72,6 +77,8 @@ class AttentionPruning(Driver):
         patience: Decisions in a row, after the schedule's end, that must stand still before a layer is frozen.
         module: Qualified name, in the LightningModule, of the module that is pruned. None: all of it, models that only
             serve as a reference or a judge included.
+        retrieval: Find, before the first decision, the heads that a causal language model looks things up with, and
+            keep them whole beside those that `constraints` protects (docs/retrieval.md). None: no heads are sought.
         distillation: Let the dense model teach the pruned one while patterns move (docs/frontier.md). None: no teacher.
         swap: Swaps settled layers to block-sparse attention. None: `KernelSwap()`.
         logging: Logs what pruning does. None: `SparsityLogger()`.
@@ -87,7 +94,7 @@ class AttentionPruning(Driver):
         sparsity: Schedule | None = None,
         *,
         threshold: Schedule | None = None,
-        block_size: int | tuple[int, int] = 64,
+        block_size: int | tuple[int, int] | None = None,
         every_n_steps: int = 10,
         statistic: Statistic = "max",
         criterion: Criterion = "score",
@@ -97,6 +104,7 @@ class AttentionPruning(Driver):
         min_delta: float = 0.05,
         patience: int = 3,
         module: str | None = None,
+        retrieval: RetrievalHeads | None = None,
         distillation: Distillation | None = None,
         swap: KernelSwap | None = None,
         logging: SparsityLogger | None = None,
@@ -104,15 +112,14 @@ class AttentionPruning(Driver):
         steps = whole_number(every_n_steps)
         if steps is None or steps < 1:
             raise ValueError(f"`every_n_steps` must be a whole number of at least 1, got {every_n_steps!r}.")
-        if distillation is not None and not isinstance(distillation, Distillation):
-            raise TypeError(
-                f"`distillation` must be a Distillation or None, got {distillation!r}. Write Distillation()."
-            )
-        for name, given, kind in (("swap", swap, KernelSwap), ("logging", logging, SparsityLogger)):
+        parts: list[tuple[str, object, type]] = [("retrieval", retrieval, RetrievalHeads)]
+        parts += [("distillation", distillation, Distillation), ("swap", swap, KernelSwap)]
+        for name, given, kind in (*parts, ("logging", logging, SparsityLogger)):
             if given is not None and not isinstance(given, kind):
                 raise TypeError(f"`{name}` must be a {kind.__name__} or None, got {given!r}. Write {kind.__name__}().")
         self.every_n_steps = steps
         self.module = module
+        self.retrieval = retrieval
         self.distillation = distillation
         self.pruner = AttentionPruner(
             sparsity=sparsity,
@@ -141,9 +148,14 @@ class AttentionPruning(Driver):
         self._resumed = False  # whether the checkpoint of the fit or evaluation that runs held pruning
         self._watching = False  # whether the batch is probed
         self._randomness = Randomness()
+        self._looked = False  # whether the first training call of the run was looked at
+        self._blind = False  # whether the batch began without a block size to probe with
         self._probed: StandIn | None = None
         self._scale = 1.0  # the gradient scale before the batch
         self._distilled: DistilledStep | None = None
+        self._search: RetrievalSearch | None = None
+        self._own_heads = self.pruner.constraints.protected_heads
+        self._found: dict[str, tuple[int, ...]] = {}  # heads kept whole for retrieval
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -172,6 +184,8 @@ class AttentionPruning(Driver):
         self.logging.begin_fit(trainer, self._settings())
         self._release()
         self._probed = StandIn(pl_module, partial(self._probe, pl_module))
+        if self.retrieval is not None and not self._found:
+            self._search = RetrievalSearch(pl_module, self.pruner, self.retrieval)
         if self.distillation is not None:
             self._distilled = DistilledStep(pl_module, self.pruner, self.distillation)
         self._randomness.begin_fit()
@@ -179,7 +193,10 @@ class AttentionPruning(Driver):
     @override
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._release()
-        file = self.logging.end_fit(trainer, self.pruner, self.report, self.swap.events)
+        self._close(trainer, self.logging.end_fit(trainer, self.pruner, self.report, self.swap.events))
+
+    def _close(self, trainer: pl.Trainer, file: Path | None) -> None:
+        """The last word."""
         has_report = any(isinstance(logger, classes("loggers.CSVLogger")) for logger in trainer.loggers)
         tell(trainer, closing(self.pruner, self.report, self.swap.events, file, has_report))
 
@@ -197,29 +214,36 @@ class AttentionPruning(Driver):
         """For the loggers; steps are those of the schedule as it was given."""
         given = replace(self.pruner)
         given.schedule = self._schedule
-        return pruning_settings(
+        settings = pruning_settings(
             given,
             every_n_steps=self.every_n_steps,
             module=self.module,
+            retrieval=self.retrieval,
             distillation=self.distillation,
             swap=self.swap.backend,
         )
+        if self.pruner.block_size is None:
+            del settings[_BLOCK_SIZE]  # some loggers take a name once
+        return settings
 
     def _release(self) -> None:
         """Give the module its own training step back."""
         for around in (self._distilled, self._probed):  # the last one on goes first
             if around is not None:
                 around.remove()
-        self._distilled = self._probed = None
+        if self._search is not None:
+            self._search.remove()
+        self._distilled = self._probed = self._search = None
 
     def _attach(self, pl_module: pl.LightningModule) -> None:
         if not self.pruner.attached_to(pl_module):
-            self.pruner.attach(pl_module, self.module)
             self._forget_run()
+            self.pruner.attach(pl_module, self.module)
 
     def _forget_run(self) -> None:
         """A new run begins, for the collaborators as well."""
-        self.report, self._last_step, self._run_steps = None, 0, None
+        self.report, self._last_step, self._run_steps, self._looked = None, 0, None, False
+        self._keep_whole({})
         self.swap.forget_run()
         self.logging.forget_run()
 
@@ -258,6 +282,7 @@ class AttentionPruning(Driver):
     ) -> None:
         self._scale = _gradient_scale(trainer)
         self._watching = self._due(trainer.global_step + 1)
+        self._blind = self.pruner.block_size is None
         self.logging.begin_batch(pl_module, self.swap)
 
     def _probe(self, pl_module: pl.LightningModule, step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -272,10 +297,25 @@ class AttentionPruning(Driver):
         output = None
         try:
             output = step(*args, **kwargs)
+            if not self._looked:
+                self._look(pl_module.trainer, pl_module)
         finally:
             if output is None or not pl_module.automatic_optimization:
                 self.pruner.probe(False)
         return output
+
+    def _look(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """After the first forward pass, before any weight has changed: choose blocks, say what cannot be won."""
+        length = trainer.strategy.broadcast(self.pruner.longest_call, src=0)  # all ranks need the same blocks
+        if length is None:
+            return
+        self._looked = True
+        if self.pruner.block_size is None:
+            self.pruner.choose_block_size(length)
+            self.logging.log_settings(trainer, {_BLOCK_SIZE: str(self.pruner.block_size)})
+        if self.report is None:
+            warn_of_reach(self.pruner)
+            self.swap.forecast(trainer, pl_module, self.pruner)
 
     @override
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -304,7 +344,9 @@ class AttentionPruning(Driver):
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         self.pruner.probe(False)
         self._release()
-        self.logging.broken_off(trainer, self.pruner, self.report)
+        file = self.logging.broken_off(trainer, self.pruner, self.report)
+        if self.report is not None:
+            self._close(trainer, file)
 
     @override
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -323,13 +365,14 @@ class AttentionPruning(Driver):
             # The scaler found NaN or infinity, took no step and trains on: what was probed may be as bad.
             self.pruner.forget()
             return
-        report = self.pruner.update(step, _reduction(trainer))
+        if self._search is not None and self._looked:
+            self._find_heads(trainer, self._search)
+        report = self.pruner.update(step, _reduction(trainer)) if self._looked else None
         if report is not None:
             if self.report is None:
-                warn_of_reach(self.pruner)
                 warn_of_copies(self.pruner)
             self.report = report
-        elif (step - 1) % self.every_n_steps == 0:
+        elif (step - 1) % self.every_n_steps == 0 and not (self._blind and self._looked):
             waiting = [state.layer.name for state in self.pruner.open_layers]
             log.warning(
                 "Step %d ran none of the layers %s: the decision waits for a step that does. "
@@ -337,6 +380,28 @@ class AttentionPruning(Driver):
                 step,
                 (waiting or list(self.pruner.layers))[:4],
             )
+
+    def _find_heads(self, trainer: pl.Trainer, search: RetrievalSearch) -> None:
+        """All ranks ask the model, the first one's answer counts."""
+        self._search = None
+        with trainer.precision_plugin.forward_context():
+            found = trainer.strategy.broadcast(search.find(), src=0)
+        self._keep_whole(found)
+        if not found:
+            log.warning(
+                "`retrieval` keeps no head whole, for the model answers none of the questions that it was asked. Give "
+                "the LightningModule a method `retrieval_probes(tokens, count, seed)` that asks what it knows, such as "
+                "`sparse_prune.retrieval.text_probes` with its tokenizer; or leave `retrieval` out."
+            )
+            return
+        total = sum(state.layer.num_heads for state in self.pruner.layers.values())
+        log.info("%d of %d heads are kept whole for retrieval (`retrieval`).", sum(map(len, found.values())), total)
+
+    def _keep_whole(self, found: Mapping[str, tuple[int, ...]]) -> None:
+        """Protect heads that were found, beside those that the user protects."""
+        self._found, own = dict(found), self._own_heads or {}
+        heads = {name: tuple(sorted({*own.get(name, ()), *found.get(name, ())})) for name in {**own, **found}}
+        self.pruner.constraints = replace(self.pruner.constraints, protected_heads=heads or None)
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -347,6 +412,7 @@ class AttentionPruning(Driver):
             "report": report,
             "run_steps": self._run_steps,
             "schedule": repr(self._schedule),
+            "retrieval_heads": self._found,
             "swap": self.swap.state(),
             "logging": self.logging.state(),
             "random": self._randomness.state(),
@@ -359,6 +425,7 @@ class AttentionPruning(Driver):
         self._last_step = state_dict["last_step"]
         self.report = None if state_dict["report"] is None else PruneReport(**state_dict["report"])
         self._run_steps = state_dict.get("run_steps")  # state of before schedules took shares has none
+        self._keep_whole(state_dict.get("retrieval_heads", {}))
         if self._run_steps is not None:
             self._reckon(self._run_steps)
         for collaborator, name in ((self.swap, "swap"), (self.logging, "logging")):

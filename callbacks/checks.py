@@ -11,7 +11,7 @@ import torch
 from sparse_prune.attention.averages import likely_copies
 from sparse_prune.callbacks.collaborator import Driver
 from sparse_prune.callbacks.lightning import classes
-from sparse_prune.pattern import BlockPattern
+from sparse_prune.pattern import BlockPattern, num_blocks
 from sparse_prune.pruner import AttentionPruner
 from sparse_prune.schedules import Schedule
 from sparse_prune.selection import LayerScores, select
@@ -153,20 +153,22 @@ def warn_of_reach(pruner: AttentionPruner) -> None:
     """Say so if constraints keep more than the schedule ends with.
 
     Args:
-        pruner: It has made its first decision.
+        pruner: Its layers have seen a training call.
     """
-    if pruner.sparsity is None or not pruner.open_layers:
+    length = pruner.longest_call
+    if pruner.sparsity is None or length is None:
         return
-    reachable, blocks = pruner.reachable_sparsity, max(state.scores.shape[2] for state in pruner.open_layers)
-    if reachable < pruner.sparsity.final - 0.01:
+    reachable, wanted = _reach(pruner, pruner.sides), pruner.sparsity.final - 0.01
+    if reachable < wanted:
         log.warning(
-            "At most %.1f %% of the attention can be pruned in sequences like those of the first decision (%d blocks "
-            "of %d keys), %.1f %% is asked for: the rest must stay. %s",
+            "At most %.1f %% of the attention can be pruned in sequences of %d tokens (%d blocks of %d keys), %.1f %% "
+            "is asked for: the rest must stay. %s",
             100 * reachable,
-            blocks,
+            length,
+            num_blocks(length, pruner.sides[1]),
             pruner.sides[1],
             100 * pruner.sparsity.final,
-            _what_would_do(pruner),
+            _what_would_do(pruner, length, wanted),
         )
 
 
@@ -190,27 +192,25 @@ def warn_of_copies(pruner: AttentionPruner) -> None:
         )
 
 
-def _what_would_do(pruner: AttentionPruner) -> str:
+def _what_would_do(pruner: AttentionPruner, length: int, wanted: float) -> str:
     """The remedy for sequences of too few blocks: a block size, a length."""
-    assert pruner.sparsity is not None
-    shapes = [state.scores.shape for state in pruner.open_layers]
-    length = max(min(rows * pruner.sides[0], columns * pruner.sides[1]) for _, rows, columns in shapes)
-    wanted = pruner.sparsity.final - 0.01
     halved = [(pruner.sides[0] >> fold, pruner.sides[1] >> fold) for fold in range(1, 8)]
-    sizes = [sides for sides in halved if min(sides) >= _SMALLEST_BLOCK and _reach(pruner, length, sides) >= wanted]
-    lengths = [length << fold for fold in range(1, 6) if _reach(pruner, length << fold, pruner.sides) >= wanted]
+    sizes = [sides for sides in halved if min(sides) >= _SMALLEST_BLOCK and _reach(pruner, sides) >= wanted]
+    lengths = [length << fold for fold in range(1, 6) if _reach(pruner, pruner.sides, length << fold) >= wanted]
     found = [f"`block_size={size[0] if size[0] == size[1] else size}`" for size in sizes[:1]]
     found += [f"sequences of {tokens} tokens" for tokens in lengths[:1]]
     loosen = "ower `sink_blocks`, `recent_blocks` or `min_density`, or protect fewer layers and heads."
     return f"What would do: {' or '.join(found)}; else l{loosen}" if found else f"L{loosen}"
 
 
-def _reach(pruner: AttentionPruner, length: int, sides: tuple[int, int]) -> float:
-    """Share of possible blocks that constraints let go at a length and a block size."""
+def _reach(pruner: AttentionPruner, sides: tuple[int, int], length: int | None = None) -> float:
+    """Share of possible blocks that constraints let go at a block size, and at a length or those of the last calls."""
     layers = []
-    for layer in (state.layer for state in pruner.open_layers):
-        dense = BlockPattern.dense(layer.num_heads, length, length, sides, layer.causal)
-        layers.append(LayerScores(layer.name, torch.ones(dense.keep.shape), dense, layer.num_kv_heads))
+    for layer in (state.layer for state in pruner.layers.values()):
+        if layer.last_shape is not None:
+            tokens = length or layer.last_shape.q_len
+            dense = BlockPattern.dense(layer.num_heads, tokens, tokens, sides, layer.causal)
+            layers.append(LayerScores(layer.name, torch.ones(dense.keep.shape), dense, layer.num_kv_heads))
     patterns, _ = select(layers, pruner.constraints, sparsity=1.0)
     possible = sum(pattern.possible_count for pattern in patterns)
     return 1.0 - sum(pattern.kept_blocks for pattern in patterns) / possible if possible else 0.0

@@ -6,9 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 import pytorch_lightning as pl
-from torch import Tensor, nn
+from torch import Tensor
 
-from sparse_prune.attention.found import holds
+from sparse_prune.callbacks.logits_module import module_with_logits
 from sparse_prune.callbacks.training_step import StandIn
 from sparse_prune.distillation import DenseTeacher, Distillation
 from sparse_prune.metrics import DIVERGENCE
@@ -37,7 +37,7 @@ class DistilledStep:
                 "Add `DenseTeacher.loss` to your own loss instead (sparse_prune.distillation)."
             )
         handles = [state.layer for state in pruner.layers.values()]
-        module = _teacher_module(pl_module, list(pruner.layers), settings.module)
+        module = module_with_logits(pl_module, pruner.layers, settings.module, "Distillation.module")
         self.pl_module, self.pruner, self.settings = pl_module, pruner, settings
         self.teacher = DenseTeacher(module, handles, settings.temperature)
         self._stand_in = StandIn(pl_module, self._run)
@@ -64,22 +64,3 @@ class DistilledStep:
         if isinstance(output, Tensor):
             return output + self.settings.weight * divergence
         return {**output, "loss": output["loss"] + self.settings.weight * divergence}
-
-
-def _teacher_module(pl_module: pl.LightningModule, layers: list[str], wanted: str | None) -> nn.Module:
-    modules: dict[str, nn.Module] = dict(pl_module.named_modules())
-    if wanted is not None:
-        if wanted not in modules:
-            raise ValueError(
-                f"`Distillation.module` must name a module of {type(pl_module).__name__}, got {wanted!r}. Its children "
-                f"are {[name for name, _ in pl_module.named_children()]}."
-            )
-        return modules[wanted]
-    holding = [child for name, child in pl_module.named_children() if all(holds(name, layer) for layer in layers)]
-    if len(holding) != 1:
-        raise ValueError(
-            f"`Distillation.module` must be given for {type(pl_module).__name__}: none of its children "
-            f"{[name for name, _ in pl_module.named_children()]} holds all attention layers. Name the module that ends "
-            "with the logits."
-        )
-    return holding[0]

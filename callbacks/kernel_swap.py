@@ -50,9 +50,9 @@ class KernelSwap(Collaborator):
 
     Args:
         backend: "auto" measures dense attention against every backend that skips blocks, in turns, on the layer's own
-            shapes, forward and backward, and gives a layer that gains nothing its connections back. After the first
-            decision it measures the final sparsity in advance, and warns if nothing is to be gained. A backend's name
-            takes that one unmeasured.
+            shapes, forward and backward, and gives a layer that gains nothing its connections back. In the first
+            training step it measures the final sparsity in advance, and warns if nothing is to be gained. A backend's
+            name takes that one unmeasured.
         tune: On a GPU, measure the launch configurations of the Triton kernels on the first layer of a shape. They are
             kept on disk (`SPARSE_PRUNE_CACHE_DIR`), so that a device does it once.
 
@@ -82,20 +82,30 @@ class KernelSwap(Collaborator):
         if self.backend != "auto":
             check_trains(self.backend, pl_module.device)
 
+    def forecast(self, trainer: pl.Trainer, pl_module: pl.LightningModule, pruner: AttentionPruner) -> None:
+        """Measure the final sparsity once, before anything is pruned, and warn if nothing is to be gained.
+
+        Args:
+            trainer: The Trainer.
+            pl_module: What it trains.
+            pruner: Its layers have seen a training call, and its block size is known.
+        """
+        if not self._forecast_due:
+            return
+        self._forecast_due = False
+        if trainer.is_global_zero:
+            with self._measuring(pl_module.device):
+                forecasts = forecast_swap(pruner, self.tune)
+            warn_of_loss(forecasts)
+
     def end_batch(self, trainer: pl.Trainer, pl_module: pl.LightningModule, pruner: AttentionPruner) -> None:
-        """Forecast the swap once, and swap what has settled.
+        """Swap what has settled.
 
         Args:
             trainer: The Trainer.
             pl_module: What it trains.
             pruner: It has decided, if a decision was due.
         """
-        if self._forecast_due and pruner.open_layers:
-            self._forecast_due = False
-            if trainer.is_global_zero:
-                with self._measuring(pl_module.device):
-                    forecasts = forecast_swap(pruner, self.tune)
-                warn_of_loss(forecasts)
         waiting = [
             name
             for name, state in pruner.layers.items()

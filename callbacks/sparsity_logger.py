@@ -92,6 +92,15 @@ class SparsityLogger(Collaborator):
         # Under `fast_dev_run` a fit leaves no files.
         self._folder = None if trainer.fast_dev_run else run_folder(trainer)  # type: ignore[attr-defined]
         self._each(trainer, logger_extras.describe_metrics)
+        self.log_settings(trainer, settings)
+
+    def log_settings(self, trainer: pl.Trainer, settings: dict[str, Any]) -> None:
+        """Tell the loggers how the run is pruned, anew once what was left open is decided.
+
+        Args:
+            trainer: The Trainer.
+            settings: For the loggers' hyperparameters.
+        """
         self._each(trainer, partial(logger_extras.log_settings, trainer=trainer, settings=settings))
 
     def begin_training(self, trainer: pl.Trainer) -> None:
@@ -176,23 +185,28 @@ class SparsityLogger(Collaborator):
         self._folder = None
         return file
 
-    def broken_off(self, trainer: pl.Trainer, pruner: AttentionPruner, report: PruneReport | None) -> None:
+    def broken_off(self, trainer: pl.Trainer, pruner: AttentionPruner, report: PruneReport | None) -> Path | None:
         """Keep files alone: networks can make a user wait who wants to stop, and other ranks may be gone.
 
         Args:
             trainer: The Trainer.
             pruner: As it is.
             report: The latest decision; None if there was none.
+
+        Returns:
+            As `end_fit`.
         """
         folder, self._folder = self._folder, None
-        if folder is None or not trainer.is_global_zero:
-            return
+        if folder is None or report is None or not trainer.is_global_zero:
+            return None
+        file = folder / PATTERN_FILE
         try:
-            if report is not None:
-                _save(pruner, folder / PATTERN_FILE)
-                save_frame(pruner.patterns, folder, trainer.global_step)
+            _save(pruner, file)
+            save_frame(pruner.patterns, folder, trainer.global_step)
         except Exception as error:  # whatever else went wrong must not hide what ended the run
             log.warning("The attention patterns of the broken run were not written to %s: %r", folder, error)
+            return None
+        return file
 
     def _snapshot(self, trainer: pl.Trainer, pruner: AttentionPruner) -> None:
         """The atlas into the loggers, and a frame of the history beside them."""

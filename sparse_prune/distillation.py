@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparse_prune.attention import PrunableAttention
-from sparse_prune.attention.connections import unpruned
+from sparse_prune.attention.connections import evaluating, unpruned
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,38 +87,31 @@ class DenseTeacher:
 
     def _remember(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if torch.is_grad_enabled():
-            self._calls.append((args, kwargs, _logits(output)))
+            self._calls.append((args, kwargs, logits_of(output)))
 
     def loss(self) -> Tensor | None:
         """Mean divergence over the watched calls, which are forgotten; None if there were none."""
         calls, self._calls = self._calls, []
         found = []
         for args, kwargs, student in calls:
-            with torch.no_grad(), unpruned(self.handles), _evaluating(self.module):
-                teacher = _logits(self.module(*args, **kwargs))
+            with torch.no_grad(), unpruned(self.handles), evaluating(self.module):
+                teacher = logits_of(self.module(*args, **kwargs))
             mask = kwargs.get("attention_mask")
             fits = isinstance(mask, Tensor) and mask.shape == student.shape[:-1]
             found.append(divergence(student, teacher, self.temperature, mask if fits else None))
         return torch.stack(found).mean() if found else None
 
 
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Without dropout, for a while."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
+def logits_of(output: Any) -> Tensor:
+    """A module's logits: its output, or what that has under this name.
 
-
-def _logits(output: Any) -> Tensor:
+    Raises:
+        ValueError: If there are none.
+    """
     logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
     if not isinstance(logits, Tensor):
         raise ValueError(
-            "`Distillation.module` must name a module whose output is a tensor of logits or has `logits`, got "
+            "`module` must name a module whose output is a tensor of logits or has `logits`, got "
             f"{type(output).__name__}. Name the module that ends with the classes."
         )
     return logits

@@ -38,6 +38,19 @@ def check_block_size(block_size: int | tuple[int, int]) -> tuple[int, int]:
     return sides[0], sides[1]
 
 
+def suited_block_size(length: int) -> tuple[int, int]:
+    """Blocks of 64 tokens a side; of 32 or 16 for sequences that have fewer than 32 of the larger ones.
+
+    With `n` blocks a side, `2n - 1` of `n (n + 1) / 2` possible ones hold a sink or the diagonal and stay
+    (docs/choosing.md).
+
+    Args:
+        length: Tokens of a sequence.
+    """
+    side = next((side for side in (64, 32) if length >= 32 * side), 16)
+    return side, side
+
+
 def possible_blocks(
     q_len: int, kv_len: int, block_size: tuple[int, int], causal: bool, device: torch.device | str = "cpu"
 ) -> Tensor:

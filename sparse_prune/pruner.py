@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -13,11 +14,12 @@ from torch import nn
 from sparse_prune.attention import PrunableAttention, attach, handle_of
 from sparse_prune.constraints import Constraints
 from sparse_prune.layer_state import LayerState, StabilityTracker
-from sparse_prune.pattern import BlockPattern, check_block_size
+from sparse_prune.pattern import BlockPattern, check_block_size, suited_block_size
 from sparse_prune.schedules import Schedule
 from sparse_prune.scores import STATISTICS, BlockStatistics, Criterion, Score, ScoreAverage, Statistic, score_of
 from sparse_prune.selection import LayerScores, select
 
+log = logging.getLogger(__name__)
 Reduce = Callable[[dict[str, BlockStatistics]], dict[str, BlockStatistics]]
 _STATE_VERSION = 3
 _READABLE = (2, 3)  # version 2 held its tensors whole
@@ -61,8 +63,8 @@ class AttentionPruner:
     """Share of possible blocks to prune, over all layers; the threshold is solved for."""
     threshold: Schedule | None = None
     """Cut-off on scores: blocks below it go."""
-    block_size: int | tuple[int, int] = 64
-    """Tokens per block side, or (query, key)."""
+    block_size: int | tuple[int, int] | None = None
+    """Tokens per block side, or (query, key). None: what suits the first training call, once it was seen."""
     statistic: Statistic = "max"
     """Which statistic of row mass is the score, unless `score` is given."""
     criterion: Criterion = "score"
@@ -105,7 +107,9 @@ class AttentionPruner:
                 f"{self.criterion!r}. Leave `statistic` and `criterion` out."
             )
         self._score = self.score or named
-        self.block_size = check_block_size(self.block_size)
+        self._chooses = self.block_size is None
+        if self.block_size is not None:
+            self.block_size = check_block_size(self.block_size)
         self._new_state()  # checks decay, min_delta and patience now, not after hours of training
         self.layers: dict[str, LayerState] = {}
 
@@ -115,9 +119,28 @@ class AttentionPruner:
 
     @property
     def sides(self) -> tuple[int, int]:
-        """Tokens per block side, (query, key)."""
+        """Tokens per block side, (query, key), once they are known."""
         assert isinstance(self.block_size, tuple)
         return self.block_size
+
+    @property
+    def longest_call(self) -> int | None:
+        """Tokens of the longest training call that any layer saw last; None before the first."""
+        shapes = [state.layer.last_shape for state in self.layers.values()]
+        return max((shape.q_len for shape in shapes if shape is not None), default=None)
+
+    def choose_block_size(self, length: int) -> None:
+        """Take blocks that suit sequences of a length; to be called once, and alike on all ranks.
+
+        Args:
+            length: In tokens.
+        """
+        self.block_size = suited_block_size(length)
+        log.info(
+            "Blocks of %d x %d tokens, chosen for sequences of %d tokens (`block_size` sets others).",
+            *self.block_size,
+            length,
+        )
 
     @property
     def score_used(self) -> Score:
@@ -157,7 +180,13 @@ class AttentionPruner:
                 patterns of another block size already.
         """
         handles = attach(model, module=module)
+        if self._chooses:  # by the calls that come, not by those of another run
+            self.block_size = None
+            for handle in handles:
+                handle.last_shape = None
         for handle in handles:
+            if handle.pattern is not None and self.block_size is None:
+                self.block_size = handle.pattern.block_size
             if handle.pattern is not None and handle.pattern.block_size != self.block_size:
                 raise ValueError(
                     f"`block_size` must be {handle.pattern.block_size} as in the pattern that layer {handle.name!r} "
@@ -204,13 +233,16 @@ class AttentionPruner:
     def probe(self, enabled: bool, *, gradient_scale: float = 1.0) -> None:
         """Watch the next training steps, or stop watching. Frozen layers are never probed.
 
+        Before `block_size` is known there is nothing to watch by: the first step then only shows how long calls are.
+
         Args:
             enabled: Whether to watch. For a score that sees gradients, until the backward pass is done.
             gradient_scale: What the loss is multiplied with before the backward pass, as by a gradient scaler or by one
                 over the micro-batches of a step. Scores see gradients without it.
         """
+        sides = self.sides if enabled and self.block_size is not None else None
         for state in self.layers.values():
-            state.layer.probe_block_size = self.sides if enabled and state.settled_at is None else None
+            state.layer.probe_block_size = sides if state.settled_at is None else None
             state.layer.gradient_scale = gradient_scale
 
     def update(self, step: int, reduce: Reduce | None = None) -> PruneReport | None:
@@ -226,8 +258,10 @@ class AttentionPruner:
 
         Raises:
             ValueError: If logits or gradients were NaN or infinite, or a score that sees gradients saw none, on all
-                ranks alike; the message names the layers.
+                ranks alike; the message names the layers. If ranks would each choose a block size.
         """
+        if self.block_size is None:
+            self._look(reduce)
         found = {name: state.layer.take_statistics(self._needed) for name, state in self.layers.items()}
         statistics = {name: seen for name, seen in found.items() if seen is not None}
         if reduce is not None:
@@ -258,6 +292,16 @@ class AttentionPruner:
                 settled.append(layer.name)
         return self._report(step, threshold, requested, change, tuple(settled))
 
+    def _look(self, reduce: Reduce | None) -> None:
+        """Choose a block size by what was seen, if anything was."""
+        if reduce is not None:
+            raise ValueError(
+                "`block_size` must be given where several processes prune without AttentionPruning, got None: their "
+                f"sequences may differ. Write block_size={suited_block_size(self.longest_call or 2048)[0]}, say."
+            )
+        if self.longest_call is not None:
+            self.choose_block_size(self.longest_call)
+
     def _check_gradients(self, statistics: Mapping[str, BlockStatistics]) -> None:
         if self._score.sees != "gradient":
             return
@@ -280,14 +324,6 @@ class AttentionPruner:
         """Drop what was probed since the last decision."""
         for state in self.layers.values():
             state.layer.take_statistics()
-
-    @property
-    def reachable_sparsity(self) -> float:
-        """Share of possible blocks, over the layers that were seen, that constraints and frozen layers let go."""
-        layers = self._scored([state for state in self.layers.values() if not state.scores.empty])
-        patterns, _ = select(layers, self.constraints, sparsity=1.0, signed=self._score.signed)
-        possible = sum(pattern.possible_count for pattern in patterns)
-        return 1.0 - sum(pattern.kept_blocks for pattern in patterns) / possible if possible else 0.0
 
     def _select(self, states: list[LayerState], requested: float) -> tuple[list[BlockPattern], float]:
         layers = self._scored(states)
@@ -390,6 +426,11 @@ class AttentionPruner:
         if saved.get("version") not in _READABLE:
             known = " or ".join(map(str, _READABLE))
             raise ValueError(f"Pruning state must have version {known}, got {saved.get('version')!r}.")
+        if saved["block_size"] is None:  # saved before the first training call
+            self.restart()
+            return
+        if self.block_size is None:
+            self.block_size = check_block_size(tuple(saved["block_size"]))
         if tuple(saved["block_size"]) != self.block_size:
             raise ValueError(
                 f"`block_size` must be {tuple(saved['block_size'])} as in the checkpoint, got {self.block_size}. "

@@ -22,9 +22,10 @@ from sparse_prune import (
     select,
 )
 from sparse_prune.attention import PrunableAttention
-from sparse_prune.pattern import possible_blocks
+from sparse_prune.pattern import possible_blocks, suited_block_size
 from sparse_prune.scores.mass_share import row_mass
 from sparse_prune.selection import _solve
+from support.tiny import tiny_llama
 
 BLOCKS = st.sampled_from([(4, 4), (8, 4), (4, 8)])
 RAMPS = [LinearSchedule, CosineSchedule, CubicSchedule, ExponentialSchedule]
@@ -488,6 +489,30 @@ def test_a_pruner_names_what_should_have_been_a_schedule_or_constraints(argument
 def test_a_block_size_that_is_none_is_refused(size):
     with pytest.raises(ValueError, match="`block_size` must be a positive int or two of them"):
         AttentionPruner(ConstantSchedule(final=0.5), block_size=size)
+
+
+@pytest.mark.parametrize(("length", "side"), [(1, 16), (1023, 16), (1024, 32), (2047, 32), (2048, 64), (32768, 64)])
+def test_short_sequences_get_smaller_blocks(length, side):
+    assert suited_block_size(length) == (side, side)
+
+
+def test_a_loop_of_ones_own_chooses_blocks_at_its_first_update():
+    model, tokens = tiny_llama(), torch.randint(0, 32, (2, 64))
+    pruner = AttentionPruner(sparsity=ConstantSchedule(final=0.2))
+    pruner.attach(model)
+    assert pruner.update(0) is None  # nothing was seen
+    reports = []
+    for step in (1, 2):
+        pruner.probe(True)
+        model(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
+        pruner.probe(False)
+        reports.append(pruner.update(step))
+    assert pruner.block_size == (16, 16)
+    assert reports[0] is None
+    assert reports[1].sparsity == pytest.approx(0.2, abs=0.05)
+    several = AttentionPruner(sparsity=ConstantSchedule(final=0.2))
+    with pytest.raises(ValueError, match="`block_size` must be given where several processes prune without"):
+        several.update(1, reduce=lambda statistics: statistics)
 
 
 def test_counts_of_numpy_become_ints():

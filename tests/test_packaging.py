@@ -27,7 +27,7 @@ LAYERS = (
     "attention",
     "layer_state cache",
     "pruner distillation",
-    "evaluation retrieval_heads metrics",
+    "evaluation retrieval metrics",
     "export",
     "callbacks",
     "recipes",

@@ -6,7 +6,7 @@ import hashlib
 import logging
 import random
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Protocol, cast
 
 import torch
@@ -21,6 +21,7 @@ from sparse_prune.recipes.base.loader import SPLITS, SplitDataModule
 from sparse_prune.recipes.base.module import FineTuneModule
 
 log = logging.getLogger(__name__)
+_NAMED = 8  # rare classes that a warning names
 Example = dict[str, Tensor]
 """Inputs by name, and `labels`, int64, ()."""
 
@@ -146,15 +147,6 @@ def _shuffled(examples: Examples, seed: int) -> Examples:
     return Subset(cast(Dataset[Example], examples), order)
 
 
-def in_order(labels: Iterable[str]) -> list[str]:
-    """Labels in the order of their numbers as classes: whole numbers by value, others by name."""
-    known = list(labels)
-    try:
-        return sorted(known, key=int)
-    except ValueError:
-        return sorted(known)
-
-
 def class_settings(classes: Sequence[str]) -> dict[str, dict[Any, Any]]:
     """What a configuration of transformers takes, to hold how many classes there are and which is which.
 
@@ -194,5 +186,6 @@ def warn_of_rare_classes(counts: Mapping[str, int]) -> None:
         log.warning(
             "Classes with fewer than %d examples are not in validation and test; those with none cannot be learned: %s",
             len(SPLITS),
-            ", ".join(f"{label} ({count})" for label, count in rare.items()),
+            ", ".join(f"{label} ({count})" for label, count in list(rare.items())[:_NAMED])
+            + (f", and {len(rare) - _NAMED} more" if len(rare) > _NAMED else ""),
         )

@@ -125,9 +125,25 @@ def check_vocabulary(tokenizer: Any, model: Any) -> None:
         )
 
 
-def load_tokenizer(model: str) -> Any:
-    """The tokenizer of a model; arguments and errors as in `locate`."""
+def load_tokenizer(model: str, padding: bool = False) -> Any:
+    """The tokenizer of a model.
+
+    Args:
+        model: As in `locate`, like the errors.
+        padding: Whether to pad: a tokenizer without a token for it, such as GPT-2's, then takes another one for it.
+
+    Raises:
+        ValueError: If it has no special token that could pad.
+    """
     from transformers import AutoTokenizer
 
     where, options = locate(model)
-    return AutoTokenizer.from_pretrained(where, **options)
+    tokenizer = AutoTokenizer.from_pretrained(where, **options)
+    if padding and tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.sep_token or tokenizer.unk_token
+        if tokenizer.pad_token is None:
+            raise ValueError(
+                f"`model` must have a tokenizer with a token for padding, got none in {model!r}. Set its `pad_token` "
+                "to one of its tokens, and save it."
+            )
+    return tokenizer

@@ -28,6 +28,7 @@ class CausalLMCLI(FineTuneCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         super().add_arguments_to_parser(parser)
         parser.link_arguments("model.model", "data.tokenizer")
+        parser.link_arguments("data.pack", "model.packed")
 
     @override
     def tokenizer(self) -> Any:
@@ -40,11 +41,9 @@ class CausalLMCLI(FineTuneCLI):
 
     @override
     def describe(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        return {
-            "model": config["model"]["model"],
-            "text": config["data"]["text"],
-            "context length": config["data"]["context_length"],
-        }
+        data = config["data"]
+        told = {"model": config["model"]["model"], "text": data["text"], "context length": data["context_length"]}
+        return told | {"documents": "packed"} if data["pack"] else told
 
     @override
     def next_commands(self, folder: Path, export: str | None) -> list[list[str]]:

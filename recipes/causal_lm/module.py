@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Literal
+
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from typing_extensions import override
@@ -10,7 +13,9 @@ from sparse_prune.evaluation.prompts import passkey_accuracy
 from sparse_prune.recipes.base.held_out import HeldOutBatch
 from sparse_prune.recipes.base.module import FineTuneModule
 from sparse_prune.recipes.base.pretrained import check_length, load_tokenizer
-from sparse_prune.recipes.causal_lm.pretrained import load_model
+from sparse_prune.recipes.causal_lm.chats import IGNORED
+from sparse_prune.recipes.causal_lm.pretrained import check_packing, load_model
+from sparse_prune.retrieval import RetrievalProbe, text_probes
 
 
 class CausalLMModule(FineTuneModule):
@@ -26,10 +31,11 @@ class CausalLMModule(FineTuneModule):
         train_only: Regular expression; parameters whose name it does not match are frozen. None trains all.
         gradient_checkpointing: Recompute activations in the backward pass.
         passkey_prompts: Passkey prompts per validation, each as long as a validation sequence. 0: none.
+        packed: Whether the data packs documents, which the model is tried on; `data.pack` on the command line.
         compile: Compile the model with torch.compile; the graph breaks at attention until a layer is swapped to Triton.
 
     Raises:
-        ValueError: If a value is out of range or `train_only` matches nothing.
+        ValueError: If a value is out of range, `train_only` matches nothing, or packed documents see each other.
     """
 
     def __init__(
@@ -41,15 +47,22 @@ class CausalLMModule(FineTuneModule):
         train_only: str | None = None,
         gradient_checkpointing: bool = False,
         passkey_prompts: int = 0,
+        packed: bool = False,
         compile: bool = False,
     ) -> None:
         if passkey_prompts < 0:
             raise ValueError(f"`passkey_prompts` must be at least 0, got {passkey_prompts}.")
         super().__init__(load_model(model).train(), learning_rate, warmup_steps, weight_decay, train_only)
         self.save_hyperparameters()
+        if packed:
+            check_packing(self.model)
         self.tokenizer = load_tokenizer(model) if passkey_prompts else None
         if gradient_checkpointing:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
+
+    def retrieval_probes(self, tokens: Tensor, count: int, seed: int) -> list[RetrievalProbe]:
+        """Questions for `AttentionPruning(retrieval=...)`, in words."""
+        return text_probes(load_tokenizer(self.hparams["model"]), tokens, count, seed)
 
     @override
     def configure_model(self) -> None:
@@ -63,25 +76,30 @@ class CausalLMModule(FineTuneModule):
         if self.hparams["compile"] and self.model._compiled_call_impl is None:
             self.model.compile()
 
-    def _loss(self, input_ids: Tensor) -> Tensor:
-        check_length(self.model, input_ids.shape[1], "context_length")
-        loss: Tensor = self.model(input_ids=input_ids, labels=input_ids, use_cache=False).loss
+    def _loss(self, batch: Mapping[str, Tensor]) -> Tensor:
+        check_length(self.model, batch["input_ids"].shape[1], "context_length")
+        loss: Tensor = self.model(**batch, use_cache=False).loss
         return loss
 
+    def _watch(self, split: Literal["val", "test"], batch: HeldOutBatch) -> None:
+        """Every token that is predicted counts as much as any other, in whatever sequence it stands."""
+        predicted = int((batch.examples["labels"][:, 1:] != IGNORED).sum()) if batch.counted else 0
+        self.log_held_out(split, self._loss(batch.examples), predicted, prog_bar=split == "val")
+
     @override
-    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+    def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
         loss = self._loss(batch)
         self.log("train/loss", loss, prog_bar=True)
         return loss
 
     @override
     def validation_step(self, batch: HeldOutBatch, batch_idx: int) -> None:
-        self.log_held_out("val", self._loss(batch.examples), batch.counted)
+        self._watch("val", batch)
         prompts: int = self.hparams["passkey_prompts"]
         if batch_idx == 0 and prompts:
-            accuracy = passkey_accuracy(self.model, self.tokenizer, batch.examples.shape[1], prompts)
+            accuracy = passkey_accuracy(self.model, self.tokenizer, batch.examples["input_ids"].shape[1], prompts)
             self.log("val/passkey_accuracy", accuracy, sync_dist=True, batch_size=1)
 
     @override
     def test_step(self, batch: HeldOutBatch, batch_idx: int) -> None:
-        self.log_held_out("test", self._loss(batch.examples), batch.counted, prog_bar=False)
+        self._watch("test", batch)

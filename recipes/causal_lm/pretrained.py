@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -42,3 +43,29 @@ def load_model(model: str, dtype: torch.dtype = torch.float32) -> Any:
             "behind them. Name another."
         )
     return found
+
+
+@torch.no_grad()
+def check_packing(model: Any) -> None:
+    """Refuse a model whose attention does not end where position ids begin anew; it is tried on a few tokens.
+
+    Args:
+        model: A causal language model of transformers.
+
+    Raises:
+        ValueError: If it takes no position ids, or a document changes with what stands before it.
+    """
+    refused = f"`data.pack` must be false for {type(model).__name__}, which"
+    if "position_ids" not in signature(model.forward).parameters:
+        raise ValueError(f"{refused} takes no position ids, got true. Leave it out: documents are then joined.")
+    training = model.training
+    model.eval()
+    ids = torch.tensor([[2, 3, 1, 2, 3, 1], [4, 5, 0, 2, 3, 1]], device=model.device)
+    positions = torch.tensor([[0, 1, 2, 0, 1, 2]], device=model.device).expand(2, -1)
+    logits = model(input_ids=ids, position_ids=positions, use_cache=False).logits
+    alone = model(input_ids=ids[:1, 3:], use_cache=False).logits
+    model.train(training)
+    if not torch.allclose(logits[:, 3:].float(), alone.float(), atol=1e-4 * float(alone.abs().max())):
+        raise ValueError(
+            f"{refused} lets packed documents see each other, got true. Leave it out: documents are then joined."
+        )

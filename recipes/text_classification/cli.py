@@ -25,7 +25,7 @@ class TextClassificationCLI(FineTuneCLI):
 
     @override
     def tokenizer(self) -> Any:
-        return load_tokenizer(self.config["fit"]["model"]["model"])
+        return load_tokenizer(self.config["fit"]["model"]["model"], padding=True)
 
     @override
     def describe(self, config: Mapping[str, Any]) -> dict[str, Any]:

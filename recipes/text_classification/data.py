@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import csv
-import json
-import sys
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from itertools import islice, zip_longest
 from pathlib import Path
-from typing import Any
 
 import torch
 from typing_extensions import override
@@ -18,14 +14,16 @@ from typing_extensions import override
 from sparse_prune.recipes.base.classification import (
     ClassificationDataModule,
     Example,
-    in_order,
     split_by_name,
     warn_of_rare_classes,
 )
 from sparse_prune.recipes.base.counts import check_counts
-from sparse_prune.recipes.base.hub import PREFIX, hub_classes, hub_rows
+from sparse_prune.recipes.base.labels import numbered
+from sparse_prune.recipes.base.plain_text import read_text
 from sparse_prune.recipes.base.pretrained import load_tokenizer
-from sparse_prune.recipes.base.sources import stdlib_sources
+from sparse_prune.recipes.base.rows import data_rows, is_data_set
+from sparse_prune.recipes.base.sources import files_by_class, stdlib_documents
+from sparse_prune.recipes.base.tables import SUFFIXES
 
 _TABLES = "encodings"  # a package of tables, not of text
 _STDLIB_CLASSES = 8
@@ -38,9 +36,9 @@ class LabelledTextDataModule(ClassificationDataModule):
 
     Args:
         tokenizer: A model, as `locate` takes it.
-        data: "stdlib" (from which of the largest packages of the Python standard library do these lines come?), a .csv
-            or .jsonl file with the columns text and label, or `hub:NAME[:CONFIG[:TEXT[:LABEL]]]` for the training split
-            of a hub data set, or of a folder that holds the like (`hub_rows`).
+        data: "stdlib" (from which of the largest packages of the Python standard library do these lines come?), a
+            folder with one folder of text files per class, or `NAME[:CONFIG[:TEXT[:LABEL]]]` for a table or the
+            training split of a data set (`data_rows`).
         max_length: Tokens of an example, special tokens included; at most the model's. Shorter ones are padded.
         batch_size: Examples per batch.
         train_examples: Most examples to train on.
@@ -53,7 +51,7 @@ class LabelledTextDataModule(ClassificationDataModule):
 
     Raises:
         FileNotFoundError: If the file or the data set is not there.
-        ValueError: If a number is out of range, or a column, a text or a label is missing.
+        ValueError: If a number is out of range, a column or a label is missing, or a file is no text.
     """
 
     def __init__(
@@ -88,7 +86,7 @@ class LabelledTextDataModule(ClassificationDataModule):
 
     @override
     def make(self, split: str, count: int) -> list[Example]:
-        tokenizer = load_tokenizer(self.tokenizer_name)
+        tokenizer = load_tokenizer(self.tokenizer_name, padding=True)
         classes = []
         for label, documents in enumerate(self.documents.values()):
             names = split_by_name(list(documents), self.held_out_share)[split]
@@ -122,59 +120,41 @@ def _in_turns(queues: Sequence[Iterator[Example]]) -> Iterator[Example]:
 
 def load_labelled(data: str) -> Documents:
     """Label -> name -> text, in the order of the classes; see `LabelledTextDataModule` for what `data` may be."""
-    if data.startswith(PREFIX):
-        rows, (text, label) = hub_rows(data, ["text", "label"], "data")
-        classes, numbers = hub_classes(rows, label, "data")
-        found = _by_label([(classes[number], words) for number, words in zip(numbers, rows[text], strict=True)])
-        return {name: found.get(name, {}) for name in classes}
-    found = _stdlib() if data == "stdlib" else _by_label(_read(Path(data).expanduser()))
-    return {label: found[label] for label in in_order(found)}
+    root = Path(data).expanduser()
+    if data == "stdlib":
+        return _stdlib()
+    if is_data_set(data):
+        rows = data_rows(data, ["text", "label"], "data")
+        classes, numbers = rows.classes()
+        return _by_label(classes, [(numbers[row], str(row), str(text)) for row, text in rows.documents()])
+    if root.is_dir():
+        files = files_by_class(root)
+        classes, numbers = numbered([label for label, _ in files], "data")
+        names = [(number, str(file.relative_to(root)), file) for number, (_, file) in zip(numbers, files, strict=True)]
+        texts = [(number, name, read_text(file, "data")) for number, name, file in names]
+        return _by_label(classes, [entry for entry in texts if entry[2].strip()])
+    wanted = (
+        f"`data` must be 'stdlib', hub:NAME, a table ({SUFFIXES}) or a folder with a folder of text files per class"
+    )
+    if root.exists():
+        raise ValueError(f"{wanted}, got {data!r}. Save it as one of these.")
+    raise FileNotFoundError(f"{wanted}, got {data!r}, which does not exist. Check the path.")
 
 
-def _by_label(rows: list[tuple[Any, Any]]) -> Documents:
-    """Of pairs of label and text; rows with a blank text are left out."""
-    found: Documents = defaultdict(dict)
-    for index, (label, text) in enumerate(rows):
-        if text is None or label is None or not str(label).strip():
-            missing = "text" if text is None else "label"
-            raise ValueError(
-                f"`data` must have a text and a label in every row, got no {missing} in row {index + 1}. "
-                "Fill it in, or take the row out."
-            )
-        if str(text).strip():
-            found[str(label)][str(index)] = str(text)
+def _by_label(classes: Sequence[str], texts: Sequence[tuple[int, str, str]]) -> Documents:
+    """Of the class's number, the name and the text of every document."""
+    found: Documents = {name: {} for name in classes}
+    for number, name, text in texts:
+        found[classes[number]][name] = text
     return found
-
-
-def _read(path: Path) -> list[tuple[Any, Any]]:
-    """Label and text of every row."""
-    if path.suffix not in (".csv", ".jsonl"):
-        raise ValueError(f"`data` must be 'stdlib', hub:NAME, or a .csv or .jsonl file, got {str(path)!r}.")
-    if not path.is_file():
-        raise FileNotFoundError(f"`data` must be an existing file, got {str(path)!r}. Check the path.")
-    limit = csv.field_size_limit(sys.maxsize)  # documents may be longer than 131072 characters
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            rows = list(csv.DictReader(file) if path.suffix == ".csv" else map(json.loads, filter(str.strip, file)))
-    except (ValueError, csv.Error) as error:
-        raise ValueError(
-            f"`data` must be a table in UTF-8, got {str(path)!r}: {error}. Save it anew as {path.suffix} in UTF-8."
-        ) from error
-    finally:
-        csv.field_size_limit(limit)
-    for number, row in enumerate(rows, start=1):
-        if "text" not in row or "label" not in row:
-            raise ValueError(f"`data` must have the columns text and label, got {sorted(row)} in row {number}.")
-    return [(row["label"], row["text"]) for row in rows]
 
 
 def _stdlib() -> Documents:
     """The packages with the most files."""
-    files = {name: file for name, file in stdlib_sources().items() if _TABLES not in Path(name).parts}
+    files = {name: text for name, text in stdlib_documents().items() if _TABLES not in Path(name).parts}
     largest = Counter(Path(name).parts[0] for name in files if len(Path(name).parts) > 1).most_common(_STDLIB_CLASSES)
-    found: Documents = {package: {} for package, _ in largest}
-    for name, file in sorted(files.items()):
-        text = file.read_text(encoding="utf-8", errors="replace")
+    found: Documents = {package: {} for package in sorted(name for name, _ in largest)}
+    for name, text in sorted(files.items()):
         if Path(name).parts[0] in found and text.strip():
             found[Path(name).parts[0]][name] = text
     return found

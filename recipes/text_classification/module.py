@@ -9,7 +9,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from sparse_prune.recipes.base.classification import ClassificationModule, class_settings
-from sparse_prune.recipes.base.pretrained import check_length, locate
+from sparse_prune.recipes.base.pretrained import check_length, load_tokenizer, locate
 
 
 class TextClassificationModule(ClassificationModule):
@@ -39,6 +39,8 @@ class TextClassificationModule(ClassificationModule):
         encoder = AutoModelForSequenceClassification.from_pretrained(
             where, dtype=torch.float32, ignore_mismatched_sizes=True, **class_settings(classes), **options
         )
+        if encoder.config.pad_token_id is None:  # decoders look for the last token that is none of padding
+            encoder.config.pad_token_id = load_tokenizer(model, padding=True).pad_token_id
         super().__init__(encoder.train(), len(classes), learning_rate, warmup_steps, weight_decay, train_only)
         self.save_hyperparameters()
 

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import io
+import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from sparse_prune.recipes.base.classification import in_order
-from sparse_prune.recipes.base.hub import PREFIX, hub_classes, hub_rows
+from sparse_prune.recipes.base.labels import numbered
+from sparse_prune.recipes.base.rows import PREFIX, data_rows, is_data_set
+from sparse_prune.recipes.base.sources import files_by_class
 
+log = logging.getLogger(__name__)
 _NAMED = 3  # broken files that an error names
-_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp"}
+_BROKEN = (OSError, SyntaxError, ValueError)  # Pillow's words for what is not as it should be
+_WHITE = {"I": 2**16 - 1, "F": 1.0}
+"""Mode of Pillow -> the value of white, where that is not 255: 16 bits, also as I;16, and fractions."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +31,7 @@ class LabelledImages:
     numbers: list[int]
     """The class of every image."""
     images: Sequence[Any]
-    """Arrays (height, width) in [0, 1], paths, or a data set's column, which reads an image when it is asked for."""
+    """Arrays (height, width) in [0, 1], paths, or the column of a data set: `bytes` or a `path` for every image."""
 
     def places(self) -> list[list[int]]:
         """Class -> where its images stand, in their order."""
@@ -35,19 +41,23 @@ class LabelledImages:
         return found
 
     def read(self, place: int) -> np.ndarray[Any, Any]:
-        """An image, (height, width) or (height, width, 3), in [0, 1]."""
+        """An image as it is meant to be seen, (height, width) or (height, width, 3), in [0, 1].
+
+        Raises:
+            ValueError: If it cannot be read; the message names it.
+        """
         image = self.images[place]
         if isinstance(image, np.ndarray):
             return image
-        from PIL import Image
-
-        if isinstance(image, Path):
-            with Image.open(image) as opened:
-                return _values(opened)
-        return _values(image)
+        source = _source(image)
+        try:
+            return _decoded(source)
+        except _BROKEN as error:
+            name = repr(str(source)) if isinstance(source, Path) else f"row {place + 1} ({image.get('path')})"
+            raise ValueError(f"`data` must hold images that can be read, got {name}: {error}. Take it out.") from error
 
     def check(self, places: Sequence[int]) -> None:
-        """Refuse files that are no images or are cut; every file is read once. Images of a data set are not looked at.
+        """Refuse files that are no images or are cut; every file is read once. Bytes of a data set are not looked at.
 
         Args:
             places: Which images.
@@ -56,12 +66,12 @@ class LabelledImages:
             ValueError: If some cannot be read; the message names the first few.
         """
         broken = []
-        for place in places if isinstance(self.images, list) else ():  # a data set's column reads what it is asked for
-            if isinstance(image := self.images[place], Path):
-                try:
-                    self.read(place)
-                except (OSError, SyntaxError, ValueError) as error:  # Pillow's words for what is not as it should be
-                    broken.append(f"{str(image)!r} ({error})")
+        for place in places if self._holds_files else ():
+            source = _source(self.images[place])
+            try:
+                _decoded(source)
+            except _BROKEN as error:
+                broken.append(f"{str(source)!r} ({error})")
         if broken:
             more = f", and {len(broken) - _NAMED} more" if len(broken) > _NAMED else ""
             raise ValueError(
@@ -69,9 +79,36 @@ class LabelledImages:
                 "or remove them."
             )
 
+    @property
+    def _holds_files(self) -> bool:
+        first = self.images[0]
+        return not isinstance(first, np.ndarray) and isinstance(_source(first), Path)
 
-def _values(image: Any) -> np.ndarray[Any, Any]:
-    return np.asarray(image.convert("RGB"), dtype=np.float32) / 255.0
+
+def _source(image: Path | Mapping[str, Any]) -> Path | io.BytesIO:
+    """Where an image is read from."""
+    if isinstance(image, Path):
+        return image
+    return Path(image["path"]) if image["bytes"] is None else io.BytesIO(image["bytes"])
+
+
+def _decoded(source: Path | io.BytesIO) -> np.ndarray[Any, Any]:
+    """Turned as its camera was; 16 bits and fractions keep their scale."""
+    from PIL import Image, ImageOps
+
+    try:
+        opened = Image.open(source)
+    except Image.DecompressionBombError as error:  # none of the errors that say what is wrong with a file
+        raise ValueError(str(error)) from error
+    with opened:
+        image = ImageOps.exif_transpose(opened)
+        white = _WHITE.get(image.mode.partition(";")[0])
+        if white is None:
+            return np.asarray(image.convert("RGB"), dtype=np.float32) / 255.0
+        values = np.asarray(image, dtype=np.float32) / white
+    if values.min() < 0 or values.max() > 1:
+        raise ValueError(f"values from {values.min() * white:g} to {values.max() * white:g}, beyond 0 to {white:g}")
+    return values
 
 
 def load_images(data: str) -> LabelledImages:
@@ -79,28 +116,52 @@ def load_images(data: str) -> LabelledImages:
 
     Raises:
         FileNotFoundError: If the folder is not there.
-        ValueError: If there are fewer than two classes. See `hub_rows` and `hub_classes` for data sets of the hub.
+        ValueError: If there are fewer than two classes. See `data_rows` and `numbered` for data sets.
     """
+    root = Path(data.removeprefix(PREFIX)).expanduser()
     if data == "digits":
         from sklearn.datasets import load_digits
 
         digits = load_digits()
-        found = _named([str(label) for label in digits.target], list(digits.images / 16.0))
-    elif data.startswith(PREFIX):
-        rows, (image, label) = hub_rows(data, ["image", "label"], "data")
-        found = LabelledImages(*hub_classes(rows, label, "data"), rows[image])
+        found = LabelledImages(*numbered(digits.target, "data"), list(digits.images / 16.0))
+    elif root.is_dir() and not _says_labels(root):
+        files = _image_files(root)
+        found = LabelledImages(*numbered([label for label, _ in files], "data"), [file for _, file in files])
+    elif root.is_dir() or is_data_set(data):
+        found = _of_rows(data)
     else:
-        root = Path(data).expanduser()
-        if not root.is_dir():
-            raise FileNotFoundError(f"`data` must be 'digits', hub:NAME, or an existing folder, got {data!r}.")
-        paths = sorted(path for path in root.glob("*/*") if path.suffix.lower() in _SUFFIXES)
-        found = _named([path.parent.name for path in paths], paths)
+        raise FileNotFoundError(
+            f"`data` must be 'digits', hub:NAME, or an existing folder, got {data!r}. Give one that holds a folder of "
+            "images per class."
+        )
     if len(found.classes) < 2:
-        raise ValueError(f"`data` must hold images of at least two classes, got {found.classes} in {data!r}.")
+        raise ValueError(
+            f"`data` must hold images of at least two classes, got {found.classes} in {data!r}. Give a folder per "
+            "class, each with images."
+        )
     return found
 
 
-def _named(labels: list[str], images: Sequence[Any]) -> LabelledImages:
-    classes = in_order(set(labels))
-    numbers = {label: number for number, label in enumerate(classes)}
-    return LabelledImages(classes, [numbers[label] for label in labels], images)
+def _of_rows(data: str) -> LabelledImages:
+    from datasets import Image
+
+    rows = data_rows(data, ["image", "label"], "data")
+    column = rows.columns[0]
+    return LabelledImages(*rows.classes(), rows.data.cast_column(column, Image(decode=False))[column])
+
+
+def _says_labels(root: Path) -> bool:
+    """Whether tables in a folder say which image is of which class, as Parquet and `metadata.csv` do."""
+    return is_data_set(str(root)) or any(root.rglob("metadata.*"))
+
+
+def _image_files(root: Path) -> list[tuple[str, Path]]:
+    """Class and file, of files that Pillow reads by their names."""
+    from PIL import Image
+
+    suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    files = files_by_class(root)
+    images = [(label, file) for label, file in files if file.suffix.lower() in suffixes]
+    if len(images) < len(files):
+        log.info("Files that are no images by their names are left out: %d in %s.", len(files) - len(images), root)
+    return images

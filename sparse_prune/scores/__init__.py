@@ -2,6 +2,7 @@
 
 from sparse_prune.scores.average import ScoreAverage
 from sparse_prune.scores.call import AttentionCall, Tile
+from sparse_prune.scores.far_field import FarField
 from sparse_prune.scores.influence import Influence
 from sparse_prune.scores.mass_gradient import MassGradient
 from sparse_prune.scores.mass_share import MassShare
@@ -16,6 +17,7 @@ __all__ = [
     "AttentionCall",
     "BlockStatistics",
     "Criterion",
+    "FarField",
     "Influence",
     "MassGradient",
     "MassShare",

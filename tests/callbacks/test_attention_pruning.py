@@ -3,13 +3,20 @@ import pickle
 
 import pytest
 import torch
-from pytorch_lightning.callbacks import Callback, ModelCheckpoint
+from pytorch_lightning.callbacks import Callback, LambdaCallback, ModelCheckpoint
 from pytorch_lightning.tuner import Tuner
 from torch.utils.data import DataLoader, IterableDataset
 
 from sparse_prune import AttentionPruner, ConstantSchedule, Constraints, LinearSchedule
 from sparse_prune.attention import detach, handle_of
-from sparse_prune.callbacks import AttentionPruning, Distillation, KernelSwap, SparsityLogger, kernel_swap
+from sparse_prune.callbacks import (
+    AttentionPruning,
+    Distillation,
+    KernelSwap,
+    SparsityLogger,
+    kernel_swap,
+    restore_patterns,
+)
 from support.tiny import LENGTH, TinyModule, batches, load_frames, pruning, tiny_llama, trainer
 
 
@@ -654,3 +661,46 @@ def test_a_copy_of_the_module_trains_itself(tmp_path):
     assert "training_step" not in vars(module)
     for found in copies.copies:
         assert found.training_step.__self__ is found
+
+
+@pytest.mark.parametrize(("accumulate", "first"), [(1, 2), (2, 1)])
+def test_without_a_block_size_the_first_training_call_chooses(tmp_path, caplog, accumulate, first):
+    callback, seen = pruning(block_size=None, final=0.2), []
+    count = LambdaCallback(on_train_batch_end=lambda *args: seen.append(callback.report and callback.report.step))
+    fit = trainer(tmp_path, [callback, count], steps=4, accumulate_grad_batches=accumulate)
+    with caplog.at_level("INFO", "sparse_prune"):
+        fit.fit(TinyModule(), batches())
+    assert callback.pruner.block_size == (16, 16)
+    assert [step for step in seen if step][0] == first
+    told = [text for text in caplog.messages if "chosen for sequences of 64 tokens" in text]
+    assert told == ["Blocks of 16 x 16 tokens, chosen for sequences of 64 tokens (`block_size` sets others)."]
+    assert not any("ran none of the layers" in text for text in caplog.messages)
+
+
+def test_a_chosen_block_size_is_resumed_restored_and_chosen_anew_for_another_model(tmp_path):
+    callback = pruning(block_size=None)
+    module, path = TinyModule(), tmp_path / "a.ckpt"
+    first = trainer(tmp_path, [callback], steps=4)
+    first.fit(module, batches())
+    first.save_checkpoint(path)
+    again = pruning(block_size=None)
+    trainer(tmp_path, [again], steps=5).fit(TinyModule(), batches(), ckpt_path=path, weights_only=False)
+    assert again.pruner.block_size == (16, 16)
+    restored = restore_patterns(TinyModule(), path, weights_only=False)
+    assert {pattern.block_size for pattern in restored.values()} == {(16, 16)}
+    longer = torch.randint(0, 32, (2, 1024), generator=torch.Generator().manual_seed(0))
+    trainer(tmp_path, [callback], steps=2).fit(
+        TinyModule(tiny_llama(max_position_embeddings=1024)), DataLoader(longer, batch_size=1)
+    )
+    assert callback.pruner.block_size == (32, 32)
+
+
+def test_layers_without_a_call_choose_no_block_size(tmp_path, caplog):
+    class Elsewhere(TinyModule):
+        def training_step(self, batch, batch_idx):
+            return self.model.model.embed_tokens(batch).sum()
+
+    callback = pruning(block_size=None)
+    trainer(tmp_path, [callback], steps=2).fit(Elsewhere(), batches())
+    assert callback.pruner.block_size is None
+    assert "Step 1 ran none of the layers" in caplog.text

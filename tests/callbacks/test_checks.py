@@ -9,7 +9,7 @@ from pytorch_lightning.callbacks import Callback, GradientAccumulationScheduler,
 from torch.utils.data import DataLoader, IterableDataset
 
 from sparse_prune import ConstantSchedule, Constraints, CubicSchedule, LinearSchedule
-from sparse_prune.callbacks import AttentionPruning, KernelSwap
+from sparse_prune.callbacks import AttentionPruning, KernelSwap, swap_forecast
 from sparse_prune.callbacks.checks import earliest_settling
 from support.tiny import BLOCK, TinyModule, batches, pruning, trainer
 
@@ -203,12 +203,31 @@ def warnings(caplog, words):
 def test_what_constraints_forbid_is_told_once(tmp_path, caplog, changes, share):
     callback = pruning(**changes)
     trainer(tmp_path, [callback, KernelSwap("gather")], steps=8).fit(TinyModule(), batches())
-    told = warnings(caplog, "can be pruned in sequences like those")
+    told = warnings(caplog, "can be pruned in sequences of")
     assert len(told) == (share is not None)
     if share is not None:
         assert told[0].startswith(f"At most {share}")
         assert "40.0 % is asked for" in told[0]
         assert f"At most {100 * callback.pruner.total_sparsity:.1f} %" in told[0]
+
+
+class FirstUpdate(Callback):
+    """What was told before any weight had changed."""
+
+    def __init__(self, caplog):
+        self.caplog, self.told = caplog, None
+
+    def on_before_optimizer_step(self, *args):
+        if self.told is None:
+            self.told = list(self.caplog.messages)
+
+
+def test_what_cannot_be_won_is_told_before_the_first_update(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(swap_forecast, "time_attention", lambda *args: {"dense": 1.0, "gather": 2.0})
+    first = FirstUpdate(caplog)
+    trainer(tmp_path, [pruning(block_size=16, final=0.6), first], steps=1).fit(TinyModule(), batches())
+    assert any("At most 30.0 % of the attention can be pruned in sequences of 64 tokens" in text for text in first.told)
+    assert any("not expected to make this run faster" in text for text in first.told)
 
 
 @pytest.mark.parametrize(("saved", "settled"), [(2, False), (12, True)])

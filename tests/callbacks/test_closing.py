@@ -6,6 +6,7 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
+from pytorch_lightning.callbacks import LambdaCallback
 from pytorch_lightning.loggers import CSVLogger
 
 from sparse_prune import Constraints
@@ -81,6 +82,28 @@ def test_layers_that_have_not_settled_are_named_with_the_remedy(tmp_path, told):
     assert "sparse-prune report" not in told[0]  # there is no CSVLogger
 
 
+@pytest.mark.parametrize("kind", [RuntimeError, KeyboardInterrupt])
+def test_a_run_that_breaks_off_has_its_last_word(tmp_path, told, kind):
+    def fail(fit, *_):
+        if fit.global_step == 3:
+            raise kind("no more")
+
+    with pytest.raises((kind, SystemExit)):
+        trainer(tmp_path, [pruning(), LambdaCallback(on_train_batch_end=fail)]).fit(TinyModule(), batches())
+    assert len(told) == 1
+    assert "Not settled: 2 of 2 layers" in told[0]
+    assert f"Patterns: {tmp_path / 'attention_pattern.safetensors'}" in told[0]
+    assert (tmp_path / "attention_pattern.safetensors").exists()
+
+
+def test_a_fit_that_is_refused_has_none(tmp_path, told):
+    constraints = Constraints(protected_layers=("nowhere",))
+    fit = trainer(tmp_path, [pruning(constraints=constraints)])
+    with pytest.raises(ValueError, match="`protected_layers`"):
+        fit.fit(TinyModule(), batches())
+    assert not told
+
+
 def test_without_files_and_without_decisions(tmp_path, told, monkeypatch):
     trainer(tmp_path, [pruning()], fast_dev_run=2).fit(TinyModule(), batches())
     assert "Patterns: not kept in a file." in told[0]
@@ -109,7 +132,7 @@ def test_sequences_too_short_are_told_what_would_do(tmp_path, caplog):
     def short(**changes):
         caplog.clear()
         trainer(tmp_path, [pruning(final=0.3, **changes)], steps=1).fit(TinyModule(), batches())
-        return [text for text in caplog.messages if "can be pruned in sequences like those" in text]
+        return [text for text in caplog.messages if "can be pruned in sequences of" in text]
 
     (found,) = short(block_size=64)
     assert "At most 0.0 % of the attention" in found

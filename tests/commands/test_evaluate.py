@@ -26,7 +26,7 @@ from sparse_prune.evaluation.meter import wilson
 from sparse_prune.evaluation.prompts import needle_prompt
 from sparse_prune.export import load, save_pretrained
 from sparse_prune.recipes.base.pretrained import load_tokenizer
-from sparse_prune.recipes.causal_lm.data import split_documents
+from sparse_prune.recipes.causal_lm.documents import split_documents
 from sparse_prune.recipes.causal_lm.pretrained import load_model
 
 LEARNED = 128
@@ -181,7 +181,7 @@ def test_files_are_held_out_whole_and_collections_by_their_split(tiny_model, tmp
     with pytest.raises(ValueError, match=r"at least 301 tokens to evaluate on, got 300\. .*`lengths`"):
         held_out(tokenizer, str(tmp_path), 301, 1)
     documents = {str(index): f"{index:03d}" for index in range(300)}
-    monkeypatch.setattr("sparse_prune.recipes.causal_lm.data.load_documents", lambda text: documents)
+    monkeypatch.setattr("sparse_prune.recipes.causal_lm.documents.load_documents", lambda text: documents)
     splits = split_documents(documents)
     ids = held_out(tokenizer, "stdlib", 4, 300)
     assert [tokenizer.decode(part[:3]).replace(" ", "") for part in ids] == splits["test"]

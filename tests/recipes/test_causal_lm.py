@@ -20,7 +20,8 @@ from sparse_prune.export import PATTERN_FILE, load, load_patterns, read_pattern_
 from sparse_prune.recipes.base.history import RunHistory
 from sparse_prune.recipes.base.pretrained import load_tokenizer
 from sparse_prune.recipes.causal_lm.cli import CausalLMCLI, main
-from sparse_prune.recipes.causal_lm.data import TextDataModule, load_documents
+from sparse_prune.recipes.causal_lm.data import TextDataModule
+from sparse_prune.recipes.causal_lm.documents import load_documents
 from sparse_prune.recipes.causal_lm.module import CausalLMModule
 from sparse_prune.recipes.causal_lm.pretrained import load_model
 from support.settings import pruning_callbacks, run_settings

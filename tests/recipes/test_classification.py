@@ -13,6 +13,8 @@ from transformers import (
     BertConfig,
     BertForSequenceClassification,
     BertModel,
+    GPT2Config,
+    GPT2Model,
     PreTrainedTokenizerFast,
     RobertaConfig,
     RobertaForSequenceClassification,
@@ -22,6 +24,7 @@ from transformers import (
 
 from sparse_prune.export import load
 from sparse_prune.recipes.base.classification import split_by_name
+from sparse_prune.recipes.base.pretrained import load_tokenizer
 from sparse_prune.recipes.long_range.cli import main as long_range
 from sparse_prune.recipes.long_range.data import CLS, PAD, VOCABULARY, ListOpsDataModule
 from sparse_prune.recipes.long_range.listops import END, OPERATORS, Rules, generate
@@ -83,38 +86,76 @@ def test_the_standard_library_has_eight_classes():
     assert all(name.startswith(label) for label, files in documents.items() for name in files)
 
 
-def test_labelled_csv_is_read_and_bad_data_is_refused(tiny_bert, tmp_path):
+def test_labelled_csv_is_read_and_bad_data_is_refused(tiny_bert, tmp_path, caplog):
     path = tmp_path / "rows.csv"
     path.write_text("text,label\nhello,1\n  ,1\nbye,0\n")
     assert load_labelled(str(path)) == {"0": {"2": "bye"}, "1": {"0": "hello"}}
     with pytest.raises(ValueError, match=r"val split must hold at least one .* a class needs 3 to be in every split"):
         LabelledTextDataModule(tiny_bert, str(path)).setup("fit")
     path.write_text("words,label\nhello,1\n")
-    with pytest.raises(ValueError, match=r"columns text and label, got \['label', 'words'\] in row 1"):
+    with pytest.raises(ValueError, match=r"a column of .*, one of \['words', 'label'\], .* as in NAME::TEXT:LABEL"):
         load_labelled(str(path))
+    assert load_labelled(f"{path}::words") == {"1": {"0": "hello"}}
     for row in ("hello", "hello,"):
         path.write_text(f"text,label\nhello,1\n{row}\n")
-        with pytest.raises(ValueError, match="a text and a label in every row, got no label in row 2"):
+        with pytest.raises(ValueError, match="a label in every row, got none in 1 of 2 rows, the first of them row 2"):
             load_labelled(str(path))
-    (tmp_path / "rows.jsonl").write_text('{"text": null, "label": 1}\n')
-    with pytest.raises(ValueError, match="got no text in row 1"):
-        load_labelled(str(tmp_path / "rows.jsonl"))
-    for name, content in (("rows.jsonl", b"{oops"), ("rows.csv", b"text,label\n\xff,1\n")):
-        (tmp_path / name).write_bytes(content)
-        with pytest.raises(ValueError, match=f"`data` must be a table in UTF-8, got '.*{name}': "):
-            load_labelled(str(tmp_path / name))
+    (tmp_path / "rows.jsonl").write_text('{"text": null, "label": 1}\n{"text": "hello", "label": 1}\n')
+    caplog.set_level("INFO", "sparse_prune")
+    assert load_labelled(str(tmp_path / "rows.jsonl")) == {"1": {"1": "hello"}}
+    assert "Rows without text are left out" in caplog.text
+    assert "rows.jsonl; the first of them is row 1" in caplog.text
     long = "word " * 30_000
     path.write_text(f"text,label\n{long},1\n", encoding="utf-8-sig")  # as spreadsheets save it
     assert list(load_labelled(str(path))["1"].values()) == [long]
-    with pytest.raises(ValueError, match="'stdlib', hub:NAME, or a .csv"):
-        load_labelled("nothing")
-    with pytest.raises(FileNotFoundError, match="existing file"):
-        load_labelled(str(tmp_path / "none.csv"))
+    for nothing in ("nothing", str(tmp_path / "none.csv")):
+        with pytest.raises(FileNotFoundError, match=r"'stdlib', hub:NAME, a table \(.csv, .*which does not exist"):
+            load_labelled(nothing)
+    (tmp_path / "rows.xlsx").touch()
+    with pytest.raises(ValueError, match=r"got '.*rows.xlsx'\. Save it as one of these"):
+        load_labelled(str(tmp_path / "rows.xlsx"))
     for name, value in {"batch_size": 0, "test_examples": 0, "max_length": 0}.items():
         with pytest.raises(ValueError, match=f"`{name}` must be at least 1, got 0"):
             LabelledTextDataModule(tiny_bert, **{name: value})
     with pytest.raises(ValueError, match="held_out_share"):
         split_by_name(["a", "b", "c"], 0.5)
+
+
+def test_folders_of_text_are_classes(tmp_path):
+    for name in ("train/pos/a/1.txt", "train/neg/2.txt", "train/neg/.hidden", "test/pos/3.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    expected = {"neg": {"train/neg/2.txt": "train/neg/2.txt"}, "pos": {"train/pos/a/1.txt": "train/pos/a/1.txt"}}
+    assert load_labelled(str(tmp_path)) == expected
+
+
+@pytest.fixture(scope="module")
+def tiny_gpt2(tmp_path_factory):
+    """A folder with a random GPT-2 and a tokenizer of single characters without a token for padding."""
+    folder = tmp_path_factory.mktemp("gpt2")
+    vocabulary = {"<eos>": 0, "<unk>": 1} | {chr(32 + i): 2 + i for i in range(95)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", unk_token="<unk>").save_pretrained(folder)
+    config = GPT2Config(vocab_size=97, n_embd=16, n_layer=1, n_head=2, n_positions=64, bos_token_id=0, eos_token_id=0)
+    GPT2Model(config).save_pretrained(folder)
+    return str(folder)
+
+
+def test_a_tokenizer_without_padding_pads_by_its_end(tiny_gpt2, table, tmp_path):
+    data = LabelledTextDataModule(tiny_gpt2, table, max_length=32, batch_size=4)
+    data.setup("fit")
+    module = TextClassificationModule(tiny_gpt2, data.classes).eval()
+    (short, *_) = (example for example in data.examples["train"] if not example["attention_mask"].all())
+    length = int(short["attention_mask"].sum())
+    whole = {name: value[None] for name, value in short.items() if name != "labels"}
+    bare = {name: value[:, :length] for name, value in whole.items()}
+    torch.testing.assert_close(module.logits(whole), module.logits(bare))
+    tokenizer = Tokenizer(models.WordLevel({"a": 0}, unk_token=None))
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(tmp_path / "bare")
+    assert load_tokenizer(str(tmp_path / "bare")).pad_token is None
+    with pytest.raises(ValueError, match="`model` must have a tokenizer with a token for padding, got none"):
+        load_tokenizer(str(tmp_path / "bare"), padding=True)
 
 
 def test_whole_numbers_are_classes_in_their_order(tmp_path):
@@ -185,6 +226,8 @@ def test_folders_of_images_are_read(tmp_path):
     for split in data.examples.values():
         means = {int(example["labels"]): float(example["pixel_values"].mean()) for example in split}
         assert means == pytest.approx({0: -1.0, 1: 1.0})
+    for hub in (f"hub:{tmp_path}", str(tmp_path)):
+        assert load_images(hub).images == data.images.images
     with pytest.raises(ValueError, match=r"at least two classes, got \[\]"):
         load_images(str(tmp_path / "dark"))
     with pytest.raises(FileNotFoundError, match="existing folder"):

@@ -6,8 +6,9 @@ from typing import Any
 
 from torch import Tensor
 
-from sparse_prune.recipes.base.hub import PREFIX
-from sparse_prune.recipes.causal_lm.data import cut, load_documents, split_text
+from sparse_prune.recipes.base.rows import PREFIX
+from sparse_prune.recipes.causal_lm.documents import all_documents, split_text
+from sparse_prune.recipes.causal_lm.sequences import make_sequences
 
 
 def held_out(tokenizer: Any, text: str, length: int, count: int) -> Tensor:
@@ -15,8 +16,8 @@ def held_out(tokenizer: Any, text: str, length: int, count: int) -> Tensor:
 
     Args:
         tokenizer: A transformers tokenizer.
-        text: A file, folder or glob, all of which is taken; of "stdlib" and `hub:NAME[:CONFIG[:COLUMN]]`, on which the
-            causal_lm recipe trains, the test documents that it holds out.
+        text: A file, table, folder or glob, all of which is taken; of "stdlib" and `hub:NAME[:CONFIG[:COLUMN]]`, on
+            which the causal_lm recipe trains, the test documents that it holds out.
         length: Tokens per sequence.
         count: Sequences; fewer if there is not so much text.
 
@@ -27,5 +28,5 @@ def held_out(tokenizer: Any, text: str, length: int, count: int) -> Tensor:
         ValueError: If nothing is found or the text is too short.
     """
     trained_on = text == "stdlib" or text.startswith(PREFIX)
-    chosen = split_text(text)["test"] if trained_on else load_documents(text).values()
-    return cut(tokenizer, chosen, length, count, "to evaluate on", "lengths")
+    chosen = split_text(text)["test"] if trained_on else all_documents(text)
+    return make_sequences(tokenizer, chosen, length, count, "to evaluate on", "lengths").input_ids

@@ -1,4 +1,4 @@
-"""Which heads look things up: found by a short probe, to be protected from pruning."""
+"""Which heads look things up, by their attention: what `sparse_prune.retrieval` by influence is measured against."""
 
 from __future__ import annotations
 

@@ -13,9 +13,10 @@ import yaml
 from datasets import ClassLabel, Image, Sequence, Value
 
 from sparse_prune.commands.evaluate.text import held_out
-from sparse_prune.recipes.base.hub import hub_rows
 from sparse_prune.recipes.base.pretrained import load_tokenizer
-from sparse_prune.recipes.causal_lm.data import TextDataModule, split_documents
+from sparse_prune.recipes.base.rows import data_rows
+from sparse_prune.recipes.causal_lm.data import TextDataModule
+from sparse_prune.recipes.causal_lm.documents import split_documents
 from sparse_prune.recipes.text_classification.data import load_labelled
 from sparse_prune.recipes.vision.cli import main as vision
 from sparse_prune.recipes.vision.data import ImageDataModule
@@ -71,7 +72,7 @@ def test_images_that_are_no_images_fail_where_they_are_read(tmp_path):
     folder = write(tmp_path / "food", columns, {"image": Image(), "label": ClassLabel(names=["a", "b"])})
     data = ImageDataModule(f"hub:{folder}", image_size=4)
     data.setup("fit")
-    with pytest.raises(OSError, match="cannot identify image"):
+    with pytest.raises(ValueError, match=r"images that can be read, got row \d \(None\): cannot identify image"):
         data.examples["train"][0]
 
 
@@ -144,11 +145,11 @@ def test_classes_without_rows_keep_their_numbers_and_rare_ones_are_trained_on(tm
 
 
 def test_rows_without_a_label_are_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"a label in every row, got none \(-1\) in 2 of 4 rows .*'label', .* row 2"):
+    with pytest.raises(ValueError, match=r"a label in every row, got none \(-1\) in 2 of 4 rows, .* row 2"):
         load_images(f"hub:{write_pictures(tmp_path / 'food', [0, -1, 1, -1], ['a', 'b'])}")
     rows = {"text": list("abc"), "label": ["x", None, "y"]}
     folder = write(tmp_path / "law", rows, {"text": Value("string"), "label": Value("string")})
-    with pytest.raises(ValueError, match=r"got none in 1 of 3 rows of column 'label', the first of them row 2"):
+    with pytest.raises(ValueError, match=r"got none in 1 of 3 rows, the first of them row 2"):
         load_labelled(f"hub:{folder}")
     # Where numbers are not said to be classes, -1 may be one.
     rows = {"text": list("abc"), "label": [1, -1, 0]}
@@ -175,18 +176,18 @@ def test_columns_are_named_and_checked(tmp_path):
 
 def test_streamed_files_without_features_are_checked_by_their_first_row(tmp_path):
     (tmp_path / "set").mkdir()
-    (tmp_path / "set" / "train.jsonl").write_text('{"body": "x"}\n{"body": "y"}\n')
-    rows, (column,) = hub_rows(f"hub:{tmp_path / 'set'}::body", ["text"], "text", stream=True)
-    assert [row[column] for row in rows] == ["x", "y"]
-    with pytest.raises(ValueError, match=r"`text` must name a column of .*one of \['body'\], got 'text'"):
-        hub_rows(f"hub:{tmp_path / 'set'}", ["text"], "text", stream=True)
+    (tmp_path / "set" / "train.jsonl").write_text('{"words": "x"}\n{"words": "y"}\n')
+    rows = data_rows(f"hub:{tmp_path / 'set'}::words", ["text"], "text", stream=True)
+    assert list(rows.documents()) == [(0, "x"), (1, "y")]
+    with pytest.raises(ValueError, match=r"`text` must name a column of .*one of \['words'\], got 'text'"):
+        data_rows(f"hub:{tmp_path / 'set'}", ["text"], "text", stream=True)
 
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_what_does_not_load_is_refused_with_the_remedy(tmp_path, monkeypatch, stream):
     def refused(error, match, name):
         with pytest.raises(error, match=match) as caught:
-            hub_rows(f"hub:{name}", ["text"], "text", stream)
+            data_rows(f"hub:{name}", ["text"], "text", stream)
         assert str(caught.value).startswith(
             "`text` must name a data set of the hub, or a folder of files, with a split "
         )
@@ -202,8 +203,8 @@ def test_what_does_not_load_is_refused_with_the_remedy(tmp_path, monkeypatch, st
         write(tmp_path / "two", {"text": ["x"]}, {"text": Value("string")}, config=config)
     refused(ValueError, r"available configs: \['a', 'b'\](.|\n)*Name a configuration", tmp_path / "two")
     refused(ValueError, r"got '.*two:c'.*Available: \['a', 'b'\]", f"{tmp_path / 'two'}:c")
-    rows, _ = hub_rows(f"hub:{tmp_path / 'two'}:b", ["text"], "text", stream)
-    assert next(iter(rows)) == {"text": "x"}
+    rows = data_rows(f"hub:{tmp_path / 'two'}:b", ["text"], "text", stream)
+    assert list(rows.documents()) == [(0, "x")]
     write(tmp_path / "test", {"text": ["x"]}, {"text": Value("string")}, split="test")
     refused(ValueError, r"(?i)split.*train.*\['test'\]", tmp_path / "test")
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)

@@ -1,4 +1,6 @@
 import re
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,7 +10,9 @@ from sparse_prune.attention import attach, detach, handle_of
 from sparse_prune.evaluation.prompts import passkey_prompt
 from sparse_prune.recipes.base.pretrained import load_tokenizer
 from sparse_prune.recipes.causal_lm.pretrained import load_model
-from sparse_prune.retrieval_heads import retrieval_heads, retrieval_scores
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+from retrieval_mass import retrieval_heads, retrieval_scores  # noqa: E402
 
 
 class Merging:

@@ -1,0 +1,43 @@
+"""Which part of a LightningModule is the model that ends with logits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import pytorch_lightning as pl
+from torch import nn
+
+from sparse_prune.attention.found import holds
+
+
+def module_with_logits(
+    pl_module: pl.LightningModule, layers: Iterable[str], wanted: str | None, argument: str
+) -> nn.Module:
+    """The module of that name, or the only child that holds all attention layers.
+
+    Args:
+        pl_module: Of either package.
+        layers: Qualified names of the attention layers.
+        wanted: Qualified name; None: the child.
+        argument: What errors call `wanted`.
+
+    Raises:
+        ValueError: If there is no such module, or the child cannot be told.
+    """
+    modules: dict[str, nn.Module] = dict(pl_module.named_modules())
+    children = [name for name, _ in pl_module.named_children()]
+    if wanted is not None:
+        if wanted not in modules:
+            raise ValueError(
+                f"`{argument}` must name a module of {type(pl_module).__name__}, got {wanted!r}. Its children are "
+                f"{children}."
+            )
+        return modules[wanted]
+    layers = list(layers)
+    holding = [child for child in children if all(holds(child, layer) for layer in layers)]
+    if len(holding) != 1:
+        raise ValueError(
+            f"`{argument}` must be given for {type(pl_module).__name__}: none of its children {children} holds all "
+            "attention layers. Name the module that ends with the logits."
+        )
+    return modules[holding[0]]

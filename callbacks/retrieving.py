@@ -1,0 +1,90 @@
+"""Finds the heads that a LightningModule's language model looks things up with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+
+from sparse_prune.callbacks.logits_module import module_with_logits
+from sparse_prune.distillation import logits_of
+from sparse_prune.export.sharded import is_sharded
+from sparse_prune.pruner import AttentionPruner
+from sparse_prune.retrieval import RetrievalHeads, far_field_influence, retrieval_probes, strongest_heads
+
+
+class RetrievalSearch:
+    """Remembers how the training step calls the language model, until `remove`; then asks the model its own questions.
+
+    They are what a method `retrieval_probes(tokens, count, seed)` of the LightningModule returns, if it has one: with a
+    tokenizer, ask in words (`text_probes`). Else they are those of `sparse_prune.retrieval.retrieval_probes`.
+
+    Args:
+        pl_module: Its model was attached to the pruner.
+        pruner: Its layers are searched.
+        settings: How many heads to find, and by what.
+
+    Raises:
+        ValueError: If the module that gives the logits cannot be told, or FSDP2 keeps its weights in parts.
+    """
+
+    def __init__(self, pl_module: pl.LightningModule, pruner: AttentionPruner, settings: RetrievalHeads) -> None:
+        self.pruner, self.settings = pruner, settings
+        self._ask = getattr(pl_module, "retrieval_probes", retrieval_probes)
+        self.module: nn.Module = module_with_logits(pl_module, pruner.layers, settings.module, "RetrievalHeads.module")
+        if is_sharded(self.module):
+            raise ValueError(
+                "`retrieval` needs the whole weights on every rank, and FSDP2 keeps them in parts. Find the heads in a "
+                "run of one process and give them as Constraints(protected_heads=...)."
+            )
+        self._tokens: Tensor | None = None
+        self._kwargs: dict[str, Any] = {}
+        self._by_name = False
+        self._hook = self.module.register_forward_pre_hook(self._remember, with_kwargs=True)
+
+    def remove(self) -> None:
+        """Look at no further call."""
+        self._hook.remove()
+
+    def _remember(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        tokens = kwargs.get("input_ids", args[0] if args else None)
+        if torch.is_grad_enabled() and isinstance(tokens, Tensor) and tokens.dim() == 2 and _whole(tokens):
+            self._tokens, self._by_name = tokens.detach(), "input_ids" in kwargs
+            # What goes with the batch's tokens, masks and labels, does not go with others.
+            self._kwargs = {name: value for name, value in kwargs.items() if not isinstance(value, Tensor)}
+
+    def find(self) -> dict[str, tuple[int, ...]]:
+        """The heads, as `Constraints.protected_heads` takes them; by KV group if the constraints share them.
+
+        Raises:
+            ValueError: If no training step has called the module with tokens.
+        """
+        if self._tokens is None:
+            raise ValueError(
+                "`retrieval` needs a language model that `training_step` calls with tokens, int64, (batch, length), as "
+                f"its first argument or as `input_ids`; {type(self.module).__name__} got none. Name another module by "
+                "`RetrievalHeads.module`, or leave `retrieval` out."
+            )
+        self.remove()
+        settings, constraints = self.settings, self.pruner.constraints
+        probes = self._ask(self._tokens[:, : settings.length].cpu(), settings.probes, settings.seed)
+        layers = {name: state.layer for name, state in self.pruner.layers.items()}
+        influence = far_field_influence(
+            self.module,
+            self._call,
+            layers.values(),
+            probes,
+        )
+        groups = {name: layer.num_kv_heads for name, layer in layers.items()} if constraints.share_kv_groups else None
+        return strongest_heads(influence, settings.share, groups)
+
+    def _call(self, tokens: Tensor) -> Tensor:
+        assert self._tokens is not None
+        tokens = tokens.to(self._tokens)
+        return logits_of(self.module(input_ids=tokens, **self._kwargs) if self._by_name else self.module(tokens))
+
+
+def _whole(tokens: Tensor) -> bool:
+    return not tokens.is_floating_point() and tokens.dtype != torch.bool

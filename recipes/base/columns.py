@@ -1,0 +1,110 @@
+"""Which columns of a data set hold what is looked for."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+log = logging.getLogger(__name__)
+_TEXT = (
+    "text",
+    "sentence",
+    "content",
+    "document",
+    "body",
+    "article",
+    "review",
+    "comment",
+    "tweet",
+    "message",
+    "passage",
+)
+_MESSAGES = ("messages", "conversation", "conversations", "chat", "dialog", "dialogue")
+_USUAL = {
+    "text": _TEXT,
+    "document": _TEXT + _MESSAGES,
+    "label": ("label", "labels", "target", "class", "category", "sentiment", "topic", "intent", "emotion", "rating"),
+    "image": ("image", "img", "picture", "photo"),
+}
+"""What a column may hold -> what it is usually called; the first name, as it stands, is taken before others."""
+_LONG = 40
+_WORDS = {"document": "text or the messages of a chat"}
+
+
+def find_columns(
+    known: Sequence[str],
+    features: Mapping[str, Any],
+    given: Sequence[str],
+    kinds: Sequence[str],
+    argument: str,
+    name: str,
+) -> list[str]:
+    """A column for each kind: the one that is given, else the one with a usual name.
+
+    Args:
+        known: The columns of a data set.
+        features: Their types of `datasets`, where they are known.
+        given: Names, in the order of `kinds`; an empty one, or one that is missing, is looked for.
+        kinds: What columns hold: "text", "label", "image", or "document" (text, or the messages of a chat).
+        argument: What errors call the data set.
+        name: Of the data set.
+
+    Raises:
+        ValueError: If there is no such column, several may be meant, or it holds something else.
+    """
+    wanted = [*given, *[""] * (len(kinds) - len(given))]
+    found = []
+    for column, kind in zip(wanted, kinds, strict=True):
+        column = column or _usual(kind, known)
+        if column not in known:
+            raise ValueError(
+                f"`{argument}` must name a column of {name!r}, one of {[_shortened(one) for one in known]}, got "
+                f"{column!r}. Name it as in NAME::{':'.join(_USUAL[kind][0] for kind in kinds).upper()}, or begin the "
+                "file with a line of names."
+            )
+        if column in features and not _holds(features[column], kind):
+            raise ValueError(
+                f"`{argument}` must name a column that holds one {_WORDS.get(kind, kind)} a row, got {column!r} of "
+                f"{name!r}, which holds {features[column]}. Name another one of {known}."
+            )
+        found.append(column)
+    if any(not asked and column != _USUAL[kind][0] for column, asked, kind in zip(found, wanted, kinds, strict=True)):
+        log.info("Of %s these columns are taken: %s.", name, ", ".join(found))
+    return found
+
+
+def is_chat(value: Any) -> bool:
+    """Whether a value is the messages of a chat: objects with `role` and `content`."""
+    return (
+        bool(value) and isinstance(value, list) and all(isinstance(turn, Mapping) and "role" in turn for turn in value)
+    )
+
+
+def _shortened(text: str) -> str:
+    """The beginning of what may be long."""
+    return text if len(text) <= _LONG else f"{text[:_LONG]}..."
+
+
+def _usual(kind: str, known: Sequence[str]) -> str:
+    """The column of a usual name, whatever its case; the kind itself if there is none, or more than one."""
+    names = _USUAL[kind]
+    if names[0] in known:
+        return names[0]
+    found = [column for column in known if column.strip().lower() in names]
+    exact = [column for column in found if column.strip().lower() == names[0]]
+    if len(found) == 1 or len(exact) == 1:
+        return (exact or found)[0]
+    return names[0]
+
+
+def _holds(feature: Any, kind: str) -> bool:
+    from datasets import ClassLabel, Image, Value
+
+    if kind == "image":
+        return isinstance(feature, Image)
+    if kind == "label":
+        return isinstance(feature, ClassLabel | Value)
+    if kind == "document" and not isinstance(feature, Value | ClassLabel | Image):
+        return True  # every row is looked at
+    return isinstance(feature, Value) and feature.dtype in ("string", "large_string")

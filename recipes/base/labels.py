@@ -1,0 +1,73 @@
+"""Labels as numbered classes."""
+
+from __future__ import annotations
+
+import ast
+import logging
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+log = logging.getLogger(__name__)
+
+
+def in_order(labels: Iterable[str]) -> list[str]:
+    """Labels in the order of their numbers as classes: numbers by value, others by name."""
+    known = sorted(labels)
+    try:
+        return sorted(known, key=float)
+    except ValueError:
+        return known
+
+
+def numbered(labels: Sequence[Any], argument: str, names: Sequence[str] | None = None) -> tuple[list[str], list[int]]:
+    """Names of the classes in the order of their numbers, and every row's number.
+
+    Args:
+        labels: One a row; blanks around it are no part of it.
+        argument: What errors call the data.
+        names: Of the classes, where labels are their numbers already, and -1 stands for none. Classes that no row has
+            keep their numbers.
+
+    Raises:
+        ValueError: If a row has no label, or a list of them.
+    """
+    cells = ["" if label is None or label != label else str(label).strip() for label in labels]  # NaN is not itself
+    missing = [row for row, cell in enumerate(cells, 1) if not cell or (names is not None and int(cell) < 0)]
+    if missing:
+        raise ValueError(
+            f"`{argument}` must have a label in every row, got none{' (-1)' if names else ''} in {len(missing)} of "
+            f"{len(cells)} rows, the first of them row {missing[0]}. Fill it in, or take the row out."
+        )
+    if names is not None:
+        return list(names), list(map(int, cells))
+    classes = in_order(set(cells))
+    for label in classes:
+        if literal(label) is not None:
+            raise ValueError(
+                f"`{argument}` must have one label a row, got {label!r} in row {cells.index(label) + 1}, which looks "
+                "like a list. Give each row one label."
+            )
+    _warn_of_twins(classes)
+    numbers = {label: number for number, label in enumerate(classes)}
+    return classes, [numbers[label] for label in cells]
+
+
+def literal(text: str) -> Any:
+    """The list, tuple or dictionary that Python shows as this text; None if it is none."""
+    if text[:1] not in ("[", "(", "{"):
+        return None
+    try:
+        value = ast.literal_eval(text)
+    except (MemoryError, RecursionError, SyntaxError, ValueError):
+        return None
+    return value if isinstance(value, list | tuple | dict) else None
+
+
+def _warn_of_twins(classes: Sequence[str]) -> None:
+    alike: dict[str, list[str]] = defaultdict(list)
+    for label in classes:
+        alike[label.casefold()].append(label)
+    twins = [" and ".join(labels) for labels in alike.values() if len(labels) > 1]
+    if twins:
+        log.warning("Classes that differ by their case alone are classes of their own: %s.", "; ".join(twins))

@@ -1,0 +1,161 @@
+"""Rows of data sets by their name: of the hub, or of this machine."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sparse_prune.recipes.base.columns import find_columns, is_chat
+from sparse_prune.recipes.base.labels import literal, numbered
+from sparse_prune.recipes.base.tables import (
+    files_at,
+    holds_tables,
+    is_saved,
+    load_tables,
+    options_for,
+    readable,
+    unreadable,
+)
+
+log = logging.getLogger(__name__)
+PREFIX = "hub:"
+Document = str | list[dict[str, Any]]
+"""Text, or the messages of a chat, each with `role` and `content`."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The training split of a data set, and which of its columns hold what was asked for."""
+
+    data: Any
+    """Of `datasets`, streamed or not."""
+    columns: list[str]
+    """In the order in which they were asked for."""
+    name: str
+    """Of the data set."""
+    argument: str
+    """What errors call it."""
+    _told: set[str] = field(default_factory=set)
+
+    def documents(self) -> Iterator[tuple[int, Document]]:
+        """Number and text of every row, by the first column; rows without text are left out, which is said once.
+
+        Raises:
+            ValueError: If a row cannot be read, or holds anything else than text or the messages of a chat.
+        """
+        for row, value in enumerate(self._values(), 1):
+            if value is None or (isinstance(value, str) and not value.strip()):
+                self._tell_once(f"Rows without text are left out of {self.name}; the first of them is row {row}.")
+            elif not (is_chat(value) or isinstance(value, str)) or (value[:2] == "[{" and is_chat(literal(value))):
+                raise ValueError(
+                    f"`{self.argument}` must hold text, or messages with `role` and `content`, got "
+                    f"{str(value)[:60]!r} ({type(value).__name__}) in row {row} of {self.name!r}. Save chats as JSON "
+                    "lines or Parquet, not as text; name another column where this is none of both."
+                )
+            else:
+                yield row - 1, value
+
+    def classes(self) -> tuple[list[str], list[int]]:
+        """Names of the classes and every row's number, by the second column of rows that are not streamed.
+
+        A column of classes (`datasets.ClassLabel`) says itself how they are called. Reads no other column; errors as
+        in `numbered`.
+        """
+        column = self.columns[1]
+        return numbered(list(self.data[column]), self.argument, getattr(self.data.features[column], "names", None))
+
+    def _values(self) -> Iterator[Any]:
+        with readable(self.name, self.argument):
+            for row in self.data.select_columns(self.columns[:1]):
+                yield row[self.columns[0]]
+
+    def _tell_once(self, text: str) -> None:
+        if text not in self._told:
+            self._told.add(text)
+            log.info(text)
+
+
+def is_data_set(name: str) -> bool:
+    """Whether a name means rows: of the hub by its prefix, of tables by what lies there."""
+    return name.startswith(PREFIX) or holds_tables(_place(name)[0])
+
+
+def data_rows(name: str, kinds: Sequence[str], argument: str, stream: bool = False) -> Rows:
+    """The training split of a data set.
+
+    Args:
+        name: `NAME[:CONFIG[:COLUMN...]]`. NAME is a table (tables.py), a glob of tables of one kind, or a folder of
+            them; behind `hub:` also an id of the hub, or a folder of whatever `datasets.load_dataset` takes. Names of
+            places may hold colons.
+        kinds: What each column holds, as `find_columns` takes it.
+        argument: What errors call the name.
+        stream: Read rows as they are asked for, rather than all of them first.
+
+    Raises:
+        ConnectionError: If the hub cannot be reached.
+        FileNotFoundError: If there is no such data set.
+        ValueError: If the data set is a script, cannot be read, has no such configuration, no training split or no
+            such column, or a column holds something else.
+    """
+    place, rest = _place(name)
+    config, columns = "".join(rest[:1]) or None, rest[1:]
+    if not place or len(columns) > len(kinds):
+        raise ValueError(
+            f"`{argument}` must be {PREFIX}NAME[:CONFIG[:COLUMN...]] with at most {len(kinds)} columns "
+            f"({', '.join(kinds)}), got {name!r}. Leave out what is too much."
+        )
+    path = Path(place).expanduser()
+    if is_saved(path) or (files_at(place) and not path.is_dir()):
+        data = load_tables(place, argument, stream)
+    else:
+        data = _load(str(path) if path.is_dir() else place, config, argument, stream)
+    with readable(place, argument):
+        known = data.column_names or list(next(iter(data), {}))  # streams may not say
+    return Rows(data, find_columns(known, data.features or {}, columns, kinds, argument, place), place, argument)
+
+
+def _place(name: str) -> tuple[str, list[str]]:
+    """What a name names, and what it says behind that: as many parts as are a path; ids of the hub hold no colons."""
+    parts = name.removeprefix(PREFIX).split(":")
+    end = next((end for end in range(len(parts), 0, -1) if files_at(":".join(parts[:end]))), 1)
+    return ":".join(parts[:end]), parts[end:]
+
+
+def _load(data_set: str, config: str | None, argument: str, stream: bool) -> Any:
+    """A data set of the hub, or a folder as it lays out its files."""
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetGenerationError
+
+    wanted = f"`{argument}` must name a data set of the hub, or a folder of files, with a split called train, got "
+    wanted += repr(data_set if config is None else f"{data_set}:{config}")
+    with readable(data_set, argument):
+        options = options_for(data_set)
+    try:
+        return load_dataset(data_set, config, split="train", streaming=stream, **options)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"{wanted}, which does not exist, holds no data, or needs an account ({error}). Check the name; log in "
+            "with `hf auth login` where it is private or gated."
+        ) from error
+    except ConnectionError as error:
+        raise ConnectionError(
+            f"{wanted}, but the hub cannot be reached ({error}). Connect, or copy the data set's files into a folder "
+            f"and give {PREFIX}FOLDER."
+        ) from error
+    except RuntimeError as error:
+        if "script" not in str(error):
+            raise
+        raise ValueError(
+            f"{wanted}, which is a loading script ({error}). Name a copy in Parquet, or write one with `datasets` 3 "
+            f"(`to_parquet`) and give {PREFIX}FOLDER."
+        ) from error
+    except DatasetGenerationError as error:
+        raise unreadable(error, data_set, argument) from error
+    except ValueError as error:
+        raise ValueError(
+            f"{wanted}, which does not load ({error}). Name a configuration of it ({PREFIX}NAME:CONFIG), or another "
+            "data set."
+        ) from error

@@ -1,0 +1,68 @@
+"""Chats as tokens, of which the answers are to be predicted."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+IGNORED = -100
+"""The label of a token that does not count in the loss, as transformers has it."""
+_STAND_IN = "\N{OBJECT REPLACEMENT CHARACTER}"
+Messages = Sequence[Mapping[str, Any]]
+
+
+def chat_tokens(tokenizer: Any, messages: Messages) -> tuple[list[int], list[int]]:
+    """Tokens of a chat by the tokenizer's template, and labels: those of the answers, `IGNORED` for all others.
+
+    An answer is what changes in the whole chat if another answer is put into its place, and the special token that
+    ends it. So templates need no marks, and may show earlier turns differently from the last one.
+
+    Args:
+        tokenizer: Of transformers, with a chat template.
+        messages: Each with `role` and `content`; the answers are those of the assistant.
+
+    Raises:
+        ValueError: If there is no template, or it refuses the messages.
+    """
+    if not tokenizer.is_fast or not tokenizer.chat_template:
+        raise ValueError(
+            "`text` must be plain text for a tokenizer that is slow or has no chat template, got chats. Take an "
+            "instruction-tuned model, or save its tokenizer with a `chat_template`."
+        )
+    turns = [{name: value for name, value in turn.items() if value is not None} for turn in messages]
+    chat = _rendered(tokenizer, turns)
+    encoded = tokenizer(chat, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    ids, places = list(encoded["input_ids"]), encoded["offset_mapping"]
+    labels = [IGNORED] * len(ids)
+    special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
+    for start, end in _answers(tokenizer, turns, chat):
+        inside = [index for index, (first, last) in enumerate(places) if first < end and last > start]
+        following = inside[-1] + 1 if inside else len(ids)
+        if following < len(ids) and ids[following] in special:
+            inside.append(following)
+        for index in inside:
+            labels[index] = ids[index]
+    return ids, labels
+
+
+def _answers(tokenizer: Any, turns: list[dict[str, Any]], chat: str) -> Iterator[tuple[int, int]]:
+    """Where answers begin and end in the text of a chat."""
+    for index, turn in enumerate(turns):
+        if turn["role"] == "assistant":
+            other = _rendered(tokenizer, [*turns[:index], turn | {"content": _STAND_IN}, *turns[index + 1 :]])
+            start = len(os.path.commonprefix([chat, other]))
+            end = len(os.path.commonprefix([chat[start:][::-1], other[start:][::-1]]))
+            yield start, len(chat) - end
+
+
+def _rendered(tokenizer: Any, turns: list[dict[str, Any]]) -> str:
+    from jinja2 import TemplateError
+
+    try:
+        return str(tokenizer.apply_chat_template(turns, tokenize=False))
+    except (TemplateError, TypeError) as error:
+        raise ValueError(
+            f"`text` must hold chats that the tokenizer's template takes, got one that begins with "
+            f"{str(turns[0])[:80]}: {error}. Bring its turns into the order and the roles that the model knows."
+        ) from error

@@ -1,0 +1,158 @@
+"""Documents to train on: text files and the rows of data sets, with some of them held out."""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import logging
+import random
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain, islice
+from pathlib import Path
+
+from sparse_prune.recipes.base.loader import SPLITS
+from sparse_prune.recipes.base.plain_text import read_text
+from sparse_prune.recipes.base.rows import Document, Rows, data_rows, is_data_set
+from sparse_prune.recipes.base.sources import files_in, stdlib_documents
+from sparse_prune.recipes.base.tables import is_table
+
+log = logging.getLogger(__name__)
+_STDLIB = "stdlib"
+_FEW = 32  # rows that are held before any is handed on
+_BREAKS = ("\n\n", "\n", " ")
+
+
+def split_text(text: str | list[str], held_out_share: float = 0.1, seed: int = 0) -> Mapping[str, Iterable[Document]]:
+    """Documents as "train", "val" and "test"; a document stays in its split when others are added.
+
+    Args:
+        text: As for `TextDataModule`. Data sets are read as far as documents are taken; a split once per pass.
+        held_out_share: Share of documents in validation and in test, each, in (0, 0.5).
+        seed: Order of the documents in files; the rows of a data set keep their own.
+    """
+    tables, files = _kinds(text)
+    found = [_split_rows(rows, held_out_share) for rows in map(_rows, tables)]
+    if files or not tables:
+        found.append(split_documents(load_documents(files), held_out_share, seed))
+    return {split: chain.from_iterable([splits[split] for splits in found]) for split in SPLITS}
+
+
+def all_documents(text: str | list[str]) -> Iterable[Document]:
+    """The documents of all splits; `text` as in `split_text`."""
+    tables, files = _kinds(text)
+    rows = (document for name in tables for _, document in _rows(name).documents())
+    return chain(rows, load_documents(files).values()) if files or not tables else rows
+
+
+def split_documents(
+    documents: Mapping[str, Document], held_out_share: float = 0.1, seed: int = 0
+) -> Mapping[str, list[Document]]:
+    """Documents as "train", "val" and "test", shuffled; a document stays in its split when others are added.
+
+    Documents that are too few for all splits are held out in part, which is said: of each, validation is what stands
+    behind the training's part, and the test is its end.
+
+    Args:
+        documents: Name -> document.
+        held_out_share: Share of documents in validation and in test, each, in (0, 0.5).
+        seed: Order of the documents.
+    """
+    names = sorted(documents)
+    random.Random(seed).shuffle(names)
+    return _split([(name, documents[name]) for name in names], held_out_share)
+
+
+def load_documents(text: str | list[str]) -> dict[str, str]:
+    """Name -> document, of "stdlib", files, folders or globs; blank ones are left out.
+
+    Raises:
+        ValueError: If nothing is found, or a file is no text.
+    """
+    documents: dict[str, str] = {}
+    for entry in [text] if isinstance(text, str) else text:
+        if entry == _STDLIB:
+            documents |= stdlib_documents()
+        else:
+            documents |= {str(file): read_text(file, "text") for file in _files(entry)}
+    documents = {name: document for name, document in documents.items() if document.strip()}
+    if not documents:
+        raise ValueError(
+            f"`text` must name files that hold text, got {text!r}, which matches none. "
+            "Give files, folders, globs, tables, 'stdlib' or 'hub:NAME'."
+        )
+    return documents
+
+
+def _kinds(text: str | list[str]) -> tuple[list[str], list[str]]:
+    """What are data sets, and what are files."""
+    entries = [text] if isinstance(text, str) else text
+    tables = [entry for entry in entries if entry != _STDLIB and is_data_set(entry)]
+    return tables, [entry for entry in entries if entry not in tables]
+
+
+def _rows(name: str) -> Rows:
+    return data_rows(name, ["document"], "text", stream=True)
+
+
+def _split_rows(rows: Rows, held_out_share: float) -> Mapping[str, Iterable[Document]]:
+    first = list(islice(rows.documents(), _FEW))
+    if len(first) < _FEW:
+        return _split([(str(row), document) for row, document in first], held_out_share)
+    return {split: _rows_of(split, rows, held_out_share) for split in SPLITS}
+
+
+def _rows_of(split: str, rows: Rows, held_out_share: float) -> Iterator[Document]:
+    for row, document in rows.documents():
+        if _split_of(str(row), held_out_share) == split:
+            yield document
+
+
+def _split(documents: Sequence[tuple[str, Document]], held_out_share: float) -> Mapping[str, list[Document]]:
+    splits: dict[str, list[Document]] = {split: [] for split in SPLITS}
+    for name, document in documents:
+        splits[_split_of(name, held_out_share)].append(document)
+    whole = [document for _, document in documents if isinstance(document, str)]
+    if all(splits.values()) or len(whole) < len(documents):
+        return splits
+    log.info(
+        "Documents are too few (%d) to hold out whole ones: of each, the last %.0f %% are the test, as much before "
+        "that is validation.",
+        len(whole),
+        100 * held_out_share,
+    )
+    parts = [_parts(document, held_out_share) for document in whole]
+    return {split: [part[split] for part in parts if part[split].strip()] for split in SPLITS}
+
+
+def _parts(document: str, held_out_share: float) -> dict[str, str]:
+    """A document's part in every split, each up to the end of a paragraph, a line or a word."""
+    room = int(held_out_share * len(document) / 2)
+    ends = (1 - 2 * held_out_share, 1 - held_out_share)
+    val, test = (_break_behind(document, int(end * len(document)), room) for end in ends)
+    return {"train": document[:val], "val": document[val:test], "test": document[test:]}
+
+
+def _break_behind(document: str, place: int, room: int) -> int:
+    """Where a passage ends, at most `room` characters behind a place; the place itself if none does."""
+    found = (document.find(mark, place, place + room) + len(mark) for mark in _BREAKS)
+    return next((end for end in found if end > place), place)
+
+
+def _split_of(name: str, held_out_share: float) -> str:
+    place = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big") / 2**32
+    return "val" if place < held_out_share else "test" if place < 2 * held_out_share else "train"
+
+
+def _files(entry: str) -> list[Path]:
+    path = Path(entry).expanduser()
+    if not path.is_dir():
+        return [Path(found) for found in sorted(glob.glob(str(path), recursive=True)) if Path(found).is_file()]
+    files = files_in(path)
+    tables = [file for file in files if is_table(file)]
+    if tables:
+        log.info(
+            "Tables among text are read as they stand, %d in %s; name them by themselves to read their rows.",
+            len(tables),
+            path,
+        )
+    return files

@@ -1,0 +1,163 @@
+"""Retrieval heads: those whose far field the model needs to look things up, found by influence on probes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from sparse_prune.attention import PrunableAttention
+from sparse_prune.attention.connections import evaluating
+from sparse_prune.retrieval.probes import LEAST_LENGTH, RetrievalProbe
+from sparse_prune.scores import FarField, Score
+
+_SURE = 8.0  # logits by which an answer leads, from where on nothing is gained
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetrievalHeads:
+    """How many heads are found and kept whole.
+
+    Raises:
+        ValueError: If a number is out of range.
+    """
+
+    share: float = 0.15
+    """Of all heads, in (0, 1]."""
+    probes: int = 16
+    """Probes to find them by, each a forward and a backward pass of one sequence; at least 2."""
+    length: int | None = None
+    """Tokens per probe, at most; None: those of a training sequence."""
+    seed: int = 0
+    """Of the probes."""
+    module: str | None = None
+    """Qualified name, in the LightningModule, of the module that takes tokens and ends with logits; None: the child
+    that holds all attention layers."""
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.share <= 1.0:
+            raise ValueError(f"`share` must lie in (0, 1], got {self.share}. 0.15 keeps 15 % of the heads whole.")
+        if self.probes < 2:
+            raise ValueError(f"`probes` must be at least 2, one of each kind, got {self.probes}.")
+        if self.length is not None and self.length < LEAST_LENGTH:
+            raise ValueError(f"`length` must be at least {LEAST_LENGTH} tokens or None, got {self.length}.")
+
+
+def far_field_influence(
+    model: nn.Module,
+    call: Callable[[Tensor], Tensor],
+    handles: Iterable[PrunableAttention],
+    probes: Sequence[RetrievalProbe],
+    *,
+    near: int = 32,
+) -> dict[str, Tensor]:
+    """How much a model's answers to retrieval probes hang on each head's far field.
+
+    The influence on a probe is the fall of the answers' lead when the head sees no further than its sinks and its
+    neighbourhood (`FarField`); the lead is the answer's logit less the largest other one, at most 8, for where a model
+    is sure the cross entropy has no gradient. Every kind of probe counts alike: its positive influences add up to 1.
+
+    Layers compute with all their connections meanwhile. No parameter's `grad` changes.
+
+    Args:
+        model: What is called. It is put into eval mode meanwhile.
+        call: Calls it with tokens, int64, (1, length), and returns the logits, (1, length, vocabulary).
+        handles: Its layers.
+        probes: At least one.
+        near: A head's far field lies beyond its first `near` tokens and beyond the `near` to `2 * near` before a query.
+
+    Returns:
+        Layer -> float64, (num_heads,), on the CPU. All 0 for layers that no gradient reached.
+    """
+    layers = list(handles)
+    kinds: dict[str, dict[str, Tensor]] = {}
+    watched = _watched(layers, FarField(recent_blocks=2), (near, near))
+    with watched, evaluating(model), _roots(model) as roots, torch.enable_grad():
+        for probe in probes:
+            lead = _lead(call(probe.tokens[None])[0], probe)
+            # As far as the first layer needs it, and no weight gets a gradient beside it.
+            torch.autograd.grad(-lead, roots, allow_unused=True)
+            sums = kinds.setdefault(probe.kind, {layer.name: torch.zeros(layer.num_heads).double() for layer in layers})
+            for layer in layers:
+                seen = layer.take_statistics((FarField.__name__,))
+                if seen is not None:
+                    sums[layer.name] += seen.sums[0].sum((1, 2))
+    total = {layer.name: torch.zeros(layer.num_heads).double() for layer in layers}
+    for sums in kinds.values():
+        positive = sum(float(part.clamp_min(0.0).sum()) for part in sums.values())
+        for name, part in sums.items():
+            total[name] += part / positive if positive else part
+    return total
+
+
+def strongest_heads(
+    influence: Mapping[str, Tensor], share: float, num_kv_heads: Mapping[str, int] | None = None
+) -> dict[str, tuple[int, ...]]:
+    """The heads with the most influence over all layers, as `Constraints.protected_heads` takes them.
+
+    Args:
+        influence: As `far_field_influence` returns it.
+        share: Of all heads, in [0, 1]. Heads without positive influence are left out.
+        num_kv_heads: Layer -> key and value heads: all query heads of one are taken or none, by their sum. None: each
+            head for itself.
+
+    Raises:
+        ValueError: If `share` is out of range.
+    """
+    if not 0.0 <= share <= 1.0:
+        raise ValueError(f"`share` must lie in [0, 1], got {share}.")
+    units = []
+    for name, part in influence.items():
+        groups = part.view(len(part) if num_kv_heads is None else num_kv_heads[name], -1)
+        size = groups.shape[1]
+        units += [
+            (-float(value), name, range(unit * size, (unit + 1) * size)) for unit, value in enumerate(groups.mean(1))
+        ]
+    left, chosen = share * sum(len(part) for part in influence.values()), dict[str, list[int]]()
+    for value, name, heads in sorted(units, key=lambda unit: unit[:2]):
+        if value >= 0.0 or len(heads) > left + 0.5:
+            break
+        left -= len(heads)
+        chosen.setdefault(name, []).extend(heads)
+    return {name: tuple(sorted(heads)) for name, heads in chosen.items()}
+
+
+def _lead(logits: Tensor, probe: RetrievalProbe) -> Tensor:
+    """Mean of the right tokens' leads, each at most `_SURE`. A token that does not lead was not found: it counts 0."""
+    places = probe.answers.to(logits.device)
+    rows, target = logits[places - 1].float(), probe.tokens.to(logits.device)[places][:, None]
+    others = rows.scatter(1, target, -torch.inf).amax(1)
+    return (rows.gather(1, target)[:, 0] - others).clamp(0.0, _SURE).mean()
+
+
+@contextmanager
+def _roots(model: nn.Module) -> Iterator[list[Tensor]]:
+    """What all layers' outputs depend on: the token embedding, which needs gradients meanwhile; else all weights."""
+    embedding = next((module for module in model.modules() if isinstance(module, nn.Embedding)), None)
+    if embedding is None:
+        yield [weight for weight in model.parameters() if weight.requires_grad]
+        return
+    needed = embedding.weight.requires_grad
+    embedding.weight.requires_grad_(True)
+    try:
+        yield [embedding.weight]
+    finally:
+        embedding.weight.requires_grad_(needed)
+
+
+@contextmanager
+def _watched(layers: Sequence[PrunableAttention], score: Score, block_size: tuple[int, int]) -> Iterator[None]:
+    """Inside, the layers compute densely and collect a score; what they had collected before is theirs again after."""
+    names = ("mode", "score", "probe_block_size", "gradient_scale", "statistics", "score_sums", "last_shape")
+    before = [{name: getattr(layer, name) for name in names} for layer in layers]
+    inside = {"mode": "dense", "score": score, "probe_block_size": block_size, "gradient_scale": 1.0}
+    try:
+        for layer in layers:
+            vars(layer).update(inside | {"statistics": None, "score_sums": None})
+        yield
+    finally:
+        for layer, state in zip(layers, before, strict=True):
+            vars(layer).update(state)

@@ -1,0 +1,133 @@
+"""A fit finds the heads that look things up, keeps them whole, and trains as if they had been given."""
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+from sparse_prune import Constraints
+from sparse_prune.callbacks import KernelSwap, RetrievalHeads
+from sparse_prune.retrieval import RetrievalProbe, retrieval_probes
+from support.nano import NanoGPT
+from support.tiny import TinyModule, pruning, tiny_llama, trainer
+
+TOKENS = torch.randint(0, 32, (16, 128), generator=torch.Generator().manual_seed(1))
+LAYER = "model.model.layers.0.self_attn"
+
+
+def fit(tmp_path, module=None, steps=4, ckpt_path=None, **changes):
+    callback = pruning(**{"retrieval": RetrievalHeads(share=0.25, probes=2), "block_size": 16, **changes})
+    module = TinyModule() if module is None else module
+    run = trainer(tmp_path, [callback, KernelSwap("gather")], steps=steps)
+    run.fit(module, DataLoader(TOKENS, batch_size=2), ckpt_path=ckpt_path, weights_only=False)
+    return callback, module, run
+
+
+def test_heads_are_found_once_kept_whole_and_told(tmp_path, caplog):
+    with caplog.at_level("INFO", "sparse_prune"):
+        callback, module, _ = fit(tmp_path, steps=8)
+    found = callback.pruner.constraints.protected_heads
+    assert sum(map(len, found.values())) == 2  # of 8
+    assert caplog.messages.count("2 of 8 heads are kept whole for retrieval (`retrieval`).") == 1
+    for name, pattern in callback.pruner.patterns.items():
+        whole = (pattern.keep == pattern.possible).all((1, 2))
+        assert whole.nonzero().flatten().tolist() == list(found.get(name, ()))
+    # The search changes nothing else: a run that is given the heads is the same.
+    given, other, _ = fit(
+        tmp_path, steps=8, retrieval=None, constraints=Constraints(hysteresis=0.2, protected_heads=found)
+    )
+    assert other.losses == module.losses
+    for name, pattern in callback.pruner.patterns.items():
+        assert torch.equal(given.pruner.patterns[name].keep, pattern.keep)
+
+
+def test_a_resumed_run_has_the_same_heads_and_another_run_finds_its_own(tmp_path, monkeypatch):
+    callback, module, run = fit(tmp_path)
+    found = callback.pruner.constraints.protected_heads
+    run.save_checkpoint(tmp_path / "a.ckpt")
+    again = pruning(retrieval=RetrievalHeads(share=0.25, probes=2), block_size=16)
+    monkeypatch.setattr("sparse_prune.callbacks.retrieving.far_field_influence", None)  # it would fail
+    more = trainer(tmp_path, [again, KernelSwap("gather")], steps=6)
+    more.fit(TinyModule(), DataLoader(TOKENS, batch_size=2), ckpt_path=tmp_path / "a.ckpt", weights_only=False)
+    assert again.pruner.constraints.protected_heads == found
+    monkeypatch.undo()
+    other = TinyModule(tiny_llama(num_hidden_layers=1))
+    trainer(tmp_path, [callback], steps=1).fit(other, DataLoader(TOKENS, batch_size=2))
+    assert set(callback.pruner.constraints.protected_heads or {}) <= {LAYER}
+
+
+def test_heads_of_the_user_stay_protected_and_groups_go_together(tmp_path, monkeypatch):
+    influence = {LAYER: torch.tensor([1.0, 0.0, 0.0, 0.0]), LAYER.replace("0", "1"): torch.tensor([0.3, 0.4, 0.6, 0.9])}
+    monkeypatch.setattr("sparse_prune.callbacks.retrieving.far_field_influence", lambda *args: influence)
+    constraints = Constraints(protected_heads={LAYER: (3,)}, share_kv_groups=True)
+    callback, _, _ = fit(tmp_path, constraints=constraints, steps=1)
+    assert callback.pruner.constraints.protected_heads == {LAYER: (3,), LAYER.replace("0", "1"): (2, 3)}
+
+
+class Nano(TinyModule):
+    """A hand-written model, called with tokens alone, that returns logits alone."""
+
+    def __init__(self):
+        super().__init__(NanoGPT(length=128))
+
+    def training_step(self, batch, batch_idx):
+        return nn.functional.cross_entropy(self.model(batch)[:, :-1].flatten(0, 1), batch[:, 1:].flatten())
+
+    @torch.no_grad()
+    def retrieval_probes(self, tokens, count, seed):
+        """What it says itself."""
+        asked = tokens[0].clone()
+        asked[-1] = self.model(asked[None])[0, -2].argmax()
+        return [RetrievalProbe("own", asked, torch.tensor([len(asked) - 1]))]
+
+
+def test_a_model_of_another_kind_that_takes_tokens_is_served(tmp_path):
+    callback, _, _ = fit(tmp_path, Nano(), steps=1)
+    assert callback.pruner.constraints.protected_heads
+
+
+def test_a_model_that_answers_nothing_is_told_of(tmp_path, caplog, monkeypatch):
+    nothing = {name: torch.zeros(4) for name in (LAYER, LAYER.replace("0", "1"))}
+    monkeypatch.setattr("sparse_prune.callbacks.retrieving.far_field_influence", lambda *args: nothing)
+    callback, _, _ = fit(tmp_path, steps=1)
+    assert callback.pruner.constraints.protected_heads is None
+    assert sum("`retrieval` keeps no head whole" in text for text in caplog.messages) == 1
+
+
+class Asking(TinyModule):
+    """It asks questions of its own."""
+
+    def retrieval_probes(self, tokens, count, seed):
+        self.asked = tokens.shape, count, seed
+        return retrieval_probes(tokens, count, seed)
+
+
+def test_a_module_may_ask_its_own_questions(tmp_path):
+    module = Asking()
+    fit(tmp_path, module, steps=1, retrieval=RetrievalHeads(share=0.25, probes=3, length=128, seed=4))
+    assert module.asked == ((2, 128), 3, 4)
+
+
+class Vectors(TinyModule):
+    """Its model sees no tokens."""
+
+    def training_step(self, batch, batch_idx):
+        vectors = self.model.get_input_embeddings()(batch)
+        return self.model(inputs_embeds=vectors, labels=batch, use_cache=False).loss
+
+
+class Two(TinyModule):
+    """Two models, of which none holds all layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.other = nn.ModuleList([tiny_llama()])
+
+
+def test_modules_without_tokens_or_without_one_model_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="`retrieval` needs a language model that `training_step` calls with tokens"):
+        fit(tmp_path, Vectors())
+    with pytest.raises(ValueError, match="`RetrievalHeads.module` must be given for Two"):
+        fit(tmp_path, Two())
+    with pytest.raises(TypeError, match=r"`retrieval` must be a RetrievalHeads or None, got 0.2. Write RetrievalHeads"):
+        pruning(retrieval=0.2)
