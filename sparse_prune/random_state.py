@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -11,11 +11,11 @@ import torch
 
 def random_state() -> dict[str, Any]:
     """State of torch's generators, on the CPU and the current GPU, NumPy's and Python's, in plain types and tensors."""
-    name, keys, *rest = np.random.get_state(legacy=True)
+    name, keys, *rest = cast(tuple[str, Any, int, int, float], np.random.get_state(legacy=True))
     return {
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
-        "numpy": (str(name), torch.from_numpy(keys.astype(np.int64)), *rest),
+        "numpy": (name, torch.from_numpy(keys.astype(np.int64)), *rest),
         "python": random.getstate(),
     }
 

@@ -40,25 +40,26 @@ def list_layers(model: nn.Module, example: Any = None) -> list[FoundLayer]:
     Raises:
         ValueError: If the model does not take the example.
     """
-    modules, calls = modules_of(model), None
+    modules = modules_of(model)
+    calls: list[Calls | None] = [None] * len(FAMILIES)
     example = getattr(model, "example_input_array", None) if example is None else example
     if example is not None and not _all_attached(modules):
         with ExitStack() as stack:
             calls = [stack.enter_context(family.observing(model)) for family in FAMILIES]
             run_example(model, example)
-    found = []
-    for family, names, made in zip(FAMILIES, _claims(modules, calls), calls or [None] * len(FAMILIES), strict=True):
+    found: list[FoundLayer] = []
+    for family, names, made in zip(FAMILIES, _claims(modules, calls), calls, strict=True):
         found += family.find(modules, names, made)
     found += _unreached(modules, [layer.name for layer in found], tried=example is not None)
     order = {name: index for index, name in enumerate(modules)}
     return sorted(found, key=lambda layer: order[layer.name])
 
 
-def _claims(modules: dict[str, nn.Module], calls: list[Calls] | None = None) -> list[list[str]]:
+def _claims(modules: dict[str, nn.Module], calls: list[Calls | None]) -> list[list[str]]:
     """The modules of each family: its candidates, and those whose calls it saw, unless another family came first."""
     free, claims = dict(modules), []
-    for index, family in enumerate(FAMILIES):
-        mine = {*family.candidates(free), *(calls[index] if calls is not None else ())}
+    for family, made in zip(FAMILIES, calls, strict=True):
+        mine = {*family.candidates(free), *(made or ())}
         claims.append([name for name in free if name in mine])
         free = {name: module for name, module in free.items() if name not in mine}
     return claims
@@ -68,7 +69,7 @@ def _all_attached(modules: dict[str, nn.Module]) -> bool:
     """Whether there are layers, and all that may be pruned have their handles."""
     open_ = [
         modules[name]
-        for family, names in zip(FAMILIES, _claims(modules), strict=True)
+        for family, names in zip(FAMILIES, _claims(modules, [None] * len(FAMILIES)), strict=True)
         for name in names
         if family.refused(name, modules[name]) is None
     ]

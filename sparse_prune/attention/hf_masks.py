@@ -59,7 +59,7 @@ def make_mask(
     if room or kv_offset or whole or sliced:
         kwargs["allow_is_causal_skip"] = False
     sizes = batch_size, q_length, kv_offset + kv_length - room, q_offset
-    mask = _small_mask(*sizes, each, attention_mask, documents, window, kwargs.get("device")) if small else _LARGE
+    mask: Any = _small_mask(*sizes, each, attention_mask, documents, window, kwargs.get("device")) if small else _LARGE
     if mask is _LARGE:
         mask = sdpa_mask(*sizes, 0, mask_function, attention_mask, **kwargs)
     if whole and mask is not None:
@@ -69,7 +69,8 @@ def make_mask(
         mask = torch.ones(batch_size, sizes[2], dtype=torch.bool, device=kwargs.get("device"))
     if mask is not None and not torch.compiler.is_compiling():
         _MADE[_root(mask)] = mask.shape[-1]  # type: ignore[no-untyped-call, unused-ignore]
-    return mask
+    made: Tensor | None = mask
+    return made
 
 
 def _room(q_length: int, kv_length: int, q_offset: int, kv_offset: int, mask_function: Any) -> int:

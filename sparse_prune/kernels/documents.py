@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -62,10 +63,10 @@ def spanned(pattern: BlockPattern, options: AttentionOptions) -> BlockPattern:
     if documents.is_inference():  # what is written into it is not counted: it is read each time
         return _left(pattern, _meets(pattern, documents))
     kind = (documents._version, pattern.block_size, pattern.q_len)
-    meets = _MEETS.setdefault(documents, {})
+    meets: dict[Any, Tensor] = _MEETS.setdefault(documents, {})  # type: ignore[no-untyped-call, unused-ignore]
     if kind not in meets:
         meets[kind] = _meets(pattern, documents)
-    left = _LEFT.setdefault(documents, WeakKeyDictionary())
+    left: Any = _LEFT.setdefault(documents, WeakKeyDictionary())  # type: ignore[no-untyped-call, unused-ignore]
     known, found = left.get(pattern, (None, None))
     if known is not meets[kind]:
         found = _left(pattern, meets[kind])
