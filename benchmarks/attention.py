@@ -21,6 +21,7 @@ import subprocess
 import time
 from collections.abc import Callable
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
+from agreement import errors
 from rows import Rows
 from torch import Tensor
 from torch.nn import functional as F
@@ -114,21 +116,11 @@ def check(query: Tensor, key: Tensor, value: Tensor, grad: Tensor, pattern: Bloc
         SystemExit: If the kernels are wrong: their times would mean nothing.
     """
 
-    def results(backend: str, dtype: torch.dtype) -> list[Tensor]:
-        tensors = [tensor.detach().to(dtype).requires_grad_() for tensor in (query, key, value)]
-        output = block_sparse_attention(*tensors, pattern, backend=backend)
-        found = [output.detach(), *torch.autograd.grad(output, tensors, grad.to(dtype))]
-        return [tensor.double() for tensor in found]
-
-    exact = results("reference", torch.float64)
-    ours, eager = (results(backend, query.dtype) for backend in ("triton", "sdpa"))
-    names = ("output", "gradient of query", "gradient of key", "gradient of value")
-    for name, found, own, wanted in zip(names, ours, eager, exact, strict=True):
-        error, largest = (found - wanted).abs().max(), wanted.abs().max().clamp(min=1.0)
-        allowed = 3 * (own - wanted).abs().max() + 4 * torch.finfo(query.dtype).eps * largest
-        if not error <= allowed:
+    shares = errors((query, key, value), grad, pattern)
+    for name, share in shares.items():
+        if not share <= 1.0:
             at = f"{tuple(query.shape)}, {pattern.sparsity:.0%}"
-            raise SystemExit(f"WRONG {name.upper()} at {at}: {error} > {allowed}")
+            raise SystemExit(f"WRONG {name.upper()} at {at}: {share:.3g} times the error that is allowed")
     return True
 
 
@@ -274,7 +266,9 @@ def main() -> None:
     except ValueError as error:
         parser.error(str(error))
     measure(arguments, kept)
-    if arguments.output and kept.rows:
+    if arguments.output and kept.rows and find_spec("matplotlib") is None:
+        print("No plot is drawn: matplotlib is not installed. The same command draws it where it is.")
+    elif arguments.output and kept.rows:
         draw(kept.rows, arguments.output.with_suffix(".png"))
     kept.finish()
 

@@ -120,15 +120,22 @@ def _of_documents(mask_function: Any) -> tuple[Any, Tensor | None]:
 
     Else the mask function as it is, and None. Inside of a document positions run on, so that places may stand for them.
     """
-    from transformers.masking_utils import packed_sequence_mask_function, remap_positions_for_packed_sequence
+    from transformers import masking_utils
 
     if torch.compiler.is_compiling():  # a tracer cannot compare functions
         return mask_function, None
-    parts = _held(mask_function).get("mask_functions", ())
-    makers = packed_sequence_mask_function(torch.empty(0)), remap_positions_for_packed_sequence(None, torch.empty(0))
-    if [getattr(part, "__code__", None) for part in parts] != [maker.__code__ for maker in makers]:
+    packed = masking_utils.packed_sequence_mask_function(torch.empty(0)).__code__
+    both = getattr(mask_function, "__code__", None) is masking_utils.and_masks().__code__
+    parts = _held(mask_function)["mask_functions"] if both else ()
+    documents = [part for part in parts if getattr(part, "__code__", None) is packed]
+    others = [part for part in parts if getattr(part, "__code__", None) is not packed]
+    if len(documents) != 1 or len(others) != 1:
         return mask_function, None
-    return _held(parts[1])["mask_function"], _held(parts[0])["packed_sequence_mask"].int()
+    # Newer versions count positions from the start of the document.
+    remap = getattr(masking_utils, "remap_positions_for_packed_sequence", None)
+    remapped = remap and getattr(others[0], "__code__", None) is remap(None, torch.empty(0)).__code__
+    each = _held(others[0])["mask_function"] if remapped else others[0]
+    return each, _held(documents[0])["packed_sequence_mask"].int()
 
 
 def _held(function: Any) -> dict[str, Any]:

@@ -45,6 +45,7 @@ from transformers import (
     T5ForConditionalGeneration,
     ViTConfig,
     ViTModel,
+    masking_utils,
 )
 from transformers.masking_utils import AttentionMaskInterface
 
@@ -583,6 +584,19 @@ def test_documents_keep_their_window_and_what_is_more_than_that_stays_a_mask(mon
     assert apart.documents[0].tolist() == [0] * 10 + [1] * 14
     assert (apart.window, apart.attn_mask, masked.window, masked.documents) == (6, None, None, None)
     assert masked.attn_mask is not None
+
+
+def test_documents_are_found_in_the_masks_of_older_transformers_too(monkeypatch):
+    """5.17 to 5.19 put the documents behind causality and leave positions as they are."""
+    monkeypatch.delattr(masking_utils, "remap_positions_for_packed_sequence", raising=False)
+    documents = torch.tensor([[0, 0, 1, 1, 1, 2]])
+    parts = masking_utils.causal_mask_function, masking_utils.packed_sequence_mask_function(documents)
+    packed = hf_masks.make_mask(1, 6, 6, mask_function=masking_utils.and_masks(*parts))
+    assert torch.equal(packed, documents.int())
+    hides_less = masking_utils.or_masks(*parts)
+    either = hf_masks.make_mask(1, 6, 6, mask_function=hides_less, allow_is_causal_skip=False)
+    assert either.shape == (1, 1, 6, 6)
+    assert either[0, 0, 3].tolist() == [True, True, True, True, True, False]
 
 
 @pytest.mark.parametrize("name", ["gemma2", "modernbert"])

@@ -102,15 +102,16 @@ def test_wrong_kernels_end_the_benchmark(monkeypatch, wrong):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     check = runpy.run_path(str(BENCHMARKS / "attention.py"))["check"]
-    attention = check.__globals__["block_sparse_attention"]
+    inside = check.__globals__["errors"].__globals__
+    attention = inside["block_sparse_attention"]
 
-    def attend(query, key, value, pattern, backend):
-        output = attention(query, key, value, pattern, backend="gather" if backend == "triton" else backend)
+    def attend(query, key, value, pattern, options, backend):
+        output = attention(query, key, value, pattern, options, backend="gather" if backend == "triton" else backend)
         if backend != "triton" or not wrong:
             return output
         return output * 1.1 if wrong == "output" else output + 0.3 * (value - value.detach()).repeat(1, 2, 1, 1)
 
-    monkeypatch.setitem(check.__globals__, "block_sparse_attention", attend)
+    monkeypatch.setitem(inside, "block_sparse_attention", attend)
     pattern = check.__globals__["random_pattern"](2, 64, 16, density=0.7)
     query, key, value, grad = (torch.randn(1, heads, 64, 16, dtype=torch.float16) for heads in (2, 1, 1, 2))
     with pytest.raises(SystemExit, match=f"WRONG {wrong.upper()}"):

@@ -1,0 +1,125 @@
+"""Stage a: every kernel once, at head_dim 64 and 128, against float64; run by `campaign.py`.
+
+Output and gradients in bfloat16 and float16, the same bits a second time, the probe, decoding, and, on a GPU, no
+synchronisation of the host in a warm call.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from agreement import check
+from gpu.session import DEVICE, about, dtypes
+from rows import Rows
+from torch import Tensor
+
+from sparse_prune import BlockPattern, probe_blocks
+from sparse_prune.fixed_patterns import random_pattern
+from sparse_prune.kernels import AttentionOptions, block_sparse_attention
+from sparse_prune.kernels.triton.attend import decode, probe
+
+Call = tuple[tuple[Tensor, Tensor, Tensor], Tensor, BlockPattern]
+
+
+def made(dim: int, dtype: torch.dtype, length: int, block: int) -> Call:
+    """Query, key and value of two query heads a key head; a gradient; half of the blocks."""
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    query, key, value, grad = (
+        torch.randn(1, heads, length, dim, device=DEVICE, dtype=dtype, generator=generator) for heads in (4, 2, 2, 4)
+    )
+    tensors = tuple(tensor.requires_grad_() for tensor in (query, key, value))
+    return tensors, grad, random_pattern(4, length, block, density=0.5)  # type: ignore[return-value]
+
+
+def results(call: Call) -> list[Tensor]:
+    """Output and gradients."""
+    tensors, grad, pattern = call
+    output = block_sparse_attention(*tensors, pattern, backend="triton")
+    return [output.detach(), *torch.autograd.grad(output, tensors, grad)]
+
+
+def same_bits(call: Call) -> dict[str, float]:
+    """Two runs of one call agree in every bit."""
+    if not all(torch.equal(*pair) for pair in zip(results(call), results(call), strict=True)):
+        raise ArithmeticError("a second run gives other bits")
+    return {}
+
+
+def probes(call: Call) -> dict[str, float]:
+    """The probe's sums, against those of torch in float64."""
+    (query, key, _), _, pattern = call
+    found = probe(query.detach(), key.detach(), pattern.block_size, causal=True).sums.double()
+    wanted = probe_blocks(query.detach().double(), key.detach().double(), pattern.block_size, causal=True).sums
+    error = float((found - wanted).abs().max() / wanted.abs().max())
+    if not error <= 1e-2:
+        raise ArithmeticError(f"the probe's sums are off by {error:.3g} of the largest")
+    return {"error": error}
+
+
+def decodes(call: Call) -> dict[str, float]:
+    """One token over the kept blocks, against the last row of the float64 reference."""
+    (query, key, value), _, pattern = call
+    exact = [tensor.detach().double() for tensor in (query, key, value)]
+    wanted = block_sparse_attention(*exact, pattern, backend="reference")[:, :, -1:]
+    found = decode(query.detach()[:, :, -1:], key.detach(), value.detach(), pattern, AttentionOptions())
+    error = float((found.double() - wanted).abs().max() / wanted.abs().max().clamp(min=1.0))
+    if not error <= 8 * torch.finfo(query.dtype).eps:
+        raise ArithmeticError(f"decoding is off by {error:.3g}")
+    return {"error": error}
+
+
+def waits_for_nothing(call: Call) -> dict[str, float]:
+    """A warm call, forward, backward, probe and decoding, never makes the host wait; torch raises where it does."""
+    (query, key, value), _, pattern = call
+    last = query.detach()[:, :, -1:]
+    steps: list[Callable[[], object]] = [
+        lambda: results(call),
+        lambda: probe(query.detach(), key.detach(), pattern.block_size, causal=True),
+        lambda: decode(last, key.detach(), value.detach(), pattern, AttentionOptions()),
+    ]
+    for step in steps:
+        step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for step in steps:
+            step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return {}
+
+
+def main() -> None:
+    """Check what the output does not hold yet."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--length", type=int, default=1000, help="tokens; not a multiple of the block finds more")
+    parser.add_argument("--blocks", type=int, nargs="+", default=[64, 128])
+    arguments = parser.parse_args()
+    kept = Rows(arguments.output, {"length": arguments.length, "blocks": arguments.blocks}, about())
+    checks: list[Callable[[Call], dict[str, Any]]] = [
+        lambda call: check(call[0], call[1], call[2]), same_bits, probes, decodes,
+    ]  # fmt: skip
+    names = ["output and gradients", "same bits", "probe", "decode"]
+    if DEVICE == "cuda":
+        checks.append(waits_for_nothing)
+        names.append("no synchronisation")
+    done = {row["name"] for row in kept.rows}
+    for dim in (64, 128):
+        for dtype in dtypes():
+            for block in arguments.blocks:
+                call = made(dim, dtype, arguments.length, block)
+                for name, run in zip(names, checks, strict=True):
+                    label = f"{name}, d{dim} block {block} {str(dtype).removeprefix('torch.')}"
+                    found = None if label in done else kept.attempt(label, partial(run, call))
+                    if found is not None:
+                        kept.add({"name": label, **found})
+    kept.finish()
+
+
+if __name__ == "__main__":
+    main()
