@@ -21,8 +21,8 @@ from sparse_prune.selection import LayerScores, select
 
 log = logging.getLogger(__name__)
 Reduce = Callable[[dict[str, BlockStatistics]], dict[str, BlockStatistics]]
-_STATE_VERSION = 3
-_READABLE = (2, 3)  # version 2 held its tensors whole
+_STATE_VERSION = 4
+_READABLE = (2, 3, 4)  # version 2 held its tensors whole, version 3 the masks of patterns alone
 
 
 @dataclass(frozen=True)
