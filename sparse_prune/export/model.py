@@ -18,6 +18,7 @@ from sparse_prune.attention import PrunableAttention, find_layers, handle_of
 from sparse_prune.attention.apply import fitting_layers
 from sparse_prune.attention.layer import Mode
 from sparse_prune.distributed import is_first_rank, on_first_rank
+from sparse_prune.export.card import CARD, PICTURE, is_own, write_card
 from sparse_prune.export.loadable import check_loaded, empty_twin, loadable, model_class, quantization
 from sparse_prune.export.patterns import describe_pruning, read_pattern_file, save_patterns
 from sparse_prune.export.sharded import is_sharded, plain_class, whole_weights
@@ -42,8 +43,10 @@ def save_pretrained(
     *,
     pruner: AttentionPruner | None = None,
     tokenizer: Any = None,
+    data: str | None = None,
+    evaluation: str | os.PathLike[str] | None = None,
 ) -> Path:
-    """Write a pruned model: what its `save_pretrained` writes, and its patterns.
+    """Write a pruned model: what its `save_pretrained` writes, its patterns, and a model card.
 
     The folder is written whole or not at all; an earlier export in its place is replaced in one step, and files that
     others have put there stay. Any transformers program can read it as a dense model; `load` gives the pruned one.
@@ -57,16 +60,20 @@ def save_pretrained(
         folder: New, empty, or an earlier export; a link to a folder stays one, and its permissions stay.
         pruner: What pruned it, for the header: schedule, settings and a summary of the scores.
         tokenizer: To be saved with it.
+        data: What it was trained on, in words, for the card.
+        evaluation: A folder that `sparse-prune evaluate` wrote, for the card. A README.md of others, or one that was
+            edited, stays, and the log says so.
 
     Raises:
-        ValueError: If no layer has a pattern, `load` could not make the model again, or `check_folder` refuses the
-            folder.
+        ValueError: If no layer has a pattern, `load` could not make the model again, `check_folder` refuses the folder,
+            or `evaluation` holds none.
         RuntimeError: On other ranks than 0, if rank 0 failed to write a sharded model.
     """
     model = loadable(model)
+    write = partial(_write, model, folder, pruner, tokenizer, {"data": data, "evaluation": evaluation})
     if is_sharded(model):
-        return on_first_rank(partial(_write, model, folder, pruner, tokenizer, whole_weights(model)))
-    return _write(model, folder, pruner, tokenizer, None) if is_first_rank() else _absolute(folder)
+        return on_first_rank(partial(write, whole_weights(model)))
+    return write(None) if is_first_rank() else _absolute(folder)
 
 
 def _write(
@@ -74,6 +81,7 @@ def _write(
     folder: str | os.PathLike[str],
     pruner: AttentionPruner | None,
     tokenizer: Any,
+    card: Mapping[str, Any],
     weights: dict[str, Tensor] | None,
 ) -> Path:
     """`weights` are those of a model in parts."""
@@ -97,9 +105,18 @@ def _write(
             **({} if pruner is None else describe_pruning(pruner, _names(model))),
         }
         save_patterns(patterns, new / PATTERN_FILE, details)
+        if is_own(target / CARD):
+            header = read_pattern_file(new / PATTERN_FILE)[1]
+            write_card(new, header, patterns, base_model=model.config.name_or_path, **card)
+        else:
+            _tell_of_card(target)
         if (earlier := _export_header(target)) is not None:
             carry_over(target, new, {PATTERN_FILE, *earlier["files"]})
     return target
+
+
+def _tell_of_card(where: object) -> None:
+    log.warning("%s has a %s that is not as sparse_prune wrote it: it stays. Remove it to get a new card.", where, CARD)
 
 
 def check_folder(folder: str | os.PathLike[str], argument: str = "folder") -> None:
@@ -194,6 +211,8 @@ def push_to_hub(
     *,
     pruner: AttentionPruner | None = None,
     tokenizer: Any = None,
+    data: str | None = None,
+    evaluation: str | os.PathLike[str] | None = None,
     private: bool | None = None,
     revision: str | None = None,
     token: str | None = None,
@@ -207,6 +226,8 @@ def push_to_hub(
         repo_id: "owner/name"; made if it does not exist.
         pruner: See `save_pretrained`.
         tokenizer: See `save_pretrained`.
+        data: See `save_pretrained`.
+        evaluation: See `save_pretrained`. A card that the repository has of others, or edited, stays.
         private: Whether a new repository is private; None: the owner's default.
         revision: Branch to commit to.
         token: None: the one that is logged in.
@@ -225,14 +246,26 @@ def push_to_hub(
             folder_path=folder,
             commit_message=commit_message,
             revision=revision,
+            ignore_patterns=_cards_to_leave(api, repo_id, revision),
             # Shards of an earlier, larger export would be left over.
             delete_patterns=["*.safetensors", "*.safetensors.index.json"],
         )
         return str(commit.commit_url)
 
+    card = {"pruner": pruner, "tokenizer": tokenizer, "data": data, "evaluation": evaluation}
     with TemporaryDirectory() as parent:
-        folder = save_pretrained(model, Path(parent) / "export", pruner=pruner, tokenizer=tokenizer)
+        folder = save_pretrained(model, Path(parent) / "export", **card)
         return on_first_rank(partial(upload, folder)) if is_sharded(model) else upload(folder)
+
+
+def _cards_to_leave(api: Any, repo_id: str, revision: str | None) -> list[str]:
+    """Files of the export that must not replace those of a repository."""
+    if not api.file_exists(repo_id, CARD, revision=revision):
+        return []
+    if is_own(Path(api.hf_hub_download(repo_id, CARD, revision=revision))):
+        return []
+    _tell_of_card(repo_id)
+    return [CARD, PICTURE]
 
 
 def identity(model: Any) -> dict[str, Any]:
