@@ -232,8 +232,8 @@ class AttentionPruning(Driver):
 
     def _attach(self, pl_module: pl.LightningModule) -> None:
         if not self.pruner.attached_to(pl_module):
-            self.pruner.attach(pl_module, self.module)
             self._forget_run()
+            self.pruner.attach(pl_module, self.module)
 
     def _forget_run(self) -> None:
         """A new run begins, for the collaborators as well."""
@@ -374,6 +374,13 @@ class AttentionPruning(Driver):
         with trainer.precision_plugin.forward_context():
             found = trainer.strategy.broadcast(search.find(), src=0)
         self._keep_whole(found)
+        if not found:
+            log.warning(
+                "`retrieval` keeps no head whole, for the model answers none of the questions that it was asked. Give "
+                "the LightningModule a method `retrieval_probes(tokens, count, seed)` that asks what it knows, such as "
+                "`sparse_prune.retrieval.text_probes` with its tokenizer; or leave `retrieval` out."
+            )
+            return
         total = sum(state.layer.num_heads for state in self.pruner.layers.values())
         log.info("%d of %d heads are kept whole for retrieval (`retrieval`).", sum(map(len, found.values())), total)
 

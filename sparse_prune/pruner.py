@@ -180,8 +180,10 @@ class AttentionPruner:
                 patterns of another block size already.
         """
         handles = attach(model, module=module)
-        if self._chooses:
+        if self._chooses:  # by the calls that come, not by those of another run
             self.block_size = None
+            for handle in handles:
+                handle.last_shape = None
         for handle in handles:
             if handle.pattern is not None and self.block_size is None:
                 self.block_size = handle.pattern.block_size
@@ -221,7 +223,6 @@ class AttentionPruner:
         self.layers = {handle.name: LayerState(handle, *self._new_state()) for handle in handles}
         self.forget()
         for handle in handles:
-            handle.last_shape = None
             handle.score = self._score if self._score.statistic is None else None
 
     @property
