@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from sparse_prune.export.patterns import PATTERN_FILE, read_pattern_file
 from sparse_prune.files import whole_file
 from sparse_prune.pattern import BlockPattern
 from sparse_prune.pictures import LEGEND, framed_atlas, views
@@ -21,23 +22,29 @@ PICTURE = "attention_pattern.png"
 _MARK = "<!-- written by sparse_prune, which replaces it if nothing below was changed: {} -->"
 
 
-def write_card(
-    folder: Path,
-    header: Mapping[str, Any],
-    patterns: Mapping[str, BlockPattern],
-    *,
-    base_model: str | None,
-    data: str | None = None,
-    evaluation: str | os.PathLike[str] | None = None,
-) -> None:
-    """Write README.md and its picture into an export.
+def update_card(folder: str | os.PathLike[str], evaluation: str | os.PathLike[str]) -> None:
+    """Put what was measured of an export into its model card. A card that somebody wrote or edited stays.
+
+    Args:
+        folder: That `save_pretrained` wrote.
+        evaluation: That `sparse-prune evaluate` wrote.
+
+    Raises:
+        FileNotFoundError: If there is no export.
+        ValueError: If `evaluation` holds no evaluation.
+    """
+    target = Path(folder).expanduser()
+    if is_own(target / CARD):
+        write_card(target, evaluation)
+    else:
+        tell_of_card(target)
+
+
+def write_card(folder: Path, evaluation: str | os.PathLike[str] | None = None) -> None:
+    """Write README.md and its picture into an export, whatever is there.
 
     Args:
         folder: The export.
-        header: Of its pattern file.
-        patterns: Layer -> pattern.
-        base_model: Name of the hub, or a folder, which is not told; None: not known.
-        data: What the model was trained on, in words.
         evaluation: A folder that `sparse-prune evaluate` wrote; None: nothing was measured.
 
     Raises:
@@ -45,7 +52,9 @@ def write_card(
     """
     from huggingface_hub import ModelCardData
 
-    known = base_model if base_model and base_model.count("/") == 1 and not Path(base_model).exists() else None
+    patterns, header = read_pattern_file(folder / PATTERN_FILE)
+    base_model = header.get("base_model")
+    known = base_model if base_model and base_model.count("/") == 1 and ":" not in base_model else None
     report = {} if evaluation is None else _evaluation(Path(evaluation))
     results = _results(report)
     told: dict[str, Any] = {"tags": ["sparse_prune", "sparse-attention"], "library_name": "transformers"}
@@ -53,17 +62,22 @@ def write_card(
     told |= {"model_name": header["model"]["class"], "eval_results": results} if results else {}
     parts = [
         f"# {header['model']['class']}, {header['sparsity']:.0%} of its attention pruned",
-        _facts(known, data, header, patterns),
+        _facts(header, patterns),
         f"![Which blocks each head keeps]({PICTURE})\n\n{LEGEND}" if _draw(patterns, folder / PICTURE) else "",
         _table(report)
         if report
         else "## Evaluation\n\nNothing was measured: `sparse-prune evaluate` does, and the "
         "export takes what it wrote (`evaluation=`).",
-        _LOADING,
+        _loading(header["model"]["class"], all(pattern.causal for pattern in patterns.values())),
     ]
     text = "\n\n".join(part for part in parts if part) + "\n"
     with whole_file(folder / CARD) as path:
         path.write_text(f"---\n{ModelCardData(**told).to_yaml()}\n---\n{_MARK.format(_digest(text))}\n{text}", "utf-8")
+
+
+def tell_of_card(where: object) -> None:
+    """Say that a card is left as it is."""
+    log.warning("%s has a %s that is not as sparse_prune wrote it: it stays. Remove it to get a new card.", where, CARD)
 
 
 def is_own(card: Path) -> bool:
@@ -83,16 +97,14 @@ def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _facts(
-    base_model: str | None, data: str | None, header: Mapping[str, Any], patterns: Mapping[str, BlockPattern]
-) -> str:
+def _facts(header: Mapping[str, Any], patterns: Mapping[str, BlockPattern]) -> str:
     densest, *_, sparsest = sorted([*patterns, *patterns], key=lambda name: patterns[name].sparsity)
     block = " x ".join(map(str, patterns[sparsest].block_size))
     ends = (f"{patterns[name].sparsity:.1%} ({name})" for name in (densest, sparsest))
     length = max(pattern.kv_len for pattern in patterns.values())
     rows = {
-        "base model": base_model or "not recorded",
-        "data": data or "not recorded",
+        "base model": header.get("base_model") or "not recorded",
+        "data": header.get("data") or "not recorded",
         "pruned": f"{header['sparsity']:.1%} of the possible blocks ({block} tokens) of {len(patterns)} layers",
         "least and most": ", ".join(ends),
         "pruned at": f"{length} tokens; longer texts follow the rule: {header['rule']}",
@@ -175,23 +187,25 @@ def _results(report: Mapping[str, Any]) -> list[Any]:
     ]
 
 
-_LOADING = """## How to load it
+def _loading(kind: str, causal: bool) -> str:
+    cache = "from sparse_prune.cache import PatternCache\n" if causal else ""
+    call = "model.generate(**inputs, past_key_values=PatternCache(model))" if causal else "model(**inputs)"
+    return f"""## How to load it
 
 With its patterns, which skip what was pruned:
 
 ```py
-from sparse_prune.cache import PatternCache
-from sparse_prune.export import load
+{cache}from sparse_prune.export import load
 
 model = load("this folder, or owner/name")
-model.generate(**inputs, past_key_values=PatternCache(model))
+{call}
 ```
 
-Without sparse_prune, as a model that attends to everything its configuration allows (its windows included, if
-`layer_types` or `sliding_window` name any), and so is not the one that was measured unless the two say it all:
+Without sparse_prune, as a model that attends to all that its configuration allows, and so is the pruned one only if
+windows in the configuration (`layer_types`, `sliding_window`) say all that its patterns say:
 
 ```py
-from transformers import AutoModel
+from transformers import {kind}
 
-model = AutoModel.from_pretrained("this folder, or owner/name")
+model = {kind}.from_pretrained("this folder, or owner/name")
 ```"""

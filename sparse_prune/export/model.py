@@ -18,9 +18,9 @@ from sparse_prune.attention import PrunableAttention, find_layers, handle_of
 from sparse_prune.attention.apply import fitting_layers
 from sparse_prune.attention.layer import Mode
 from sparse_prune.distributed import is_first_rank, on_first_rank
-from sparse_prune.export.card import CARD, PICTURE, is_own, write_card
+from sparse_prune.export.card import CARD, PICTURE, is_own, tell_of_card, write_card
 from sparse_prune.export.loadable import check_loaded, empty_twin, loadable, model_class, quantization
-from sparse_prune.export.patterns import describe_pruning, read_pattern_file, save_patterns
+from sparse_prune.export.patterns import PATTERN_FILE, describe_pruning, read_pattern_file, save_patterns
 from sparse_prune.export.sharded import is_sharded, plain_class, whole_weights
 from sparse_prune.files import carry_over, file_hash, obstacle, previous, whole_folder
 from sparse_prune.kernels import BACKENDS, check_backend, usable_backend
@@ -29,8 +29,6 @@ from sparse_prune.pruner import AttentionPruner
 
 log = logging.getLogger(__name__)
 
-PATTERN_FILE = "attention_pattern.safetensors"
-"""Name of the file that holds the patterns, beside the model's own files."""
 _HEADER = {"model", "attention", "buffers", "files"}
 """What the header of an export holds, and that of patterns alone does not."""
 _HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
@@ -43,6 +41,7 @@ def save_pretrained(
     *,
     pruner: AttentionPruner | None = None,
     tokenizer: Any = None,
+    base_model: str | None = None,
     data: str | None = None,
     evaluation: str | os.PathLike[str] | None = None,
 ) -> Path:
@@ -60,6 +59,7 @@ def save_pretrained(
         folder: New, empty, or an earlier export; a link to a folder stays one, and its permissions stay.
         pruner: What pruned it, for the header: schedule, settings and a summary of the scores.
         tokenizer: To be saved with it.
+        base_model: What it was fine-tuned from, for the card; None: the hub's name that it was loaded by, if any.
         data: What it was trained on, in words, for the card.
         evaluation: A folder that `sparse-prune evaluate` wrote, for the card. A README.md of others, or one that was
             edited, stays, and the log says so.
@@ -70,7 +70,8 @@ def save_pretrained(
         RuntimeError: On other ranks than 0, if rank 0 failed to write a sharded model.
     """
     model = loadable(model)
-    write = partial(_write, model, folder, pruner, tokenizer, {"data": data, "evaluation": evaluation})
+    told = {"base_model": base_model or _hub_name(model), "data": data}
+    write = partial(_write, model, folder, pruner, tokenizer, told, evaluation)
     if is_sharded(model):
         return on_first_rank(partial(write, whole_weights(model)))
     return write(None) if is_first_rank() else _absolute(folder)
@@ -81,7 +82,8 @@ def _write(
     folder: str | os.PathLike[str],
     pruner: AttentionPruner | None,
     tokenizer: Any,
-    card: Mapping[str, Any],
+    told: Mapping[str, str | None],
+    evaluation: str | os.PathLike[str] | None,
     weights: dict[str, Tensor] | None,
 ) -> Path:
     """`weights` are those of a model in parts."""
@@ -102,21 +104,17 @@ def _write(
             "attention": layers,
             "buffers": _buffers(model),
             "files": files,
+            **told,
             **({} if pruner is None else describe_pruning(pruner, _names(model))),
         }
         save_patterns(patterns, new / PATTERN_FILE, details)
         if is_own(target / CARD):
-            header = read_pattern_file(new / PATTERN_FILE)[1]
-            write_card(new, header, patterns, base_model=model.config.name_or_path, **card)
+            write_card(new, evaluation)
         else:
-            _tell_of_card(target)
+            tell_of_card(target)
         if (earlier := _export_header(target)) is not None:
             carry_over(target, new, {PATTERN_FILE, *earlier["files"]})
     return target
-
-
-def _tell_of_card(where: object) -> None:
-    log.warning("%s has a %s that is not as sparse_prune wrote it: it stays. Remove it to get a new card.", where, CARD)
 
 
 def check_folder(folder: str | os.PathLike[str], argument: str = "folder") -> None:
@@ -211,6 +209,7 @@ def push_to_hub(
     *,
     pruner: AttentionPruner | None = None,
     tokenizer: Any = None,
+    base_model: str | None = None,
     data: str | None = None,
     evaluation: str | os.PathLike[str] | None = None,
     private: bool | None = None,
@@ -226,6 +225,7 @@ def push_to_hub(
         repo_id: "owner/name"; made if it does not exist.
         pruner: See `save_pretrained`.
         tokenizer: See `save_pretrained`.
+        base_model: See `save_pretrained`.
         data: See `save_pretrained`.
         evaluation: See `save_pretrained`. A card that the repository has of others, or edited, stays.
         private: Whether a new repository is private; None: the owner's default.
@@ -252,7 +252,8 @@ def push_to_hub(
         )
         return str(commit.commit_url)
 
-    card = {"pruner": pruner, "tokenizer": tokenizer, "data": data, "evaluation": evaluation}
+    card = {"pruner": pruner, "tokenizer": tokenizer, "base_model": base_model, "data": data}
+    card["evaluation"] = evaluation
     with TemporaryDirectory() as parent:
         folder = save_pretrained(model, Path(parent) / "export", **card)
         return on_first_rank(partial(upload, folder)) if is_sharded(model) else upload(folder)
@@ -264,7 +265,7 @@ def _cards_to_leave(api: Any, repo_id: str, revision: str | None) -> list[str]:
         return []
     if is_own(Path(api.hf_hub_download(repo_id, CARD, revision=revision))):
         return []
-    _tell_of_card(repo_id)
+    tell_of_card(repo_id)
     return [CARD, PICTURE]
 
 
@@ -273,6 +274,12 @@ def identity(model: Any) -> dict[str, Any]:
     config = model.config.get_text_config(decoder=True) if hasattr(model.config, "get_text_config") else model.config
     shape = {name: getattr(config, name, None) for name in _SHAPE}
     return {"class": plain_class(model).__name__, "model_type": model.config.model_type, **shape}
+
+
+def _hub_name(model: Any) -> str | None:
+    """The hub's name that a model was loaded by; None if it was a folder of this machine, of which nothing is told."""
+    name = str(model.config.name_or_path)
+    return name if name.count("/") == 1 and not name.startswith(("/", ".", "~")) and not Path(name).exists() else None
 
 
 def _state(model: Any) -> tuple[dict[str, BlockPattern], dict[str, dict[str, Any]]]:

@@ -11,7 +11,7 @@ from huggingface_hub import ModelCard
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from sparse_prune import AttentionPruner, ConstantSchedule
-from sparse_prune.export import load, push_to_hub, save_pretrained
+from sparse_prune.export import load, push_to_hub, save_pretrained, update_card
 
 SMALL = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 EVALUATION = {
@@ -80,11 +80,17 @@ def test_its_own_card_is_renewed_and_an_edited_one_stays(tmp_path, evaluation, c
     save_pretrained(model, path, evaluation=evaluation)
     card = (path / "README.md").read_text()
     assert "2.2500" in card
+    save_pretrained(model, path)
+    assert "2.2500" not in (path / "README.md").read_text()
+    update_card(path, evaluation)
+    assert (path / "README.md").read_text() == card
     (path / "README.md").write_text(card + "\nI add that it rhymes.\n")
     caplog.clear()
     save_pretrained(model, path)
     assert (path / "README.md").read_text() == card + "\nI add that it rhymes.\n"
     assert "README.md that is not as sparse_prune wrote it: it stays" in caplog.text
+    update_card(path, evaluation)
+    assert "rhymes" in (path / "README.md").read_text()
     load(path)  # cards may be edited
 
 
