@@ -227,7 +227,7 @@ def test_fit_ends_with_a_report(config, tmp_path, monkeypatch, capsys, precision
     assert (run / "report.png").read_bytes().startswith(b"\x89PNG")
     with open(run / "metrics.csv", newline="") as file:
         twin = {
-            int(row["step"]): float(row["dense/train_loss"]) for row in csv.DictReader(file) if row["dense/train_loss"]
+            int(row["step"]): float(row["dense/train/loss"]) for row in csv.DictReader(file) if row["dense/train/loss"]
         }
     assert twin == {r["step"] - 1: pytest.approx(r["loss"], rel=1e-5) for r in report["dense"]["records"]}
     assert len(load_patterns(run / "attention_pattern.safetensors")) == 2
