@@ -18,6 +18,9 @@ from sparse_prune.retrieval import RetrievalHeads, far_field_influence, retrieva
 class RetrievalSearch:
     """Remembers how the training step calls the language model, until `remove`; then asks the model its own questions.
 
+    They are what a method `retrieval_probes(tokens, count, seed)` of the LightningModule returns, if it has one: with a
+    tokenizer, ask in words (`text_probes`). Else they are those of `sparse_prune.retrieval.retrieval_probes`.
+
     Args:
         pl_module: Its model was attached to the pruner.
         pruner: Its layers are searched.
@@ -29,6 +32,7 @@ class RetrievalSearch:
 
     def __init__(self, pl_module: pl.LightningModule, pruner: AttentionPruner, settings: RetrievalHeads) -> None:
         self.pruner, self.settings = pruner, settings
+        self._ask = getattr(pl_module, "retrieval_probes", retrieval_probes)
         self.module: nn.Module = module_with_logits(pl_module, pruner.layers, settings.module, "RetrievalHeads.module")
         if is_sharded(self.module):
             raise ValueError(
@@ -65,7 +69,7 @@ class RetrievalSearch:
             )
         self.remove()
         settings, constraints = self.settings, self.pruner.constraints
-        probes = retrieval_probes(self._tokens[:, : settings.length], settings.probes, settings.seed)
+        probes = self._ask(self._tokens[:, : settings.length].cpu(), settings.probes, settings.seed)
         layers = {name: state.layer for name, state in self.pruner.layers.items()}
         influence = far_field_influence(
             self.module,

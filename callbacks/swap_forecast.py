@@ -70,7 +70,7 @@ def forecast_swap(pruner: AttentionPruner, tuned: bool) -> list[SwapForecast]:
         layer = alike[0]
         assert layer.last_shape is not None
         tokens, density = layer.last_shape.kv_len, 1.0 - pruner.sparsity.final
-        pattern = random_pattern(layer.num_heads, tokens, pruner.block_size, density=density, causal=layer.causal)
+        pattern = random_pattern(layer.num_heads, tokens, pruner.sides, density=density, causal=layer.causal)
         if not pattern.sparsity:
             continue  # sequences so short that nothing can be pruned
         times = time_attention(layer, skipping_backends(layer.last_shape.device), 1, tuned, pattern)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sparse_prune.attention import PrunableAttention
-from sparse_prune.packing import Packed, pack, unpack
+from sparse_prune.packing import decode, encode, pack, unpack
 from sparse_prune.pattern import BlockPattern
 from sparse_prune.scores import STATISTICS, BlockStatistics, ScoreAverage
 
@@ -110,14 +110,12 @@ class LayerState:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next decision depends on; large tensors are packed."""
-        layer, pattern = self.layer, self.layer.pattern
+        layer = self.layer
+        patterns = {"in_force": layer.pattern, "given_back": self.given_back}
         return {
             "num_heads": layer.num_heads,
             "causal": layer.causal,
-            "block_size": None if pattern is None else pattern.block_size,
-            "lengths": None if pattern is None else (pattern.q_len, pattern.kv_len),
-            "keep": None if pattern is None else pack(pattern.keep),
-            "given_back": None if self.given_back is None else pack(self.given_back.keep),
+            "patterns": encode({name: pattern for name, pattern in patterns.items() if pattern is not None}),
             "mode": layer.mode,
             "backend": layer.backend,
             "scores": self.scores.state_dict(),
@@ -136,12 +134,8 @@ class LayerState:
             state: Of a layer with as many heads.
         """
         layer = self.layer
-
-        def pattern(keep: Packed | Tensor | None) -> BlockPattern | None:
-            mask = unpack(keep)
-            return None if mask is None else BlockPattern(mask, state["block_size"], layer.causal, *state["lengths"])
-
-        layer.pattern, self.given_back = pattern(state["keep"]), pattern(state["given_back"])
+        patterns = decode(state["patterns"]) if "patterns" in state else _patterns_of_version_3(state)
+        layer.pattern, self.given_back = patterns.get("in_force"), patterns.get("given_back")
         layer.mode, layer.backend = state["mode"], state["backend"]
         self.scores.load_state_dict(state["scores"])
         self.mass.load_state_dict(state["mass"])
@@ -152,13 +146,22 @@ class LayerState:
         layer.score_sums = _unpacked(own, (layer.score.kind,)) if layer.score is not None else None
 
 
+def _patterns_of_version_3(state: Mapping[str, Any]) -> dict[str, BlockPattern]:
+    """Before version 4, state held the masks of its patterns, and once what they share."""
+    masks = {"in_force": state["keep"], "given_back": state["given_back"]}
+    return {
+        name: BlockPattern(unpack(keep), state["block_size"], state["causal"], *state["lengths"])
+        for name, keep in masks.items()
+        if keep is not None
+    }
+
+
 def _packed(seen: BlockStatistics | None) -> dict[str, Any] | None:
     return None if seen is None else {"sums": pack(seen.sums), "counts": seen.counts.cpu()}
 
 
 def _unpacked(packed: Mapping[str, Any] | None, kinds: tuple[str, ...]) -> BlockStatistics | None:
-    sums = None if packed is None else unpack(packed["sums"])
-    return None if packed is None or sums is None else BlockStatistics(sums, packed["counts"], kinds)
+    return None if packed is None else BlockStatistics(unpack(packed["sums"]), packed["counts"], kinds)
 
 
 def _fitted(pattern: BlockPattern, scores: torch.Size) -> BlockPattern:

@@ -21,8 +21,8 @@ from sparse_prune.selection import LayerScores, select
 
 log = logging.getLogger(__name__)
 Reduce = Callable[[dict[str, BlockStatistics]], dict[str, BlockStatistics]]
-_STATE_VERSION = 3
-_READABLE = (2, 3)  # version 2 held its tensors whole
+_STATE_VERSION = 4
+_READABLE = (2, 3, 4)  # version 2 held its tensors whole, version 3 the masks of patterns alone
 
 
 @dataclass(frozen=True)
@@ -180,8 +180,10 @@ class AttentionPruner:
                 patterns of another block size already.
         """
         handles = attach(model, module=module)
-        if self._chooses:
+        if self._chooses:  # by the calls that come, not by those of another run
             self.block_size = None
+            for handle in handles:
+                handle.last_shape = None
         for handle in handles:
             if handle.pattern is not None and self.block_size is None:
                 self.block_size = handle.pattern.block_size
@@ -221,7 +223,6 @@ class AttentionPruner:
         self.layers = {handle.name: LayerState(handle, *self._new_state()) for handle in handles}
         self.forget()
         for handle in handles:
-            handle.last_shape = None
             handle.score = self._score if self._score.statistic is None else None
 
     @property
@@ -355,7 +356,11 @@ class AttentionPruner:
 
     @property
     def total_sparsity(self) -> float:
-        """Share of possible blocks pruned, over all layers and heads, in [0, 1]."""
+        """Share of possible blocks pruned, over all heads of the layers that have a pattern, in [0, 1].
+
+        Layers that stay dense, because they cannot be pruned (the log names them) or because no training step runs
+        them, are not counted.
+        """
         patterns = [state.layer.pattern for state in self.layers.values()]
         known = [pattern for pattern in patterns if pattern is not None]
         possible = sum(pattern.possible_count for pattern in known)

@@ -99,7 +99,7 @@ def test_truncated_foreign_missing_and_newer_files_are_refused(tmp_path):
         path.write_bytes(whole[:size])
         with pytest.raises(ValueError, match="pattern file"):
             load_patterns(path)
-    path.write_bytes(whole.replace(b'"version":"2"', b'"version":"1"'))
+    path.write_bytes(whole.replace(b'"version":"3"', b'"version":"1"'))
     with pytest.raises(ValueError, match="version"):
         load_patterns(path)
     save_file({"a": torch.ones(2)}, path)

@@ -4,35 +4,11 @@ import io
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from sparse_prune import AttentionPruner, BlockStatistics, LinearSchedule
 from sparse_prune.attention import PrunableAttention
-from sparse_prune.packing import pack, unpack
 
 HEADS, BLOCKS = 4, 24
-
-
-@given(st.lists(st.integers(0, 5), max_size=3), st.sampled_from([torch.bool, torch.float32, torch.float64]), st.data())
-@settings(deadline=None)
-def test_what_is_packed_comes_back_to_the_bit(shape, dtype, data):
-    seed = data.draw(st.integers(0, 2**31))
-    drawn = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    tensor = (drawn.clamp(min=0) * 1e-300).to(dtype) if dtype != torch.bool else drawn > 0
-    back = unpack(pack(tensor))
-    assert back.dtype == dtype
-    assert torch.equal(back, tensor)
-    assert unpack(tensor) is tensor
-
-
-def test_bits_and_numbers_are_all_that_is_packed():
-    numbers = torch.rand(3, 8, 8).add(1.0).tril()
-    packed = pack(numbers)
-    assert packed["bits"].nbytes == 3 * 8 * 8 // 8
-    assert packed["values"].nbytes == 3 * 36 * 4
-    assert pack(numbers > 0).keys() == {"shape", "bits"}
-    assert pack(None) is unpack(None) is None
 
 
 def pruner(**changes):
@@ -54,32 +30,19 @@ def decide(pruner, step, reduce=None):
     return pruner.update(step, reduce)
 
 
-def as_version_2(state):
-    """The state as it was saved before tensors were packed."""
-    layers = {name: dict(part) for name, part in state["layers"].items()}
-    for part in layers.values():
-        part["keep"], part["given_back"] = unpack(part["keep"]), unpack(part["given_back"])
-        for key in ("scores", "mass"):
-            part[key] = {**part[key], "sum": unpack(part[key]["sum"])}
-        if part["statistics"]:
-            part["statistics"] = {**part["statistics"], "sums": unpack(part["statistics"]["sums"])}
-    return {**state, "version": 2, "layers": layers}
-
-
-@pytest.mark.parametrize("convert", [dict, as_version_2])
 @pytest.mark.parametrize("last", [2, 5])
-def test_state_goes_on_where_it_was_taken_whatever_happened_since(convert, last):
+def test_state_goes_on_where_it_was_taken_whatever_happened_since(last):
     whole, again = pruner(), pruner()
     for step in range(1, last):
         decide(whole, step)
     feed(whole, last)  # probed, not decided
-    state = convert(whole.state_dict())
+    state = whole.state_dict()
     reports = [whole.update(last), decide(whole, last + 1)]
     again.load_state_dict(state)
     assert [again.update(last), decide(again, last + 1)] == reports
     for name, pattern in whole.patterns.items():
         assert torch.equal(again.patterns[name].keep, pattern.keep)
-    with pytest.raises(ValueError, match="version 2 or 3, got 1"):
+    with pytest.raises(ValueError, match="version 2 or 3 or 4, got 1"):
         again.load_state_dict({**state, "version": 1})
 
 

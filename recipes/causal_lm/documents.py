@@ -17,6 +17,7 @@ from sparse_prune.recipes.base.sources import files_in, stdlib_documents
 from sparse_prune.recipes.base.tables import is_table
 
 log = logging.getLogger(__name__)
+_STDLIB = "stdlib"
 _FEW = 32  # rows that are held before any is handed on
 _BREAKS = ("\n\n", "\n", " ")
 
@@ -69,7 +70,7 @@ def load_documents(text: str | list[str]) -> dict[str, str]:
     """
     documents: dict[str, str] = {}
     for entry in [text] if isinstance(text, str) else text:
-        if entry == "stdlib":
+        if entry == _STDLIB:
             documents |= stdlib_documents()
         else:
             documents |= {str(file): read_text(file, "text") for file in _files(entry)}
@@ -85,7 +86,7 @@ def load_documents(text: str | list[str]) -> dict[str, str]:
 def _kinds(text: str | list[str]) -> tuple[list[str], list[str]]:
     """What are data sets, and what are files."""
     entries = [text] if isinstance(text, str) else text
-    tables = [entry for entry in entries if is_data_set(entry)]
+    tables = [entry for entry in entries if entry != _STDLIB and is_data_set(entry)]
     return tables, [entry for entry in entries if entry not in tables]
 
 
@@ -126,18 +127,15 @@ def _split(documents: Sequence[tuple[str, Document]], held_out_share: float) -> 
 def _parts(document: str, held_out_share: float) -> dict[str, str]:
     """A document's part in every split, each up to the end of a paragraph, a line or a word."""
     room = int(held_out_share * len(document) / 2)
-    val, test = (_break_behind(document, int(share * len(document)), room) for share in _ends(held_out_share))
+    ends = (1 - 2 * held_out_share, 1 - held_out_share)
+    val, test = (_break_behind(document, int(end * len(document)), room) for end in ends)
     return {"train": document[:val], "val": document[val:test], "test": document[test:]}
-
-
-def _ends(held_out_share: float) -> tuple[float, float]:
-    return 1 - 2 * held_out_share, 1 - held_out_share
 
 
 def _break_behind(document: str, place: int, room: int) -> int:
     """Where a passage ends, at most `room` characters behind a place; the place itself if none does."""
     found = (document.find(mark, place, place + room) + len(mark) for mark in _BREAKS)
-    return next((end for end in found if end >= place + 1), place)
+    return next((end for end in found if end > place), place)
 
 
 def _split_of(name: str, held_out_share: float) -> str:

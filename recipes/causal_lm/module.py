@@ -15,6 +15,7 @@ from sparse_prune.recipes.base.module import FineTuneModule
 from sparse_prune.recipes.base.pretrained import check_length, load_tokenizer
 from sparse_prune.recipes.causal_lm.chats import IGNORED
 from sparse_prune.recipes.causal_lm.pretrained import check_packing, load_model
+from sparse_prune.retrieval import RetrievalProbe, text_probes
 
 
 class CausalLMModule(FineTuneModule):
@@ -58,6 +59,10 @@ class CausalLMModule(FineTuneModule):
         self.tokenizer = load_tokenizer(model) if passkey_prompts else None
         if gradient_checkpointing:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
+
+    def retrieval_probes(self, tokens: Tensor, count: int, seed: int) -> list[RetrievalProbe]:
+        """Questions for `AttentionPruning(retrieval=...)`, in words."""
+        return text_probes(load_tokenizer(self.hparams["model"]), tokens, count, seed)
 
     @override
     def configure_model(self) -> None:

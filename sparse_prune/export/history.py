@@ -5,13 +5,14 @@ from __future__ import annotations
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 from zipfile import BadZipFile
 
 import numpy as np
 import torch
 
 from sparse_prune.files import whole_file
-from sparse_prune.packing import pack, unpack
+from sparse_prune.packing import decode, encode
 from sparse_prune.pattern import BlockPattern
 
 FOLDER = "pattern_history"
@@ -29,11 +30,7 @@ def save_frame(patterns: Mapping[str, BlockPattern], folder: Path, step: int) ->
         The file's path.
     """
     target = _path(folder, step)
-    arrays = {}
-    for name, pattern in patterns.items():
-        shape = (*pattern.keep.shape, *pattern.block_size, int(pattern.causal), pattern.q_len, pattern.kv_len)
-        arrays[f"{name}:bits"] = pack(pattern.keep)["bits"].numpy()
-        arrays[f"{name}:shape"] = np.asarray(shape, dtype=np.int64)
+    arrays: dict[str, Any] = {key: tensor.numpy() for key, tensor in encode(patterns).items()}
     with whole_file(target) as path, open(path, "wb") as file:
         np.savez_compressed(file, **arrays)
     return target
@@ -73,17 +70,10 @@ def load_frame(folder: Path, step: int) -> dict[str, BlockPattern]:
     path = _path(folder, step)
     try:
         with np.load(path, allow_pickle=False) as stored:
-            names = [key.removesuffix(":shape") for key in stored.files if key.endswith(":shape")]
-            return {name: _pattern(stored[f"{name}:bits"], stored[f"{name}:shape"].tolist()) for name in names}
+            return decode({key: torch.from_numpy(array) for key, array in stored.items()})
     except (OSError, ValueError, KeyError, TypeError, EOFError, RuntimeError, BadZipFile, zlib.error) as error:
         raise ValueError(f"{path} must be a frame of the pattern history, got {error!r}. Remove it.") from error
 
 
 def _path(folder: Path, step: int) -> Path:
     return folder / FOLDER / f"step_{step:08d}.npz"
-
-
-def _pattern(bits: np.ndarray[tuple[int], np.dtype[np.uint8]], shape: list[int]) -> BlockPattern:
-    heads, rows, cols, block_q, block_kv, causal, q_len, kv_len = shape
-    keep = unpack({"shape": (heads, rows, cols), "bits": torch.from_numpy(bits)})
-    return BlockPattern(keep, (block_q, block_kv), bool(causal), q_len, kv_len)

@@ -16,17 +16,17 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sparse_prune.files import whole_file
+from sparse_prune.packing import decode, encode
 from sparse_prune.pattern import BlockPattern
 from sparse_prune.pruner import AttentionPruner
 
 FORMAT = "sparse_prune.patterns"
-VERSION = 2
+VERSION = "3"
 RULE = "learned corner; then sinks, band by distance from the diagonal, dense heads"
 """How patterns go on at other lengths: `BlockPattern.at`. A file that was made for another rule is refused."""
-
-
+_READABLE = ("2", VERSION)  # version 2 held masks as they are, a byte per block
 _UNUSED = "unused/"
-"""Begins the tensor names of patterns that no layer uses; readers of before look past them."""
+"""Begins the tensor names of patterns that no layer uses."""
 
 
 def save_patterns(
@@ -57,11 +57,9 @@ def save_patterns(
         **({"unused": {name: _describe(pattern) for name, pattern in unused.items()}} if unused else {}),
         **(details or {}),
     }
-    named = {**patterns, **{_UNUSED + name: pattern for name, pattern in (unused or {}).items()}}
-    # Layers may share a pattern, tensors in a file no memory.
-    tensors = {name: p.keep.clone(memory_format=torch.contiguous_format) for name, p in named.items()}
+    tensors = encode({**patterns, **{_UNUSED + name: pattern for name, pattern in (unused or {}).items()}})
     text = json.dumps(header)
-    metadata = {"format": FORMAT, "version": str(VERSION), "header": text, "sha256": _checksum(text, tensors)}
+    metadata = {"format": FORMAT, "version": VERSION, "header": text, "sha256": _checksum(text, tensors)}
     try:
         with whole_file(target) as file:
             save_file(tensors, file, metadata=metadata)
@@ -85,12 +83,8 @@ def load_patterns(path: str | os.PathLike[str], unused: bool = False) -> dict[st
         FileNotFoundError: If there is no such file.
         ValueError: If it is not such a file, of another version or rule, cut short or altered.
     """
-    patterns, header = read_pattern_file(path)
-    if unused and "unused" in header:
-        with safe_open(path, framework="pt") as file:
-            for name, part in header["unused"].items():
-                patterns[name] = _pattern(file.get_tensor(_UNUSED + name), part)
-    return patterns
+    patterns, learned, _ = _read(path)
+    return {**patterns, **learned} if unused else patterns
 
 
 def read_pattern_file(path: str | os.PathLike[str]) -> tuple[dict[str, BlockPattern], dict[str, Any]]:
@@ -103,6 +97,14 @@ def read_pattern_file(path: str | os.PathLike[str]) -> tuple[dict[str, BlockPatt
         FileNotFoundError: If there is no such file.
         ValueError: If it is not such a file, of another version or rule, cut short or altered.
     """
+    patterns, _, header = _read(path)
+    return patterns, header
+
+
+def _read(
+    path: str | os.PathLike[str],
+) -> tuple[dict[str, BlockPattern], dict[str, BlockPattern], dict[str, Any]]:
+    """Patterns in force, unused ones, and the header."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"`path` must be a pattern file, got {os.fspath(path)!r}, which does not exist.")
     try:
@@ -111,10 +113,10 @@ def read_pattern_file(path: str | os.PathLike[str]) -> tuple[dict[str, BlockPatt
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
     except SafetensorError as error:
         raise ValueError(f"`path` must be a whole pattern file, got {os.fspath(path)!r}: {error}.") from error
-    if metadata.get("format") != FORMAT or metadata.get("version") != str(VERSION):
+    if metadata.get("format") != FORMAT or metadata.get("version") not in _READABLE:
         raise ValueError(
-            f"`path` must be a {FORMAT} file of version {VERSION}, got format {metadata.get('format')!r}, "
-            f"version {metadata.get('version')!r}. Write it with `save_patterns`."
+            f"`path` must be a {FORMAT} file of version {' or '.join(_READABLE)}, got format "
+            f"{metadata.get('format')!r}, version {metadata.get('version')!r}. Write it with `save_patterns`."
         )
     if metadata.get("sha256") != _checksum(metadata.get("header", ""), tensors):
         raise ValueError(
@@ -124,10 +126,12 @@ def read_pattern_file(path: str | os.PathLike[str]) -> tuple[dict[str, BlockPatt
         header = json.loads(metadata["header"])
         if header["rule"] != RULE:
             raise ValueError(f"rule for other lengths {header['rule']!r} instead of {RULE!r}")
-        patterns = {name: _pattern(tensors[name], part) for name, part in header["layers"].items()}
+        found = decode(tensors) if metadata["version"] == VERSION else _decode_version_2(tensors, header)
+        patterns = {name: found[name] for name in header["layers"]}
+        unused = {name: found[_UNUSED + name] for name in header.get("unused", {})}
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"`path` must be a pattern file of this library, got {os.fspath(path)!r}: {error}.") from error
-    return patterns, header
+    return patterns, unused, header
 
 
 def describe_pruning(pruner: AttentionPruner, names: Mapping[str, str] | None = None) -> dict[str, Any]:
@@ -178,8 +182,12 @@ def _describe(pattern: BlockPattern) -> dict[str, Any]:
     }
 
 
-def _pattern(keep: Tensor, part: Mapping[str, Any]) -> BlockPattern:
-    return BlockPattern(keep, tuple(part["block_size"]), part["causal"], part["q_len"], part["kv_len"])
+def _decode_version_2(tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> dict[str, BlockPattern]:
+    parts = {**header["layers"], **{_UNUSED + name: part for name, part in header.get("unused", {}).items()}}
+    return {
+        name: BlockPattern(tensors[name], tuple(part["block_size"]), part["causal"], part["q_len"], part["kv_len"])
+        for name, part in parts.items()
+    }
 
 
 def _checksum(header: str, tensors: Mapping[str, Tensor]) -> str:

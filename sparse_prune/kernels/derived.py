@@ -11,10 +11,15 @@ import torch
 from sparse_prune.pattern import BlockPattern
 
 _T = TypeVar("_T")
-_KEPT: WeakKeyDictionary[BlockPattern, dict[Hashable, object]] = WeakKeyDictionary()
+_KEPT: WeakKeyDictionary[BlockPattern, dict[Hashable, tuple[object, Hashable]]] = WeakKeyDictionary()
 
 
-def derived(pattern: BlockPattern, key: tuple[Hashable, ...], make: Callable[[], _T]) -> _T:
+def derived(
+    pattern: BlockPattern,
+    key: tuple[Hashable, ...],
+    make: Callable[[], _T],
+    state: Callable[[], Hashable] = lambda: None,
+) -> _T:
     """What `make` gives, made once per pattern and key, and dropped with the pattern.
 
     It is made outside of inference mode: autograd cannot save for training what validation built inside it.
@@ -23,9 +28,12 @@ def derived(pattern: BlockPattern, key: tuple[Hashable, ...], make: Callable[[],
         pattern: What it is derived from. What `make` gives must not hold it, or neither would ever be dropped.
         key: Who asks, and all else that it is derived from.
         make: Derives it.
+        state: Tells what else it is derived from that changes with time. In another state it is made anew, and what was
+            made before goes.
     """
     known = _KEPT.setdefault(pattern, {})
-    if key not in known:
+    found = known.get(key)
+    if found is None or found[1] != state():
         with torch.inference_mode(False):
-            known[key] = make()
-    return known[key]  # type: ignore[return-value]
+            known[key] = found = (make(), state())  # making it may have changed the state, as reading a file does
+    return found[0]  # type: ignore[return-value]

@@ -126,11 +126,11 @@ def strongest_heads(
 
 
 def _lead(logits: Tensor, probe: RetrievalProbe) -> Tensor:
-    """Mean over the answers of the lead of the right token, at most `_SURE`."""
+    """Mean of the right tokens' leads, each at most `_SURE`. A token that does not lead was not found: it counts 0."""
     places = probe.answers.to(logits.device)
     rows, target = logits[places - 1].float(), probe.tokens.to(logits.device)[places][:, None]
     others = rows.scatter(1, target, -torch.inf).amax(1)
-    return (rows.gather(1, target)[:, 0] - others).clamp(max=_SURE).mean()
+    return (rows.gather(1, target)[:, 0] - others).clamp(0.0, _SURE).mean()
 
 
 @contextmanager

@@ -76,10 +76,12 @@ class ScoreAverage:
 
     def state_dict(self) -> dict[str, Any]:
         """What to save: the sums, packed, and the weights, (q_blocks, kv_blocks). Later updates do not change it."""
-        return {"sum": pack(self._sum), "weight": None if self._weight is None else self._weight.clone()}
+        if self._sum is None or self._weight is None:
+            return {"sum": None, "weight": None}
+        return {"sum": pack(self._sum), "weight": self._weight.clone()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue where `state_dict` was taken."""
-        total, weight = unpack(state["sum"]), state["weight"]
-        self._sum = None if total is None else total.clone()
+        total, weight = state["sum"], state["weight"]
+        self._sum = None if total is None else unpack(total).clone()
         self._weight = None if weight is None else weight.clone()

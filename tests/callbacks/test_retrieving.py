@@ -7,6 +7,7 @@ from torch.utils.data import DataLoader
 
 from sparse_prune import Constraints
 from sparse_prune.callbacks import KernelSwap, RetrievalHeads
+from sparse_prune.retrieval import RetrievalProbe, retrieval_probes
 from support.nano import NanoGPT
 from support.tiny import TinyModule, pruning, tiny_llama, trainer
 
@@ -52,7 +53,7 @@ def test_a_resumed_run_has_the_same_heads_and_another_run_finds_its_own(tmp_path
     monkeypatch.undo()
     other = TinyModule(tiny_llama(num_hidden_layers=1))
     trainer(tmp_path, [callback], steps=1).fit(other, DataLoader(TOKENS, batch_size=2))
-    assert set(callback.pruner.constraints.protected_heads) == {LAYER}
+    assert set(callback.pruner.constraints.protected_heads or {}) <= {LAYER}
 
 
 def test_heads_of_the_user_stay_protected_and_groups_go_together(tmp_path, monkeypatch):
@@ -72,10 +73,39 @@ class Nano(TinyModule):
     def training_step(self, batch, batch_idx):
         return nn.functional.cross_entropy(self.model(batch)[:, :-1].flatten(0, 1), batch[:, 1:].flatten())
 
+    @torch.no_grad()
+    def retrieval_probes(self, tokens, count, seed):
+        """What it says itself."""
+        asked = tokens[0].clone()
+        asked[-1] = self.model(asked[None])[0, -2].argmax()
+        return [RetrievalProbe("own", asked, torch.tensor([len(asked) - 1]))]
+
 
 def test_a_model_of_another_kind_that_takes_tokens_is_served(tmp_path):
     callback, _, _ = fit(tmp_path, Nano(), steps=1)
     assert callback.pruner.constraints.protected_heads
+
+
+def test_a_model_that_answers_nothing_is_told_of(tmp_path, caplog, monkeypatch):
+    nothing = {name: torch.zeros(4) for name in (LAYER, LAYER.replace("0", "1"))}
+    monkeypatch.setattr("sparse_prune.callbacks.retrieving.far_field_influence", lambda *args: nothing)
+    callback, _, _ = fit(tmp_path, steps=1)
+    assert callback.pruner.constraints.protected_heads is None
+    assert sum("`retrieval` keeps no head whole" in text for text in caplog.messages) == 1
+
+
+class Asking(TinyModule):
+    """It asks questions of its own."""
+
+    def retrieval_probes(self, tokens, count, seed):
+        self.asked = tokens.shape, count, seed
+        return retrieval_probes(tokens, count, seed)
+
+
+def test_a_module_may_ask_its_own_questions(tmp_path):
+    module = Asking()
+    fit(tmp_path, module, steps=1, retrieval=RetrievalHeads(share=0.25, probes=3, length=128, seed=4))
+    assert module.asked == ((2, 128), 3, 4)
 
 
 class Vectors(TinyModule):

@@ -21,6 +21,32 @@ def test_it_is_made_once_per_pattern_and_key():
     assert made == ["a", "b", "a"]
 
 
+def test_only_the_latest_state_is_kept():
+    pattern, made, now = random_pattern(2, 64, 16, density=0.5), [], 1
+
+    def ask(make):
+        return derived(pattern, ("tensor",), make, lambda: now)
+
+    first = weakref.ref(ask(lambda: torch.ones(1)))
+    assert ask(lambda: made.append(1)) is first()
+    now = 2
+    assert ask(lambda: torch.zeros(1)) == 0
+    gc.collect()
+    assert first() is None
+    assert not made
+
+
+def test_it_is_of_the_state_that_making_it_leaves():
+    pattern, states = random_pattern(2, 64, 16, density=0.5), [0]
+
+    def make():
+        states.append(states[-1] + 1)
+        return len(states)
+
+    assert derived(pattern, ("read",), make, lambda: states[-1]) == 2
+    assert derived(pattern, ("read",), make, lambda: states[-1]) == 2
+
+
 def test_it_lives_as_long_as_the_pattern():
     pattern = random_pattern(2, 64, 16, density=0.5)
     found = weakref.ref(derived(pattern, ("tensor",), lambda: torch.ones(3)))

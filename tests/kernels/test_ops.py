@@ -1,11 +1,12 @@
 """The kernels as operators of torch.library."""
 
 import math
+from dataclasses import fields
 
 import pytest
 import torch
 
-from sparse_prune.kernels import block_sparse_attention
+from sparse_prune.kernels import AttentionOptions, block_sparse_attention
 from support.cases import inputs, random_pattern
 
 pytest.importorskip("triton")
@@ -22,7 +23,7 @@ def tensors():
 
 def arguments(pattern):
     tables, configs = plan(pattern, 16, torch.float32, DEVICE)
-    return [tables, configs, None, None, None, pattern.causal, None, None, 0.0, 0, None]
+    return [tables, configs, pattern.causal, *ops.option_arguments(AttentionOptions())]
 
 
 def test_operator_keeps_the_rules_of_torch_library():
@@ -71,6 +72,14 @@ def test_a_compiled_function_has_no_graph_break_and_follows_its_pattern():
             assert torch.equal(a, b)
         results.append(found)
     assert not torch.equal(*results)
+
+
+def test_the_schema_knows_every_option():
+    """An option that the operators do not carry would be ignored in silence."""
+    schema = torch.ops.sparse_prune.block_sparse_attention_backward.default._schema
+    given = {field.name for field in fields(AttentionOptions)}
+    assert given < {argument.name for argument in schema.arguments}
+    assert len(ops.option_arguments(AttentionOptions())) == len(given)
 
 
 def test_the_log_sum_exp_and_its_gradient():

@@ -221,11 +221,8 @@ def test_probe_equals_the_probe_in_torch(causal, options, known_lse):
     options, lse = AttentionOptions(**options), None
     if known_lse:  # as the forward kernel gives it
         dense = BlockPattern.dense(4, 37, 37, 16, causal)
-        given = (options.key_mask, options.attn_mask, options.documents)
         planned = plan(dense, 24, query.dtype, query.device)
-        _, lse = ops.block_sparse_attention(
-            query, key, value, *planned, *given, causal, None, options.softcap, 0.0, 0, None
-        )
+        _, lse = ops.block_sparse_attention(query, key, value, *planned, causal, *ops.option_arguments(options))
     found = probe(query, key, (16, 16), causal=causal, options=options, lse=lse)
     mask = options.attn_mask
     if options.documents is not None:

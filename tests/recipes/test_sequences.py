@@ -5,8 +5,9 @@ import json
 import pytest
 import torch
 import yaml
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.nn import functional as F
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from sparse_prune.recipes.base.held_out import HeldOutMean
 from sparse_prune.recipes.base.pretrained import load_tokenizer
@@ -124,6 +125,21 @@ def test_of_chats_only_answers_count_and_sequences_without_any_are_left_out(tiny
     logits = module.model(batch["input_ids"], position_ids=batch["position_ids"]).logits
     own = F.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten(), ignore_index=IGNORED)
     torch.testing.assert_close(module._loss(batch), own)
+
+
+@pytest.mark.parametrize(("special", "end"), [({"sep_token": "|"}, "|"), ({}, "")])
+def test_without_an_end_of_text_token_documents_are_joined_all_the_same(tmp_path, caplog, special, end):
+    caplog.set_level("INFO", "sparse_prune")
+    made = Tokenizer(models.WordLevel({symbol: number for number, symbol in enumerate("abc|")}, unk_token="|"))
+    made.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    PreTrainedTokenizerFast(tokenizer_object=made, **special).save_pretrained(tmp_path / "model")
+    for number in range(200):
+        (tmp_path / f"{number}.txt").write_text("abc")
+    data = TextDataModule(str(tmp_path / "model"), f"{tmp_path}/*.txt", context_length=8, train_sequences=2)
+    data.setup("fit")
+    text = load_tokenizer(str(tmp_path / "model")).decode(data.sequences["train"].flatten()).replace(" ", "")
+    assert text == (f"abc{end}" * 6)[:16]
+    assert ("no end-of-text token: nothing stands between documents" in caplog.text) == (not end)
 
 
 def test_what_does_not_go_together_is_refused(tiny_model, tmp_path):

@@ -7,6 +7,7 @@ import datasets
 import pytest
 from datasets import Dataset, DatasetDict
 
+from sparse_prune.__main__ import main
 from sparse_prune.recipes.base.rows import data_rows, is_data_set
 from sparse_prune.recipes.text_classification.data import load_labelled
 
@@ -90,6 +91,17 @@ def test_broken_tables_are_refused_by_name(tmp_path, name, content, told):
             ValueError, match=rf"(?s)`data` must be a table that can be read, got '.*/{name}': .*{told}"
         ):
             list(data_rows(str(tmp_path / name), ["text"], "data", stream).documents())
+
+
+def test_a_command_refuses_a_broken_table_in_one_line(tmp_path, capsys):
+    (tmp_path / "rows.jsonl").write_text("{oops")
+    with pytest.raises(SystemExit) as done:
+        main(["recipes", "run", "text_classification", "--config", "quickstart", f"--data.data={tmp_path}/rows.jsonl"])
+    assert done.value.code == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+    assert line.startswith(
+        "sparse-prune recipes run text_classification: error: `data` must be a table that can be read"
+    )
 
 
 def test_columns_of_usual_names_are_found_and_said(tmp_path, caplog):

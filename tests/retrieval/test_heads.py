@@ -12,16 +12,15 @@ from support.tiny import tiny_llama
 LENGTH = 160
 
 
-def probes(count=2, kinds=("recall", "repeat")):
-    generator = torch.Generator().manual_seed(3)
-    return [
-        RetrievalProbe(
-            kinds[index % len(kinds)],
-            torch.randint(0, 32, (LENGTH,), generator=generator),
-            torch.arange(LENGTH - 6, LENGTH),
-        )
-        for index in range(count)
-    ]
+@torch.no_grad()
+def probes(model, count=2, kinds=("recall", "repeat")):
+    """Their last token is what the model says, the one before is not."""
+    generator, made = torch.Generator().manual_seed(3), []
+    for index in range(count):
+        tokens = torch.randint(0, 32, (LENGTH,), generator=generator)
+        tokens[-1] = model.eval()(input_ids=tokens[None]).logits[0, -2].argmax()
+        made.append(RetrievalProbe(kinds[index % len(kinds)], tokens, torch.arange(LENGTH - 2, LENGTH)))
+    return made
 
 
 @pytest.mark.parametrize(("causal", "extra"), [(True, 0), (False, 0), (True, 7)])
@@ -46,8 +45,8 @@ def test_far_field_is_the_change_of_a_linear_loss(causal, extra):
 
 def test_influence_is_what_autograd_says(monkeypatch):
     model = tiny_llama().eval()
+    (probe,) = probes(model, 1, ("recall",))
     handles = attach(model)
-    (probe,) = probes(1, ("recall",))
     found = far_field_influence(model, lambda tokens: model(input_ids=tokens).logits, handles, [probe])
     # By hand: the gradient of the mean lead in each attention output, times its change without the far field.
     calls = {}
@@ -67,7 +66,7 @@ def test_influence_is_what_autograd_says(monkeypatch):
     rows, target = logits[probe.answers - 1], probe.tokens[probe.answers]
     own = rows.gather(1, target[:, None])[:, 0]
     others = torch.stack([torch.cat([row[:t], row[t + 1 :]]).max() for row, t in zip(rows, target, strict=True)])
-    lead = (own - others).clamp(max=8.0).mean()
+    lead = (own - others).clamp(0.0, 8.0).mean()
     lead.backward()
     by_hand = {}
     for name, (query, key, value, output) in calls.items():
@@ -80,14 +79,16 @@ def test_influence_is_what_autograd_says(monkeypatch):
 
 
 def test_nothing_is_left_behind():
-    model = tiny_llama().train()
+    model = tiny_llama()
+    asked = probes(model)
+    model.train()
     handles = attach(model)
     model(input_ids=torch.zeros(1, 20, dtype=torch.int64), labels=torch.zeros(1, 20, dtype=torch.int64)).loss.backward()
     before = [vars(handle).copy() for handle in handles]
     gradients = {name: weight.grad.clone() for name, weight in model.named_parameters()}
     model.get_input_embeddings().weight.requires_grad_(False)
     first, second = (
-        far_field_influence(model, lambda tokens: model(input_ids=tokens).logits, handles, probes()) for _ in range(2)
+        far_field_influence(model, lambda tokens: model(input_ids=tokens).logits, handles, asked) for _ in range(2)
     )
     assert [vars(handle) for handle in handles] == before
     assert model.training
@@ -106,8 +107,16 @@ def test_every_kind_of_probe_counts_alike():
         found = far_field_influence(model, lambda tokens: model(input_ids=tokens).logits, handles, made)
         return sum(float(part.clamp_min(0).sum()) for part in found.values())
 
-    assert positive(probes(1)) == pytest.approx(1.0)
-    assert positive(probes(3, ("recall",))) == pytest.approx(1.0)
+    assert positive(probes(model, 1)) == pytest.approx(1.0)
+    assert positive(probes(model, 3, ("recall",))) == pytest.approx(1.0)
+
+
+def test_what_the_model_does_not_find_tells_nothing():
+    model = tiny_llama()
+    (probe,) = probes(model, 1)
+    missed = RetrievalProbe("recall", probe.tokens.roll(1), torch.tensor([LENGTH - 1]))
+    found = far_field_influence(model, lambda tokens: model(input_ids=tokens).logits, attach(model), [missed])
+    assert all(float(part.abs().max()) == 0.0 for part in found.values())
 
 
 def test_the_strongest_are_taken_by_head_or_by_group():

@@ -3,7 +3,10 @@
 import pytest
 import torch
 
-from sparse_prune.retrieval import retrieval_probes
+from sparse_prune.evaluation import TASKS
+from sparse_prune.recipes.base.pretrained import load_tokenizer
+from sparse_prune.retrieval import retrieval_probes, text_probes
+from sparse_prune.retrieval.text_probes import ASKED
 
 
 @pytest.mark.parametrize("length", [128, 200, 1024])
@@ -49,3 +52,20 @@ def test_distances_differ_and_several_keys_are_asked_for():
 def test_sequences_without_room_are_refused():
     with pytest.raises(ValueError, match="`sequences` must hold at least 128 tokens each for retrieval probes, got 64"):
         retrieval_probes(torch.zeros(1, 64, dtype=torch.int64), 2)
+
+
+def test_questions_in_words_have_their_facts_in_the_text_and_no_test_wording(tiny_model):
+    tokenizer = load_tokenizer(tiny_model)
+    text = torch.full((2, 400), tokenizer("and")["input_ids"][0])
+    probes = text_probes(tokenizer, text, 8, seed=2)
+    assert [probe.kind for probe in probes] == [*ASKED] * 2
+    for probe in probes:
+        answer = probe.tokens[probe.answers].tolist()
+        before = probe.tokens[: probe.answers[0]].tolist()
+        assert any(before[place : place + len(answer)] == answer for place in range(len(before)))
+        assert probe.answers[-1] == len(probe.tokens) - 1
+        assert len(probe.tokens) <= 400
+        asked = tokenizer.decode(before[-40:])
+        tested = [wording.question.partition("{")[0].strip() for wording in TASKS[probe.kind].test]
+        assert not any(words and words in asked for words in tested)
+    assert not torch.equal(probes[0].tokens, text_probes(tokenizer, text, 8, seed=3)[0].tokens)

@@ -141,10 +141,12 @@ def flat(value: Any, name: str = "") -> dict[str, str]:
         value: Mappings, lists and plain values.
         name: Path so far.
     """
-    if isinstance(value, Mapping):
-        parts = value.items()
-    elif isinstance(value, list) and any(isinstance(part, Mapping) for part in value):
-        parts = enumerate(value)
-    else:
+    if isinstance(value, list) and any(isinstance(part, Mapping) for part in value):
+        value = dict(enumerate(value))
+    if not isinstance(value, Mapping):
         return {name: ", ".join(map(str, value)) if isinstance(value, list) else str(value)}
-    return {key: text for part, inner in parts for key, text in flat(inner, f"{name}/{part}" if name else part).items()}
+    return {
+        key: text
+        for part, inner in value.items()
+        for key, text in flat(inner, f"{name}/{part}" if name else part).items()
+    }

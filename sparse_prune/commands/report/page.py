@@ -124,7 +124,8 @@ def _span(logs: RunLogs) -> list[int]:
 
 def _charts(logs: RunLogs) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """The loss and the charts over the run, and those that are folded away, as far as the run logged them."""
-    main, more = [_loss_chart(logs)], []
+    main: list[dict[str, Any]] = [_loss_chart(logs)]
+    more: list[dict[str, Any]] = []
     for chart, shown in metrics.charts().items():
         if chart.on_page:
             lines = [line for metric in shown if not metric.event for line in _lines(metric, logs)]

@@ -32,7 +32,7 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, pattern: BlockPattern, op
 
 def _suits_moving(query: Tensor, pattern: BlockPattern, options: AttentionOptions) -> bool:
     kernels = triton_kernels() if query.device.type == "cuda" else None
-    return kernels is not None and kernels.unsupported(query, pattern.block_size) is None
+    return kernels is not None and bool(kernels.supports(query, pattern.block_size))
 
 
 def _traced(query: Tensor, key: Tensor, value: Tensor, name: str, causal: bool, options: AttentionOptions) -> Tensor:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from sparse_prune.kernels.derived import derived
 from sparse_prune.kernels.options import AttentionOptions
 from sparse_prune.kernels.triton import ops, tuning
 from sparse_prune.kernels.triton.configs import (
@@ -55,14 +55,10 @@ def attend_planned(
     """As `attend`, by the tables of a pattern: all of it can be traced by torch.compile."""
     ops.refuse_forward_mode(query, key, value)
     query, key, value = _cast(query, key, value)
-    value_dim, scale = value.shape[3], _scale(query, options)
+    value_dim, options = value.shape[3], replace(options, scale=_scale(query, options))
     query, key, value = same_width(query, key, value)
-    tables, configs = planned
     with torch.autocast(query.device.type, enabled=False):
-        output, _ = ops.block_sparse_attention(
-            query, key, value, tables, configs, options.key_mask, options.attn_mask, options.documents,
-            causal, scale, options.softcap, options.dropout_p, options.seed or 0, options.window,
-        )  # fmt: skip
+        output, _ = ops.block_sparse_attention(query, key, value, *planned, causal, *ops.option_arguments(options))
     output = torch.as_tensor(output)
     return output if output.shape[3] == value_dim else output[..., :value_dim]
 
@@ -90,9 +86,6 @@ def _scale(query: Tensor, options: AttentionOptions) -> float:
     return scale
 
 
-_PLANS: WeakKeyDictionary[BlockPattern, dict[tuple[Call, torch.device], tuple[object, Plan]]] = WeakKeyDictionary()
-
-
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator, unused-ignore]
 def plan(
     pattern: BlockPattern, head_dim: int, dtype: torch.dtype, device: torch.device, masks: int = 0,
@@ -114,13 +107,10 @@ def plan(
     Raises:
         ValueError: If head size or block size are not supported.
     """
-    call, revision = Call(head_dim, dtype, pattern.block_size, masks, softcap, dropout), tuning.revision()
-    known = _PLANS.setdefault(pattern, {})
-    found = known.get((call, device))
-    if found is None or found[0] != revision:
-        planned = _plan(pattern, call, device)
-        known[call, device] = found = (tuning.revision(), planned)  # reading the file may have changed it
-    tables, configs = found[1]
+    call = Call(head_dim, dtype, pattern.block_size, masks, softcap, dropout)
+    tables, configs = derived(
+        pattern, ("plan", call, device), lambda: _plan(pattern, call, device), tuning.revision
+    )  # fmt: skip
     return [*tables], [*configs]
 
 
@@ -136,14 +126,24 @@ def _plan(pattern: BlockPattern, call: Call, device: torch.device) -> Plan:
     return tables, configs
 
 
-def unsupported(query: Tensor, pattern_block: tuple[int, int]) -> str | None:
-    """Why the Triton backend cannot take a call; None if it can."""
+def supports(query: Tensor, block_size: tuple[int, int]) -> bool:
+    """Whether `attend` takes such a call; `block_size` is the pattern's."""
+    call = Call(query.shape[3], query.dtype, block_size)
+    return _taken(query, lambda: launch_config("forward", capability(query.device), call))
+
+
+def probes(query: Tensor, block_size: tuple[int, int]) -> bool:
+    """Whether `probe` takes such a call; arguments as there."""
+    return _taken(query, lambda: probe_config(Call(query.shape[3], call_dtype(query), block_size)))
+
+
+def _taken(query: Tensor, configure: Callable[[], object]) -> bool:
     try:
         check_supported(query)
-        launch_config("forward", capability(query.device), Call(query.shape[3], query.dtype, pattern_block))
-    except ValueError as error:
-        return str(error)
-    return None
+        configure()
+    except ValueError:
+        return False
+    return True
 
 
 def check_supported(query: Tensor) -> None:
@@ -165,16 +165,6 @@ def check_supported(query: Tensor) -> None:
             f"The Triton backend takes at most {_MAX_BATCH} sequences, got {query.shape[0]}. "
             "Split the batch, or use backend='gather'."
         )
-
-
-def probes(query: Tensor, block_size: tuple[int, int]) -> bool:
-    """Whether `probe` takes such a call; arguments as there."""
-    try:
-        check_supported(query)
-        probe_config(Call(query.shape[3], call_dtype(query), block_size))
-    except ValueError:
-        return False
-    return True
 
 
 def probe(
@@ -211,10 +201,7 @@ def probe(
         real = options.key_mask[:, None, :, None]
         attn_mask = real if attn_mask is None else attn_mask & real
         lse = None if lse is None else lse.masked_fill(~real[..., 0], torch.inf)
-    masked = AttentionOptions(
-        scale=options.scale, key_mask=options.key_mask, attn_mask=attn_mask, documents=options.documents,
-        window=options.window, softcap=options.softcap,
-    )  # fmt: skip
+    masked = replace(options, attn_mask=attn_mask, dropout_p=0.0, seed=None)
     config = probe_config(Call(query.shape[3], query.dtype, block_size, *traits(masked)))
     sums = within_memory(
         "probe", config, query, masked,
@@ -234,9 +221,6 @@ class _DecodeTables:
     """uint8, (num_heads, rows, kv_blocks)."""
     most: int
     """Visits of the busiest key head."""
-
-
-_DECODE: WeakKeyDictionary[BlockPattern, tuple[tuple[Any, ...], _DecodeTables]] = WeakKeyDictionary()
 
 
 def decodes(query: Tensor, key: Tensor, value: Tensor | None = None) -> bool:
@@ -295,16 +279,15 @@ def _decode_tables(
 ) -> tuple[_DecodeTables, int]:
     """Tables for the last `q_len` queries, and their first query block. New ones only when a block is full."""
     block_q, block_kv = pattern.block_size
-    first = (kv_len - q_len) // block_q
-    place = (first, num_blocks(kv_len, block_q), num_blocks(kv_len, block_kv), tile, kv_heads, device)
-    known = _DECODE.get(pattern)
-    if known is None or known[0] != place:
-        keep = pattern.keep_rows(first, num_blocks(kv_len, block_q), num_blocks(kv_len, block_kv))
+    first, rows, cols = (kv_len - q_len) // block_q, num_blocks(kv_len, block_q), num_blocks(kv_len, block_kv)
+
+    def build() -> _DecodeTables:
+        keep = pattern.keep_rows(first, rows, cols)
         union = keep.reshape(kv_heads, -1, keep.shape[2]).any(1).repeat_interleave(block_kv // tile, 1)[:, None]
         visits = build_visits(union.to(device), torch.zeros_like(union[0]).to(device), int(union.sum()))
-        tables = _DecodeTables(visits, keep.to(device, torch.uint8).contiguous(), int(union.sum(-1).max()))
-        _DECODE[pattern] = known = (place, tables)
-    return known[1], first
+        return _DecodeTables(visits, keep.to(device, torch.uint8).contiguous(), int(union.sum(-1).max()))
+
+    return derived(pattern, ("decode", tile, kv_heads, device), build, lambda: (first, rows, cols)), first
 
 
 def call_dtype(query: Tensor) -> torch.dtype:

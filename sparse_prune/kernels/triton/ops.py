@@ -14,13 +14,31 @@ from sparse_prune.kernels.triton.launch import launch_dkdv, launch_dq, launch_fo
 from sparse_prune.kernels.triton.memory import within_memory
 from sparse_prune.kernels.triton.tables import check_tables
 
+_OPTIONS = {
+    "key_mask": "Tensor?", "attn_mask": "Tensor?", "documents": "Tensor?", "scale": "float?", "softcap": "float?",
+    "dropout_p": "float", "seed": "SymInt?", "window": "SymInt?",
+}  # fmt: skip
+"""Fields of AttentionOptions with their types in a schema, in the order in which operators take them: masks first."""
+_SCHEMA = "Tensor[] tables, SymInt[] configs, bool causal, " + ", ".join(f"{t} {name}" for name, t in _OPTIONS.items())
 
-@torch.library.custom_op("sparse_prune::block_sparse_attention", mutates_args=())
+
+def option_arguments(options: AttentionOptions) -> tuple[Any, ...]:
+    """Options as the operators take them, behind all other arguments."""
+    return tuple(getattr(options, name) for name in _OPTIONS)
+
+
+def _options(arguments: tuple[Any, ...]) -> AttentionOptions:
+    return AttentionOptions(**dict(zip(_OPTIONS, arguments, strict=True)))
+
+
+@torch.library.custom_op(
+    "sparse_prune::block_sparse_attention",
+    mutates_args=(),
+    schema=f"(Tensor query, Tensor key, Tensor value, {_SCHEMA}) -> (Tensor, Tensor)",
+)
 def block_sparse_attention(
-    query: Tensor, key: Tensor, value: Tensor, tables: list[Tensor], configs: list[int], key_mask: Tensor | None,
-    attn_mask: Tensor | None, documents: Tensor | None, causal: bool, scale: float | None, softcap: float | None,
-    dropout_p: float, seed: int, window: int | None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    query: Tensor, key: Tensor, value: Tensor, tables: list[Tensor], configs: list[int], causal: bool, *arguments: Any
+) -> tuple[Tensor, Tensor]:
     """Attention over the tiles that the tables list.
 
     Args:
@@ -29,7 +47,8 @@ def block_sparse_attention(
         value: As `key`.
         tables: `Visits.tensors()` three times: for the forward pass, for dq, for dk and dv.
         configs: (query tile, key tile, warps, stages) three times, in the same order.
-        key_mask: As in `AttentionOptions`, like the rest.
+        causal: Whether query i sees only keys up to i + kv_len - q_len.
+        *arguments: See `option_arguments`.
 
     Returns:
         Output like `query`, and the base-2 log-sum-exp of each row, float32, (batch, num_heads, q_len).
@@ -37,7 +56,7 @@ def block_sparse_attention(
     Raises:
         ValueError: If a table does not fit the call.
     """
-    options = _options(key_mask, attn_mask, documents, scale, softcap, dropout_p, seed, window)
+    options = _options(arguments)
     config, part = _part(tables, configs, 0, query, key)
     return within_memory(
         "forward", config, query, options,
@@ -45,15 +64,18 @@ def block_sparse_attention(
     )  # fmt: skip
 
 
-@torch.library.custom_op("sparse_prune::block_sparse_attention_backward", mutates_args=())
+@torch.library.custom_op(
+    "sparse_prune::block_sparse_attention_backward",
+    mutates_args=(),
+    schema="(Tensor grad, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, Tensor output, Tensor lse, "
+    f"{_SCHEMA}) -> (Tensor, Tensor, Tensor)",
+)
 def block_sparse_attention_backward(
     grad: Tensor, grad_lse: Tensor | None, query: Tensor, key: Tensor, value: Tensor, output: Tensor, lse: Tensor,
-    tables: list[Tensor], configs: list[int], key_mask: Tensor | None, attn_mask: Tensor | None,
-    documents: Tensor | None, causal: bool, scale: float | None, softcap: float | None, dropout_p: float, seed: int,
-    window: int | None,
+    tables: list[Tensor], configs: list[int], causal: bool, *arguments: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of query, key and value, contiguous; arguments as in the forward operator."""
-    options = _options(key_mask, attn_mask, documents, scale, softcap, dropout_p, seed, window)
+    options = _options(arguments)
     config, rows = _part(tables, configs, 1, query, key)
     grad_q, delta = within_memory(
         "dq", config, query, options,
@@ -80,21 +102,21 @@ def _(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    query, key, value, tables, configs, key_mask, attn_mask, documents, *rest = inputs
+    query, key, value, tables, ctx.configs, ctx.causal, key_mask, attn_mask, documents, *ctx.rest = inputs
     ctx.save_for_backward(query, key, value, *output, key_mask, attn_mask, documents, *tables)
-    ctx.configs, ctx.rest = configs, rest
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, grad: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
     query, key, value, output, lse, key_mask, attn_mask, documents, *tables = ctx.saved_tensors
-    none = ([None] * len(tables), *(None,) * 10)  # a gradient per input, of the input's structure
+    none = ([None] * len(tables), *(None,) * (2 + len(_OPTIONS)))  # a gradient per input, of the input's structure
     if grad is None and grad_lse is None:
         return None, None, None, *none
     grad = torch.zeros_like(output) if grad is None else grad
     grads = block_sparse_attention_backward(
-        grad, grad_lse, query, key, value, output, lse, tables, ctx.configs, key_mask, attn_mask, documents, *ctx.rest
-    )
+        grad, grad_lse, query, key, value, output, lse, tables, ctx.configs, ctx.causal, key_mask, attn_mask, documents,
+        *ctx.rest,
+    )  # fmt: skip
     return *grads, *none
 
 
@@ -115,16 +137,6 @@ def refuse_forward_mode(*tensors: Tensor) -> None:
             "Backend 'triton' must get tensors without tangents, got forward-mode differentiation (torch.func.jvp, "
             "torch.autograd.forward_ad). Use backend='reference', which has it."
         )
-
-
-def _options(
-    key_mask: Tensor | None, attn_mask: Tensor | None, documents: Tensor | None, scale: float | None,
-    softcap: float | None, dropout_p: float, seed: int, window: int | None,
-) -> AttentionOptions:  # fmt: skip
-    return AttentionOptions(
-        scale=scale, key_mask=key_mask, attn_mask=attn_mask, documents=documents, window=window,
-        dropout_p=dropout_p, seed=seed, softcap=softcap,
-    )  # fmt: skip
 
 
 def _part(
