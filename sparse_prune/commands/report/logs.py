@@ -79,9 +79,9 @@ def read_run(folder: Path) -> RunLogs:
 
 def _latest(folder: Path) -> Path:
     for name in _LOGS:
-        found = [path for path in folder.rglob(name) if path.parent.name != "dense"]
+        found = list(folder.glob(name)) or [path for path in folder.rglob(name) if path.parent.name != "dense"]
         if found:
-            return max(found, key=lambda path: (path.parent == folder, path.stat().st_mtime))
+            return max(found, key=lambda path: path.stat().st_mtime)
     raise FileNotFoundError(
         f"`run` must be a folder with a metrics.csv inside, or with a run-*.wandb, got {str(folder)!r}. "
         "Give the Trainer a CSVLogger beside your other loggers, and pass its folder."

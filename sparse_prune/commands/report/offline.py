@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,13 +42,18 @@ def read_offline(path: Path) -> tuple[Rows, dict[str, str]]:
         record = Record.FromString(piece)
         for item in (*record.run.config.update, *record.config.update):
             settings["/".join(item.nested_key) or item.key] = _text(json.loads(item.value_json))
-        for updates in (record.history.item, record.summary.update):
-            found = {"/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in updates}
-            numbers = {key: float(value) for key, value in found.items() if isinstance(value, int | float)}
-            last = int(numbers.pop("trainer/global_step", last))
-            # Numbers of the client's own begin with "_".
-            rows.append((last, {key: value for key, value in numbers.items() if not key.startswith("_")}))
+        row = _numbers(record.history.item)
+        last = int(row.pop("trainer/global_step", last))
+        # W&B repeats every row in its summary; how the run ended stands there alone.
+        end = {key: value for key, value in _numbers(record.summary.update).items() if key.startswith("final/")}
+        rows.append((last, row | end))
     return rows, settings
+
+
+def _numbers(items: Iterable[Any]) -> dict[str, float]:
+    """Those of a record, without those of the client's own, which begin with "_"."""
+    found = {"/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in items}
+    return {k: float(v) for k, v in found.items() if isinstance(v, int | float) and not k.startswith("_")}
 
 
 def _records(data: bytes) -> Iterator[bytes]:
