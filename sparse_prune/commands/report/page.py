@@ -12,7 +12,7 @@ from sparse_prune import metrics
 from sparse_prune.commands.report.animation import blocks_per_cell, frames, thin_out
 from sparse_prune.commands.report.heads import describe_heads
 from sparse_prune.commands.report.logs import RunLogs, Series
-from sparse_prune.commands.report.verdict import LIMITS_TOLD, figures, last, numbers, sentence, swap_steps
+from sparse_prune.commands.report.verdict import LIMITS_TOLD, figures, last, numbers, sentence, span, swap_steps
 from sparse_prune.losses import find_loss
 from sparse_prune.metrics import Metric
 from sparse_prune.pattern import BlockPattern
@@ -60,7 +60,7 @@ def describe(logs: RunLogs) -> dict[str, Any]:
         "charts": main,
         "more": more,
         "swaps": swap_steps(logs),
-        "span": _span(logs),
+        "span": list(span(logs)),
         "frames": frames(((step, logs.frame(step)) for step in shown), merged),
         "merged": merged,
         "table": _table(final, logs),
@@ -81,7 +81,7 @@ def _facts(logs: RunLogs, final: Mapping[str, BlockPattern]) -> list[list[str]]:
         "Trained": first("model/train_only", "train_only"),
         "Data": first("data/text", "data/dataset", "data/data", "data/task", "data/class_path"),
         "Length": None if pattern is None else f"{pattern.kv_len} tokens",
-        "Block size": None if pattern is None else "{} x {} tokens".format(*pattern.block_size),
+        "Block size": first("pruning/block_size") if pattern is None else "{} x {} tokens".format(*pattern.block_size),
         "Schedule": _schedule(said, kind),
         "Score": first("pruning/score", "pruning/statistic"),
         "Swap": first("pruning/swap"),
@@ -113,13 +113,6 @@ _ALSO = {
     "of the attention's probability falls into kept blocks": metrics.MASS,
     "of the KV cache need not be kept (estimate)": metrics.KV_SHARE,
 }
-
-
-def _span(logs: RunLogs) -> list[int]:
-    """First and last step of all charts."""
-    drawn = [points for key, points in logs.metrics.items() if not key.startswith(("final/", "test"))]
-    steps = [step for points in drawn for step, _ in (points[0], points[-1])]
-    return [min(steps, default=0), max(steps, default=1)]
 
 
 def _charts(logs: RunLogs) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -156,7 +149,7 @@ def _lines(metric: Metric, logs: RunLogs) -> list[dict[str, Any]]:
         return f"{metric.label} {key.rpartition('_')[2]}" if metric.per_layer else metric.label
 
     # What is logged whenever patterns change holds until the run's last step.
-    end = _span(logs)[1] if metric.at == "pattern" else 0
+    end = span(logs)[1] if metric.at == "pattern" else 0
     twin = [{"name": "dense twin", "points": logs.dense[key], "style": "muted"} for key in metric.keys(logs.dense)]
     return twin + [
         {"name": name(key), "points": _held(logs.metrics[key], end), "style": metric.style}

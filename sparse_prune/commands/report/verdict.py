@@ -73,10 +73,9 @@ def numbers(logs: RunLogs) -> Numbers:
     own = logs.metrics.get(metrics.STEP_SECONDS.key, [])
     after = [seconds for step, seconds in own if not swaps or step > swaps[-1]]
     twin = [seconds for _, seconds in logs.dense.get(metrics.STEP_SECONDS.key, [])][1:]
-    curves = [points for key, points in logs.metrics.items() if not key.startswith(("final/", "test"))]
     return Numbers(
         finished="final/sparsity" in logs.metrics,
-        step=max((points[-1][0] for points in curves), default=0),
+        step=span(logs)[1],
         sparsity=last(metrics.SPARSITY.key, logs.metrics),
         loss=last(loss, logs.metrics),
         dense_loss=last(loss, logs.dense),
@@ -94,6 +93,14 @@ def numbers(logs: RunLogs) -> Numbers:
 def last(key: str | None, of: Mapping[str, Series]) -> float | None:
     """The last value of a key; None if it was not logged."""
     return of[key][-1][1] if key is not None and key in of else None
+
+
+def span(logs: RunLogs) -> tuple[int, int]:
+    """First and last step of the run's curves: metrics of pruning, and losses while it trained."""
+    keys = [key for metric in metrics.METRICS for key in metric.keys(logs.metrics)]
+    keys += [key for stage in ("training", "validation") if (key := find_loss(stage, logs.metrics))]
+    steps = [step for key in keys for step, _ in (logs.metrics[key][0], logs.metrics[key][-1])]
+    return min(steps, default=0), max(steps, default=0)
 
 
 def swap_steps(logs: RunLogs) -> list[int]:
