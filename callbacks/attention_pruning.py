@@ -13,12 +13,14 @@ import pytorch_lightning as pl
 import torch.distributed as dist
 from typing_extensions import override
 
+from sparse_prune.attention.averages import share_with_averages
 from sparse_prune.callbacks.checks import (
     in_steps,
     refuse_trainer,
     steps_of_run,
     warn_of_begin,
     warn_of_change,
+    warn_of_copies,
     warn_of_end,
     warn_of_reach,
     warn_of_return,
@@ -28,6 +30,7 @@ from sparse_prune.callbacks.collaborator import Driver, adopted
 from sparse_prune.callbacks.distilling import DistilledStep
 from sparse_prune.callbacks.kernel_swap import KernelSwap
 from sparse_prune.callbacks.lightning import classes, overrides, tell
+from sparse_prune.callbacks.randomness import Randomness
 from sparse_prune.callbacks.retrieving import RetrievalSearch
 from sparse_prune.callbacks.settings import pruning_settings
 from sparse_prune.callbacks.sparsity_logger import SparsityLogger
@@ -144,6 +147,7 @@ class AttentionPruning(Driver):
         self._last_step = 0  # the latest optimizer step seen
         self._resumed = False  # whether the checkpoint of the fit or evaluation that runs held pruning
         self._watching = False  # whether the batch is probed
+        self._randomness = Randomness()
         self._looked = False  # whether the first training call of the run was looked at
         self._blind = False  # whether the batch began without a block size to probe with
         self._probed: StandIn | None = None
@@ -184,6 +188,7 @@ class AttentionPruning(Driver):
             self._search = RetrievalSearch(pl_module, self.pruner, self.retrieval)
         if self.distillation is not None:
             self._distilled = DistilledStep(pl_module, self.pruner, self.distillation)
+        self._randomness.begin_fit()
 
     @override
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -262,6 +267,7 @@ class AttentionPruning(Driver):
             warn_of_end(self.pruner.schedule, total, self.every_n_steps, self.pruner.patience)
         self.swap.begin_training(pl_module)
         self.logging.begin_training(trainer)
+        self._randomness.begin_training()
 
     def _reckon(self, total: int | None) -> None:
         """Give the pruner its schedule in steps: of the run that was resumed, else of one of `total` steps."""
@@ -322,6 +328,7 @@ class AttentionPruning(Driver):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self.pruner.probe(False)
+        self._randomness.end_batch(trainer)
         if trainer.global_step > self._last_step:
             self._last_step = trainer.global_step
             if self._watching:
@@ -341,6 +348,10 @@ class AttentionPruning(Driver):
         if self.report is not None:
             self._close(trainer, file)
 
+    @override
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        share_with_averages(pl_module)
+
     def _due(self, step: int) -> bool:
         """Whether a decision falls on this optimizer step, or on an earlier one that had nothing to decide by."""
         if self.report is None:
@@ -358,6 +369,8 @@ class AttentionPruning(Driver):
             self._find_heads(trainer, self._search)
         report = self.pruner.update(step, _reduction(trainer)) if self._looked else None
         if report is not None:
+            if self.report is None:
+                warn_of_copies(self.pruner)
             self.report = report
         elif (step - 1) % self.every_n_steps == 0 and not (self._blind and self._looked):
             waiting = [state.layer.name for state in self.pruner.open_layers]
@@ -402,6 +415,7 @@ class AttentionPruning(Driver):
             "retrieval_heads": self._found,
             "swap": self.swap.state(),
             "logging": self.logging.state(),
+            "random": self._randomness.state(),
         }
 
     @override
@@ -417,6 +431,8 @@ class AttentionPruning(Driver):
         for collaborator, name in ((self.swap, "swap"), (self.logging, "logging")):
             if name in state_dict:
                 collaborator.load_state(state_dict[name])
+        if "random" in state_dict:
+            self._randomness.load_state(state_dict["random"])
         before = state_dict.get("schedule", repr(self._schedule))
         if self.report is not None and before != repr(self._schedule):
             warn_of_change(before, self._schedule, bool(self.pruner.open_layers))

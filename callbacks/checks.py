@@ -8,6 +8,7 @@ import math
 import pytorch_lightning as pl
 import torch
 
+from sparse_prune.attention.averages import likely_copies
 from sparse_prune.callbacks.collaborator import Driver
 from sparse_prune.callbacks.lightning import classes
 from sparse_prune.pattern import BlockPattern, num_blocks
@@ -168,6 +169,26 @@ def warn_of_reach(pruner: AttentionPruner) -> None:
             pruner.sides[1],
             100 * pruner.sparsity.final,
             _what_would_do(pruner, length, wanted),
+        )
+
+
+def warn_of_copies(pruner: AttentionPruner) -> None:
+    """Say so if layers that no training step runs are copies of others by their names: they stay dense.
+
+    Args:
+        pruner: It has made its first decision.
+    """
+    unseen = {name for name, state in pruner.layers.items() if state.scores.empty}
+    copies = likely_copies(sorted(unseen), pruner.layers.keys() - unseen)
+    if copies:
+        first = next(iter(copies))
+        log.warning(
+            "No training step runs the %d layers like %r, which are called as %r is: they stay dense, in validation "
+            "too. If they average the weights (EMA), make the average with torch.optim.swa_utils.AveragedModel or with "
+            "Lightning's WeightAveraging, which get the patterns; if they are a dense reference, all is well.",
+            len(copies),
+            first,
+            copies[first],
         )
 
 

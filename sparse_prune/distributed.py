@@ -58,6 +58,7 @@ def _summed(seen: BlockStatistics | None, like: BlockStatistics, device: torch.d
     if seen is None:
         seen = BlockStatistics(torch.zeros(like.sums.shape), torch.zeros(like.counts.shape), like.kinds)
     grown = seen.grown(*like.sums.shape[2:])
+    grown = grown.of_blocks() if like.counts.dim() == 3 else grown
     numbers = torch.cat([part.float().flatten() for part in (grown.sums, grown.counts)]).to(device)
     total, count = _sum_in_rank_order(numbers).cpu().double(), like.sums.numel()
     return BlockStatistics(total[:count].view(like.sums.shape), total[count:].view(like.counts.shape), like.kinds)
@@ -111,7 +112,26 @@ def on_first_rank(work: Callable[[], _Result]) -> _Result:
 
 def is_first_rank() -> bool:
     """Whether this process is rank 0, or the only one."""
-    return not dist.is_available() or not dist.is_initialized() or dist.get_rank() == 0
+    return rank()[0] == 0
+
+
+def rank() -> tuple[int, int]:
+    """The number of this process among those of a run, and how many there are."""
+    if not dist.is_available() or not dist.is_initialized():
+        return 0, 1
+    return dist.get_rank(), dist.get_world_size()
+
+
+def from_all_ranks(value: _Result) -> list[_Result]:
+    """Every rank's value, in their order. Every rank must call it.
+
+    Args:
+        value: What can be pickled.
+    """
+    gathered: list[Any] = [value] * rank()[1]
+    if len(gathered) > 1:
+        dist.all_gather_object(gathered, value)
+    return gathered
 
 
 @lru_cache(maxsize=1)

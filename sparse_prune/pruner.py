@@ -356,7 +356,11 @@ class AttentionPruner:
 
     @property
     def total_sparsity(self) -> float:
-        """Share of possible blocks pruned, over all layers and heads, in [0, 1]."""
+        """Share of possible blocks pruned, over all heads of the layers that have a pattern, in [0, 1].
+
+        Layers that stay dense, because they cannot be pruned (the log names them) or because no training step runs
+        them, are not counted.
+        """
         patterns = [state.layer.pattern for state in self.layers.values()]
         known = [pattern for pattern in patterns if pattern is not None]
         possible = sum(pattern.possible_count for pattern in known)

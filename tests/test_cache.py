@@ -403,8 +403,8 @@ def test_threads_share_a_model(monkeypatch):
     parts = [ids, ids.flip(1)]
     both, update = threading.Barrier(2), PatternLayer.update
 
-    def update_in_step(*args):
-        held = update(*args)
+    def update_in_step(*args, **kwargs):
+        held = update(*args, **kwargs)
         both.wait(10)  # each has given its keys before either attends
         return held
 

@@ -20,7 +20,7 @@ FOLDERS = {
     "sparse_prune.recipes": ROOT / "recipes",
 }
 LAYERS = (
-    "pattern schedules files clock packing precision extras losses",
+    "pattern schedules files clock packing precision extras losses random_state",
     "scores constraints pictures",
     "selection distributed fixed_patterns",
     "kernels",

@@ -8,6 +8,7 @@ from itertools import islice
 from typing import Any, TypeVar
 
 import pytorch_lightning as pl
+import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
 from typing_extensions import override
@@ -48,6 +49,8 @@ class ResumableDataLoader(DataLoader[Tensor]):
             pin_memory=self.pin_memory,
             worker_init_fn=self.worker_init_fn,
             multiprocessing_context=self.multiprocessing_context,
+            # The seed of its workers is not drawn from torch's generator: that draw was before the checkpoint.
+            generator=torch.Generator().manual_seed(served),
         )
 
     def state_dict(self) -> dict[str, int]:

@@ -4,14 +4,24 @@ from __future__ import annotations
 
 import logging
 import re
+from contextlib import ExitStack
 from typing import Any
 
 from torch import nn
 
-from sparse_prune.attention import hf, mha, sdpa
-from sparse_prune.attention.found import FoundLayer, handle_of, holds, modules_of
+from sparse_prune.attention.averages import averaged_layers
+from sparse_prune.attention.families import FAMILIES
+from sparse_prune.attention.found import (
+    FoundLayer,
+    drop_handle,
+    give_handle,
+    handle_of,
+    holds,
+    modules_of,
+    share_handle,
+)
 from sparse_prune.attention.layer import PrunableAttention
-from sparse_prune.attention.trial import observing, run_example
+from sparse_prune.attention.trial import Calls, run_example
 
 log = logging.getLogger(__name__)
 
@@ -31,24 +41,39 @@ def list_layers(model: nn.Module, example: Any = None) -> list[FoundLayer]:
         ValueError: If the model does not take the example.
     """
     modules = modules_of(model)
-    found = list(hf.find(modules))
-    usable = [layer.module for layer in found if layer.problem is None]
-    mhas = mha.candidates(model)
-    callers = {name: module for name, module in sdpa.candidates(model).items() if not hf.is_attention(type(module))}
+    calls: list[Calls | None] = [None] * len(FAMILIES)
     example = getattr(model, "example_input_array", None) if example is None else example
-    known = [*usable, *mhas.values(), *callers.values()]
-    if example is None or (known and all(handle_of(module) is not None for module in known)):
-        found += [*mha.find(mhas, None), *sdpa.find(callers, None)]
-    else:
-        with hf.observing(model) as hf_calls, mha.observing(model) as mha_calls, observing(model) as sdpa_calls:
+    if example is not None and not _all_attached(modules):
+        with ExitStack() as stack:
+            calls = [stack.enter_context(family.observing(model)) for family in FAMILIES]
             run_example(model, example)
-        # However a module names SDPA, its call was seen.
-        names = [name for name in modules if name in callers or name in sdpa_calls.keys() - mhas.keys()]
-        callers = {name: modules[name] for name in names if not hf.is_attention(type(modules[name]))}
-        found = [*hf.find(modules, hf_calls), *mha.find(mhas, mha_calls), *sdpa.find(callers, sdpa_calls)]
+    found: list[FoundLayer] = []
+    for family, names, made in zip(FAMILIES, _claims(modules, calls), calls, strict=True):
+        found += family.find(modules, names, made)
     found += _unreached(modules, [layer.name for layer in found], tried=example is not None)
     order = {name: index for index, name in enumerate(modules)}
     return sorted(found, key=lambda layer: order[layer.name])
+
+
+def _claims(modules: dict[str, nn.Module], calls: list[Calls | None]) -> list[list[str]]:
+    """The modules of each family: its candidates, and those whose calls it saw, unless another family came first."""
+    free, claims = dict(modules), []
+    for family, made in zip(FAMILIES, calls, strict=True):
+        mine = {*family.candidates(free), *(made or ())}
+        claims.append([name for name in free if name in mine])
+        free = {name: module for name, module in free.items() if name not in mine}
+    return claims
+
+
+def _all_attached(modules: dict[str, nn.Module]) -> bool:
+    """Whether there are layers, and all that may be pruned have their handles."""
+    open_ = [
+        modules[name]
+        for family, names in zip(FAMILIES, _claims(modules, [None] * len(FAMILIES)), strict=True)
+        for name in names
+        if family.refused(name, modules[name]) is None
+    ]
+    return bool(open_) and all(handle_of(module) is not None for module in open_)
 
 
 def find_layers(model: nn.Module, example: Any = None) -> dict[str, nn.Module]:
@@ -67,7 +92,8 @@ def find_layers(model: nn.Module, example: Any = None) -> dict[str, nn.Module]:
 def attach(model: nn.Module, example: Any = None, *, module: str | None = None) -> list[PrunableAttention]:
     """Take over every self-attention layer that can be pruned; the model computes what it did.
 
-    Calling it again returns the handles that are already there.
+    Calling it again returns the handles that are already there. Layers of an `AveragedModel` inside `model` get the
+    handles of the layers that they average.
 
     Args:
         model: Any module.
@@ -83,7 +109,9 @@ def attach(model: nn.Module, example: Any = None, *, module: str | None = None) 
             f"`module` must name a module of {type(model).__name__}, got {module!r}. Its children are "
             f"{[name for name, _ in model.named_children()]}."
         )
-    layers = [layer for layer in list_layers(model, example) if holds(module or "", layer.name)]
+    every = list_layers(model, example)
+    averages = averaged_layers(modules_of(model), [layer.name for layer in every])
+    layers = [layer for layer in every if layer.name not in averages and holds(module or "", layer.name)]
     problems = [f"{layer.name!r}: {layer.problem}" for layer in layers if layer.problem is not None]
     usable = [layer for layer in layers if layer.problem is None]
     if not usable:
@@ -100,12 +128,16 @@ def attach(model: nn.Module, example: Any = None, *, module: str | None = None) 
             len(usable),
             len(layers),
         )
-    kinds = {kind: [layer for layer in usable if layer.kind == kind] for kind in ("transformers", "mha", "sdpa")}
-    handles: dict[FoundLayer, PrunableAttention] = {}
-    for kind, attach_layers in (("transformers", hf.attach), ("mha", mha.attach), ("sdpa", sdpa.attach)):
-        if kinds[kind]:
-            handles.update(zip(kinds[kind], attach_layers(model, kinds[kind]), strict=True))
-    return [handles[layer] for layer in usable]
+    handles = [give_handle(layer) for layer in usable]
+    own = {layer.name: layer.module for layer in usable}
+    copies = [layer for layer in every if averages.get(layer.name) in own]
+    for copy in copies:
+        share_handle(own[averages[copy.name]], copy.module)
+    for family in FAMILIES:
+        mine = [layer for layer in (*usable, *copies) if layer.kind == family.KIND]
+        if mine:
+            family.attach(model, mine)
+    return handles
 
 
 def detach(model: nn.Module) -> None:
@@ -114,10 +146,10 @@ def detach(model: nn.Module) -> None:
     Args:
         model: As it was given to `attach`. One that was not taken over stays as it is.
     """
-    if any(hf.is_attention(type(module)) and handle_of(module) is not None for module in model.modules()):
-        hf.detach(model)
-    mha.detach(model)
-    sdpa.detach(model)
+    for family in FAMILIES:
+        family.detach(model)
+    for module in model.modules():
+        drop_handle(module)
 
 
 def _unreached(modules: dict[str, nn.Module], found: list[str], tried: bool) -> list[FoundLayer]:

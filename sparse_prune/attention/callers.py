@@ -16,8 +16,8 @@ _NAME = "scaled_dot_product_attention"
 def can_call_sdpa(module: nn.Module) -> bool:
     """Whether the module's forward, or a function or method that it uses, mentions SDPA, under whatever name.
 
-    Attributes of the instance that are SDPA, wrap it or list it count too. Modules of torch itself are not looked at,
-    nor those that the module calls.
+    Attributes of the instance that are SDPA, wrap it or list it count too. Functions of torch and of this package are
+    not looked at, nor modules that the module calls.
     """
     forward = type(module).forward
     # The module of the function, not of the class: `fully_shard` puts modules into classes of its own.
@@ -41,10 +41,11 @@ def _is(value: Any, owner: type[nn.Module], seen: set[CodeType]) -> bool:
 
 
 def _mentions(function: FunctionType, owner: type[nn.Module], seen: set[CodeType]) -> bool:
-    if function.__code__ in seen or function.__module__.startswith("torch."):
+    # Our own functions are in registries that models name.
+    if function.__code__ in seen or function.__module__.startswith(("torch.", "sparse_prune.")):
         return False
     seen.add(function.__code__)
-    names = list(_names(function.__code__))
+    names = [name for name in _names(function.__code__) if not name.startswith("__")]  # no forward pass builds itself
     for name in names:
         used: list[Any] = [function.__globals__.get(name, getattr(owner, name, None))]
         if "super" in names:

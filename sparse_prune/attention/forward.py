@@ -7,7 +7,10 @@ from functools import partial
 from types import MethodType
 from typing import Any
 
+import torch
 from torch import nn
+
+from sparse_prune.attention.found import handle_of
 
 
 class _Replacement(partial[Any]):
@@ -48,6 +51,30 @@ def restore_forward(module: nn.Module) -> None:
 def run_original(module: nn.Module, own: Callable[..., Any] | None, *args: Any, **kwargs: Any) -> Any:
     """The forward pass as it was before `replace_forward`."""
     return type(module).forward(module, *args, **kwargs) if own is None else own(*args, **kwargs)
+
+
+def routed(
+    through: Callable[..., Any], module: nn.Module, own: Callable[..., Any] | None, *args: Any, **kwargs: Any
+) -> Any:
+    """The forward pass through the module's handle, if it has one that has anything to do.
+
+    Args:
+        through: Called with the module, `own`, the handle and the arguments.
+        module: As `replace_forward` passes it on, like the rest.
+    """
+    layer = handle_of(module)
+    if layer is None or not layer.traceable:  # what still moves, probes or measures is not for a compiler to trace
+        return _routed_eagerly(through, module, own, layer, *args, **kwargs)
+    return through(module, own, layer, *args, **kwargs)
+
+
+def _routed(through: Any, module: nn.Module, own: Any, layer: Any, *args: Any, **kwargs: Any) -> Any:
+    if layer is None or layer.idle:
+        return run_original(module, own, *args, **kwargs)
+    return through(module, own, layer, *args, **kwargs)
+
+
+_routed_eagerly = torch.compiler.disable(_routed)  # type: ignore[no-untyped-call, unused-ignore]
 
 
 _SEATS = ("forward", "_old_forward")

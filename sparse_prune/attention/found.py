@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
 
 from torch import nn
 
 from sparse_prune.attention.layer import PrunableAttention
 
-Kind = Literal["transformers", "mha", "sdpa", "unknown"]
 _HANDLE = "_prunable_attention"
 
 
@@ -19,8 +17,9 @@ class FoundLayer:
 
     name: str
     """Qualified name of the module in the model."""
-    kind: Kind
-    """How it is reached: transformers' AttentionInterface, `nn.MultiheadAttention`, a call of SDPA, or not at all."""
+    kind: str
+    """How it is reached: transformers' AttentionInterface ("transformers"), `nn.MultiheadAttention` ("mha"), a call of
+    SDPA ("sdpa"), as another family says, or not at all ("unknown")."""
     module: nn.Module = field(repr=False)
     """The module itself."""
     num_heads: int | None = None
@@ -57,6 +56,20 @@ def give_handle(layer: FoundLayer) -> PrunableAttention:
         handle.repeats_keys = layer.kind == "transformers"
         setattr(layer.module, _HANDLE, handle)
     return handle
+
+
+def share_handle(own: nn.Module, copy: nn.Module) -> None:
+    """Let a copy of an attached module have its handle: both are pruned as one.
+
+    Args:
+        own: The module.
+        copy: Its copy, which may have a copy of the handle.
+    """
+    handle, other = handle_of(own), handle_of(copy)
+    assert handle is not None
+    if other is not handle:
+        handle.on_load += other.on_load if other is not None else ()
+        setattr(copy, _HANDLE, handle)
 
 
 def drop_handle(module: nn.Module) -> None:

@@ -5,65 +5,52 @@ from __future__ import annotations
 import ast
 import inspect
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache, partial, wraps
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from sparse_prune.attention.found import FoundLayer, drop_handle, give_handle, handle_of, modules_of
+from sparse_prune.attention.found import FoundLayer, handle_of, modules_of
+from sparse_prune.attention.hf_attention import BESIDE_EAGER, IMPLEMENTATION, REFUSED, attention_forward, claims_causal
 from sparse_prune.attention.hf_configs import TakeOver, give_back
-from sparse_prune.attention.hf_masks import boolean, expand, make_mask, may_lack_keys, window_of
+from sparse_prune.attention.hf_masks import make_mask, newest, window_of
 from sparse_prune.attention.layer import PrunableAttention
-from sparse_prune.attention.masks import hides_future
-from sparse_prune.attention.packed import PackedKeys
-from sparse_prune.attention.softcap import softcapped
 from sparse_prune.attention.trial import Call, Calls, describe, named_cross
-from sparse_prune.kernels import AttentionOptions
 
-IMPLEMENTATION = "sparse_prune"
-BESIDE_EAGER = "sparse_prune_beside_eager"
-"""The same for configs of layers of which some must go on in eager attention: all get the masks of that."""
+KIND = "transformers"
 _INTERFACE = "ALL_ATTENTION_FUNCTIONS"
 _OWN = "_attn_implementation_before_pruning"
-_REFUSED = {
-    "position_bias": "an additive position bias",
-    "s_aux": "learned attention sinks",
-    "sinks": "learned attention sinks",
-    "indices": "a sparse index of its own",
-    "block_indices": "a sparse index of its own",
-    "cache": "a paged cache",
-}
-_DROPPED_BY_SDPA = ("s_aux", "sinks", "indices", "block_indices")
 # What a layer may hand to attention; what else it hands over could be left out without a word.
 _KNOWN = {"query", "key", "value", "attention_mask", "dropout", "scaling", "is_causal", "sliding_window", "softcap"}
 _KNOWN |= {"position_ids", "output_attentions", "deterministic"}
 _KNOWN |= {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"}
 
 
-def find(modules: dict[str, nn.Module], calls: Calls | None = None) -> Iterator[FoundLayer]:
-    """Attention modules whose forward pass goes through the AttentionInterface.
+def candidates(modules: Mapping[str, nn.Module]) -> Collection[str]:
+    """Modules whose forward pass goes through the AttentionInterface."""
+    return [name for name, module in modules.items() if is_attention(type(module))]
 
-    Args:
-        modules: By qualified name.
-        calls: What they asked of the AttentionInterface in a trial run, which decides whether they are causal and shows
-            what no name tells: biases in masks, keys of others; None: there was none.
+
+def find(modules: Mapping[str, nn.Module], names: Collection[str], calls: Calls | None) -> Iterator[FoundLayer]:
+    """What is known about them.
+
+    A trial run decides whether they are causal, and shows what no name tells: biases in masks, keys of others.
     """
-    for name, module in modules.items():
-        if is_attention(type(module)):
-            heads, kv_heads = _heads(module)
-            window = getattr(module, "sliding_window", None)
-            causal = _is_causal(module, modules.values()) and not _is_cross(name, module)
-            problem = _problem(name, module, heads)
-            handle, made = handle_of(module), (calls or {}).get(name, [])
-            if handle is not None:
-                causal = handle.causal
-            elif made:
-                causal = all(call.causal for call in made)
-                problem = problem or next((call.problem for call in made if call.problem is not None), None)
-            yield FoundLayer(name, "transformers", module, heads, kv_heads, causal, window, problem, bool(made))
+    for name in names:
+        module: Any = modules[name]
+        heads, kv_heads = _heads(module)
+        causal = _is_causal(module, modules.values()) and not _is_cross(name, module)
+        problem = refused(name, module)
+        handle, made = handle_of(module), (calls or {}).get(name, [])
+        if handle is not None:
+            causal = handle.causal
+        elif made:
+            causal = all(call.causal for call in made)
+            problem = problem or next((call.problem for call in made if call.problem is not None), None)
+        window = getattr(module, "sliding_window", None)
+        yield FoundLayer(name, KIND, module, heads, kv_heads, causal, window, problem, bool(made))
 
 
 @contextmanager
@@ -100,7 +87,7 @@ def _describe(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
 ) -> Call:
     """What a call of the AttentionInterface shows of its layer."""
-    mask, flag = _newest(attention_mask, key.shape[2]), _flag(module, kwargs.get("is_causal"))
+    mask, flag = newest(attention_mask, key.shape[2]), claims_causal(module, kwargs.get("is_causal"))
     if mask is None or mask.dim() != 4:  # nothing is hidden, or padding alone, as FlashAttention takes it
         return describe(query, key, value, None, is_causal=flag)
     if window_of(mask, query.shape[2]) is not None:
@@ -108,10 +95,9 @@ def _describe(
     return describe(query, key, value, mask)
 
 
-def attach(model: nn.Module, layers: list[FoundLayer]) -> list[PrunableAttention]:
-    """Route layers through a handle each; those that share a config with them go on without one."""
+def attach(model: nn.Module, layers: list[FoundLayer]) -> None:
+    """Route layers through their handles; those that share a config with them go on without one."""
     register()
-    handles = [give_handle(layer) for layer in layers]
     attention = [module for module in model.modules() if is_attention(type(module))]
     configs: dict[int, Any] = {id(layer.module.config): layer.module.config for layer in layers}
     for config in configs.values():
@@ -122,10 +108,12 @@ def attach(model: nn.Module, layers: list[FoundLayer]) -> list[PrunableAttention
         before = next(vars(module)[_OWN] for module in sharing if _OWN in vars(module))
         take_over = TakeOver(config, _implementation(model, config, sharing), before, register)
         take_over()
-        for handle, layer in zip(handles, layers, strict=True):
+        for layer in layers:
             if layer.module.config is config:
-                handle.on_load = take_over
-    return handles
+                handle = handle_of(layer.module)
+                assert handle is not None
+                others = (known for known in handle.on_load if getattr(known, "config", None) is not config)
+                handle.on_load = (*others, take_over)
 
 
 def register() -> None:
@@ -134,7 +122,7 @@ def register() -> None:
     from transformers.masking_utils import AttentionMaskInterface
 
     for name, whole in ((IMPLEMENTATION, False), (BESIDE_EAGER, True)):
-        AttentionInterface.register(name, _attention_forward)
+        AttentionInterface.register(name, attention_forward)
         AttentionMaskInterface.register(name, partial(make_mask, whole=whole))
 
 
@@ -167,7 +155,8 @@ def attached_layers(model: nn.Module) -> list[PrunableAttention]:
     config: Any = getattr(model, "config", None)
     if config is None or getattr(config, "is_encoder_decoder", False):
         raise ValueError(f"`model` must be a transformers decoder, got {type(model).__name__}.")
-    found = [layer for layer in find(modules_of(model)) if layer.problem is None]
+    every = modules_of(model)
+    found = [layer for layer in find(every, candidates(every), None) if layer.problem is None]
     modules = {getattr(layer.module, "layer_idx", None): layer.module for layer in found}
     handles: dict[Any, PrunableAttention | None] = {index: handle_of(module) for index, module in modules.items()}
     decoder = config.get_text_config(decoder=True)
@@ -189,11 +178,9 @@ def attached_layers(model: nn.Module) -> list[PrunableAttention]:
 def detach(model: nn.Module) -> None:
     """Give transformers models the attention back that they had."""
     for module in model.modules():
-        if is_attention(type(module)):
-            drop_handle(module)
-            own = vars(module).pop(_OWN, None)
-            if own is not None:
-                give_back(module.config, own)
+        own = vars(module).pop(_OWN, None)
+        if own is not None:
+            give_back(module.config, own)
 
 
 def is_attention(kind: type[nn.Module]) -> bool:
@@ -207,13 +194,14 @@ def is_attention(kind: type[nn.Module]) -> bool:
         return False
 
 
-def _problem(name: str, module: nn.Module, heads: int | None) -> str | None:
+def refused(name: str, module: nn.Module) -> str | None:
+    """Why a module cannot be pruned, by its name, its heads, and what its code hands to attention."""
     if _is_cross(name, module):
         return "cross-attention"
     for argument in _keywords(type(module).forward):
         if argument not in _KNOWN and _hands_over(module, argument):
-            return f"{_REFUSED.get(argument, 'an argument of attention that pruning does not know')} (`{argument}`)"
-    return None if heads else "neither it nor its config says how many heads it has"
+            return f"{REFUSED.get(argument, 'an argument of attention that pruning does not know')} (`{argument}`)"
+    return None if _heads(module)[0] else "neither it nor its config says how many heads it has"
 
 
 def _heads(module: Any) -> tuple[int | None, int | None]:
@@ -263,191 +251,3 @@ def _is_causal(module: Any, modules: Iterable[nn.Module]) -> bool:
     if getattr(module, "is_causal", False):
         return True
     return bool(getattr(module, "is_decoder", False)) and not _sdpa_holds(modules, getattr(module, "config", None))
-
-
-def _attention_forward(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    **kwargs: Any,
-) -> tuple[Tensor, Tensor | None]:
-    """An attention function as the AttentionInterface wants it; returns (batch, q_len, num_heads, head_dim)."""
-    if attention_mask is not None and attention_mask.shape[-1] < key.shape[2]:  # the room of a static cache
-        key, value = key[:, :, : attention_mask.shape[-1]], value[:, :, : attention_mask.shape[-1]]
-    handle = handle_of(module)
-    if handle is None:
-        return _run_own_eagerly(module, query, key, value, attention_mask, **kwargs)
-    # What still moves, probes or measures is not for a compiler to trace.
-    traceable = handle.traceable and query.shape[2] == key.shape[2] and not kwargs.get("dropout")
-    traceable = traceable and not isinstance(key, PackedKeys)
-    attention = _attend if traceable else _attend_eagerly
-    return attention(handle, module, query, key, value, attention_mask, **kwargs)
-
-
-def _run_own(
-    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
-) -> tuple[Tensor, Tensor | None]:
-    """A layer without a handle computes what it did."""
-    eager = module.config._attn_implementation == BESIDE_EAGER
-    _refuse_arguments(type(module).__name__, kwargs, ("indices", "block_indices") if eager else _DROPPED_BY_SDPA)
-    if not eager:
-        window = window_of(attention_mask, query.shape[2])
-        return _dense(module, query, key, value, attention_mask, window, **kwargs).transpose(1, 2).contiguous(), None
-    output: tuple[Tensor, Tensor | None] = _eager_function(type(module))(
-        module, query, key, value, _newest(attention_mask, key.shape[2]), **kwargs
-    )
-    return output
-
-
-_run_own_eagerly: Callable[..., tuple[Tensor, Tensor | None]] = torch.compiler.disable(_run_own)  # type: ignore[no-untyped-call, unused-ignore]
-
-
-def _eager_function(kind: type[nn.Module]) -> Callable[..., Any]:
-    """What the file of a layer's class has for eager attention."""
-    forward: Any = inspect.unwrap(kind.forward)
-    for name in forward.__code__.co_names:
-        if name.endswith("eager_attention_forward"):
-            function: Callable[..., Any] = forward.__globals__[name]
-            return function
-    raise ValueError(
-        f"{kind.__name__} must name its eager attention `eager_attention_forward`, as transformers does, got none. Its "
-        "layers are left dense, which takes that function: prune another model."
-    )
-
-
-def _dense(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    window: int | None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    is_causal: bool | None = None,
-    softcap: float | None = None,
-    **kwargs: Any,
-) -> Tensor:
-    """The model's own attention by SDPA, (batch, num_heads, q_len, head_dim)."""
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
-    causal = _flag(module, is_causal)
-    mask = _newest(mask, key.shape[2])
-    if softcap is not None:
-        mask, window = _for_kernels(mask, window, causal)
-        causal = causal and (mask is None or mask.dim() == 2)
-        return softcapped(query, key, value, causal, _options(mask, window, dropout, scaling, softcap))
-    if mask is not None and (mask.dim() == 2 or window is not None):
-        mask = expand(mask, causal)
-    output, _ = sdpa_attention_forward(
-        module, query, key, value, mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
-    )
-    return torch.as_tensor(output).transpose(1, 2)
-
-
-def _newest(mask: Tensor | None, kv_len: int) -> Tensor | None:
-    """A mask without the keys that a cache with a window has dropped."""
-    return mask if mask is None or mask.shape[-1] <= kv_len else mask[..., -kv_len:]
-
-
-def _for_kernels(mask: Tensor | None, window: int | None, causal: bool) -> tuple[Tensor | None, int | None]:
-    """The kernels' windows are for causal layers."""
-    return (mask, window) if mask is None or window is None or causal else (expand(mask, causal), None)
-
-
-def _attend(
-    handle: PrunableAttention,
-    module: Any,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    is_causal: bool | None = None,
-    softcap: float | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    beside_eager = module.config._attn_implementation == BESIDE_EAGER
-    active = not handle.idle
-    if attention_mask is not None and (beside_eager or active or not handle.seen):
-        attention_mask = boolean(attention_mask)
-    if beside_eager:  # the mask is whole
-        is_causal = False
-    _refuse_arguments(handle.name, kwargs, _REFUSED)
-    if active:
-        _refuse_bias(handle, attention_mask)
-    q_len, kv_len = query.shape[2], key.shape[2]
-    window = window_of(attention_mask, q_len)
-    causal = handle.causal
-    if active or not handle.seen:
-        causal = _shows_no_later_key(handle, _flag(module, is_causal), attention_mask, window, q_len, kv_len)
-    handle.sliding_window = kwargs.get("sliding_window")
-    mask, window = _for_kernels(attention_mask, window, causal and handle.causal)
-
-    def dense() -> Tensor:
-        return _dense(module, query, key, value, mask, window, dropout, scaling, is_causal, softcap, **kwargs)
-
-    options = _options(mask, window, dropout, scaling, softcap)
-    whole = not may_lack_keys(attention_mask, q_len, kv_len, handle.sliding_window)
-    output = handle.attend(query, key, value, options, dense=dense, whole=whole, causal=causal)
-    return output.transpose(1, 2).contiguous(), None
-
-
-def _flag(module: Any, is_causal: bool | None) -> bool:
-    """Whether a call without a mask is causal: as it says itself, else as its module does."""
-    return bool(getattr(module, "is_causal", False)) if is_causal is None else bool(is_causal)
-
-
-def _shows_no_later_key(
-    handle: PrunableAttention, flag: bool, mask: Tensor | None, window: int | None, q_len: int, kv_len: int
-) -> bool:
-    """Whether a call is causal: a flag is a claim, which holds where no mask of all pairs stands against it."""
-    if window is not None:
-        return True
-    if mask is None or mask.dim() == 2:
-        return flag or (q_len == 1 and handle.causal)
-    if torch.compiler.is_compiling():  # a tracer cannot look into the mask
-        return handle.causal
-    return hides_future(mask, q_len, kv_len) if mask.shape[-1] == kv_len else handle.causal
-
-
-_attend_eagerly = torch.compiler.disable(_attend)  # type: ignore[no-untyped-call, unused-ignore]
-
-
-def _options(
-    mask: Tensor | None, window: int | None, dropout: float, scaling: float | None, softcap: float | None
-) -> AttentionOptions:
-    key_mask = mask if mask is not None and mask.dim() == 2 else None
-    if mask is not None and window is not None:
-        # One value for all keys: there is no padding.
-        key_mask, mask = mask[:, 0, 0] if mask.stride(3) else None, None
-    return AttentionOptions(
-        scale=scaling,
-        key_mask=key_mask,
-        attn_mask=mask if mask is not None and mask.dim() == 4 and mask.dtype == torch.bool else None,
-        window=window,
-        dropout_p=dropout,
-        seed=int(torch.randint(2**62, ())) if dropout else None,
-        softcap=softcap,
-    )
-
-
-def _refuse_arguments(name: str, kwargs: dict[str, Any], refused: Iterable[str]) -> None:
-    """What cannot be respected must not be dropped in silence."""
-    for argument in refused:
-        if kwargs.get(argument) is not None:
-            raise ValueError(
-                f"Layer {name!r} uses {_REFUSED[argument]} (`{argument}`), which pruning does not support. "
-                "Prune another model."
-            )
-
-
-def _refuse_bias(handle: PrunableAttention, mask: Tensor | None) -> None:
-    if mask is not None and mask.dtype != torch.bool:
-        raise ValueError(
-            f"Layer {handle.name!r} must get an attention mask that only hides keys, got one of {mask.dtype} that "
-            "adds a bias. Set `example_input_array` on the LightningModule: the layer is then left dense."
-        )

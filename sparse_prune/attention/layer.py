@@ -23,6 +23,7 @@ from sparse_prune.kernels import (
     probe_score,
 )
 from sparse_prune.kernels.derived import at_lengths
+from sparse_prune.kernels.documents import per_document
 from sparse_prune.pattern import BlockPattern
 from sparse_prune.scores import STATISTICS, BlockStatistics, Score
 
@@ -46,7 +47,7 @@ class CallShape(NamedTuple):
     device: torch.device
     """On which they lie."""
     options: AttentionOptions = AttentionOptions()
-    """What else the call asked for; of its masks the shapes alone, on the meta device."""
+    """What else the call asked for; of its masks the shapes alone, on the meta device, and documents as they are."""
     value_dim: int | None = None
     """Channels of a head's values; None: as many as `head_dim`."""
 
@@ -93,8 +94,8 @@ class PrunableAttention:
     repeats_keys: bool = False
     """Whether the model's own attention repeats key heads where a shared one would get a slow kernel, as transformers
     does; else it shares them in any case (`enable_gqa`)."""
-    on_load: Callable[[], None] | None = None
-    """Called where the handle was copied or loaded, as by `torch.load` in another process; a function of a module."""
+    on_load: tuple[Callable[[], None], ...] = ()
+    """Called where the handle was copied or loaded, as by `torch.load` in another process; functions of a module."""
     seen: bool = False
     """Whether a call was seen. Until then `causal` is what the module says of itself, and the first call decides."""
     aside: str | None = None
@@ -105,8 +106,8 @@ class PrunableAttention:
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
         self.pattern = self._pattern  # versions count anew in every process
-        if self.on_load is not None:
-            self.on_load()
+        for call in self.on_load:
+            call()
 
     @property
     def pattern(self) -> BlockPattern | None:
@@ -239,7 +240,7 @@ class PrunableAttention:
         kv_len = key.shape[2]
         if q_len == kv_len:
             self._learn(causal)
-            shapes = options.with_masks(lambda mask: mask.to("meta"))
+            shapes = options.with_masks(lambda mask: mask.to("meta") if mask.dtype == torch.bool else mask)
             self.last_shape = CallShape(
                 batch, q_len, kv_len, head_dim, value.dtype, query.device, shapes, value.shape[3]
             )
@@ -284,6 +285,7 @@ class PrunableAttention:
         causal: bool,
     ) -> None:
         seen = probe_attention(query.detach(), key.detach(), block_size, causal=causal, options=options)
+        seen = per_document(seen, options, block_size, causal, "row", "sample")
         self.statistics = seen if self.statistics is None else self.statistics + seen
         if self.score is not None and self.score.sees != "gradient":
             self._add_to_score(self.score, query.detach(), key.detach(), value.detach(), options, block_size, causal)
@@ -326,6 +328,7 @@ class PrunableAttention:
             score, query, key, value, block_size, causal=causal, options=options, gradient=gradient,
             pattern=pattern,
         )  # fmt: skip
+        seen = per_document(seen, options, block_size, causal, score.per)
         self.score_sums = seen if self.score_sums is None else self.score_sums + seen
 
     def _held(self, key: Tensor | PackedKeys, value: Tensor | PackedKeys) -> PackedKeys:

@@ -42,6 +42,25 @@ def hides_future(mask: Tensor, q_len: int, kv_len: int) -> bool:
     return bool(hides)
 
 
+def assert_hides_future(mask: Tensor, q_len: int, kv_len: int, layer: str) -> None:
+    """The same as a claim that a compiled graph checks when it runs, as a tracer cannot look into the mask.
+
+    On a GPU it stops the process's kernels, as every assertion there.
+
+    Args:
+        mask: As for `hides_future`, like the lengths.
+        layer: Named in the error.
+    """
+    if q_len == 1 or mask.dim() < 2 or mask.shape[-2:] != (q_len, kv_len):
+        return
+    later = visible(mask).triu(1 + kv_len - q_len).any()
+    torch._assert_async(
+        ~later,
+        f"Layer {layer!r} must get masks that show no later key once it is compiled with a causal pattern, got one "
+        "that does. Run the model without torch.compile, or give it an example with such a mask before training.",
+    )
+
+
 def _version(mask: Tensor) -> int | None:
     """Counts what was written into a tensor; tensors of inference mode do not count it, and are read each time."""
     return None if mask.is_inference() else mask._version

@@ -135,10 +135,17 @@ def _attention(
 
 
 def _options(layer: PrunableAttention) -> AttentionOptions:
-    """What the last call asked for, with masks that hide nothing: time follows their shapes, not their values."""
+    """What the last call asked for, with masks that hide nothing: time follows their shapes, not their values.
+
+    Documents are those of the call, for time follows their lengths.
+    """
     assert layer.last_shape is not None
     device = layer.last_shape.device
-    return layer.last_shape.options.with_masks(lambda mask: torch.ones_like(mask, device=device))
+
+    def shown(mask: Tensor) -> Tensor:
+        return torch.ones_like(mask, device=device) if mask.dtype == torch.bool else mask
+
+    return layer.last_shape.options.with_masks(shown)
 
 
 def _inputs(layer: PrunableAttention) -> tuple[Tensor, Tensor, Tensor]:

@@ -6,7 +6,7 @@ over goes through its handle in every mode; nested tensors, into which an encode
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,42 +14,40 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sparse_prune.attention.forward import replace_forward, restore_forward, run_original
-from sparse_prune.attention.found import FoundLayer, drop_handle, give_handle, handle_of, modules_of
+from sparse_prune.attention.forward import replace_forward, replaced, restore_forward, routed, run_original
+from sparse_prune.attention.found import FoundLayer, handle_of, modules_of
 from sparse_prune.attention.layer import PrunableAttention
 from sparse_prune.attention.masks import is_bias, visible
 from sparse_prune.attention.sdpa import call_is_causal
 from sparse_prune.attention.trial import Call, Calls, describe, named_cross
 from sparse_prune.kernels import AttentionOptions
 
+KIND = "mha"
 _NESTED = "_nested_tensor_before_pruning"
 
 
-def candidates(model: nn.Module) -> dict[str, nn.MultiheadAttention]:
-    """Modules that compute as `nn.MultiheadAttention` does, by qualified name."""
-    return {
-        name: module
-        for name, module in modules_of(model).items()
-        if isinstance(module, nn.MultiheadAttention) and type(module).forward is nn.MultiheadAttention.forward
-    }
+def candidates(modules: Mapping[str, nn.Module]) -> Collection[str]:
+    """Modules that compute as `nn.MultiheadAttention` does."""
+    return [name for name, module in modules.items() if _is_one(module)]
 
 
-def find(modules: dict[str, nn.MultiheadAttention], calls: Calls | None) -> Iterator[FoundLayer]:
-    """What is known about them.
+def _is_one(module: nn.Module) -> bool:
+    return isinstance(module, nn.MultiheadAttention) and type(module).forward is nn.MultiheadAttention.forward
 
-    Args:
-        modules: By qualified name.
-        calls: What a trial run of the model has shown; None: there was none, they are taken for bidirectional.
-    """
-    for name, module in modules.items():
+
+def find(modules: Mapping[str, nn.Module], names: Collection[str], calls: Calls | None) -> Iterator[FoundLayer]:
+    """What is known about them; without a trial run they are taken for bidirectional."""
+    for name in names:
+        module: Any = modules[name]
         handle, heads = handle_of(module), module.num_heads
         made = None if calls is None else calls.get(name, [])
         causal = handle.causal if handle is not None else bool(made) and all(call.causal for call in made or [])
-        problem = _problem(name, module) or (_call_problem(made) if handle is None else None)
-        yield FoundLayer(name, "mha", module, heads, heads, causal, problem=problem, seen=bool(made))
+        problem = refused(name, module) or (_call_problem(made) if handle is None else None)
+        yield FoundLayer(name, KIND, module, heads, heads, causal, problem=problem, seen=bool(made))
 
 
-def _problem(name: str, module: nn.MultiheadAttention) -> str | None:
+def refused(name: str, module: Any) -> str | None:
+    """Why a module cannot be pruned, by its own attributes and its name."""
     if module.bias_k is not None or module.add_zero_attn:
         return "adds keys of its own (`add_bias_kv`, `add_zero_attn`)"
     if (module.kdim, module.vdim) != (module.embed_dim, module.embed_dim) or named_cross(name):
@@ -68,7 +66,9 @@ def observing(model: nn.Module) -> Iterator[Calls]:
     """Note the latest call of every module."""
     calls: dict[str, list[Call]] = {}
     hooks = []
-    for name, module in candidates(model).items():
+    for name, module in modules_of(model).items():
+        if not _is_one(module):
+            continue
 
         def note(module: nn.Module, args: Any, kwargs: Any, name: str = name) -> None:
             calls[name] = [_describe(module, *args, **kwargs)]
@@ -103,8 +103,8 @@ def _length(module: Any, tokens: Tensor) -> int:
     return tokens.shape[1 if tokens.dim() == 3 and module.batch_first else 0]
 
 
-def attach(model: nn.Module, layers: list[FoundLayer]) -> list[PrunableAttention]:
-    """Route the modules' calls through a handle each."""
+def attach(model: nn.Module, layers: list[FoundLayer]) -> None:
+    """Route the modules' calls through their handles."""
     taken = {layer.module for layer in layers}
     for encoder in model.modules():
         if (
@@ -116,9 +116,8 @@ def attach(model: nn.Module, layers: list[FoundLayer]) -> list[PrunableAttention
             encoder.use_nested_tensor = False
     for layer in layers:
         replace_forward(layer.module, _forward)
-        if handle_of(layer.module) is None:
+        if _no_fast_path not in layer.module._forward_pre_hooks.values():
             layer.module.register_forward_pre_hook(_no_fast_path)
-    return [give_handle(layer) for layer in layers]
 
 
 def detach(model: nn.Module) -> None:
@@ -126,9 +125,9 @@ def detach(model: nn.Module) -> None:
     for module in model.modules():
         if _NESTED in vars(module):
             module.use_nested_tensor = vars(module).pop(_NESTED)
-    for module in candidates(model).values():
+        if not replaced(module, _forward):
+            continue
         restore_forward(module)
-        drop_handle(module)
         hooks = module._forward_pre_hooks
         for key in [key for key, hook in hooks.items() if hook is _no_fast_path]:
             del hooks[key]
@@ -139,19 +138,12 @@ def _no_fast_path(module: nn.Module, args: Any) -> None:
 
 
 def _forward(module: nn.Module, own: Callable[..., Any] | None, *args: Any, **kwargs: Any) -> Any:
-    layer = handle_of(module)
-    forward = _routed if layer is not None and layer.traceable else _routed_eagerly
-    return forward(module, own, layer, *args, **kwargs)
+    return routed(_through, module, own, *args, **kwargs)
 
 
-def _routed(module: Any, own: Any, layer: PrunableAttention | None, *args: Any, **kwargs: Any) -> Any:
-    if layer is None or layer.idle:
-        return run_original(module, own, *args, **kwargs)
+def _through(module: Any, own: Any, layer: PrunableAttention, *args: Any, **kwargs: Any) -> Any:
     output = _attend(module, layer, *args, **kwargs)
     return run_original(module, own, *args, **kwargs) if output is None else output
-
-
-_routed_eagerly = torch.compiler.disable(_routed)  # type: ignore[no-untyped-call, unused-ignore]
 
 
 def _attend(

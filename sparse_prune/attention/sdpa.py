@@ -6,7 +6,8 @@ seen in a trial run: of the whole model on an example, or of the module alone wh
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,81 +16,110 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from sparse_prune.attention.callers import can_call_sdpa
-from sparse_prune.attention.forward import replace_forward, replaced, restore_forward, run_original
-from sparse_prune.attention.found import FoundLayer, drop_handle, give_handle, handle_of, modules_of
+from sparse_prune.attention.forward import replace_forward, replaced, restore_forward, routed, run_original
+from sparse_prune.attention.found import FoundLayer, handle_of, modules_of
 from sparse_prune.attention.layer import PrunableAttention
-from sparse_prune.attention.masks import hides_future, is_bias, split
-from sparse_prune.attention.trial import BIAS, Call, Calls, observing, run_example
+from sparse_prune.attention.masks import assert_hides_future, hides_future, is_bias, split
+from sparse_prune.attention.trial import BIAS, Call, Calls, describe, run_example
 from sparse_prune.kernels import AttentionOptions
 
+KIND = "sdpa"
 _LENGTH = 4  # tokens when a module is tried alone
 _EXAMPLE = "Give an example input of the model (LightningModule.example_input_array, or `example`)."
 
 
-def candidates(model: nn.Module) -> dict[str, nn.Module]:
-    """Modules that can call SDPA, by qualified name, as their code says, and those whose calls are routed already.
-
-    Modules of transformers' AttentionInterface are among them.
-    """
-    return {
-        name: module
-        for name, module in modules_of(model).items()
-        if replaced(module, _forward) or can_call_sdpa(module)
-    }
+def candidates(modules: Mapping[str, nn.Module]) -> Collection[str]:
+    """Modules that can call SDPA, as their code says, and those whose calls are routed already."""
+    return [name for name, module in modules.items() if replaced(module, _forward) or can_call_sdpa(module)]
 
 
-def find(modules: dict[str, nn.Module], calls: Calls | None) -> Iterator[FoundLayer]:
-    """What is known about modules that call SDPA.
+def refused(name: str, module: nn.Module) -> str | None:
+    """Nothing is known before a call."""
+    return None
 
-    Args:
-        modules: By qualified name.
-        calls: What a trial run of the model has shown; None: there was none, each is tried alone.
-    """
-    for name, module in modules.items():
-        handle = handle_of(module)
+
+@contextmanager
+def observing(model: nn.Module) -> Iterator[Calls]:
+    """Note calls of SDPA by the innermost module that makes them. What it yields is complete at the end."""
+    calls: dict[str, list[Call]] = {}
+    running: list[tuple[str, list[Call]]] = [("", [])]
+    hooks = []
+    for name, module in modules_of(model).items():
+
+        def enter(module: nn.Module, args: Any, name: str = name) -> None:
+            running.append((name, []))
+
+        def leave(module: nn.Module, args: Any, output: Any) -> None:
+            name, made = running.pop()
+            if made:
+                calls[name] = made
+
+        hooks += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
+    try:
+        with _Observer(running):
+            yield calls
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+class _Observer(TorchFunctionMode):
+    def __init__(self, running: list[tuple[str, list[Call]]]) -> None:
+        super().__init__()
+        self.running = running
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.scaled_dot_product_attention:
+            self.running[-1][1].append(describe(*args, **(kwargs or {})))
+        return func(*args, **(kwargs or {}))
+
+
+def find(modules: Mapping[str, nn.Module], names: Collection[str], calls: Calls | None) -> Iterator[FoundLayer]:
+    """What is known about modules that call SDPA; without a trial run of the model each is tried alone."""
+    for name in names:
+        module, handle = modules[name], handle_of(modules[name])
         if handle is not None:
-            yield FoundLayer(name, "sdpa", module, handle.num_heads, handle.num_kv_heads, handle.causal)
+            yield FoundLayer(name, KIND, module, handle.num_heads, handle.num_kv_heads, handle.causal)
         elif calls is None:
             yield _try_alone(name, module)
         else:
             yield _found(name, module, calls.get(name, []), "it made no call of SDPA in the trial run")
 
 
-def attach(model: nn.Module, layers: list[FoundLayer]) -> list[PrunableAttention]:
-    """Route the modules' calls of SDPA through a handle each."""
+def attach(model: nn.Module, layers: list[FoundLayer]) -> None:
+    """Route the modules' calls of SDPA through their handles."""
     for layer in layers:
         replace_forward(layer.module, _forward)
-    return [give_handle(layer) for layer in layers]
 
 
 def detach(model: nn.Module) -> None:
     """Give the modules their own attention back."""
     for module in model.modules():
-        restore_forward(module)
-        drop_handle(module)
+        if replaced(module, _forward):
+            restore_forward(module)
 
 
 def _try_alone(name: str, module: nn.Module) -> FoundLayer:
     first = next((child for child in module.modules() if isinstance(child, nn.Linear)), None)
     if first is None:
-        return FoundLayer(name, "sdpa", module, problem=f"its input is not known. {_EXAMPLE}")
+        return FoundLayer(name, KIND, module, problem=f"its input is not known. {_EXAMPLE}")
     example = first.weight.new_ones(1, _LENGTH, first.in_features)
     try:
         with observing(module) as calls:
             run_example(module, (example,))
     except ValueError as error:
         reason = f"{type(error.__cause__).__name__}: {error.__cause__}".splitlines()[0]
-        return FoundLayer(name, "sdpa", module, problem=f"cannot be run alone ({reason}). {_EXAMPLE}")
+        return FoundLayer(name, KIND, module, problem=f"cannot be run alone ({reason}). {_EXAMPLE}")
     return _found(name, module, calls.get("", []), f"it made no call of SDPA when run alone. {_EXAMPLE}", False)
 
 
 def _found(name: str, module: nn.Module, calls: list[Call], uncalled: str, seen: bool = True) -> FoundLayer:
     if not calls:
-        return FoundLayer(name, "sdpa", module, problem=uncalled)
+        return FoundLayer(name, KIND, module, problem=uncalled)
     call = calls[0]
     problem = call.problem if len(calls) == 1 else f"calls SDPA {len(calls)} times in one forward pass"
     heads = call.num_heads, call.num_kv_heads
-    return FoundLayer(name, "sdpa", module, *heads, call.causal, problem=problem, seen=seen)
+    return FoundLayer(name, KIND, module, *heads, call.causal, problem=problem, seen=seen)
 
 
 class _Route(TorchFunctionMode):
@@ -106,22 +136,12 @@ class _Route(TorchFunctionMode):
 
 
 def _forward(module: nn.Module, own: Callable[..., Any] | None, *args: Any, **kwargs: Any) -> Any:
-    layer = handle_of(module)
-    # What still moves, probes or measures is not for a compiler to trace.
-    forward = _routed if layer is not None and layer.traceable else _routed_eagerly
-    return forward(module, own, layer, *args, **kwargs)
+    return routed(_through, module, own, *args, **kwargs)
 
 
-def _routed(
-    module: nn.Module, own: Callable[..., Any] | None, layer: PrunableAttention | None, *args: Any, **kwargs: Any
-) -> Any:
-    if layer is None or layer.idle:
-        return run_original(module, own, *args, **kwargs)
+def _through(module: nn.Module, own: Any, layer: PrunableAttention, *args: Any, **kwargs: Any) -> Any:
     with _Route(layer):
         return run_original(module, own, *args, **kwargs)
-
-
-_routed_eagerly = torch.compiler.disable(_routed)  # type: ignore[no-untyped-call, unused-ignore]
 
 
 def attend(
@@ -170,7 +190,9 @@ def call_is_causal(
         _refuse(layer, f"cross-attention ({q_len} queries, {kv_len} keys{counted})")
     if attn_mask is None:
         return is_causal or (q_len == 1 and layer.causal)
-    if torch.compiler.is_compiling():  # a tracer cannot look into the mask
+    if torch.compiler.is_compiling():
+        if layer.causal:
+            assert_hides_future(attn_mask, q_len, kv_len, layer.name)
         return layer.causal
     if is_bias(attn_mask):
         _refuse(layer, BIAS)

@@ -1,10 +1,9 @@
-"""A trial run of a model: which of its modules call SDPA, and how."""
+"""A trial run of a model, and what an attention call shows of its layer."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -12,11 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
-from sparse_prune.attention.found import modules_of
 from sparse_prune.attention.masks import hides_future, is_bias
 
 BIAS = "adds a bias to attention (a mask with other values than 0 and -inf)"
@@ -90,42 +86,6 @@ def _never(nothing: None) -> Tensor:
 def _converted(parameter: Tensor, tensor: Tensor) -> Tensor:
     """An input on the parameter's device and, if floating-point, in its precision, as trainers convert batches."""
     return tensor.to(parameter.device, parameter.dtype if tensor.is_floating_point() else tensor.dtype)
-
-
-@contextmanager
-def observing(model: nn.Module) -> Iterator[Calls]:
-    """Note calls of SDPA by the innermost module that makes them. What it yields is complete at the end."""
-    calls: dict[str, list[Call]] = {}
-    running: list[tuple[str, list[Call]]] = [("", [])]
-    hooks = []
-    for name, module in modules_of(model).items():
-
-        def enter(module: nn.Module, args: Any, name: str = name) -> None:
-            running.append((name, []))
-
-        def leave(module: nn.Module, args: Any, output: Any) -> None:
-            name, made = running.pop()
-            if made:
-                calls[name] = made
-
-        hooks += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
-    try:
-        with _Observer(running):
-            yield calls
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-class _Observer(TorchFunctionMode):
-    def __init__(self, running: list[tuple[str, list[Call]]]) -> None:
-        super().__init__()
-        self.running = running
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is F.scaled_dot_product_attention:
-            self.running[-1][1].append(describe(*args, **(kwargs or {})))
-        return func(*args, **(kwargs or {}))
 
 
 def describe(

@@ -10,6 +10,7 @@ from torch import Tensor
 from sparse_prune.kernels.backends import BACKENDS
 from sparse_prune.kernels.backends.triton import triton_kernels
 from sparse_prune.kernels.choice import check_backend
+from sparse_prune.kernels.documents import spanned
 from sparse_prune.kernels.options import AttentionOptions
 from sparse_prune.pattern import BlockPattern
 from sparse_prune.scores import AttentionCall, BlockStatistics, Score, probe_blocks
@@ -127,7 +128,7 @@ def block_sparse_attention(
     _check(query, key, value, pattern, options)
     if not query.numel() or not key.numel() or not value.numel():  # nothing to tile: the reference takes any shape
         chosen = BACKENDS["reference"]
-    return chosen.attend(query, key, value, pattern, options)
+    return chosen.attend(query, key, value, spanned(pattern, options), options)
 
 
 def _check(query: Tensor, key: Tensor, value: Tensor, pattern: BlockPattern, options: AttentionOptions) -> None:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from sparse_prune.kernels.backend import Backend
 from sparse_prune.kernels.backends import BACKENDS
+from sparse_prune.kernels.documents import spanned
 from sparse_prune.kernels.options import AttentionOptions
 from sparse_prune.pattern import BlockPattern
 
@@ -71,4 +72,5 @@ def moving_backend(query: Tensor, pattern: BlockPattern, options: AttentionOptio
         pattern: For the lengths of the call.
         options: Of the call.
     """
+    pattern = spanned(pattern, options)
     return next((name for name, each in BACKENDS.items() if each.suits_moving(query, pattern, options)), _ANYWHERE)

@@ -87,23 +87,3 @@ class AttentionOptions:
         for part in parts:
             mask = part if mask is None else mask & part
         return mask
-
-
-def documents_from_cu_seqlens(cu_seqlens: Tensor, length: int) -> Tensor:
-    """Numbers of packed sequences from their cumulative lengths, as FlashAttention's variable-length calls take them.
-
-    Args:
-        cu_seqlens: Integers, (sequences + 1,), ascending from 0 to `length`.
-        length: Tokens of the packed sample.
-
-    Returns:
-        int32, (1, length), for `AttentionOptions.documents`.
-
-    Raises:
-        ValueError: If the cumulative lengths do not ascend from 0 to `length`.
-    """
-    ends = cu_seqlens.long()
-    if ends.dim() != 1 or ends.numel() < 2 or ends[0] != 0 or ends[-1] != length or (ends.diff() < 0).any():
-        raise ValueError(f"`cu_seqlens` must ascend from 0 to {length}, got {cu_seqlens.tolist()}.")
-    position = torch.arange(length, device=ends.device)
-    return torch.searchsorted(ends[1:], position, right=True).to(torch.int32)[None]

@@ -55,10 +55,11 @@ def retrieval_probes(sequences: Tensor, count: int, seed: int = 0) -> list[Retri
 def _recall(text: Tensor, random: Random) -> RetrievalProbe:
     length, pairs = len(text), random.choice((1, 2, 4, 8))
     pairs = min(pairs, length // (8 * (_KEY + _VALUE)))
-    vocabulary = text.unique()
+    vocabulary = torch.unique(text)
     drawn = [_draw(vocabulary, _KEY + _VALUE, random) for _ in range(pairs)]
     room = length - 2 * pairs * (_KEY + _VALUE)
-    parts, done = [], 0
+    parts: list[Tensor] = []
+    done = 0
     for place, pair in zip(sorted(random.randrange(room) for _ in drawn), drawn, strict=True):
         parts += [text[done:place], pair]
         done = place
@@ -74,7 +75,7 @@ def _draw(vocabulary: Tensor, count: int, random: Random) -> Tensor:
 
 def _repeat(text: Tensor, random: Random) -> RetrievalProbe:
     length = len(text)
-    parts, answers = [text[: 3 * length // 4]], []
+    parts, answers = [text[: 3 * length // 4]], list[int]()
     for place, size in _passages(3 * length // 4, length, random):
         start = random.randrange(length // 2 - size)
         parts.append(text[start : start + size])

@@ -28,17 +28,31 @@ class BlockStatistics:
     not seen have none."""
     counts: Tensor
     """float64, (2, q_blocks): query rows seen, samples seen; a third row counts for a score that has its own sums, and
-    is the only one where there are no sums but its own."""
+    is the only one where there are no sums but its own. Of packed sequences (2, q_blocks, kv_blocks): those whose
+    document reaches into the block."""
     kinds: tuple[str, ...] = STATISTICS
     """What `sums` holds, in order."""
 
     def __add__(self, other: BlockStatistics) -> BlockStatistics:
         """Pool two probes; the shorter one fills the top-left corner."""
-        rows = max(self.sums.shape[2], other.sums.shape[2])
-        cols = max(self.sums.shape[3], other.sums.shape[3])
-        mine, theirs, device = self.grown(rows, cols), other.grown(rows, cols), self.sums.device
-        sums, counts = mine.sums + theirs.sums.to(device), mine.counts + theirs.counts.to(device)
+        mine, theirs = self._alike(other)
+        sums, counts = (a + b.to(a.device) for a, b in ((mine.sums, theirs.sums), (mine.counts, theirs.counts)))
         return BlockStatistics(sums, counts, self.kinds)
+
+    def _alike(self, other: BlockStatistics) -> tuple[BlockStatistics, BlockStatistics]:
+        """Both of as many blocks, with counts of the same shape."""
+        rows, cols = (max(self.sums.shape[i], other.sums.shape[i]) for i in (2, 3))
+        both = self.grown(rows, cols), other.grown(rows, cols)
+        if self.counts.dim() != other.counts.dim():
+            return both[0].of_blocks(), both[1].of_blocks()
+        return both
+
+    def of_blocks(self) -> BlockStatistics:
+        """The same with counts of every block."""
+        if self.counts.dim() == 3:
+            return self
+        counts = self.counts[:, :, None].expand(-1, -1, self.sums.shape[3])
+        return BlockStatistics(self.sums, counts, self.kinds)
 
     def grown(self, rows: int, cols: int) -> BlockStatistics:
         """The same in the top-left corner of more blocks, of which nothing was seen; itself if there are no more.
@@ -50,7 +64,8 @@ class BlockStatistics:
         pad_rows, pad_cols = rows - self.sums.shape[2], cols - self.sums.shape[3]
         if not (pad_rows or pad_cols):
             return self
-        sums, counts = F.pad(self.sums, (0, pad_cols, 0, pad_rows)), F.pad(self.counts, (0, pad_rows))
+        sums, counts = F.pad(self.sums, (0, pad_cols, 0, pad_rows)), self.counts
+        counts = F.pad(counts, (0, pad_rows) if counts.dim() == 2 else (0, pad_cols, 0, pad_rows))
         return BlockStatistics(sums, counts, self.kinds)
 
     def trimmed(self, block_size: tuple[int, int]) -> BlockStatistics:
@@ -59,10 +74,11 @@ class BlockStatistics:
         Args:
             block_size: Tokens per block side, (query, key).
         """
-        seen = self.counts[0].nonzero()
+        seen = self.counts[0].nonzero()[:, 0]
         rows = int(seen.max()) + 1 if seen.numel() else 0
         cols = min(num_blocks(rows * block_size[0], block_size[1]), self.sums.shape[3])
-        return BlockStatistics(self.sums[:, :, :rows, :cols], self.counts[:, :rows], self.kinds)
+        counts = self.counts[:, :rows] if self.counts.dim() == 2 else self.counts[:, :rows, :cols]
+        return BlockStatistics(self.sums[:, :, :rows, :cols], counts, self.kinds)
 
     def beside(self, own: BlockStatistics | None, kind: str) -> BlockStatistics:
         """The same with the sums of a score that has its own, zeros if it saw nothing.
@@ -73,8 +89,7 @@ class BlockStatistics:
         """
         if own is None:
             own = BlockStatistics(torch.zeros_like(self.sums[:1]), torch.zeros_like(self.counts[:1]), (kind,))
-        rows, cols = (max(self.sums.shape[i], own.sums.shape[i]) for i in (2, 3))
-        mine, other = self.grown(rows, cols), own.grown(rows, cols)
+        mine, other = self._alike(own)
         sums, counts = torch.cat((mine.sums, other.sums)), torch.cat((mine.counts, other.counts))
         return BlockStatistics(sums, counts, (*self.kinds, kind))
 
@@ -89,9 +104,10 @@ class BlockStatistics:
         return BlockStatistics(self.sums[[self.kinds.index(kind) for kind in kinds]], self.counts, kinds)
 
     def of(self, kind: str) -> tuple[Tensor, Tensor]:
-        """Sum (num_heads, q_blocks, kv_blocks) and weight (q_blocks, 1) of one kind.
+        """Sum (num_heads, q_blocks, kv_blocks) and weight, (q_blocks, 1) or (q_blocks, kv_blocks), of one kind.
 
         Args:
             kind: One of `kinds`.
         """
-        return self.sums[self.kinds.index(kind)], self.counts[_COUNTS.get(kind, -1)][:, None]
+        weight = self.counts[_COUNTS.get(kind, -1)]
+        return self.sums[self.kinds.index(kind)], weight[:, None] if weight.dim() == 1 else weight

@@ -77,3 +77,15 @@ def test_a_compiled_model_goes_on_with_a_small_cache(swapped):
     # The second part has as many queries as new keys.
     found = [compiled(part, past_key_values=cache).logits for part in ids.split(20, 1)]
     torch.testing.assert_close(torch.cat(found, 1), model(ids, use_cache=False).logits, atol=2e-4, rtol=2e-4)
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_a_mask_that_shows_later_keys_stops_a_compiled_causal_layer(swapped):
+    model, compiled = swapped
+    shown = torch.ones(2, 1, 32, 32, dtype=torch.bool).tril()
+    wanted = model(tokens(), attention_mask=shown, use_cache=False)[0]
+    torch.testing.assert_close(compiled(tokens(), attention_mask=shown, use_cache=False)[0], wanted)
+    shown[:, :, :8, :8] = True  # a prefix
+    with pytest.raises(RuntimeError, match="'model.layers.0.self_attn' must get masks that show no later key"):
+        compiled(tokens(), attention_mask=shown, use_cache=False)

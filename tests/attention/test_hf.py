@@ -438,7 +438,7 @@ def own_argument(self, query, index):
 
 def test_what_a_layer_hands_to_attention_is_known_or_the_layer_stays_dense():
     module = type("Attention", (torch.nn.Module,), {"forward": own_argument})()
-    assert hf._problem("self_attn", module, 4) == "a sparse index of its own (`block_indices`)"
+    assert hf.refused("self_attn", module) == "a sparse index of its own (`block_indices`)"
 
 
 @torch.no_grad()
@@ -520,7 +520,7 @@ def test_only_models_with_layers_that_were_taken_over_are_switched():
     assert pair["model"].config._attn_implementation == "sdpa"
 
 
-def test_an_example_shows_a_bias_inside_a_mask():
+def test_an_example_shows_a_bias_inside_a_mask(caplog):
     torch.manual_seed(0)
     sizes = {"image_size": 16, "patch_size": 4, "embed_dim": 8, "depths": [1], "num_heads": [2], "window_size": 4}
     model, image = SwinModel(SwinConfig(**sizes)).eval(), torch.rand(1, 3, 16, 16)
@@ -532,6 +532,12 @@ def test_an_example_shows_a_bias_inside_a_mask():
     assert layer.problem.startswith("adds a bias to attention")
     with pytest.raises(ValueError, match="adds a bias to attention"):
         attach(model, image)
+    expected = model(image)[0]
+    (handle,) = attach(model)  # the first probe tells what no example told
+    handle.probe_block_size = (4, 4)
+    assert torch.equal(model(image)[0], expected)
+    assert handle.aside.startswith("adds a bias to attention")
+    assert "This attention layer stays dense" in caplog.text
 
 
 class Options(list):
@@ -562,7 +568,7 @@ def test_a_sliding_window_reaches_the_kernels_as_one(monkeypatch, padding):
 
 @pytest.mark.parametrize("mode", ["dense", "sparse"])
 @torch.no_grad()
-def test_what_is_more_than_a_sliding_window_stays_a_mask(monkeypatch, mode):
+def test_documents_keep_their_window_and_what_is_more_than_that_stays_a_mask(monkeypatch, mode):
     model, ids = make("mistral, sliding window"), tokens()
     packed = {"position_ids": torch.cat([torch.arange(10), torch.arange(14)])[None].expand(2, -1)}
     own = torch.rand(2, 1, LENGTH, LENGTH, generator=torch.Generator().manual_seed(3)) < 0.5
@@ -573,8 +579,10 @@ def test_what_is_more_than_a_sliding_window_stays_a_mask(monkeypatch, mode):
     seen = Options().watch(handles[0], monkeypatch)
     for inputs, wanted in zip((packed, custom), expected, strict=True):
         torch.testing.assert_close(model(ids, use_cache=False, **inputs)[0], wanted, atol=1e-4, rtol=1e-4)
-    assert all(options.window is None and options.attn_mask is not None for options in seen)
-    assert len(seen) == 2
+    apart, masked = seen
+    assert apart.documents[0].tolist() == [0] * 10 + [1] * 14
+    assert (apart.window, apart.attn_mask, masked.window, masked.documents) == (6, None, None, None)
+    assert masked.attn_mask is not None
 
 
 @pytest.mark.parametrize("name", ["gemma2", "modernbert"])

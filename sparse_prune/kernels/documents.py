@@ -1,0 +1,140 @@
+"""Packed sequences: several documents in one row, whose tokens do not see each other, and what follows for blocks."""
+
+from __future__ import annotations
+
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from sparse_prune.kernels.options import AttentionOptions
+from sparse_prune.pattern import BlockPattern, num_blocks
+from sparse_prune.scores import BlockStatistics
+
+_NEXT_TO_NOTHING = 2.0**-30
+"""Weight, per row, of a block that no document has spanned yet: it scores 0 until one does."""
+
+
+def documents_from_cu_seqlens(cu_seqlens: Tensor, length: int) -> Tensor:
+    """Numbers of packed sequences from their cumulative lengths, as FlashAttention's variable-length calls take them.
+
+    Args:
+        cu_seqlens: Integers, (sequences + 1,), ascending from 0 to `length`.
+        length: Tokens of the packed sample.
+
+    Returns:
+        int32, (1, length), for `AttentionOptions.documents`.
+
+    Raises:
+        ValueError: If the cumulative lengths do not ascend from 0 to `length`.
+    """
+    ends = cu_seqlens.long()
+    if not torch.compiler.is_compiling() and not _ascends(ends, length):  # a tracer cannot look into them
+        raise ValueError(f"`cu_seqlens` must ascend from 0 to {length}, got {cu_seqlens.tolist()}.")
+    position = torch.arange(length, device=ends.device)
+    return torch.searchsorted(ends[1:], position, right=True).to(torch.int32)[None]
+
+
+def _ascends(ends: Tensor, length: int) -> bool:
+    if ends.dim() != 1 or ends.numel() < 2:
+        return False
+    return bool((ends[0] == 0) & (ends[-1] == length) & (ends.diff() >= 0).all())
+
+
+_MEETS = WeakTensorKeyDictionary()  # documents -> blocks that they join: a forward pass has many layers
+_LEFT = WeakTensorKeyDictionary()  # documents -> pattern -> what is left of it
+
+
+def spanned(pattern: BlockPattern, options: AttentionOptions) -> BlockPattern:
+    """A call's pattern without the blocks in which no key is of a query's document: backends skip them.
+
+    Reads the documents, once per tensor.
+
+    Args:
+        pattern: For the lengths of the call.
+        options: Of the call. Its documents may come in any order; where they ascend, no such block is left.
+    """
+    documents = options.documents
+    if documents is None or not documents.numel():
+        return pattern
+    if documents.is_inference():  # what is written into it is not counted: it is read each time
+        return _left(pattern, _meets(pattern, documents))
+    kind = (documents._version, pattern.block_size, pattern.q_len)
+    meets: dict[Any, Tensor] = _MEETS.setdefault(documents, {})  # type: ignore[no-untyped-call, unused-ignore]
+    if kind not in meets:
+        meets[kind] = _meets(pattern, documents)
+    left: Any = _LEFT.setdefault(documents, WeakKeyDictionary())  # type: ignore[no-untyped-call, unused-ignore]
+    known, found = left.get(pattern, (None, None))
+    if known is not meets[kind]:
+        found = _left(pattern, meets[kind])
+        left[pattern] = meets[kind], None if found is pattern else found
+    return pattern if found is None else found
+
+
+def _left(pattern: BlockPattern, meets: Tensor) -> BlockPattern:
+    keep = pattern.keep & meets
+    if torch.equal(keep, pattern.keep):
+        return pattern
+    return BlockPattern(keep, pattern.block_size, pattern.causal, pattern.q_len, pattern.kv_len)
+
+
+def _meets(pattern: BlockPattern, documents: Tensor) -> Tensor:
+    """Blocks in which a query and a key may be of one document, in any sample: boolean, (q_blocks, kv_blocks)."""
+    block_q, block_kv = pattern.block_size
+    first, last = _range(documents[:, pattern.kv_len - pattern.q_len :], block_q)
+    first_key, last_key = _range(documents, block_kv)
+    return ((first[:, :, None] <= last_key[:, None]) & (last[:, :, None] >= first_key[:, None])).any(0).cpu()
+
+
+def _range(documents: Tensor, side: int) -> tuple[Tensor, Tensor]:
+    """The lowest and the highest number in each block, (batch, blocks)."""
+    missing = -documents.shape[1] % side
+    padded = torch.cat([documents, documents[:, -1:].expand(-1, missing)], 1)
+    return torch.unflatten(padded, 1, (-1, side)).aminmax(dim=2)
+
+
+def per_document(
+    statistics: BlockStatistics, options: AttentionOptions, block_size: tuple[int, int], causal: bool, *per: str
+) -> BlockStatistics:
+    """A probe's statistics, of which every block counts those rows alone whose document reaches into it.
+
+    Otherwise a block that few documents are long enough for would score little, however much they give it.
+
+    Args:
+        statistics: Of self-attention under documents that ascend.
+        options: Of the call.
+        block_size: Tokens per block side, (query, key).
+        causal: Whether queries see no later key.
+        per: What every row of `statistics.counts` counts: "row", "sample" or "call".
+    """
+    documents = options.documents
+    if documents is None or not documents.numel():
+        return statistics
+    reached = _rows_that_reach(documents, options.key_mask, block_size, causal)  # (batch, q_blocks, kv_blocks)
+    samples = (reached > 0).double()
+    counts = {"row": reached.sum(0), "sample": samples.sum(0), "call": samples.amax(0)}
+    weights = torch.stack([counts[kind] for kind in per])
+    least = _NEXT_TO_NOTHING * weights.amax(-1, keepdim=True)
+    return BlockStatistics(statistics.sums, torch.maximum(weights, least), statistics.kinds)
+
+
+def _rows_that_reach(documents: Tensor, real: Tensor | None, block_size: tuple[int, int], causal: bool) -> Tensor:
+    """Query rows of a block whose document has tokens in a key block, float64, (batch, q_blocks, kv_blocks)."""
+    (block_q, block_kv), (batch, length), device = block_size, documents.shape, documents.device
+    rows, cols = num_blocks(length, block_q), num_blocks(length, block_kv)
+    place = torch.arange(length, device=device).expand(batch, -1)
+    begins = F.pad(documents.diff(dim=1) != 0, (1, 0), value=True)
+    first, last = torch.where(begins, place, 0).cummax(1).values, place
+    if not causal:
+        ends = F.pad(begins[:, 1:], (0, 1), value=True)
+        last = torch.where(ends, place, length).flip(1).cummin(1).values.flip(1)
+    # One up where a row's keys begin, one down behind their end; the sum along a row of blocks is the count.
+    steps = torch.zeros(batch, rows, cols + 1, dtype=torch.float64, device=device)
+    one = torch.ones_like(place, dtype=torch.float64) if real is None else real.double()
+    line = place // block_q * (cols + 1)
+    steps.flatten(1).scatter_add_(1, line + first // block_kv, one)
+    steps.flatten(1).scatter_add_(1, line + last // block_kv + 1, -one)
+    return steps.cumsum(-1)[..., :cols]
