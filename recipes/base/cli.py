@@ -150,7 +150,10 @@ class FineTuneCLI(LightningCLI):
 
     def _save_pretrained(self, folder: str) -> None:
         model, pruner = self.model.model, _callback(self.trainer, AttentionPruning).pruner
-        export = partial(save_pretrained, model, folder, pruner=pruner, tokenizer=self.tokenizer())
+        described = self.describe(self.config["fit"])
+        base_model, data = _told(described.get("model")), _told(described.get("data", described.get("text")))
+        told = {"tokenizer": self.tokenizer(), "base_model": base_model, "data": data}
+        export = partial(save_pretrained, model, folder, pruner=pruner, **told)
         if is_sharded(model):
             export()
         else:
@@ -331,6 +334,14 @@ def _attempt(what: str, measure: Callable[[], _Found]) -> _Found | None:
     except Exception:
         log.exception("The report goes without %s, because measuring it failed.", what)
         return None
+
+
+def _told(value: object) -> str | None:
+    """What a model card tells of a setting: of a path of this machine the last part alone."""
+    if value is None:
+        return None
+    path = user_path(str(value))
+    return path.name if path.exists() else str(value)
 
 
 def _callback(trainer: pl.Trainer, kind: type[Any]) -> Any:

@@ -252,6 +252,10 @@ def test_fit_ends_with_a_report(config, tmp_path, monkeypatch, capsys, precision
     assert {handle.name: handle.mode for handle in attach(model)} == dict.fromkeys(patterns, "sparse")
     assert set(header["scores"]) == set(header["settled_at"]) == set(patterns)
     assert load_tokenizer(str(tmp_path / "exported")).eos_token == "<eos>"
+    card = (tmp_path / "exported" / "README.md").read_text()
+    assert f"| data | {header['data']} |" in card
+    assert header["data"]
+    assert str(tmp_path) not in card
 
 
 def fit(config, monkeypatch, *more):
