@@ -39,13 +39,13 @@ from transformers import (
 from sparse_prune import BlockPattern
 from sparse_prune.attention import attach, detach
 from sparse_prune.cache import PatternCache, PatternLayer
+from sparse_prune.kernels import AttentionOptions
+from support import families
 
 RECORDS = pytest.mark.skipif(
     tuple(map(int, version("transformers").split(".")[:2])) < (5, 20),
     reason="before 5.20 assisted decoding did not tell the cache to keep what it may take back",
 )
-from sparse_prune.kernels import AttentionOptions
-from support import families
 
 SMALL = {**families.SMALL, "max_position_embeddings": 256}
 GPT2 = {"vocab_size": 50, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256, "initializer_range": 0.5}
