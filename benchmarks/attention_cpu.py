@@ -21,8 +21,8 @@ from torch.nn import functional as F
 
 from sparse_prune.fixed_patterns import random_pattern
 from sparse_prune.kernels import block_sparse_attention
+from sparse_prune.machine import describe_machine
 from sparse_prune.precision import fast_dtype
-from sparse_prune.recipes.base.machine import describe_machine
 
 HEADS, KV_HEADS, HEAD_DIM = 9, 3, 64
 """SmolLM2-135M's."""

@@ -25,7 +25,7 @@ import torch.multiprocessing as mp
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from sparse_prune import AttentionPruner, BlockStatistics, LinearSchedule
-from sparse_prune.recipes.base.machine import describe_machine
+from sparse_prune.machine import describe_machine
 
 BLOCK = 64
 

@@ -35,8 +35,8 @@ from sparse_prune.callbacks import AttentionPruning, Distillation, KernelSwap
 from sparse_prune.evaluation import retrieval
 from sparse_prune.fixed_patterns import FixedKind, fixed_pattern
 from sparse_prune.layer_state import LayerState
+from sparse_prune.machine import describe_machine
 from sparse_prune.precision import fast_autocast, fast_precision
-from sparse_prune.recipes.base.machine import describe_machine
 from sparse_prune.recipes.base.pretrained import load_tokenizer
 from sparse_prune.recipes.causal_lm.data import TextDataModule
 from sparse_prune.recipes.causal_lm.module import CausalLMModule

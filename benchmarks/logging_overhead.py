@@ -27,7 +27,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from sparse_prune import LinearSchedule
 from sparse_prune.attention.layer import CallShape
 from sparse_prune.callbacks import AttentionPruning, KernelSwap, SparsityLogger
-from sparse_prune.recipes.base.machine import describe_machine
+from sparse_prune.machine import describe_machine
 from sparse_prune.scores import BlockStatistics
 
 BLOCK = 64

@@ -19,7 +19,7 @@ from sparse_prune.attention.layer import CallShape, PrunableAttention
 from sparse_prune.attention.measure import time_attention
 from sparse_prune.fixed_patterns import random_pattern
 from sparse_prune.kernels import AttentionOptions, moving_backend
-from sparse_prune.recipes.base.machine import describe_machine
+from sparse_prune.machine import describe_machine
 
 CPU = torch.device("cpu")
 

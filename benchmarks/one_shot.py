@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sparse_prune import AttentionPruner, BlockStatistics, ConstantSchedule
 from sparse_prune.evaluation.prompts import passkey_accuracy
-from sparse_prune.recipes.base.machine import describe_machine
+from sparse_prune.machine import describe_machine
 from sparse_prune.recipes.base.pretrained import load_tokenizer
 from sparse_prune.recipes.causal_lm.data import TextDataModule
 from sparse_prune.recipes.causal_lm.pretrained import load_model

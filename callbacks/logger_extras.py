@@ -98,7 +98,9 @@ def _hyperparameters(part: Any) -> dict[str, Any]:
     return dict(part.hparams_initial) if getattr(part, "_log_hyperparams", False) else {}
 
 
-def log_summary(logger: Logger, summary: dict[str, float]) -> None:
-    """The end of a run, for W&B's list of runs."""
+def log_summary(logger: Logger, summary: dict[str, float], step: int) -> None:
+    """The end of a run: in W&B's list of runs, elsewhere among the metrics. Runs without it did not end."""
     if is_wandb(logger):
         logger.experiment.summary.update(summary)
+    else:
+        logger.log_metrics(summary, step=step)

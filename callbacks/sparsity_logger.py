@@ -21,6 +21,7 @@ from sparse_prune.callbacks.step_clock import StepClock
 from sparse_prune.callbacks.uploads import Uploads
 from sparse_prune.export import save_patterns
 from sparse_prune.export.history import remove_frames, save_frame
+from sparse_prune.machine import describe_machine
 from sparse_prune.metrics import Moment, head_table, layer_numbers, measure, summarize
 from sparse_prune.pattern import BlockPattern
 from sparse_prune.pictures import draw_layer, views
@@ -46,7 +47,7 @@ class SparsityLogger(Collaborator):
     patterns/heads, the patterns as versions of an artifact, and a summary. The patterns, and their history for
     `sparse-prune report`, are also written beside the logs, also when an exception or Ctrl-C ends the run.
 
-    The settings of pruning join the loggers' hyperparameters, under pruning/.
+    The settings of pruning, the machine and the versions join the loggers' hyperparameters, under pruning/.
 
     A logger that fails is reported once and left alone for the rest of the fit; training goes on, and never waits for
     files that W&B uploads.
@@ -101,7 +102,8 @@ class SparsityLogger(Collaborator):
             trainer: The Trainer.
             settings: For the loggers' hyperparameters.
         """
-        self._each(trainer, partial(logger_extras.log_settings, trainer=trainer, settings=settings))
+        machine = {f"pruning/{name}": text for name, text in describe_machine().items()}
+        self._each(trainer, partial(logger_extras.log_settings, trainer=trainer, settings=settings | machine))
 
     def begin_training(self, trainer: pl.Trainer) -> None:
         """Remove what an earlier run left of the history."""
@@ -176,8 +178,8 @@ class SparsityLogger(Collaborator):
             summary = summarize(pruner)
             file = self._keep_patterns(trainer, pruner, ["latest", "final"], summary)
             if trainer.is_global_zero:
-                self._each(trainer, partial(logger_extras.log_summary, summary=summary))
                 table, step = head_table(pruner, events), _step(trainer)
+                self._each(trainer, partial(logger_extras.log_summary, summary=summary, step=step))
                 for logger in trainer.loggers:
                     if logger_extras.is_wandb(logger):
                         self._uploads.submit(_name(logger), partial(logger_extras.log_table, logger, table, step))

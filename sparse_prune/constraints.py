@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 from sparse_prune.pattern import whole_number
+
+FarField = Literal["block", "head", "layer"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +42,10 @@ class Constraints:
     """Keep every block between the diagonal and the furthest one that a row keeps; sinks stand apart. The KV cache
     holds what lies between anyway, so the model attends to more at the same cache, which is reached at a lower
     sparsity (docs/constraints.md)."""
+    far_field: FarField = "block"
+    """What is kept or pruned at once beyond sinks and recent blocks, by its mean score: a block, all of a head (or of a
+    KV head, with share_kv_groups), or all of a layer. Whole far fields give patterns that other programs read
+    (docs/serving.md); the sparsity comes in as many steps as there are of them. Not together with min_density."""
     regrow: bool = True
     """Let pruned blocks come back when their score has risen."""
     hysteresis: float = 0.1
@@ -65,6 +72,13 @@ class Constraints:
         for layer, heads in (self.protected_heads or {}).items():
             if isinstance(heads, int):
                 raise TypeError(f"`protected_heads` of {layer!r} must be several heads, got {heads}. Write ({heads},).")
+        if self.far_field not in get_args(FarField):
+            raise ValueError(f"`far_field` must be one of {get_args(FarField)}, got {self.far_field!r}.")
+        if self.far_field != "block" and self.min_density:
+            raise ValueError(
+                f"`min_density` must be 0 with far_field={self.far_field!r}, which keeps far fields whole or not at "
+                f"all, got {self.min_density}. Keep more `recent_blocks` instead."
+            )
         if self.sink_blocks < 0:
             raise ValueError(f"`sink_blocks` must be at least 0, got {self.sink_blocks}.")
         if self.recent_blocks < 1:

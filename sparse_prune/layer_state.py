@@ -71,7 +71,10 @@ class LayerState:
 
     @property
     def mass_kept(self) -> float:
-        """Share of dense attention probability that falls into kept blocks, in [0, 1]."""
+        """Share of dense attention probability that falls into kept blocks, in [0, 1].
+
+        Of packed sequences, where a block counts the rows that reach it, all blocks weigh alike.
+        """
         kept, total = (part.sum() for part in self._mass())
         return float(kept / total) if total > 0 else 1.0
 

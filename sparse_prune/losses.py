@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Container
 
+TWIN = "dense/"
+"""What keys begin with under which a pruned run holds what its dense twin logged."""
 _WORDS = {"training": ("train", "training"), "validation": ("val", "valid", "validation"), "test": ("test",)}
 _ENDINGS = {
     "training": ("", "_step", "_epoch"),

@@ -11,7 +11,7 @@ from typing import Any, Literal, Protocol
 from sparse_prune.pruner import AttentionPruner, PruneReport, attention_flops, kv_blocks_droppable
 
 Style = Literal["main", "second", "accent", "muted", "thin"]
-Section = Literal["Overview", "Layers", "Speed and savings"]
+Section = Literal["Over the run", "Layers", "Speed and savings"]
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,8 @@ class Chart:
     log: bool = False
     """Whether the y axis is logarithmic."""
     on_page: bool = True
-    """Whether `sparse-prune report` draws it; its table of layers may say the same."""
+    """Whether `sparse-prune report` draws it; its table of layers may say the same. Sections after the first one are
+    folded away there."""
 
 
 class Swap(Protocol):
@@ -126,15 +127,15 @@ class Metric:
         return sorted((key for key in logged if re.fullmatch(self.pattern, key)), key=lambda key: (len(key), key))
 
 
-PRUNED = Chart("Share of blocks pruned", "share of blocks", "Overview", top=1.0)
-DIVERGENCE_CHART = Chart("Divergence from the dense model", "nats per token", "Overview")
-PRUNED_LAYERS = Chart("Sparsity per layer", "share of blocks", "Layers", top=1.0)
+PRUNED = Chart("Share of blocks pruned", "share of blocks", "Over the run", top=1.0)
+PRUNED_LAYERS = Chart("Sparsity per layer", "share of blocks", "Over the run", top=1.0)
+STEP_TIME = Chart("Step time", "seconds", "Over the run")
+DIVERGENCE_CHART = Chart("Divergence from the dense model", "nats per token", "Layers")
 CHANGE = Chart("Change per decision", "Jaccard distance", "Layers", top=1.0)
 KEPT_LAYERS = Chart("Attention kept per layer", "share of probability", "Layers", on_page=False)
 KEPT = Chart("Attention kept", "share of probability", "Layers")
 CUT = Chart("Threshold on scores", "score", "Layers", log=True)
 SWAPPED_LAYERS = Chart("Swaps: 1 to sparse, 0 back to dense", "", "Layers", top=1.0, on_page=False)
-STEP_TIME = Chart("Step time", "seconds", "Speed and savings")
 SWAPPED = Chart("Layers on sparse kernels over time", "layers", "Speed and savings", on_page=False)
 SPEED = Chart("Tokens per second", "tokens per second", "Speed and savings")
 SAVED = Chart("Share saved", "share, estimate", "Speed and savings", top=1.0)
@@ -204,7 +205,7 @@ FLOPS_SHARE = Metric(
     at="pattern", read=lambda now: now.savings.get("savings/attention_flops_share"),
 )  # fmt: skip
 KV_SHARE = Metric(
-    "savings/kv_share", "share of the KV cache that no later token needs, an estimate", "KV cache", SAVED, "second",
+    "savings/kv_share", "share of the KV cache that no later token needs, an estimate", "KV cache", SAVED, "accent",
     at="pattern", read=lambda now: now.savings.get("savings/kv_share"),
 )  # fmt: skip
 FLOPS_SAVED = Metric(

@@ -140,6 +140,8 @@ def _effective(layer: LayerScores, constraints: Constraints, signed: bool = Fals
     if not constraints.regrow:
         scores = scores.masked_fill(~pattern.keep, -torch.inf)
     forced = _forced(layer, constraints)
+    if constraints.far_field != "block":
+        scores = _whole(scores, pattern.possible & ~forced, constraints.far_field == "layer")
     floor = int(-(-constraints.min_density * int(pattern.possible.sum()) // 1))
     if floor:
         possible = scores.masked_fill(~pattern.possible, -torch.inf).flatten(1)
@@ -148,6 +150,14 @@ def _effective(layer: LayerScores, constraints: Constraints, signed: bool = Fals
         )
     scores = scores.masked_fill(forced, torch.inf).masked_fill(~pattern.possible, -torch.inf)
     return _filled(scores, pattern, constraints.sink_blocks) if constraints.fill_reach else scores
+
+
+def _whole(scores: Tensor, far: Tensor, of_layer: bool) -> Tensor:
+    """Scores of far fields that are kept or pruned at once: their mean in the head or in the layer."""
+    sums, counts = scores.masked_fill(~far, 0.0).sum((1, 2)), far.sum((1, 2))
+    if of_layer:
+        sums, counts = sums.sum().expand_as(sums), counts.sum().expand_as(counts)
+    return torch.where(far, (sums / counts.clamp(min=1))[:, None, None], scores)
 
 
 def _filled(scores: Tensor, pattern: BlockPattern, sink_blocks: int) -> Tensor:

@@ -576,7 +576,7 @@ def test_failed_export_leaves_the_old_one_and_no_litter(tmp_path, monkeypatch):
 
 def test_no_file_is_a_pickle(tmp_path):
     path = save_pretrained(pruned()[0], tmp_path / "model")
-    assert {file.suffix for file in path.iterdir()} == {".json", ".safetensors"}
+    assert {file.suffix for file in path.iterdir()} == {".json", ".safetensors", ".md", ".png"}
     (path / "model.safetensors").rename(path / "gone")
     torch.save(load_file(path / "gone"), path / "pytorch_model.bin")
     with pytest.raises(OSError, match="safetensors"):
@@ -600,6 +600,7 @@ def test_hub_round_trip_through_its_own_library(tmp_path, monkeypatch):
         return str(hub)
 
     monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", lambda self, repo, **given: calls.append({repo: given}))
+    monkeypatch.setattr(huggingface_hub.HfApi, "file_exists", lambda *_, **__: False)
     monkeypatch.setattr(huggingface_hub.HfApi, "upload_folder", upload)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     model, pruner = pruned()

@@ -57,7 +57,7 @@ def test_a_metric_that_is_added_is_logged_and_drawn(tmp_path, monkeypatch):
     trainer(tmp_path, [pruning(), KernelSwap("gather")], logger=logger).fit(TinyModule(), batches())
     run = read_run(tmp_path)
     assert {value for _, value in run.metrics["count/heads_layer_01"]} == {4.0}
-    drawn = {chart["title"]: chart for chart in describe(run)["charts"]}["Heads of a layer"]
+    drawn = {chart["title"]: chart for chart in describe(run)["more"]}["Heads of a layer"]
     assert [line["name"] for line in drawn["lines"]] == ["layer 00", "layer 01"]
     assert drawn["unit"] == "heads"
     added = {chart.title: chart for chart in _charts("Layers")}["Heads of a layer"]

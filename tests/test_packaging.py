@@ -20,13 +20,13 @@ FOLDERS = {
     "sparse_prune.recipes": ROOT / "recipes",
 }
 LAYERS = (
-    "pattern schedules files clock packing precision extras losses random_state",
+    "pattern schedules files clock machine packing precision extras losses random_state",
     "scores constraints pictures",
     "selection distributed fixed_patterns",
     "kernels",
     "attention",
     "layer_state cache",
-    "pruner distillation",
+    "pruner distillation transformers_callback",
     "evaluation retrieval metrics",
     "export",
     "callbacks",
@@ -124,7 +124,9 @@ def test_a_wheel_holds_every_package_on_disk(tmp_path):
     packages = {name.rpartition("/")[0].replace("/", ".") for name in names if name.endswith("__init__.py")}
     assert packages == {module for module, file in modules().items() if file.name == "__init__.py"}
     assert {name.partition("/")[0].partition("-")[0] for name in names} == {"sparse_prune"}
-    assert {"sparse_prune/recipes/causal_lm/quickstart.yaml", "sparse_prune/commands/report/page.html"} <= set(names)
+    report, recipe = "sparse_prune/commands/report", "sparse_prune/recipes/causal_lm"
+    assert {f"{recipe}/quickstart.yaml", f"{recipe}/sweeps/sparsity.yaml"} <= set(names)
+    assert {f"{report}/{part}" for part in ("page.html", "page.css", "draw.js", "run.js", "compare.js")} <= set(names)
 
 
 def test_no_extra_brings_what_is_compiled():

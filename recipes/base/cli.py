@@ -23,10 +23,10 @@ from sparse_prune.distributed import on_first_rank
 from sparse_prune.export import check_folder, save_pretrained
 from sparse_prune.export.sharded import is_sharded
 from sparse_prune.files import user_path
-from sparse_prune.metrics import savings
+from sparse_prune.machine import describe_machine
+from sparse_prune.metrics import STEP_SECONDS, savings
 from sparse_prune.recipes.base.closing import where_and_next, won_and_lost
 from sparse_prune.recipes.base.history import RunHistory
-from sparse_prune.recipes.base.machine import describe_machine
 from sparse_prune.recipes.base.module import FineTuneModule
 from sparse_prune.recipes.base.parser import RecipeParser
 from sparse_prune.recipes.base.pretrained import check_vocabulary
@@ -34,6 +34,7 @@ from sparse_prune.recipes.base.progress import Heartbeat, Progress
 from sparse_prune.recipes.base.refusals import program_of, refusals
 from sparse_prune.recipes.base.report import CacheComparison, DenseRun, RunReport
 from sparse_prune.recipes.base.trainer import RecipeTrainer
+from sparse_prune.recipes.base.twin import TwinLogger
 
 log = logging.getLogger(__name__)
 _Found = TypeVar("_Found")
@@ -150,7 +151,10 @@ class FineTuneCLI(LightningCLI):
 
     def _save_pretrained(self, folder: str) -> None:
         model, pruner = self.model.model, _callback(self.trainer, AttentionPruning).pruner
-        export = partial(save_pretrained, model, folder, pruner=pruner, tokenizer=self.tokenizer())
+        described = self.describe(self.config["fit"])
+        base_model, data = _told(described.get("model")), _told(described.get("data", described.get("text")))
+        told = {"tokenizer": self.tokenizer(), "base_model": base_model, "data": data}
+        export = partial(save_pretrained, model, folder, pruner=pruner, **told)
         if is_sharded(model):
             export()
         else:
@@ -211,18 +215,17 @@ class FineTuneCLI(LightningCLI):
 
     def _dense_run(self, folder: Path) -> DenseRun:
         self._seed()
-        module, history = self._twin(), RunHistory()
+        module, history, beside = self._twin(), RunHistory(), TwinLogger(self.trainer.loggers)
         trainer = self._twin_trainer(
-            callbacks=[history, Progress()], logger=CSVLogger(folder, name="dense", version="")
+            callbacks=[history, Progress()], logger=[CSVLogger(folder, name="dense", version=""), beside]
         )
         before, _ = self._test(trainer, module)
         self._seed()
         trainer.fit(module, datamodule=self.datamodule)
         after, quality = self._test(trainer, module)
-        for own in self.trainer.loggers:  # beside the pruned run's loss, in the same chart
-            for record in history.records:
-                own.log_metrics({"dense/train_loss": record.loss}, step=record.step - 1)
-            own.save()
+        for record in history.records:
+            beside.log_metrics({STEP_SECONDS.key: record.seconds}, step=record.step - 1)
+        beside.save()
         return DenseRun(before, after, history.records, quality)
 
     def _twin(self) -> FineTuneModule:
@@ -331,6 +334,14 @@ def _attempt(what: str, measure: Callable[[], _Found]) -> _Found | None:
     except Exception:
         log.exception("The report goes without %s, because measuring it failed.", what)
         return None
+
+
+def _told(value: object) -> str | None:
+    """What a model card tells of a setting: of a path of this machine the last part alone."""
+    if value is None:
+        return None
+    path = user_path(str(value))
+    return path.name if path.exists() else str(value)
 
 
 def _callback(trainer: pl.Trainer, kind: type[Any]) -> Any:

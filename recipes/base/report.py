@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import statistics
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -167,29 +168,35 @@ class RunReport:
         return f"{name.capitalize()} {value:.1%}{beside}."
 
     def _draw(self, path: Path) -> None:
+        """In the order of `sparse-prune report`: the verdict, the patterns, charts over the steps."""
         from matplotlib.figure import Figure
 
-        figure = Figure(figsize=(15, 12), layout="constrained")
-        grid = figure.add_gridspec(3, 2, height_ratios=(1, 1, 1.9))
-        loss = figure.add_subplot(grid[0, 0], title="Training loss", xlabel="step", ylabel="nats")
-        if self.dense is not None:
-            loss.plot(*_curve(self.dense.records, "loss"), label="dense", color="#9aa3b2")
-        loss.plot(*_curve(self.records, "loss"), label="pruned", color="#1d4e89")
-        for step in sorted({event.step for event in self.events}):
-            loss.axvline(step, color="#d1495b", linestyle=":", label="swap" if step == self.events[0].step else None)
-        loss.legend()
-        share = figure.add_subplot(grid[0, 1], title="Sparsity", xlabel="step", ylabel="share pruned", ylim=(0, 1))
-        share.plot(*_curve(self.records, "sparsity"), color="#1d4e89")
-        layer = figure.add_subplot(grid[1, 0], title="Sparsity per layer", xlabel="layer", ylim=(0, 1))
-        found = [self.patterns[name].sparsity if name in self.patterns else 0.0 for name in self.layers]
-        layer.bar(range(len(found)), found, color="#1d4e89")
-        times = self.step_seconds()
-        bars = figure.add_subplot(grid[1, 1], title="Step time (median)", xlabel="seconds")
-        bars.bar_label(bars.barh(list(times), list(times.values()), color="#1d4e89"), fmt="%.2f")
-        atlas = figure.add_subplot(grid[2, :], title="Kept blocks (dark) per layer (columns) and head (rows)")
+        figure = Figure(figsize=(15, 13), layout="constrained")
+        figure.suptitle("\n".join(textwrap.fill(line, 130) for line in self.verdicts()), x=0.01, ha="left", fontsize=12)
+        grid = figure.add_gridspec(3, 2, height_ratios=(1.9, 1, 1))
+        atlas = figure.add_subplot(grid[0, :], title="Kept blocks (dark) per layer (columns) and head (rows)")
         atlas.imshow(draw_atlas([LayerView(self.patterns[name]) for name in self.layers if name in self.patterns]))
         atlas.set_axis_off()
+        self._chart(figure.add_subplot(grid[1, 0], title="Training loss", ylabel="nats"), "loss")
+        share = figure.add_subplot(grid[1, 1], title="Share of blocks pruned", ylabel="share of blocks", ylim=(0, 1))
+        self._chart(share, "sparsity")
+        layer = figure.add_subplot(grid[2, 0], title="Sparsity per layer", xlabel="layer", ylabel="share", ylim=(0, 1))
+        found = [self.patterns[name].sparsity if name in self.patterns else 0.0 for name in self.layers]
+        layer.bar(range(len(found)), found, color="#1d4e89")
+        self._chart(figure.add_subplot(grid[2, 1], title="Step time", ylabel="seconds", sharex=share), "seconds")
         figure.savefig(path, dpi=110, format="png")
+
+    def _chart(self, axes: Any, what: str) -> None:
+        """A number of every step, above that of the dense run, with the swaps marked."""
+        # The first step warms up: its time is told of nothing.
+        first = 1 if what == "seconds" else 0
+        if self.dense is not None and what != "sparsity":
+            axes.plot(*_curve(self.dense.records[first:], what), label="dense twin", color="#b3bbc8", linewidth=4)
+        axes.plot(*_curve(self.records[first:], what), label="pruned", color="#1d4e89")
+        for number, step in enumerate(sorted({event.step for event in self.events})):
+            axes.axvline(step, color="#d1495b", linestyle=":", label=None if number else "layers swapped")
+        axes.set_xlabel("optimizer steps taken")
+        axes.legend()
 
 
 def _curve(records: list[StepRecord], what: str) -> tuple[list[int], list[float]]:

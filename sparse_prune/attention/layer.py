@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -23,13 +22,13 @@ from sparse_prune.kernels import (
     probe_attention,
     probe_score,
 )
+from sparse_prune.kernels.derived import at_lengths
 from sparse_prune.kernels.documents import per_document
 from sparse_prune.pattern import BlockPattern
 from sparse_prune.scores import STATISTICS, BlockStatistics, Score
 
 log = logging.getLogger(__name__)
 Mode = Literal["dense", "masked", "sparse"]
-_LENGTHS_KEPT = 8
 
 
 class CallShape(NamedTuple):
@@ -103,10 +102,6 @@ class PrunableAttention:
     """Why the layer stays dense after all: its first call was of a kind that cannot be pruned. None: it may be."""
     _pattern: BlockPattern | None = None
     _version: str = ""  # names the pattern for torch.compile, which compiles anew when it changes
-    _at: Callable[[int, int], BlockPattern] | None = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"_at": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
@@ -122,10 +117,8 @@ class PrunableAttention:
     @pattern.setter
     def pattern(self, pattern: BlockPattern | None) -> None:
         self._pattern = pattern
-        self._at = None
         if pattern is not None:
             self._version = name_pattern(pattern)
-            self._at = lru_cache(_LENGTHS_KEPT)(pattern.at)
 
     @property
     def traceable(self) -> bool:
@@ -140,14 +133,14 @@ class PrunableAttention:
         return untouched or self.aside is not None
 
     def pattern_at(self, q_len: int, kv_len: int) -> BlockPattern:
-        """The pattern for a call's lengths, kept for the next call; only the latest lengths are.
+        """The pattern for a call's lengths.
 
         Args:
             q_len: Query tokens.
             kv_len: Key tokens.
         """
-        assert self._at is not None
-        return self._at(q_len, kv_len)
+        assert self._pattern is not None
+        return at_lengths(self._pattern, q_len, kv_len)
 
     def take_statistics(self, kinds: tuple[str, ...] = STATISTICS) -> BlockStatistics | None:
         """What was collected, on the CPU; the handle forgets it.

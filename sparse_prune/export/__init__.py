@@ -1,10 +1,16 @@
 """Pruned models on disk and on the hub."""
 
-from sparse_prune.export.model import PATTERN_FILE, check_folder, load, push_to_hub, save_pretrained
-from sparse_prune.export.patterns import describe_pruning, load_patterns, read_pattern_file, save_patterns
+from sparse_prune.export.card import update_card
+from sparse_prune.export.formats import DuoAttention, Format, KVPress
+from sparse_prune.export.layer_types import with_layer_types
+from sparse_prune.export.model import check_folder, load, push_to_hub, save_pretrained
+from sparse_prune.export.patterns import PATTERN_FILE, describe_pruning, load_patterns, read_pattern_file, save_patterns
 
 __all__ = [
     "PATTERN_FILE",
+    "DuoAttention",
+    "Format",
+    "KVPress",
     "check_folder",
     "describe_pruning",
     "load",
@@ -13,4 +19,6 @@ __all__ = [
     "read_pattern_file",
     "save_patterns",
     "save_pretrained",
+    "update_card",
+    "with_layer_types",
 ]

@@ -89,9 +89,16 @@ def quantization(model: Any) -> str | None:
     return None if method is None else str(getattr(method, "value", method))
 
 
-def empty_twin(model: Any) -> Any:
-    """What `load` makes before it reads weights: the same class and configuration, on the meta device."""
+def empty_twin(model: Any, changes: Mapping[str, Any] | None = None) -> Any:
+    """What `load` makes before it reads weights: the same class and configuration, on the meta device.
+
+    Args:
+        model: A transformers model.
+        changes: What the configuration says otherwise.
+    """
     config = copy.deepcopy(model.config)
+    if changes:
+        config = type(config).from_dict({**config.to_dict(), **changes})
     if quantization(model) == "gguf":  # plain numbers by now
         del config.quantization_config
     with torch.device("meta"):

@@ -18,8 +18,9 @@ from sparse_prune.attention import PrunableAttention, find_layers, handle_of
 from sparse_prune.attention.apply import fitting_layers
 from sparse_prune.attention.layer import Mode
 from sparse_prune.distributed import is_first_rank, on_first_rank
+from sparse_prune.export.card import CARD, PICTURE, is_own, tell_of_card, write_card
 from sparse_prune.export.loadable import check_loaded, empty_twin, loadable, model_class, quantization
-from sparse_prune.export.patterns import describe_pruning, read_pattern_file, save_patterns
+from sparse_prune.export.patterns import PATTERN_FILE, describe_pruning, read_pattern_file, save_patterns
 from sparse_prune.export.sharded import is_sharded, plain_class, whole_weights
 from sparse_prune.files import carry_over, file_hash, obstacle, previous, whole_folder
 from sparse_prune.kernels import BACKENDS, check_backend, usable_backend
@@ -28,8 +29,6 @@ from sparse_prune.pruner import AttentionPruner
 
 log = logging.getLogger(__name__)
 
-PATTERN_FILE = "attention_pattern.safetensors"
-"""Name of the file that holds the patterns, beside the model's own files."""
 _HEADER = {"model", "attention", "buffers", "files"}
 """What the header of an export holds, and that of patterns alone does not."""
 _HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
@@ -42,8 +41,11 @@ def save_pretrained(
     *,
     pruner: AttentionPruner | None = None,
     tokenizer: Any = None,
+    base_model: str | None = None,
+    data: str | None = None,
+    evaluation: str | os.PathLike[str] | None = None,
 ) -> Path:
-    """Write a pruned model: what its `save_pretrained` writes, and its patterns.
+    """Write a pruned model: what its `save_pretrained` writes, its patterns, and a model card.
 
     The folder is written whole or not at all; an earlier export in its place is replaced in one step, and files that
     others have put there stay. Any transformers program can read it as a dense model; `load` gives the pruned one.
@@ -57,16 +59,22 @@ def save_pretrained(
         folder: New, empty, or an earlier export; a link to a folder stays one, and its permissions stay.
         pruner: What pruned it, for the header: schedule, settings and a summary of the scores.
         tokenizer: To be saved with it.
+        base_model: What it was fine-tuned from, for the card; None: the hub's name that it was loaded by, if any.
+        data: What it was trained on, in words, for the card.
+        evaluation: A folder that `sparse-prune evaluate` wrote, for the card. A README.md of others, or one that was
+            edited, stays, and the log says so.
 
     Raises:
-        ValueError: If no layer has a pattern, `load` could not make the model again, or `check_folder` refuses the
-            folder.
+        ValueError: If no layer has a pattern, `load` could not make the model again, `check_folder` refuses the folder,
+            or `evaluation` holds none.
         RuntimeError: On other ranks than 0, if rank 0 failed to write a sharded model.
     """
     model = loadable(model)
+    told = {"base_model": base_model or _hub_name(model), "data": data}
+    write = partial(_write, model, folder, pruner, tokenizer, told, evaluation)
     if is_sharded(model):
-        return on_first_rank(partial(_write, model, folder, pruner, tokenizer, whole_weights(model)))
-    return _write(model, folder, pruner, tokenizer, None) if is_first_rank() else _absolute(folder)
+        return on_first_rank(partial(write, whole_weights(model)))
+    return write(None) if is_first_rank() else _absolute(folder)
 
 
 def _write(
@@ -74,6 +82,8 @@ def _write(
     folder: str | os.PathLike[str],
     pruner: AttentionPruner | None,
     tokenizer: Any,
+    told: Mapping[str, str | None],
+    evaluation: str | os.PathLike[str] | None,
     weights: dict[str, Tensor] | None,
 ) -> Path:
     """`weights` are those of a model in parts."""
@@ -94,9 +104,14 @@ def _write(
             "attention": layers,
             "buffers": _buffers(model),
             "files": files,
+            **told,
             **({} if pruner is None else describe_pruning(pruner, _names(model))),
         }
         save_patterns(patterns, new / PATTERN_FILE, details)
+        if is_own(target / CARD):
+            write_card(new, evaluation)
+        else:
+            tell_of_card(target)
         if (earlier := _export_header(target)) is not None:
             carry_over(target, new, {PATTERN_FILE, *earlier["files"]})
     return target
@@ -194,6 +209,9 @@ def push_to_hub(
     *,
     pruner: AttentionPruner | None = None,
     tokenizer: Any = None,
+    base_model: str | None = None,
+    data: str | None = None,
+    evaluation: str | os.PathLike[str] | None = None,
     private: bool | None = None,
     revision: str | None = None,
     token: str | None = None,
@@ -207,6 +225,9 @@ def push_to_hub(
         repo_id: "owner/name"; made if it does not exist.
         pruner: See `save_pretrained`.
         tokenizer: See `save_pretrained`.
+        base_model: See `save_pretrained`.
+        data: See `save_pretrained`.
+        evaluation: See `save_pretrained`. A card that the repository has of others, or edited, stays.
         private: Whether a new repository is private; None: the owner's default.
         revision: Branch to commit to.
         token: None: the one that is logged in.
@@ -225,14 +246,27 @@ def push_to_hub(
             folder_path=folder,
             commit_message=commit_message,
             revision=revision,
+            ignore_patterns=_cards_to_leave(api, repo_id, revision),
             # Shards of an earlier, larger export would be left over.
             delete_patterns=["*.safetensors", "*.safetensors.index.json"],
         )
         return str(commit.commit_url)
 
+    card = {"pruner": pruner, "tokenizer": tokenizer, "base_model": base_model, "data": data}
+    card["evaluation"] = evaluation
     with TemporaryDirectory() as parent:
-        folder = save_pretrained(model, Path(parent) / "export", pruner=pruner, tokenizer=tokenizer)
+        folder = save_pretrained(model, Path(parent) / "export", **card)
         return on_first_rank(partial(upload, folder)) if is_sharded(model) else upload(folder)
+
+
+def _cards_to_leave(api: Any, repo_id: str, revision: str | None) -> list[str]:
+    """Files of the export that must not replace those of a repository."""
+    if not api.file_exists(repo_id, CARD, revision=revision):
+        return []
+    if is_own(Path(api.hf_hub_download(repo_id, CARD, revision=revision))):
+        return []
+    tell_of_card(repo_id)
+    return [CARD, PICTURE]
 
 
 def identity(model: Any) -> dict[str, Any]:
@@ -240,6 +274,12 @@ def identity(model: Any) -> dict[str, Any]:
     config = model.config.get_text_config(decoder=True) if hasattr(model.config, "get_text_config") else model.config
     shape = {name: getattr(config, name, None) for name in _SHAPE}
     return {"class": plain_class(model).__name__, "model_type": model.config.model_type, **shape}
+
+
+def _hub_name(model: Any) -> str | None:
+    """The hub's name that a model was loaded by; None if it was a folder of this machine, of which nothing is told."""
+    name = str(model.config.name_or_path)
+    return name if name.count("/") == 1 and not name.startswith(("/", ".", "~")) and not Path(name).exists() else None
 
 
 def _state(model: Any) -> tuple[dict[str, BlockPattern], dict[str, dict[str, Any]]]:

@@ -20,6 +20,8 @@ from sparse_prune.packing import decode, encode
 from sparse_prune.pattern import BlockPattern
 from sparse_prune.pruner import AttentionPruner
 
+PATTERN_FILE = "attention_pattern.safetensors"
+"""Name of the file that holds the patterns, beside the model's own files."""
 FORMAT = "sparse_prune.patterns"
 VERSION = "3"
 RULE = "learned corner; then sinks, band by distance from the diagonal, dense heads"

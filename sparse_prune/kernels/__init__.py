@@ -2,8 +2,14 @@
 
 from sparse_prune.kernels.api import block_sparse_attention, probe_attention, probe_score
 from sparse_prune.kernels.backend import Backend, name_pattern
-from sparse_prune.kernels.backends import BACKENDS
-from sparse_prune.kernels.choice import check_backend, check_trains, moving_backend, skipping_backends, usable_backend
+from sparse_prune.kernels.backends import (
+    BACKENDS,
+    check_backend,
+    check_trains,
+    moving_backend,
+    skipping_backends,
+    usable_backend,
+)
 from sparse_prune.kernels.documents import documents_from_cu_seqlens
 from sparse_prune.kernels.options import AttentionOptions
 

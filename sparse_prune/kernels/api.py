@@ -7,9 +7,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from sparse_prune.kernels.backends import BACKENDS
+from sparse_prune.kernels.backends import BACKENDS, check_backend
 from sparse_prune.kernels.backends.triton import triton_kernels
-from sparse_prune.kernels.choice import check_backend
 from sparse_prune.kernels.documents import spanned
 from sparse_prune.kernels.options import AttentionOptions
 from sparse_prune.pattern import BlockPattern

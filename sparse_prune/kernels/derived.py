@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
+from functools import lru_cache
 from typing import TypeVar
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, proxy
 
 import torch
 
 from sparse_prune.pattern import BlockPattern
 
 _T = TypeVar("_T")
+_LENGTHS_KEPT = 8
 _KEPT: WeakKeyDictionary[BlockPattern, dict[Hashable, tuple[object, Hashable]]] = WeakKeyDictionary()
 
 
@@ -37,3 +39,18 @@ def derived(
         with torch.inference_mode(False):
             known[key] = found = (make(), state())  # making it may have changed the state, as reading a file does
     return found[0]  # type: ignore[return-value]
+
+
+def at_lengths(pattern: BlockPattern, q_len: int, kv_len: int) -> BlockPattern:
+    """`pattern.at`, kept for the next call; only the latest lengths are.
+
+    Args:
+        pattern: Any.
+        q_len: Query tokens.
+        kv_len: Key tokens.
+    """
+    if (q_len, kv_len) == (pattern.q_len, pattern.kv_len):
+        return pattern
+    itself: BlockPattern = proxy(pattern)  # what is kept must not hold it
+    at = derived(pattern, ("lengths",), lambda: lru_cache(_LENGTHS_KEPT)(lambda *lengths: itself.at(*lengths)))
+    return at(q_len, kv_len)

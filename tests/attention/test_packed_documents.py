@@ -117,7 +117,7 @@ def test_blocks_between_documents_are_skipped(mode, monkeypatch):
 
     spy = Backend("spy", attend, rank=1, suits_moving=lambda *call: True)
     monkeypatch.setitem(BACKENDS, "spy", spy)
-    monkeypatch.setattr("sparse_prune.kernels.choice.BACKENDS", {"spy": spy})
+    monkeypatch.setattr("sparse_prune.kernels.backends.BACKENDS", {"spy": spy})
     model = MODELS["window"]()
     for handle in attach(model):
         handle.pattern, handle.mode, handle.backend = BlockPattern.dense(4, 48, 48, BLOCK, True), mode, "spy"

@@ -17,6 +17,7 @@ from support.wandb_server import wandb_server
 
 pytest.importorskip("wandb_workspaces")
 CHARTS = [chart for section in SECTIONS for chart in section.charts]
+TWIN_LOSSES = {f"dense/{key}" for stage in ("training", "validation") for key in loss_keys(stage)}
 
 
 @pytest.fixture
@@ -47,7 +48,12 @@ def test_every_logged_number_has_a_chart_and_every_chart_a_number(tmp_path):
     for key in logged:
         assert any(key in chart.keys or chart.pattern and re.fullmatch(chart.pattern, key) for chart in numbers), key
     for chart in numbers:
-        losses = {*loss_keys("training"), *loss_keys("validation"), "dense/train_loss"}  # of modules and recipes
+        losses = {
+            *loss_keys("training"),
+            *loss_keys("validation"),
+            *TWIN_LOSSES,
+            "dense/time/step_seconds",
+        }  # of recipes
         keys = set(chart.keys) - losses
         assert keys <= logged, chart
         assert chart.pattern is None or any(re.fullmatch(chart.pattern, key) for key in logged), chart
@@ -56,7 +62,7 @@ def test_every_logged_number_has_a_chart_and_every_chart_a_number(tmp_path):
 def test_the_workspace_plots_over_optimizer_steps(specification):
     spec = specification("me/project")
     panels = panels_of(spec)
-    assert len(panels) == len(CHARTS)
+    assert len(panels) == 1 + len(CHARTS)
     lines = {panel["config"]["chartTitle"]: panel["config"] for panel in panels if "Line" in panel["viewType"]}
     assert {config["xAxis"] for config in lines.values()} == {AXIS}
     assert lines["Change per decision"]["metricRegex"] == r"(settle/change_layer_\d+|settle/min_delta)"
@@ -81,7 +87,8 @@ def test_swaps_are_points_on_the_curves_of_the_speed(specification):
     lines = {panel["config"]["chartTitle"]: panel["config"] for panel in panels_of(spec) if "Line" in panel["viewType"]}
     for title, key in (("Step time", "time/step_seconds"), ("Tokens per second", "time/tokens_per_second")):
         (config,) = (config for name, config in lines.items() if name.startswith(f"{title} ("))
-        assert config["metrics"] == [key, f"{key}_at_swap"]
+        assert config["metrics"][:2] == [key, f"{key}_at_swap"]
+        assert config["metrics"][2:] in ([], ["dense/time/step_seconds"])
         assert config["overrideMarks"]["abc123:" + f"{key}_at_swap"] == "points"
         assert f"abc123:{key}" not in config["overrideMarks"]
 
@@ -91,8 +98,9 @@ def test_losses_of_the_dense_run_stand_in_the_same_charts(specification):
     assert spec["workspace"]["spec"]["section"]["panelBankConfig"]
     charts = {p["config"]["chartTitle"]: p["config"] for p in panels_of(spec) if "Line" in p["viewType"]}
     # The twin of a recipe logs beside the run; a dense run of its own shows under the same keys.
-    assert charts["Training loss"]["metrics"] == [*loss_keys("training"), "dense/train_loss"]
-    assert charts["Held-out loss"]["metrics"] == list(loss_keys("validation"))
+    for title, stage in (("Training loss", "training"), ("Held-out loss", "validation")):
+        keys = loss_keys(stage)
+        assert charts[title]["metrics"] == [*keys, *(f"dense/{key}" for key in keys)]
     assert {"train/loss", "train_loss", "loss"} <= set(charts["Training loss"]["metrics"])
     assert {"val/loss", "val_loss"} <= set(charts["Held-out loss"]["metrics"])
     assert '["abc123", "dense1"]' in json.dumps(spec["workspace"])
@@ -102,7 +110,7 @@ def test_the_report_lays_panels_out_without_gaps_or_overlap(specification):
     grids = [
         block for block in specification("me/project")["report"]["spec"]["blocks"] if block["type"] == "panel-grid"
     ]
-    assert len(grids) == len(SECTIONS)
+    assert len(grids) == 1 + len(SECTIONS)
     for grid in grids:
         taken = set()
         for panel in grid["metadata"]["panelBankSectionConfig"]["panels"]:
@@ -111,6 +119,19 @@ def test_the_report_lays_panels_out_without_gaps_or_overlap(specification):
             assert not cells & taken
             assert max(x for x, _ in cells) < 24
             taken |= cells
+
+
+def test_many_runs_begin_with_how_sparse_one_can_go(specification):
+    many, one = specification("me/project"), specification("me/project/abc123")
+    first = many["workspace"]["spec"]["section"]["panelBankConfig"]["sections"][0]
+    assert first["name"] == "How sparse can I go?"
+    (panel,) = first["panels"]
+    assert panel["viewType"] == "Parallel Coordinates Plot"
+    axes = [column["accessor"] for column in panel["config"]["columns"]]
+    assert axes[0] == "config:pruning/sparsity.value"
+    assert axes[-1].endswith("val/loss.last")
+    assert "Parallel Coordinates Plot" in json.dumps(many["report"])
+    assert "Parallel Coordinates Plot" not in json.dumps(one)
 
 
 @pytest.mark.parametrize(

@@ -18,9 +18,11 @@ from sparse_prune.callbacks import KernelSwap, SparsityLogger
 from sparse_prune.commands.report import animation
 from sparse_prune.commands.report.animation import MOST_BYTES, MOST_FRAMES, blocks_per_cell, packed
 from sparse_prune.commands.report.cli import main
+from sparse_prune.commands.report.heads import describe_heads
 from sparse_prune.commands.report.logs import read_run
 from sparse_prune.commands.report.page import describe, render
 from sparse_prune.export.history import save_frame
+from sparse_prune.machine import describe_machine
 from sparse_prune.metrics import savings
 from sparse_prune.recipes.base.history import RunHistory
 from support.tiny import TinyModule, batches, load_frames, pruning, trainer
@@ -48,44 +50,49 @@ def data_of(page):
 
 def test_the_page_holds_the_run(run):
     folder, callback = run
-    page = render(read_run(folder))
-    data = data_of(page)
-    charts = {chart["title"]: chart for chart in data["charts"]}
-    assert {
-        "Loss",
-        "Share of blocks pruned",
-        "Sparsity per layer",
-        "Change per decision",
-        "Step time",
-        "Tokens per second",
-    } <= charts.keys()
-    assert {"Attention FLOPs saved per forward pass", "KV cache saved"} <= charts.keys()
-    assert data["swaps"] == sorted({row["settled"] for row in data["table"]["rows"]})
-    assert {line["name"] for line in charts["Loss"]["lines"]} >= {"pruned, validation", "dense, validation"}
-    assert [line["name"] for line in charts["Loss"]["lines"]][:2] == ["dense, training", "pruned, training"]
-    assert charts["Share of blocks pruned"]["lines"][1]["points"][-1][1] == pytest.approx(
-        callback.pruner.total_sparsity
-    )
-    assert data["facts"][0][1] == f"{callback.pruner.total_sparsity:.1%}"
-    assert re.search(r"val/loss, [+-]\d", data["facts"][1][2])
-    rows = data["table"]["rows"]
-    assert [row["layer"] for row in rows] == list(callback.pruner.layers)
-    for row, pattern in zip(rows, callback.pruner.patterns.values(), strict=True):
+    data = data_of(render(read_run(folder)))
+    main, more = ({chart["title"]: chart for chart in data[part]} for part in ("charts", "more"))
+    assert list(main) == ["Loss", "Share of blocks pruned", "Sparsity per layer", "Step time"]
+    assert {"Change per decision", "Tokens per second", "KV cache saved"} <= more.keys()
+    assert data["swaps"] == sorted({row["settled"] for row in data["table"]})
+    assert [line["name"] for line in main["Loss"]["lines"]] == [
+        "dense twin, training",
+        "pruned, training",
+        "dense twin, validation",
+        "pruned, validation",
+    ]
+    pruned = {line["name"]: line for line in main["Share of blocks pruned"]["lines"]}
+    assert pruned["achieved"]["points"][-1] == [data["span"][1], pytest.approx(callback.pruner.total_sparsity)]
+    assert pruned["requested"]["style"] != pruned["achieved"]["style"]
+    assert data["sentence"].startswith(f"{callback.pruner.total_sparsity:.1%} of the attention blocks are pruned;")
+    assert re.search(r"the held-out loss is \d+\.\d+% (higher|lower)", data["sentence"])
+    for row, (name, pattern) in zip(data["table"], callback.pruner.patterns.items(), strict=True):
+        assert row["layer"] == name
         assert row["heads"] == pytest.approx(pattern.head_sparsity.tolist(), abs=1e-4)
         assert row["state"] == "sparse"
         assert row["settled"] in data["swaps"]
-    assert len(data["frames"]) >= 8
-    assert {chart["title"]: chart["lines"][0]["points"][-1][1] for chart in data["charts"]}["Attention kept"] < 0.99
     csv = read_run(folder).metrics
     for title, key in LINES.items():
-        assert charts[title]["lines"][0]["points"] == [list(point) for point in csv[key]], title
+        points = [list(point) for point in csv[key]]
+        assert more[title]["lines"][0]["points"][: len(points)] == points, title
         assert len({value for _, value in csv[key]}) > 3, title
-    for title, key in (("Sparsity per layer", "sparsity/layer_01"), ("Change per decision", "settle/change_layer_01")):
-        assert charts[title]["lines"][1] == {"name": "layer 01", "points": [list(p) for p in csv[key]], "style": "thin"}
     kept = sum(state.mass_kept for state in callback.pruner.layers.values()) / 2
-    facts = {label: value for label, value, _ in data["facts"]}
-    assert facts["Attention kept"] == f"{kept:.1%}"
-    assert facts["KV cache"] == f"−{savings(callback.pruner)['savings/kv_share']:.0%}"
+    assert data["also"][0].startswith(f"{kept:.1%} of the attention")
+    assert data["also"][1].startswith(f"{savings(callback.pruner)['savings/kv_share']:.1%} of the KV cache")
+    facts = dict(data["facts"])
+    assert facts["Machine"] == describe_machine()["machine"]
+    assert "torch " in facts["Versions"]
+    assert facts["Schedule"].startswith("CubicSchedule of sparsity up to 0.4, steps 0 to 6")
+
+
+def test_steps_count_the_same_everywhere(run):
+    """Those of the logs, the pattern history and the callback: optimizer steps taken."""
+    folder, callback = run
+    logs = read_run(folder)
+    assert {step for step, _ in logs.metrics["prune/requested"]} <= set(logs.steps)
+    assert {event.step for event in callback.swap.events} == {
+        step for key, points in logs.metrics.items() if key.startswith("swap/layer") for step, _ in points
+    }
 
 
 LINES = {
@@ -95,6 +102,109 @@ LINES = {
     "Attention FLOPs saved per forward pass": "savings/attention_flops",
     "KV cache saved": "savings/kv_bytes",
 }
+
+
+def logged(folder, text, twin=None):
+    folder.mkdir(exist_ok=True)
+    (folder / "metrics.csv").write_text(text)
+    if twin is not None:
+        (folder / "dense").mkdir()
+        (folder / "dense" / "metrics.csv").write_text(twin)
+    return read_run(folder)
+
+
+KEYS = "step,sparsity/total,swap/layer_00,time/step_seconds,test/loss,val/passkey_accuracy,final/sparsity"
+
+
+def test_the_verdict_compares_with_the_dense_twin(tmp_path):
+    rows = f"{KEYS}\n0,.5,,9,,,\n1,,1,9,,,\n2,,,2,,,\n3,,,2,2.02,.5,.5\n"
+    twin = "step,time/step_seconds,test/loss,val/passkey_accuracy\n0,99,,\n1,3,,\n2,3,2.0,1\n"
+    data = describe(logged(tmp_path, rows, twin))
+    assert data["sentence"] == (
+        "50.0% of the attention blocks are pruned; a step is 1.50x faster than the dense twin's, "
+        "the held-out loss is 1.00% higher and 50% of the twin's passkey accuracy is kept."
+    )
+    assert [(figure["value"], figure["judgement"]) for figure in data["figures"]] == [
+        ("1.50x faster", "good"),
+        ("+1.00%", "fair"),  # 2.02 / 2 - 1 is a little more than 0.01
+        ("50%", "bad"),
+    ]
+    (tmp_path / "hparams.yaml").write_text("passkey_prompts: 2\nodd: !!python/tuple [1, 2]\n")
+    data = describe(read_run(tmp_path))
+    assert "2 prompts, too few to tell more" in data["figures"][2]["note"]
+    assert data["settings"]["odd"] == "1, 2"
+
+
+def test_an_unfinished_run_says_so(tmp_path):
+    (tmp_path / "config.yaml").write_text("trainer: {max_steps: 24}\n")
+    data = describe(logged(tmp_path, "step,sparsity/total,train/loss\n0,0.25,2.5\n"))
+    assert data["sentence"] == (
+        "Unfinished, step 1 of 24: 25.0% of the attention blocks are pruned; nothing was compared with a dense twin."
+    )
+    assert {figure["judgement"] for figure in data["figures"]} == {"unknown"}
+    assert data["span"] == [1, 1]
+
+
+def test_prefixed_loggers_are_read(tmp_path):
+    logs = logged(tmp_path, "step,mine-sparsity/total,mine-train/loss\n0,0.25,2.5\n")
+    assert logs.metrics == {"sparsity/total": [(1, 0.25)], "train/loss": [(1, 2.5)]}
+
+
+def test_what_a_recipe_logs_of_the_twin_is_the_twins(tmp_path):
+    logs = logged(tmp_path, "step,sparsity/total,dense/val/loss\n0,0.25,2.5\n")
+    assert logs.dense == {"val/loss": [(1, 2.5)]}
+    assert list(logs.metrics) == ["sparsity/total"]
+
+
+def test_files_of_wandbs_client_are_read(tmp_path):
+    wandb = pytest.importorskip("wandb")
+    home = tmp_path / "wandb_home"
+    home.mkdir()
+    with wandb.init(mode="offline", dir=home, project="p", config={"pruning/machine": "a machine"}) as made:
+        for step in range(3):
+            made.log({"sparsity/total": 0.1 * step, "trainer/global_step": step, "note": "x" * 40_000})
+        made.summary.update({"final/sparsity": 0.2})
+    wandb.teardown()  # W&B's process writes on; and the environment is read anew by the next test
+    logs = read_run(home)
+    assert logs.metrics["sparsity/total"] == [(1, 0.0), (2, pytest.approx(0.1)), (3, pytest.approx(0.2))]
+    assert logs.metrics["final/sparsity"][-1][1] == 0.2
+    assert logs.settings["pruning/machine"] == "a machine"
+    # As far as a file was written: a run that is under way, or was killed.
+    (file,) = home.rglob("run-*.wandb")
+    file.write_bytes(file.read_bytes()[:100_000])
+    assert read_run(home).metrics["sparsity/total"] == [(1, 0.0)]
+    file.write_bytes(b"no")
+    with pytest.raises(ValueError, match="must be a file of W&B's client"):
+        read_run(home)
+
+
+def test_heads_tell_reach_and_the_rule_that_kept_them():
+    keep = torch.eye(4, dtype=torch.bool)[None].repeat(2, 1, 1)
+    keep[:, :, 0] = True
+    keep[1, 3, 1] = keep[1, 2, 1] = True
+    told = describe_heads(BlockPattern(keep, (8, 8), True, 32, 32), SINK_AND_DIAGONAL)
+    assert told["heads"] == [0.3, 0.1]
+    assert told["reach"] == [0, 0]
+    assert told["sink"] == [round(4 / 7, 3), round(4 / 9, 3)]
+    assert told["recent"] == [round(3 / 7, 3), round(3 / 9, 3)]
+    everything = BlockPattern.dense(1, 5, 5, 1, True)
+    assert describe_heads(everything, {})["reach"] == [2]
+    assert describe_heads(everything, SINK_AND_DIAGONAL)["reach"] == [1]
+
+
+SINK_AND_DIAGONAL = {"pruning/constraints/sink_blocks": "1", "pruning/constraints/recent_blocks": "1"}
+
+
+def test_several_runs_stand_on_one_page(tmp_path, capsys):
+    for name, share in (("a", 0.3), ("b", 0.7)):
+        logged(tmp_path / name, f"step,sparsity/total,val/loss,final/sparsity\n0,{share},{1 + share},{share}\n")
+    main([str(tmp_path / "a"), str(tmp_path / "b")])
+    page = tmp_path / "a" / "comparison.html"
+    assert capsys.readouterr().out.strip() == str(page)
+    data = data_of(page.read_text())
+    assert [(row["name"], row["sparsity"], row["loss"]) for row in data["rows"]] == [("a", 0.3, 1.3), ("b", 0.7, 1.7)]
+    assert {figure["value"] for row in data["rows"] for figure in row["figures"]} == {"not compared"}
+    assert [(point["x"], point["y"]) for point in data["charts"][0]["points"]] == [(0.3, 1.3), (0.7, 1.7)]
 
 
 def test_nothing_is_fetched_and_nothing_is_executed_from_the_data(run, tmp_path):
@@ -144,7 +254,8 @@ def test_a_large_model_makes_a_page_of_a_few_megabytes():
     size = frames * sum(len(packed(pattern, merged)["keep"]) for pattern in large.values())
     assert merged > 1
     assert MOST_BYTES / 3 < size <= 1.1 * MOST_BYTES
-    assert blocks_per_cell(large, 1) == 1
+    assert blocks_per_cell(large, 1) == 2  # 32 heads of 128 blocks are more than a screen shows
+    assert blocks_per_cell({"0": BlockPattern.dense(8, 128, 128, 1, True)}, 1) == 1
 
 
 def test_long_histories_are_thinned_out(tmp_path, monkeypatch):
@@ -181,12 +292,13 @@ def test_losses_of_other_names_are_found(tmp_path):
     data = describe(read_run(tmp_path))
     lines = {line["name"]: line["points"] for line in data["charts"][0]["lines"]}
     assert lines == {
-        "dense, training": [(1, 2.9), (2, 1.9)],
-        "pruned, training": [(1, 3.0), (2, 2.0)],
-        "pruned, validation": [(2, 2.2)],
-        "dense, validation": [(2, 2.0)],
+        "dense twin, training": [(2, 2.9), (3, 1.9)],
+        "pruned, training": [(2, 3.0), (3, 2.0)],
+        "pruned, validation": [(3, 2.2)],
+        "dense twin, validation": [(3, 2.0)],
     }
-    assert data["facts"] == [["Loss", "2.2000", "val_loss, +10.00% against the dense twin"]]
+    assert data["figures"][1]["value"] == "+10.00%"
+    assert data["figures"][1]["note"].startswith("val_loss, 2.2000 against 2.0000")
 
 
 def test_layers_are_in_order_from_a_hundred_on(tmp_path):
@@ -234,9 +346,9 @@ def test_what_is_not_a_run_is_refused(tmp_path, capsys, text, message):
 def test_a_run_without_patterns_or_twin_still_has_a_page(tmp_path):
     (tmp_path / "metrics.csv").write_text("step,train/loss,epoch\n1,2.5,0\n2,,0\n3,nan,0\n4,2.0,1\n")
     data = describe(read_run(tmp_path))
-    assert data["charts"][0]["lines"][0]["points"] == [(1, 2.5), (4, 2.0)]
-    assert data["frames"] == data["table"]["rows"] == []
-    assert "no dense twin" in data["facts"][0][2]
+    assert data["charts"][0]["lines"][0]["points"] == [(2, 2.5), (5, 2.0)]
+    assert data["frames"] == data["table"] == []
+    assert "no dense twin" in data["figures"][1]["note"]
 
 
 @pytest.mark.slow
@@ -250,10 +362,10 @@ def test_a_browser_draws_it(run, tmp_path):
     headless += [f"--user-data-dir={tmp_path / 'profile'}"]
     page = (tmp_path / "page.html").as_uri()
     done = subprocess.run([*headless, "--dump-dom", page], capture_output=True, text=True, timeout=120)
-    assert 'data-ready="yes"' in done.stdout, done.stderr[-2000:]
+    assert "data-ready=" in done.stdout, done.stderr[-2000:]
     assert done.stdout.count("<figure>") >= 6
-    assert done.stdout.count("<tr>") == 1 + 2
-    assert re.search(r'<span id="step">step \d+</span>', done.stdout)
+    assert done.stdout.count('<tr id="layer-') == 2
+    assert re.search(r"<span>step \d+</span>", done.stdout)
     shot = tmp_path / "shot.png"
     subprocess.run([*headless, f"--screenshot={shot}", "--window-size=1240,1900", page], check=True, timeout=120)
     from matplotlib.image import imread
@@ -261,6 +373,25 @@ def test_a_browser_draws_it(run, tmp_path):
     picture = torch.from_numpy(imread(shot))[..., :3]
     blue = ((picture - torch.tensor([29, 78, 137]) / 255).abs().amax(-1) < 0.02).float().mean()
     assert blue > 0.001  # kept blocks and lines
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(BROWSER is None and os.environ.get("CI") != "true", reason="needs Chromium")
+def test_a_page_of_eighty_layers_and_sixty_four_heads_is_there_in_two_seconds(tmp_path):
+    (tmp_path / "metrics.csv").write_text("step,sparsity/total\n0,0.5\n1,0.6\n")
+    keep = torch.rand(64, 32, 32, generator=torch.Generator().manual_seed(0)).tril() > 0.5
+    for step in (1, 2):
+        patterns = {f"layer {n}": BlockPattern(keep, (64, 64), True, 2048, 2048) for n in range(80)}
+        save_frame(patterns, tmp_path, step)
+    page = tmp_path / "page.html"
+    main([str(tmp_path), "--output", str(page)])
+    headless = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--dump-dom"]
+    done = subprocess.run(
+        [*headless, f"--user-data-dir={tmp_path / 'profile'}", page.as_uri()],
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.stdout.count('<tr id="layer-') == 80
+    assert int(re.search(r'data-ready="(\d+)"', done.stdout)[1]) < 2000
 
 
 def test_the_history_of_a_recipe_tells_which_steps_were_probed(tmp_path):

@@ -78,7 +78,7 @@ def test_a_record_answers_what_is_asked_of_a_backend(monkeypatch):
         "shy", reference.attend, rank=1, trains=lambda device: False, usable=lambda: False,
         suits_moving=lambda query, pattern, options: options.window == 7,
     )  # fmt: skip
-    monkeypatch.setattr("sparse_prune.kernels.choice.BACKENDS", {"shy": shy, **BACKENDS})
+    monkeypatch.setattr("sparse_prune.kernels.backends.BACKENDS", {"shy": shy, **BACKENDS})
     with pytest.raises(ValueError, match="must train on a CUDA device"):
         check_trains("shy", cpu)
     assert usable_backend("shy") == "gather"

@@ -6,7 +6,7 @@ import weakref
 import torch
 
 from sparse_prune.fixed_patterns import random_pattern
-from sparse_prune.kernels.derived import derived
+from sparse_prune.kernels.derived import at_lengths, derived
 
 
 def test_it_is_made_once_per_pattern_and_key():
@@ -62,3 +62,25 @@ def test_training_can_use_what_validation_made():
     with torch.inference_mode():
         made = derived(pattern, ("tensor",), lambda: torch.ones(3))
     assert not made.is_inference()
+
+
+def test_a_pattern_at_other_lengths_is_made_once_and_only_the_latest_are_kept():
+    pattern = random_pattern(2, 64, 16, density=0.5)
+    assert at_lengths(pattern, 64, 64) is pattern
+    found = weakref.ref(at_lengths(pattern, 40, 40))
+    assert at_lengths(pattern, 40, 40) is found()
+    assert found().equals(pattern.at(40, 40))
+    for length in range(41, 49):
+        at_lengths(pattern, length, length)
+    gc.collect()
+    assert found() is None
+
+
+def test_what_is_kept_at_other_lengths_does_not_keep_the_pattern():
+    pattern = random_pattern(2, 64, 16, density=0.5)
+    at_lengths(pattern, 64, 64)
+    longer, itself = at_lengths(pattern, 96, 96), weakref.ref(pattern)
+    del pattern
+    gc.collect()
+    assert itself() is None
+    assert longer.q_len == 96

@@ -226,9 +226,13 @@ def test_fit_ends_with_a_report(config, tmp_path, monkeypatch, capsys, precision
     assert "processes" not in text
     assert (run / "report.png").read_bytes().startswith(b"\x89PNG")
     with open(run / "metrics.csv", newline="") as file:
-        twin = {
-            int(row["step"]): float(row["dense/train_loss"]) for row in csv.DictReader(file) if row["dense/train_loss"]
-        }
+        rows = list(csv.DictReader(file))
+    twin = {int(row["step"]): float(row["dense/train/loss"]) for row in rows if row["dense/train/loss"]}
+    seconds = [float(row["dense/time/step_seconds"]) for row in rows if row["dense/time/step_seconds"]]
+    assert seconds == pytest.approx([r["seconds"] for r in report["dense"]["records"]])
+    assert [float(row["dense/test/loss"]) for row in rows if row["dense/test/loss"]] == pytest.approx(
+        [report["dense"]["loss_before"], report["dense"]["loss_after"]]
+    )
     assert twin == {r["step"] - 1: pytest.approx(r["loss"], rel=1e-5) for r in report["dense"]["records"]}
     assert len(load_patterns(run / "attention_pattern.safetensors")) == 2
     printed = capsys.readouterr().out
@@ -252,6 +256,10 @@ def test_fit_ends_with_a_report(config, tmp_path, monkeypatch, capsys, precision
     assert {handle.name: handle.mode for handle in attach(model)} == dict.fromkeys(patterns, "sparse")
     assert set(header["scores"]) == set(header["settled_at"]) == set(patterns)
     assert load_tokenizer(str(tmp_path / "exported")).eos_token == "<eos>"
+    card = (tmp_path / "exported" / "README.md").read_text()
+    assert f"| data | {header['data']} |" in card
+    assert header["data"]
+    assert str(tmp_path) not in card
 
 
 def fit(config, monkeypatch, *more):

@@ -85,7 +85,7 @@ def check(report, folder, quality):
     with open(folder / "metrics.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert [int(row["step"]) for row in rows if row["val/loss"]] == [STEPS // 2 - 1, STEPS - 1]
-    assert sum(bool(row["dense/train_loss"]) for row in rows) == STEPS
+    assert sum(bool(row["dense/train/loss"]) for row in rows) == STEPS
     assert len(load_patterns(folder / "attention_pattern.safetensors")) == len(report["layer_sparsity"])
     assert list(folder.parents[1].glob("wandb/offline-run-*/run-*.wandb"))
     assert len(list(folder.parents[2].iterdir())) == 1

@@ -34,11 +34,11 @@ def csv(separator, names=("text", "label")):
         ("rows.csv", csv(";").encode("utf-16")),
         ("rows.csv", csv("\t", ("Sentence", "Target")).encode()),
         ("rows.tsv", csv("\t", ("idx", "text", "label")).replace('\n"', '\n7\t"').encode()),
-        ("rows.csv.gz", gzip.compress(csv("|").encode())),
+        ("rows.csv.gz", gzip.compress(csv("|").encode(), mtime=0)),
         ("rows.json", json.dumps(ROWS).encode()),
         ("rows.jsonl", "\n".join(map(json.dumps, ROWS)).encode()),
         ("rows.jsonl", "\n".join(json.dumps(row, ensure_ascii=False) for row in ROWS).encode("utf-16")),
-        ("rows.ndjson.gz", gzip.compress("\n".join(map(json.dumps, ROWS)).encode())),
+        ("rows.ndjson.gz", gzip.compress("\n".join(map(json.dumps, ROWS)).encode(), mtime=0)),
     ],
 )
 def test_files_are_read_as_they_are_written(tmp_path, name, content):

@@ -1,4 +1,4 @@
-"""Which charts a pruning run deserves, in what order. Says nothing of W&B: that is in `views`."""
+"""Which charts a pruning run deserves, in the order and words of `sparse-prune report`. Of W&B speaks `views`."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from sparse_prune import metrics
-from sparse_prune.losses import loss_keys
+from sparse_prune.losses import TWIN, loss_keys
 from sparse_prune.metrics import Metric
 
-Kind = Literal["lines", "number", "pictures", "table"]
+Kind = Literal["lines", "number", "pictures", "table", "parallel"]
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,8 @@ class Chart:
     log: bool = False
     marks: tuple[str, ...] = ()
     """Those of `keys` that are events: points instead of lines."""
+    settings: tuple[str, ...] = ()
+    """Hyperparameters, before `keys`, which are the runs' last values: where a line per run meets all of them."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,16 @@ class Section:
     name: str
     question: str
     charts: tuple[Chart, ...]
+
+
+_OF_TWIN = (metrics.STEP_SECONDS,)
+"""Metrics that a recipe logs of the dense twin as well, under `TWIN`."""
+
+
+def _loss(title: str, stage: str) -> Chart:
+    """The pruned run's and the dense twin's in one chart."""
+    keys = loss_keys(stage)
+    return Chart(title, (*keys, *(TWIN + key for key in keys)), unit="loss")
 
 
 def _number(title: str, metric: Metric) -> Chart:
@@ -51,7 +63,8 @@ def _charts(section: str) -> tuple[Chart, ...]:
 def _chart(chart: metrics.Chart, shown: list[Metric]) -> Chart:
     marks = tuple(metric.key for metric in shown if metric.event)
     title = f"{chart.title} (points: layers swapped)" if marks else chart.title
-    panel = Chart(title, tuple(metric.key for metric in shown), unit=chart.unit or None, marks=marks)
+    twin = tuple(TWIN + metric.key for metric in shown if metric in _OF_TWIN)
+    panel = Chart(title, (*(metric.key for metric in shown), *twin), unit=chart.unit or None, marks=marks)
     if any(metric.per_layer for metric in shown):
         pattern = shown[0].pattern if len(shown) == 1 else f"({'|'.join(metric.pattern for metric in shown)})"
         panel = replace(panel, keys=(), pattern=pattern)
@@ -61,36 +74,53 @@ def _chart(chart: metrics.Chart, shown: list[Metric]) -> Chart:
 SECTIONS = (
     Section(
         "At a glance",
-        "How far has pruning come, and what did it cost? Runs with and without pruning share the charts of the loss.",
+        "How far has pruning come? Losses and step times stand beside those of the dense twin below.",
         (
             _number("Pruned", metrics.SPARSITY),
             _number("Layers on sparse kernels", metrics.SPARSE_LAYERS),
             _number("KV cache that can go", metrics.KV_SHARE),
-            Chart("Training loss", (*loss_keys("training"), "dense/train_loss"), unit="loss"),
-            Chart("Held-out loss", loss_keys("validation"), unit="loss"),
-            *_charts("Overview"),
         ),
     ),
     Section(
         "Patterns",
         "Which connections are left? Darker blue: higher score. Grey: pruned. Orange: regrown, pink: just pruned.",
+        (Chart("Atlas: a column per layer, a row per head", ("patterns/atlas",), kind="pictures"),),
+    ),
+    Section(
+        "Over the run",
+        "What did it cost, and what did it save? The dense twin is the same fine-tune without pruning (dense/...).",
         (
-            Chart("Atlas: a column per layer, a row per head", ("patterns/atlas",), kind="pictures"),
-            Chart("Layers and heads", ("patterns/heads",), kind="table"),
+            _loss("Training loss", "training"),
+            _loss("Held-out loss", "validation"),
+            *_charts("Over the run"),
         ),
     ),
     Section(
         "Layers",
         "Which layers give up connections, and have they settled? A layer settles under settle/min_delta.",
-        _charts("Layers"),
+        (*_charts("Layers"), Chart("Layers and heads", ("patterns/heads",), kind="table")),
     ),
     Section(
         "Speed and savings",
-        "What did it save? A step gets faster where layers are swapped; FLOPs and KV bytes are estimates.",
+        "What else did it save? FLOPs and KV bytes are estimates.",
         _charts("Speed and savings"),
     ),
 )
 """The dashboard, top to bottom."""
+
+SWEEP = Section(
+    "How sparse can I go?",
+    "A line per run, from its settings to what it lost. Drag over an axis to keep the runs that pass there.",
+    (
+        Chart(
+            "Settings and loss",
+            (metrics.SPARSITY.key, metrics.STEP_SECONDS.key, "val/passkey_accuracy", "val/loss.last"),
+            kind="parallel",
+            settings=("pruning/sparsity", "pruning/sparsity/final", "pruning/score", "pruning/statistic"),
+        ),
+    ),
+)
+"""Stands before the others where several runs are shown."""
 
 AXIS = "trainer/global_step"
 COLUMNS = ("final/sparsity", "val/loss.last", "val_loss.last", "final/sparse_layers", "final/settled_layers")

@@ -10,10 +10,11 @@ import wandb_workspaces.reports.v2 as wr
 import wandb_workspaces.workspaces as ws
 from wandb_workspaces import expr
 
-from sparse_prune.commands.dashboard.charts import AXIS, COLUMNS, SECTIONS, Chart
+from sparse_prune.commands.dashboard.charts import AXIS, COLUMNS, SECTIONS, SWEEP, Chart, Section
 
 WIDTH = 24
 """Columns of W&B's report grid."""
+_WIDE = ("pictures", "table", "parallel")
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,11 @@ class Target:
         return tuple(dict.fromkeys(both))
 
     @property
+    def sections(self) -> tuple[Section, ...]:
+        """Of the dashboard, top to bottom; runs are compared where there may be several."""
+        return SECTIONS if len(self.shown) == 1 else (SWEEP, *SECTIONS)
+
+    @property
     def filters(self) -> Any:
         """`shown` as W&B filters runs."""
         return expr.And(expr.Metric("ID").isin(list(self.shown))) if self.shown else ""
@@ -51,10 +57,10 @@ def workspace(target: Target, name: str) -> ws.Workspace:
             name=section.name,
             panels=[panel(chart, target.shown) for chart in section.charts],
             is_open=True,
-            layout_settings=ws.SectionLayoutSettings(columns=1 if section.name == "Patterns" else 3, rows=2),
+            layout_settings=ws.SectionLayoutSettings(columns=1 if section.charts[0].kind in _WIDE else 3, rows=2),
             panel_settings=ws.SectionPanelSettings(x_axis=AXIS),
         )
-        for section in SECTIONS
+        for section in target.sections
     ]
     settings = ws.WorkspaceSettings(x_axis=AXIS, sort_panels_alphabetically=False)
     return ws.Workspace(
@@ -78,7 +84,7 @@ def report(target: Target, title: str, online: bool = True) -> wr.Report:
     """
     where = {"entity": target.entity, "project": target.project} if online else {}
     blocks: list[Any] = [wr.TableOfContents()]
-    for section in SECTIONS:
+    for section in target.sections:
         runs = wr.Runset(**where, name="Runs", filters=target.filters)
         grid = wr.PanelGrid(runsets=[runs], panels=list(_laid_out(section.charts, target.shown)))
         blocks += [wr.H2(section.name), wr.P(section.question), grid]
@@ -100,6 +106,10 @@ def panel(chart: Chart, runs: Sequence[str] = ()) -> Any:
         return wr.MediaBrowser(title=chart.title, media_keys=list(chart.keys), num_columns=1)
     if chart.kind == "table":
         return wr.WeavePanelSummaryTable(table_name=chart.keys[0])
+    if chart.kind == "parallel":
+        axes = (*(wr.Config(name) for name in chart.settings), *(wr.SummaryMetric(key) for key in chart.keys))
+        columns = [wr.ParallelCoordinatesPlotColumn(axis) for axis in axes]
+        return wr.ParallelCoordinatesPlot(title=chart.title, columns=columns)
     return wr.LinePlot(
         title=chart.title,
         x=AXIS,
@@ -117,8 +127,10 @@ def _laid_out(charts: Sequence[Chart], runs: Sequence[str]) -> Iterator[Any]:
     """Panels with their places: three to a row, pictures and tables over the whole width."""
     x = y = 0
     for chart in charts:
-        wide = chart.kind in ("pictures", "table")
+        wide = chart.kind in _WIDE
         width, height = (WIDTH, 16) if wide else (WIDTH // 3, 4 if chart.kind == "number" else 8)
+        if wide and x:
+            x, y = 0, y + 8
         placed = panel(chart, runs)
         placed.layout = wr.Layout(x=x, y=y, w=width, h=height)
         yield placed

@@ -30,8 +30,8 @@ from sparse_prune.evaluation import (
 from sparse_prune.export import load
 from sparse_prune.extras import with_remedy
 from sparse_prune.files import user_path
+from sparse_prune.machine import describe_machine
 from sparse_prune.precision import fast_dtype
-from sparse_prune.recipes.base.machine import describe_machine
 from sparse_prune.recipes.base.pretrained import load_tokenizer
 from sparse_prune.recipes.causal_lm.pretrained import load_model
 

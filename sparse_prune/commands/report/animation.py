@@ -17,6 +17,8 @@ MOST_FRAMES = 60
 """Frames that the animation shows; longer histories are thinned out."""
 MOST_BYTES = 5_000_000
 """Of the frames inside the page, about; where they are more, squares of blocks are merged into cells."""
+MOST_CELLS = 2400
+"""Along a side of the atlas: a screen shows no more."""
 LEVELS = 4
 """Shades of a cell of several blocks: all pruned, up to a third of the possible ones kept, up to two thirds, more."""
 
@@ -29,7 +31,7 @@ def thin_out(steps: Sequence[int]) -> list[int]:
 
 
 def blocks_per_cell(patterns: Mapping[str, BlockPattern], frames: int) -> int:
-    """Side, in blocks, of the smallest cells with which so many frames stay below `MOST_BYTES`.
+    """Side, in blocks, of the smallest cells with which frames stay below `MOST_BYTES` and `MOST_CELLS`.
 
     Args:
         patterns: Those of one frame; the others are taken to be as large.
@@ -39,7 +41,8 @@ def blocks_per_cell(patterns: Mapping[str, BlockPattern], frames: int) -> int:
     most = max((max(shape[1:]) for shape in shapes), default=1)
     for merged in range(1, most):
         cells = sum(heads * -(-rows // merged) * -(-cols // merged) for heads, rows, cols in shapes)
-        if frames * cells * _depth(merged) / 8 * 4 / 3 <= MOST_BYTES:
+        side = max(len(shapes) * -(-most // merged), max(shape[0] for shape in shapes) * -(-most // merged))
+        if frames * cells * _depth(merged) / 8 * 4 / 3 <= MOST_BYTES and side <= MOST_CELLS:
             return merged
     return most
 

@@ -1,31 +1,40 @@
-"""The command: read a run's logs, write its page."""
+"""The command: read the logs of runs, write their page."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 
+from sparse_prune.commands.report import compare, page
 from sparse_prune.commands.report.logs import read_run
-from sparse_prune.commands.report.page import render
 from sparse_prune.export.history import FOLDER
+from sparse_prune.extras import with_remedy
 from sparse_prune.files import user_path, write_output
 
 
 def main(args: list[str] | None = None) -> None:
-    """`sparse-prune report RUN [--output FILE]`."""
+    """`sparse-prune report RUN [RUN ...] [--output FILE]`."""
     parser = argparse.ArgumentParser(
-        prog="sparse-prune report", description="One HTML page of a run, made from its logs; it needs no network."
+        prog="sparse-prune report",
+        description="One HTML page of a run, or of several beside each other, from their logs; no network is needed.",
     )
-    parser.add_argument("run", type=user_path, help="folder of a run with a CSVLogger, or a folder above it")
-    parser.add_argument("--output", type=user_path, help="where to write; report.html beside the logs by default")
+    what = "folder of a run with a CSVLogger or W&B's files, or a folder above it; several are compared"
+    parser.add_argument("run", type=user_path, nargs="+", help=what)
+    parser.add_argument(
+        "--output", type=user_path, help="where to write; report.html, or comparison.html, beside the first logs"
+    )
     given = parser.parse_args(args)
     try:
-        logs = read_run(given.run)
-        page = render(logs)
+        runs = [read_run(run) for run in given.run]
+        text = page.render(runs[0]) if len(runs) == 1 else compare.render(runs)
+    except ImportError as error:
+        parser.error(with_remedy(error))
     except (OSError, ValueError) as error:
         parser.error(str(error))
-    if not logs.steps:
-        print(f"No frames of a pattern history in {logs.folder / FOLDER}: the page shows no patterns.", file=sys.stderr)
-    target = given.output or logs.folder / "report.html"
-    write_output(parser, target, page)
+    first = runs[0]
+    if len(runs) == 1 and not first.steps:
+        where = (first.history or first.folder) / FOLDER
+        print(f"No frames of a pattern history in {where}: the page shows no patterns.", file=sys.stderr)
+    target = given.output or first.folder / ("report.html" if len(runs) == 1 else "comparison.html")
+    write_output(parser, target, text)
     print(target)

@@ -1,18 +1,24 @@
-"""What a run left in its folder: metrics by key, and patterns by step."""
+"""What a run left in its folder: metrics by key, settings, and patterns by step."""
 
 from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from sparse_prune.export.history import frame_steps, load_frame
+from sparse_prune.commands.report.offline import read_offline
+from sparse_prune.export.history import FOLDER, frame_steps, load_frame
+from sparse_prune.losses import TWIN
+from sparse_prune.metrics import METRICS
 from sparse_prune.pattern import BlockPattern
 
 Series = list[tuple[int, float]]
-"""(step, value), ascending."""
+"""(optimizer steps taken, value), ascending. Loggers count from 0: what they log under n was so after n + 1 steps."""
+_LOGS = ("metrics.csv", "run-*.wandb")
 
 
 @dataclass(frozen=True)
@@ -20,12 +26,16 @@ class RunLogs:
     """A run as its loggers saw it."""
 
     folder: Path
-    """Where metrics.csv is."""
+    """Where metrics.csv, or W&B's file, is."""
     metrics: Mapping[str, Series]
     dense: Mapping[str, Series]
     """The same of the dense twin that a recipe trained; empty if there is none."""
     steps: Sequence[int]
     """Those of which the pattern history has a frame, ascending."""
+    settings: Mapping[str, str] = field(default_factory=dict)
+    """Hyperparameters and configuration, flat, as text: names are parted by slashes."""
+    history: Path | None = None
+    """Folder of the pattern history, where it is not `folder`."""
 
     def frame(self, step: int) -> Mapping[str, BlockPattern]:
         """Layer -> pattern after a step.
@@ -36,49 +46,107 @@ class RunLogs:
         Raises:
             ValueError: If the frame is damaged.
         """
-        return load_frame(self.folder, step)
+        return load_frame(self.history or self.folder, step)
 
 
 def read_run(folder: Path) -> RunLogs:
-    """Read what `CSVLogger` wrote, and find what `SparsityLogger` did.
+    """Read what `CSVLogger` wrote, or else W&B's client on disk, and find what `SparsityLogger` did.
 
     Args:
-        folder: Where metrics.csv is, or any folder above it: then the latest one below is taken.
+        folder: Where the logs are, or any folder above them: then the latest below is taken.
 
     Raises:
-        FileNotFoundError: If there is no metrics.csv.
-        ValueError: If metrics.csv is damaged.
+        FileNotFoundError: If there are no logs.
+        ImportError: If there are W&B's alone, and wandb is missing.
+        ValueError: If they are damaged.
     """
-    home = _home(folder)
+    file = _latest(folder)
+    home = file.parent
+    if file.suffix == ".csv":
+        metrics, settings, history = _series(_csv_rows(file)), _settings(home), home
+    else:
+        rows, settings = read_offline(file)
+        metrics = _series(rows)
+        # Lightning keeps the files of such a run in SAVE_DIR/PROJECT/RUN_ID, W&B its own in SAVE_DIR/wandb/...
+        run_id = file.stem.removeprefix("run-")
+        found = sorted(home.parent.parent.glob(f"*/{run_id}/{FOLDER}"))
+        history = found[0].parent if found else home
     twin = home / "dense" / "metrics.csv"
-    metrics = _read_csv(home / "metrics.csv")
-    return RunLogs(home, metrics, _read_csv(twin) if twin.is_file() else {}, frame_steps(home))
+    beside = {key.removeprefix(TWIN): metrics.pop(key) for key in list(metrics) if key.startswith(TWIN)}
+    dense = beside | (_series(_csv_rows(twin)) if twin.is_file() else {})
+    return RunLogs(home, metrics, dense, frame_steps(history), settings, history)
 
 
-def _home(folder: Path) -> Path:
-    if (folder / "metrics.csv").is_file():
-        return folder
-    found = [path.parent for path in folder.rglob("metrics.csv") if path.parent.name != "dense"]
-    if not found:
-        raise FileNotFoundError(
-            f"`run` must be a folder with a metrics.csv inside, got {str(folder)!r}. "
-            "Give the Trainer a CSVLogger beside your other loggers, and pass its folder."
-        )
-    return max(found, key=lambda path: (path / "metrics.csv").stat().st_mtime)
+def _latest(folder: Path) -> Path:
+    for name in _LOGS:
+        found = list(folder.glob(name)) or [path for path in folder.rglob(name) if path.parent.name != "dense"]
+        if found:
+            return max(found, key=lambda path: path.stat().st_mtime)
+    raise FileNotFoundError(
+        f"`run` must be a folder with a metrics.csv inside, or with a run-*.wandb, got {str(folder)!r}. "
+        "Give the Trainer a CSVLogger beside your other loggers, and pass its folder."
+    )
 
 
-def _read_csv(path: Path) -> dict[str, Series]:
+def _csv_rows(path: Path) -> Iterable[tuple[int, dict[str, float]]]:
     with open(path, newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
+        for number, row in enumerate(csv.DictReader(file), start=2):
+            try:
+                step = int(float(row.pop("step")))
+                yield step, {key: float(text) for key, text in row.items() if text}
+            except (KeyError, TypeError, ValueError) as error:
+                raise ValueError(
+                    f"{path} must hold a step and numbers in every row, got {error!r} in line {number}."
+                ) from error
+
+
+def _series(rows: Iterable[tuple[int, Mapping[str, float]]]) -> dict[str, Series]:
+    """Key -> series; what is not finite is left out, and a prefix that the logger gave all keys."""
     series: dict[str, dict[int, float]] = {}
-    for number, row in enumerate(rows, start=2):
-        try:
-            step = int(float(row["step"]))
-            for key, text in row.items():
-                if key not in ("step", "epoch") and text and math.isfinite(value := float(text)):
-                    series.setdefault(key, {})[step] = value
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(
-                f"{path} must hold a step and numbers in every row, got {error!r} in line {number}."
-            ) from error
-    return {key: sorted(points.items()) for key, points in series.items()}
+    for step, row in rows:
+        for key, value in row.items():
+            if math.isfinite(value):
+                series.setdefault(key, {})[step + 1] = value
+    series.pop("epoch", None)
+    prefix = _prefix(series)
+    return {key.removeprefix(prefix): sorted(points.items()) for key, points in series.items()}
+
+
+def _prefix(keys: Iterable[str]) -> str:
+    """What Lightning's loggers put before every key when they are given a `prefix`; told by the metrics of pruning."""
+    known = "|".join(metric.pattern for metric in METRICS)
+    return next((found[1] for key in keys if (found := re.fullmatch(rf"(.+-)(?:{known})", key))), "")
+
+
+def _settings(home: Path) -> dict[str, str]:
+    """Of hparams.yaml and of a recipe's config.yaml."""
+    found: dict[str, str] = {}
+    for name in ("config.yaml", "hparams.yaml"):
+        if (home / name).is_file():
+            import yaml
+
+            # As text and without tags, which a logger may write for any type.
+            with open(home / name, encoding="utf-8") as file:
+                try:
+                    found |= flat(yaml.load(file, yaml.BaseLoader) or {})
+                except yaml.YAMLError as error:
+                    raise ValueError(f"{home / name} must be YAML, got {error!r}. Mend or remove it.") from error
+    return found
+
+
+def flat(value: Any, name: str = "") -> dict[str, str]:
+    """Nested settings as text by path, such as trainer/max_steps.
+
+    Args:
+        value: Mappings, lists and plain values.
+        name: Path so far.
+    """
+    if isinstance(value, list) and any(isinstance(part, Mapping) for part in value):
+        value = dict(enumerate(value))
+    if not isinstance(value, Mapping):
+        return {name: ", ".join(map(str, value)) if isinstance(value, list) else str(value)}
+    return {
+        key: text
+        for part, inner in value.items()
+        for key, text in flat(inner, f"{name}/{part}" if name else part).items()
+    }

@@ -1,0 +1,153 @@
+"""Pruning in a `transformers.Trainer`: when to probe, when to decide, and where its state stands in checkpoints."""
+
+from __future__ import annotations
+
+import logging
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import TrainerCallback
+
+from sparse_prune.attention.measure import fastest, in_words, time_attention
+from sparse_prune.distributed import on_first_rank, sum_over_ranks
+from sparse_prune.kernels import skipping_backends
+from sparse_prune.pattern import whole_number
+from sparse_prune.pruner import AttentionPruner, PruneReport
+
+log = logging.getLogger(__name__)
+STATE_FILE = "attention_pruning.pt"
+"""Name of the file that holds the state of pruning in a checkpoint of `transformers.Trainer`."""
+
+
+class AttentionPruningCallback(TrainerCallback):  # type: ignore[misc]
+    """Prunes the attention of the model that a `transformers.Trainer` trains, and lets settled layers skip blocks.
+
+    Its state lies in every checkpoint folder, from which a run goes on that is resumed with
+    `trainer.train(resume_from_checkpoint=...)`. Steps are the Trainer's optimizer steps. In Lightning,
+    `AttentionPruning` does more: it logs, forecasts, distils.
+
+    Args:
+        pruner: Schedule, score, blocks, constraints. A schedule of shares counts in the Trainer's `max_steps`.
+        every_n_steps: Optimizer steps between decisions.
+        swap: Measure settled layers, forward and backward, and let those that gain skip what was pruned; the others get
+            their connections back. False: patterns stay masks.
+        checkpoint: The folder that is resumed from, if it is not `output_dir/checkpoint-STEP`.
+
+    Raises:
+        TypeError: If `pruner` is none.
+        ValueError: If `every_n_steps` is no whole number of at least 1; when training starts, in 16-bit floats with a
+            scaler (`fp16`), on several GPUs of one process, or if a checkpoint that is resumed holds no pruning.
+    """
+
+    def __init__(
+        self, pruner: AttentionPruner, *, every_n_steps: int = 10, swap: bool = True, checkpoint: str | None = None
+    ) -> None:
+        steps = whole_number(every_n_steps)
+        if not isinstance(pruner, AttentionPruner):
+            raise TypeError(f"`pruner` must be an AttentionPruner, got {pruner!r}. Write AttentionPruner(schedule).")
+        if steps is None or steps < 1:
+            raise ValueError(f"`every_n_steps` must be a whole number of at least 1, got {every_n_steps!r}.")
+        self.pruner, self.every_n_steps, self.swap, self.checkpoint = pruner, steps, swap, checkpoint
+        self.report: PruneReport | None = None
+        """The latest decision of this process."""
+        self._schedule = pruner.schedule  # as it was given
+        self._run_steps = 0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any) -> None:
+        """Take the model over, or go on where the checkpoint was taken."""
+        _refuse(args)
+        self.pruner.attach(model)
+        self._run_steps = state.max_steps
+        if state.global_step:
+            self._resume(Path(self.checkpoint or _folder(args, state)))
+        self.pruner.schedule = self._schedule.resolved(self._run_steps)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Watch the step if a decision is due after it."""
+        if self._due(state.global_step + 1):
+            self.pruner.probe(True, gradient_scale=1.0 / args.gradient_accumulation_steps)
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The backward pass is done: nothing else is watched."""
+        self.pruner.probe(False)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Decide, then swap what has settled."""
+        self.pruner.probe(False)
+        if not self._due(state.global_step):
+            return
+        reduce = partial(sum_over_ranks, device=args.device) if args.world_size > 1 else None
+        report = self.pruner.update(state.global_step, reduce)
+        self.report = report or self.report
+        if self.swap and report is not None and report.settled:
+            self._swap(on_first_rank(partial(self._measured, report.settled)))
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Put the state of pruning into the checkpoint's folder."""
+        if state.is_world_process_zero:
+            held = {"pruner": self.pruner.state_dict(), "run_steps": self._run_steps}
+            torch.save(held, _folder(args, state) / STATE_FILE)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Say what was pruned."""
+        self.pruner.probe(False)
+        sparse = sum(layer.layer.mode == "sparse" for layer in self.pruner.layers.values())
+        log.info(
+            "Pruning: %.1f%% of the attention is pruned; %d of %d layers skip what was pruned.",
+            100 * self.pruner.total_sparsity,
+            sparse,
+            len(self.pruner.layers),
+        )
+
+    def _due(self, step: int) -> bool:
+        """Whether a decision falls on this optimizer step; the first one falls on the first step that it can."""
+        if all(layer.layer.pattern is None for layer in self.pruner.layers.values()):
+            return True
+        return (step - 1) % self.every_n_steps == 0 and bool(self.pruner.open_layers)
+
+    def _resume(self, folder: Path) -> None:
+        path = folder / STATE_FILE
+        if not path.is_file():
+            raise ValueError(
+                f"The checkpoint that is resumed must hold {STATE_FILE}, got none in {str(folder)!r}. Give "
+                "`checkpoint`, the folder that is resumed from, or start without the checkpoint."
+            )
+        held = torch.load(path, map_location="cpu", weights_only=True)
+        self._run_steps = held["run_steps"]
+        self.pruner.load_state_dict(held["pruner"])
+
+    def _measured(self, names: tuple[str, ...]) -> dict[str, str]:
+        """Layer -> fastest backend; "dense" if it gains nothing."""
+        chosen = {}
+        for name in names:
+            layer = self.pruner.layers[name].layer
+            assert layer.last_shape is not None
+            times = time_attention(layer, skipping_backends(layer.last_shape.device), tuned=True)
+            chosen[name] = fastest(times)
+            log.info("%s -> %s (%s)", name, chosen[name], in_words(times))
+        return chosen
+
+    def _swap(self, chosen: dict[str, str]) -> None:
+        for name, backend in chosen.items():
+            if backend == "dense":
+                self.pruner.restore(name)
+            else:
+                self.pruner.swap(name, backend)
+
+
+def _folder(args: Any, state: Any) -> Path:
+    return Path(args.output_dir) / f"checkpoint-{state.global_step}"
+
+
+def _refuse(args: Any) -> None:
+    """What would be pruned by wrong numbers."""
+    if args.fp16:
+        raise ValueError("`fp16` must be off while attention is pruned: its scaler skips steps. Use `bf16`.")
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"A process must have one GPU while attention is pruned, got {args.n_gpu}. Start with torchrun, or set "
+            "CUDA_VISIBLE_DEVICES."
+        )

@@ -1,0 +1,74 @@
+"""Pruning in a `transformers.Trainer`, resumed and unbroken."""
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+
+from sparse_prune import AttentionPruner, CubicSchedule
+from sparse_prune.scores import Influence
+from sparse_prune.transformers_callback import STATE_FILE, AttentionPruningCallback
+
+SMALL = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+ROWS = [
+    {"input_ids": ids, "labels": ids} for ids in torch.randint(50, (32, 64), generator=torch.Generator().manual_seed(1))
+]
+
+
+def run(path, *, resume=None, score=None, swap=True, **arguments):
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**SMALL))
+    schedule = CubicSchedule(final=0.5, end_step=0.5)
+    pruner = AttentionPruner(sparsity=schedule, block_size=8, patience=1, min_delta=1.0, score=score)
+    callback = AttentionPruningCallback(pruner, every_n_steps=2, swap=swap)
+    given = {"max_steps": 12, "save_steps": 4, "per_device_train_batch_size": 2, "report_to": [], "use_cpu": True}
+    given |= {"disable_tqdm": True, "learning_rate": 1e-3, "dataloader_pin_memory": False}
+    trainer = Trainer(model, TrainingArguments(path, **given | arguments), train_dataset=ROWS, callbacks=[callback])
+    trainer.train(resume_from_checkpoint=resume)
+    return model, callback
+
+
+@pytest.mark.parametrize("score", [None, Influence()], ids=["attention", "gradient"])
+@pytest.mark.parametrize("step", [4, 8])
+def test_a_resumed_run_is_the_unbroken_one(tmp_path, step, score):
+    model, callback = run(tmp_path, score=score, swap=False)
+    assert callback.pruner.total_sparsity == pytest.approx(0.5, abs=0.02)
+    assert all(state.settled_at is not None for state in callback.pruner.layers.values())
+    again, resumed = run(tmp_path, resume=str(tmp_path / f"checkpoint-{step}"), score=score, swap=False)
+    for one, other in zip(model.parameters(), again.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
+    patterns = callback.pruner.patterns
+    assert all(pattern.equals(patterns[name]) for name, pattern in resumed.pruner.patterns.items())
+
+
+def test_settled_layers_are_swapped_by_measurement(tmp_path, monkeypatch):
+    times = iter([{"dense": 2.0, "gather": 1.0}, {"dense": 1.0, "gather": 2.0}])
+    monkeypatch.setattr("sparse_prune.transformers_callback.time_attention", lambda *_, **__: next(times))
+    _, callback = run(tmp_path)
+    first, second = callback.pruner.layers.values()
+    assert (first.layer.mode, first.layer.backend) == ("sparse", "gather")
+    assert second.restored
+
+
+def test_accumulation_prunes_as_a_larger_batch_does(tmp_path):
+    _, small = run(tmp_path / "a", per_device_train_batch_size=1, gradient_accumulation_steps=2, max_steps=2)
+    _, large = run(tmp_path / "b", max_steps=2)
+    for name, state in small.pruner.layers.items():
+        other = large.pruner.layers[name].scores.value()
+        torch.testing.assert_close(state.scores.value(), other, rtol=1e-3, atol=1e-6)
+
+
+def test_nothing_is_watched_in_an_evaluation(tmp_path):
+    _, callback = run(tmp_path, max_steps=2)
+    assert all(state.layer.probe_block_size is None for state in callback.pruner.layers.values())
+
+
+def test_what_cannot_go_on_is_refused(tmp_path):
+    run(tmp_path, max_steps=4)
+    (tmp_path / "checkpoint-4" / STATE_FILE).unlink()
+    with pytest.raises(ValueError, match=f"must hold {STATE_FILE}"):
+        run(tmp_path, resume=str(tmp_path / "checkpoint-4"))
+    pruner = AttentionPruner(sparsity=CubicSchedule(final=0.5, end_step=2))
+    with pytest.raises(ValueError, match="`every_n_steps`"):
+        AttentionPruningCallback(pruner, every_n_steps=0)
+    with pytest.raises(TypeError, match="`pruner`"):
+        AttentionPruningCallback(CubicSchedule(final=0.5, end_step=2))
