@@ -110,7 +110,7 @@ class Steps(pl.Callback):
                 "measuring_s": self.pruning.swap.measuring_seconds - self._measured if self.pruning else 0.0,
                 "sparsity": self.pruning.pruner.total_sparsity if self._states() else 0.0,
                 "swapped": self._swapped,
-                "decided": bool(self.pruning) and trainer.global_step % self.pruning.every_n_steps == 0,
+                "decided": bool(self.pruning) and (trainer.global_step - 1) % self.pruning.every_n_steps == 0,
                 "peak_bytes": torch.cuda.max_memory_allocated() if DEVICE == "cuda" else None,
             }
         )  # fmt: skip

@@ -5,6 +5,7 @@ import os
 import runpy
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,9 @@ def test_steps_are_told_apart(tmp_path):
     rows = json.loads((tmp_path / "f.json").read_text())["rows"]
     assert [row["run"] for row in rows] == ["pruned"] * 16 + ["dense"] * 16
     assert rows[15]["swapped"] == 2
+    moved = [new["step"] for old, new in pairwise(rows[:16]) if new["sparsity"] != old["sparsity"]]
+    assert moved
+    assert {row["step"] for row in rows if row["decided"]} >= set(moved)
     assert rows[15]["sparsity"] > 0.3
     for kind in ("dense run", "moving", "deciding", "swapped"):
         assert f"  {kind}: " in done.stdout
