@@ -1,4 +1,6 @@
+import re
 from functools import partial
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
@@ -7,6 +9,8 @@ import torch
 from sparse_prune.evaluation import fresh_cache
 from sparse_prune.evaluation.meter import Answered, TaskScore, answer, counted, measure_task, table, wilson
 from sparse_prune.evaluation.tasks import TASKS, build
+from sparse_prune.evaluation.tasks.pools import NAMES as CITIES
+from sparse_prune.evaluation.tasks.pools import VARIABLES, WORDS
 from sparse_prune.recipes.base.pretrained import load_tokenizer
 from sparse_prune.recipes.causal_lm.pretrained import load_model
 
@@ -52,6 +56,35 @@ def test_wordings_for_choosing_and_testing_are_disjoint(name):
         assert not {getattr(w, field) for w in task.choose} & {getattr(w, field) for w in task.test}
     with pytest.raises(ValueError, match="`split`"):
         task.wordings("train")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_names_words_and_numbers_are_not_shared_by_the_splits(tokenizer, name):
+    for pool in (CITIES, VARIABLES, WORDS):
+        assert not set(pool["choose"]) & set(pool["test"])
+    answers = {
+        split: {
+            tokenizer.decode(question.answer)
+            for seed in range(40)
+            for question in build(TASKS[name], tokenizer, FILLER, 480, 0.3, seed, split).questions
+        }
+        for split in ("choose", "test")
+    }
+    assert not answers["choose"] & answers["test"]
+    if name == "passkey":
+        parity = {split: {sum(map(int, a.replace(" ", ""))) % 2 for a in found} for split, found in answers.items()}
+        assert parity == {"choose": {1}, "test": {0}}
+
+
+@pytest.mark.parametrize("depth", [0.1, 0.5, 0.9])
+def test_the_links_of_a_chain_lie_apart_and_in_order(tokenizer, depth):
+    example = build(TASKS["variable_tracking"], tokenizer, FILLER, 480, depth, 1)
+    text = tokenizer.decode(example.context).replace(" ", "")
+    value = tokenizer.decode(example.questions[0].answer).replace(" ", "")
+    links = re.findall(r"VAR([A-Z])=([A-Z]|\d{5})", text)
+    assert [what for _, what in links] == [value, links[0][0], links[1][0]]
+    places = [text.index(f"VAR{name}={what}") for name, what in links]
+    assert min(later - earlier for earlier, later in pairwise(places)) > len(text) / 5
 
 
 @pytest.mark.parametrize("name", NAMES)

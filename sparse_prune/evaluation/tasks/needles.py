@@ -5,18 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from random import Random
 
-from sparse_prune.evaluation.tasks.task import Facts, Task, Wording
-
-_NAMES = ("Lisbon", "Nairobi", "Oslo", "Quito", "Seoul", "Toronto", "Vienna", "Zagreb")
-
-
-def _number(random: Random) -> str:
-    return str(random.randrange(10_000, 100_000))
+from sparse_prune.evaluation.tasks.pools import NAMES, number
+from sparse_prune.evaluation.tasks.task import Facts, Split, Task, Wording
 
 
-def _keys(keys: int, asked: int) -> Callable[[Random, Wording], Facts]:
-    def make(random: Random, wording: Wording) -> Facts:
-        pairs = [(name, _number(random)) for name in random.sample(_NAMES, keys)]
+def _keys(keys: int, asked: int) -> Callable[[Random, Wording, Split], Facts]:
+    def make(random: Random, wording: Wording, split: Split) -> Facts:
+        pairs = [(name, number(random, split)) for name in random.sample(NAMES[split], keys)]
         facts = [wording.fact.format(name=name, key=key) for name, key in pairs]
         chosen = list(enumerate(pairs))[:asked]
         asks: list[tuple[str, str, int | None]]
@@ -26,8 +21,8 @@ def _keys(keys: int, asked: int) -> Callable[[Random, Wording], Facts]:
     return make
 
 
-def _values(random: Random, wording: Wording) -> Facts:
-    name, keys = random.choice(_NAMES), [_number(random) for _ in range(2)]
+def _values(random: Random, wording: Wording, split: Split) -> Facts:
+    name, keys = random.choice(NAMES[split]), [number(random, split) for _ in range(2)]
     facts = [
         wording.fact.format(name=name, key=key, nth=nth) for nth, key in zip(("first", "second"), keys, strict=True)
     ]

@@ -52,6 +52,8 @@ class Facts:
     """Question, answer, and which fact tells the answer; None if all do."""
     filler: Callable[[int], str] | None = None
     """Text of at least so many words that replaces the caller's filler."""
+    ordered: bool = False
+    """Whether the facts stand in their order, as the links of a chain must."""
 
 
 @dataclass(frozen=True)
@@ -63,8 +65,8 @@ class Task:
     """Wordings for choosing patterns and for training."""
     test: tuple[Wording, ...]
     """Wordings that only tests use."""
-    make: Callable[[Random, Wording], Facts]
-    """Draws one example."""
+    make: Callable[[Random, Wording, Split], Facts]
+    """Draws one example from the pools of a split."""
     turns: bool = False
     """As in `Example`."""
 
@@ -89,9 +91,10 @@ def build(
         tokenizer: A transformers tokenizer; no special tokens are added.
         filler: Tokens of a text to hide facts in; repeated if there are too few.
         length: Tokens. The end is a question with its answer, or all of them if they are turns.
-        depth: Where the first fact lies, in [0, 1]; others follow at even distances and wrap around.
+        depth: Where the first fact lies, in [0, 1]; others follow at even distances and wrap around. Ordered facts
+            take the same places from the start on.
         seed: Of names, numbers and the wording.
-        split: Which wordings.
+        split: Which wordings, names, words and numbers.
 
     Raises:
         ValueError: If an argument is out of range, the filler is empty or the facts do not fit.
@@ -101,13 +104,15 @@ def build(
     if not filler:
         raise ValueError("`filler` must hold tokens, got none. Give it text.")
     random = Random(f"{task.name} {seed}")
-    parts = task.make(random, random.choice(task.wordings(split)))
+    parts = task.make(random, random.choice(task.wordings(split)), split)
 
     def encode(text: str) -> list[int]:
         return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
     facts, count = [encode(fact) for fact in parts.facts], max(len(parts.facts), 1)
     depths = [depth if count == 1 else (depth + index / count) % 1.0 for index in range(count)]
+    if parts.ordered:
+        depths.sort()
     ends = [(encode(question), encode(answer), fact) for question, answer, fact in parts.asks]
     sizes = [len(question) + len(answer) for question, answer, _ in ends]
     room = length - sum(map(len, facts)) - (sum(sizes) if task.turns else max(sizes))

@@ -5,36 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable
 from random import Random
 
-from sparse_prune.evaluation.tasks.task import Facts, Task, Wording
-
-_WORDS = (
-    "apple",
-    "river",
-    "stone",
-    "candle",
-    "garden",
-    "window",
-    "silver",
-    "paper",
-    "monkey",
-    "bridge",
-    "winter",
-    "salt",
-)
+from sparse_prune.evaluation.tasks.pools import VARIABLES, WORDS, number
+from sparse_prune.evaluation.tasks.task import Facts, Split, Task, Wording
 
 
-def _tracking(random: Random, wording: Wording) -> Facts:
-    first, second, third = random.sample("ABCDEFGHJKLMNPQRSTUVWXYZ", 3)
-    value = str(random.randrange(10_000, 100_000))
+def _tracking(random: Random, wording: Wording, split: Split) -> Facts:
+    first, second, third = random.sample(VARIABLES[split], 3)
+    value = number(random, split)
     links = ((first, value), (second, first), (third, second))
     facts = [wording.fact.format(name=name, value=what) for name, what in links]
-    # A chain is one only in its order: all of it stands in one place.
-    return Facts(["".join(facts)], [(wording.question.format(name=third), f" {value}", 0)])
+    return Facts(facts, [(wording.question.format(name=third), f" {value}", None)], ordered=True)
 
 
-def _counts(shares: tuple[float, ...]) -> Callable[[Random, Wording], Facts]:
-    def make(random: Random, wording: Wording) -> Facts:
-        words = random.sample(_WORDS, len(_WORDS))
+def _counts(shares: tuple[float, ...]) -> Callable[[Random, Wording, Split], Facts]:
+    def make(random: Random, wording: Wording, split: Split) -> Facts:
+        words = random.sample(WORDS[split], len(WORDS[split]))
         rest = (1.0 - sum(shares)) / (len(words) - len(shares))
         weights = [*shares, *[rest] * (len(words) - len(shares))]
 
