@@ -367,7 +367,8 @@ class AttentionPruning(Driver):
             return
         if self._search is not None and self._looked:
             self._find_heads(trainer, self._search)
-        report = self.pruner.update(step, _reduction(trainer)) if self._looked else None
+        known = self.pruner.block_size is not None
+        report = self.pruner.update(step, _reduction(trainer)) if known else None
         if report is not None:
             if self.report is None:
                 warn_of_copies(self.pruner)

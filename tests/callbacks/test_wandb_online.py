@@ -48,12 +48,12 @@ def sync(folder, url):
 
 
 def points(rows):
-    """Numbers of a history as (key, step) -> value, times and durations left out."""
-    found = {}
+    """Numbers of a history as (key, step) -> value, without times, and without the end, W&B's summary of a run."""
+    found, apart = {}, ("time/", "trainer/", "patterns/", "final/")
     for row in rows:
         step = row.get("trainer/global_step", row.get("step"))
         for key, value in row.items():
-            if "/" in key and isinstance(value, float | int) and not key.startswith(("time/", "trainer/", "patterns/")):
+            if "/" in key and isinstance(value, float | int) and not key.startswith(apart):
                 assert (key, int(step)) not in found, f"{key} twice at step {step}"
                 found[key, int(step)] = float(value)
     return found
