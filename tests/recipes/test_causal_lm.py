@@ -373,3 +373,9 @@ def test_smollm2_loads_from_its_package():
     with torch.no_grad():
         best = model(**tokens).logits[0, -1].argmax()
     assert tokenizer.decode(best).strip() == "Paris"
+
+
+def test_retrieval_is_asked_for_in_words(tiny_model):
+    module = CausalLMModule(tiny_model)
+    probes = module.retrieval_probes(torch.full((1, 400), 5), 4, 0)
+    assert [probe.kind for probe in probes] == ["passkey", "needle", "multi_key", "key_value"]
