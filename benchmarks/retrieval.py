@@ -20,7 +20,7 @@ from one_shot import load, parser, probe, prune, save
 from torch import Tensor
 
 from sparse_prune import AttentionPruner, ConstantSchedule, Constraints
-from sparse_prune.evaluation import TASKS, fresh_cache, mean_loss, measure_task
+from sparse_prune.evaluation import TASKS, all_connections, fresh_cache, mean_loss, measure_task
 from sparse_prune.retrieval import far_field_influence, retrieval_probes, strongest_heads, text_probes
 
 _PRUNED_FIRST = "blocks by attention"
@@ -53,9 +53,8 @@ def main() -> None:
             rows.append(_row(arguments, model, tokenizer, sequences["val"], name, sparsity, pruner.total_sparsity))
             save(arguments, rows)
     if not any(row["name"] == "dense" for row in rows):
-        for state in watcher.layers.values():
-            state.layer.pattern, state.layer.mode = None, "dense"
-        rows.append(_row(arguments, model, tokenizer, sequences["val"], "dense", 0.0, 0.0))
+        with all_connections(model):
+            rows.append(_row(arguments, model, tokenizer, sequences["val"], "dense", 0.0, 0.0))
         save(arguments, rows)
 
 
@@ -69,8 +68,6 @@ def _there(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 def _influence(
     model: Any, tokenizer: Any, watcher: AttentionPruner, sequences: Tensor, by: str, count: int
 ) -> dict[str, Tensor]:
-    for state in watcher.layers.values():
-        state.layer.pattern, state.layer.mode = None, "dense"
     asked = text_probes(tokenizer, sequences, count) if by == "words" else retrieval_probes(sequences, count)
     layers = [state.layer for state in watcher.layers.values()]
     start = time.perf_counter()

@@ -68,16 +68,11 @@ class RetrievalSearch:
                 "`RetrievalHeads.module`, or leave `retrieval` out."
             )
         self.remove()
-        settings, constraints = self.settings, self.pruner.constraints
+        settings, shared = self.settings, self.pruner.constraints.share_kv_groups
         probes = self._ask(self._tokens[:, : settings.length].cpu(), settings.probes, settings.seed)
         layers = {name: state.layer for name, state in self.pruner.layers.items()}
-        influence = far_field_influence(
-            self.module,
-            self._call,
-            layers.values(),
-            probes,
-        )
-        groups = {name: layer.num_kv_heads for name, layer in layers.items()} if constraints.share_kv_groups else None
+        influence = far_field_influence(self.module, self._call, layers.values(), probes)
+        groups = {name: layer.num_kv_heads for name, layer in layers.items()} if shared else None
         return strongest_heads(influence, settings.share, groups)
 
     def _call(self, tokens: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from transformers import TrainerCallback
 
 from sparse_prune.attention.measure import fastest, in_words, time_attention
 from sparse_prune.distributed import on_first_rank, sum_over_ranks
+from sparse_prune.files import whole_file
 from sparse_prune.kernels import skipping_backends
 from sparse_prune.pattern import whole_number
 from sparse_prune.pruner import AttentionPruner, PruneReport
@@ -89,7 +90,8 @@ class AttentionPruningCallback(TrainerCallback):  # type: ignore[misc]
         """Put the state of pruning into the checkpoint's folder."""
         if state.is_world_process_zero:
             held = {"pruner": self.pruner.state_dict(), "run_steps": self._run_steps}
-            torch.save(held, _folder(args, state) / STATE_FILE)
+            with whole_file(_folder(args, state) / STATE_FILE) as file:
+                torch.save(held, file)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Say what was pruned."""

@@ -5,28 +5,13 @@ import io
 import pytest
 import torch
 
-from sparse_prune import AttentionPruner, BlockStatistics, LinearSchedule
-from sparse_prune.attention import PrunableAttention
+from support.fed import HEADS, feed, pruner
 
-HEADS, BLOCKS = 4, 24
-
-
-def pruner(**changes):
-    made = AttentionPruner(LinearSchedule(final=0.6, end_step=4), block_size=4, min_delta=1.0, **changes)
-    made._begin([PrunableAttention(name, HEADS, 2, causal=True) for name in ("a", "b")])
-    return made
-
-
-def feed(pruner, step):
-    """Statistics of a step, the same for every pruner."""
-    generator = torch.Generator().manual_seed(step)
-    for state in pruner.layers.values():
-        sums = torch.rand(3, HEADS, BLOCKS, BLOCKS, generator=generator, dtype=torch.float64).tril()
-        state.layer.statistics = BlockStatistics(sums, torch.full((2, BLOCKS), 4.0, dtype=torch.float64))
+BLOCKS = 24
 
 
 def decide(pruner, step, reduce=None):
-    feed(pruner, step)
+    feed(pruner, step, BLOCKS)
     return pruner.update(step, reduce)
 
 
@@ -35,7 +20,7 @@ def test_state_goes_on_where_it_was_taken_whatever_happened_since(last):
     whole, again = pruner(), pruner()
     for step in range(1, last):
         decide(whole, step)
-    feed(whole, last)  # probed, not decided
+    feed(whole, last, BLOCKS)  # probed, not decided
     state = whole.state_dict()
     reports = [whole.update(last), decide(whole, last + 1)]
     again.load_state_dict(state)
@@ -70,7 +55,7 @@ def test_ranks_share_only_what_a_decision_looks_at(statistic, kinds):
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_a_block_that_is_not_finite_is_refused(bad):
     made = pruner()
-    feed(made, 1)
+    feed(made, 1, BLOCKS)
     made.layers["b"].layer.statistics.sums[2, 1, 3, 2] = bad
     with pytest.raises(ValueError, match="'b': attention logits must be finite"):
         made.update(1)

@@ -10,16 +10,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from sparse_prune import AttentionPruner, BlockPattern, BlockStatistics, LinearSchedule
-from sparse_prune.attention import PrunableAttention
+from sparse_prune import BlockPattern
 from sparse_prune.export import load_patterns, read_pattern_file, save_patterns
 from sparse_prune.export.history import load_frame, save_frame
 from sparse_prune.packing import decode, encode, pack, unpack
+from support.fed import feed, pruner
 
 BEFORE = Path(__file__).parent / "files_of_before"
 """Written by the code of before: pruning state by that of commits a0c4729 (version 2) and b9b2e16 (version 3), pattern
 file and frame by that of b9b2e16; all of the pruner that `unbroken` leaves after step 5."""
-HEADS, BLOCKS = 4, 6
+BLOCKS = 6
 
 
 @given(st.lists(st.integers(0, 5), max_size=3), st.sampled_from([torch.bool, torch.float32, torch.float64]), st.data())
@@ -76,26 +76,12 @@ def test_checkpoint_pattern_file_and_frame_hold_a_pattern_alike(tmp_path):
         assert (frame[key] == tensor.numpy()).all()
 
 
-def pruner():
-    made = AttentionPruner(LinearSchedule(final=0.6, end_step=4), block_size=4, min_delta=1.0)
-    made._begin([PrunableAttention(name, HEADS, 2, causal=True) for name in ("a", "b")])
-    return made
-
-
-def feed(pruner, step):
-    generator = torch.Generator().manual_seed(step)
-    for state in pruner.layers.values():
-        sums = torch.rand(3, HEADS, BLOCKS, BLOCKS, generator=generator, dtype=torch.float64).tril()
-        state.layer.statistics = BlockStatistics(sums, torch.full((2, BLOCKS), 4.0, dtype=torch.float64))
-    return pruner
-
-
 def unbroken(until):
     """A pruner after some steps: layer "a" settles at step 4 and gets its connections back, "b" still moves."""
     made = pruner()
     made.layers["a"].tracker.patience = 1
     for step in range(1, until + 1):
-        feed(made, step).update(step)
+        feed(made, step, BLOCKS).update(step)
         if step == 4:
             made.restore("a")
     return made
@@ -106,8 +92,8 @@ def test_pruning_state_of_before_goes_on(version):
     whole, again = unbroken(until=5), pruner()
     again.load_state_dict(torch.load(BEFORE / f"pruner_version_{version}.pt"))  # probed for step 6, not decided
     assert again.layers["a"].given_back.equals(whole.layers["a"].given_back)
-    assert again.update(6) == feed(whole, 6).update(6)
-    assert feed(again, 7).update(7) == feed(whole, 7).update(7)
+    assert again.update(6) == feed(whole, 6, BLOCKS).update(6)
+    assert feed(again, 7, BLOCKS).update(7) == feed(whole, 7, BLOCKS).update(7)
     assert all(again.patterns[name].equals(pattern) for name, pattern in whole.patterns.items())
 
 

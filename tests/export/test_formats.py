@@ -10,16 +10,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from sparse_prune import AttentionPruner, BlockPattern, ConstantSchedule, Constraints
 from sparse_prune.attention import apply_patterns, attach, detach
 from sparse_prune.export import DuoAttention, KVPress
+from support.families import SMALL
 
-SMALL = {
-    "vocab_size": 50,
-    "hidden_size": 32,
-    "intermediate_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "initializer_range": 0.5,
-}
 IDS = torch.randint(3, 50, (2, 64), generator=torch.Generator().manual_seed(1))
 LAYERS = [f"model.layers.{index}.self_attn" for index in range(2)]
 
