@@ -81,6 +81,8 @@ class PrunableAttention:
     """Collect statistics with these blocks; None = do not probe."""
     statistics: BlockStatistics | None = None
     """What was collected of row mass since `take_statistics`."""
+    mass: bool = True
+    """Whether statistics of row mass are collected; without them nothing but `score_sums` is."""
     score: Score | None = None
     """A score that has sums of its own, to be collected beside those of row mass; None: there is none."""
     score_sums: BlockStatistics | None = None
@@ -284,9 +286,10 @@ class PrunableAttention:
         block_size: tuple[int, int],
         causal: bool,
     ) -> None:
-        seen = probe_attention(query.detach(), key.detach(), block_size, causal=causal, options=options)
-        seen = per_document(seen, options, block_size, causal, "row", "sample")
-        self.statistics = seen if self.statistics is None else self.statistics + seen
+        if self.mass:
+            seen = probe_attention(query.detach(), key.detach(), block_size, causal=causal, options=options)
+            seen = per_document(seen, options, block_size, causal, "row", "sample")
+            self.statistics = seen if self.statistics is None else self.statistics + seen
         if self.score is not None and self.score.sees != "gradient":
             self._add_to_score(self.score, query.detach(), key.detach(), value.detach(), options, block_size, causal)
 
