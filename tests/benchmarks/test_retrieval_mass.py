@@ -11,7 +11,7 @@ from sparse_prune.evaluation.prompts import passkey_prompt
 from sparse_prune.recipes.base.pretrained import load_tokenizer
 from sparse_prune.recipes.causal_lm.pretrained import load_model
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks" / "research"))
 from retrieval_mass import retrieval_heads, retrieval_scores  # noqa: E402
 
 
