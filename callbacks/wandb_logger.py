@@ -8,12 +8,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from lightning_fabric.loggers.logger import rank_zero_experiment
+from lightning_utilities.core.imports import RequirementCache
 from pytorch_lightning.loggers import WandbLogger
 from typing_extensions import override
 
 from sparse_prune.callbacks.lightning import logger_bases
 
 log = logging.getLogger(__name__)
+_CLIENT = RequirementCache("wandb>=0.30")  # the first that can be asked for an account without asking the user for one
 
 
 class FallbackWandbLogger(WandbLogger, *logger_bases()):  # type: ignore[misc]
@@ -33,10 +35,13 @@ class FallbackWandbLogger(WandbLogger, *logger_bases()):  # type: ignore[misc]
         **kwargs: As for `WandbLogger`; None is the same as leaving it out. `settings` replaces the two timeouts.
 
     Raises:
+        ModuleNotFoundError: If W&B's client is missing or older than 0.30.
         ValueError: If a timeout is not positive.
     """
 
     def __init__(self, *args: Any, init_timeout: float = 30.0, finish_timeout: float = 120.0, **kwargs: Any) -> None:
+        if not _CLIENT:
+            raise ModuleNotFoundError(f"FallbackWandbLogger must have the client of W&B: {_CLIENT}.")
         for name, seconds in (("init_timeout", init_timeout), ("finish_timeout", finish_timeout)):
             if not seconds > 0:
                 raise ValueError(f"`{name}` must be a positive number of seconds, got {seconds}.")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, Protocol
 
-from sparse_prune.pruner import AttentionPruner, PruneReport, attention_flops, kv_blocks_droppable
+from sparse_prune.pruner import AttentionPruner, PruneReport
 
 Style = Literal["main", "second", "accent", "muted", "thin"]
 Section = Literal["Over the run", "Layers", "Speed and savings"]
@@ -202,19 +202,19 @@ TOKENS_PER_SECOND_AT_SWAP = Metric(
 FLOPS_SHARE = Metric(
     "savings/attention_flops_share", "share of attention's FLOPs that pruned blocks save, an estimate",
     "attention FLOPs", SAVED,
-    at="pattern", read=lambda now: now.savings.get("savings/attention_flops_share"),
+    at="pattern", read=lambda now: now.savings.get(FLOPS_SHARE.key),
 )  # fmt: skip
 KV_SHARE = Metric(
     "savings/kv_share", "share of the KV cache that no later token needs, an estimate", "KV cache", SAVED, "accent",
-    at="pattern", read=lambda now: now.savings.get("savings/kv_share"),
+    at="pattern", read=lambda now: now.savings.get(KV_SHARE.key),
 )  # fmt: skip
 FLOPS_SAVED = Metric(
     "savings/attention_flops", "FLOPs saved in one forward pass, an estimate", "saved", FLOPS,
-    at="pattern", read=lambda now: now.savings.get("savings/attention_flops"),
+    at="pattern", read=lambda now: now.savings.get(FLOPS_SAVED.key),
 )  # fmt: skip
 KV_BYTES = Metric(
     "savings/kv_bytes", "bytes of the KV cache saved after one forward pass, an estimate", "saved", BYTES,
-    at="pattern", read=lambda now: now.savings.get("savings/kv_bytes"),
+    at="pattern", read=lambda now: now.savings.get(KV_BYTES.key),
 )  # fmt: skip
 
 METRICS: tuple[Metric, ...] = tuple(value for value in tuple(vars().values()) if isinstance(value, Metric))
@@ -259,13 +259,13 @@ def savings(pruner: AttentionPruner) -> dict[str, float]:
         layer, pattern, shape = state.layer, state.layer.pattern, state.layer.last_shape
         if pattern is None or shape is None:
             continue
-        kept, possible = attention_flops(pattern, shape.head_dim, shape.batch, shape.value_dim)
-        flops, flops_dense = flops + kept, flops_dense + possible
+        kept, possible = pattern.flops(shape.head_dim, shape.value_dim)
+        flops, flops_dense = flops + shape.batch * kept, flops_dense + shape.batch * possible
         if layer.causal:
             tokens = shape.batch * layer.num_kv_heads * pattern.kv_len
             cache = tokens * sum(shape.channels) * shape.dtype.itemsize
             bytes_dense += cache
-            bytes_saved += cache * kv_blocks_droppable(pattern, layer.num_kv_heads)
+            bytes_saved += cache * pattern.droppable_share(layer.num_kv_heads)
     found: dict[str, float] = {}
     if flops_dense:
         found |= {FLOPS_SAVED.key: float(flops_dense - flops), FLOPS_SHARE.key: 1.0 - flops / flops_dense}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 from numbers import Integral
@@ -290,6 +291,27 @@ class BlockPattern:
             learned = self.keep[:, row:, : len(col)].any(1)
             needed[:, : learned.shape[1]] |= learned
         return needed | (col < sinks[:, None]) | dense[:, None]
+
+    def droppable_share(self, num_kv_heads: int) -> float:
+        """Share of the KV cache that no query after the pattern's last one may attend to, in [0, 1].
+
+        A KV head's block is needed as long as any of its query heads may attend to it, however far in the future.
+
+        Args:
+            num_kv_heads: Of which the query heads share one in equal groups.
+        """
+        needed = self.needed_after(self.kv_len).view(num_kv_heads, -1, self.keep.shape[2]).any(1)
+        return 1.0 - float(needed.float().mean())
+
+    def flops(self, head_dim: int, value_dim: int | None = None) -> tuple[int, int]:
+        """Multiply-adds times two of a sample's forward pass through the kept and through all possible blocks.
+
+        Args:
+            head_dim: Channels of a head's queries and keys.
+            value_dim: Channels of a head's values; None: `head_dim`.
+        """
+        per_block = 2 * math.prod(self.block_size) * (head_dim + (head_dim if value_dim is None else value_dim))
+        return self.kept_blocks * per_block, self.possible_count * per_block
 
     def token_mask(self, q_len: int, kv_len: int, device: torch.device | str = "cpu") -> Tensor:
         """Element mask for queries that are the last `q_len` of `kv_len` positions (or all of them).

@@ -484,28 +484,3 @@ def _check_finite(statistics: Mapping[str, BlockStatistics]) -> None:
         f"Layer {bad[0]!r}: attention logits must be finite, got NaN or infinity ({count}). Resume from an earlier "
         "checkpoint with a lower learning rate, or clip gradients."
     )
-
-
-def kv_blocks_droppable(pattern: BlockPattern, num_kv_heads: int) -> float:
-    """Share of the KV cache that no query after the pattern's last one may attend to, in [0, 1].
-
-    A KV head's block is needed as long as any of its query heads may attend to it, however far in the future.
-    """
-    per_head = pattern.needed_after(pattern.kv_len).view(num_kv_heads, -1, pattern.keep.shape[2]).any(1)
-    return 1.0 - float(per_head.float().mean())
-
-
-def attention_flops(
-    pattern: BlockPattern, head_dim: int, batch: int = 1, value_dim: int | None = None
-) -> tuple[int, int]:
-    """Multiply-adds times two of one forward pass through the kept and through all possible blocks.
-
-    Args:
-        pattern: Which blocks are kept.
-        head_dim: Channels of a head's queries and keys.
-        batch: Samples.
-        value_dim: Channels of a head's values; None: `head_dim`.
-    """
-    channels = head_dim + (head_dim if value_dim is None else value_dim)
-    per_block = 2 * math.prod(pattern.block_size) * channels * batch
-    return pattern.kept_blocks * per_block, pattern.possible_count * per_block

@@ -24,7 +24,6 @@ from sparse_prune.callbacks import (
 from sparse_prune.export import load_patterns
 from sparse_prune.export.history import FOLDER
 from sparse_prune.metrics import HEAD_COLUMNS, head_table, savings
-from sparse_prune.pruner import attention_flops, kv_blocks_droppable
 from support.logs import EXPECTED, read_csv, read_leveldb_log
 from support.tiny import TinyModule, batches, load_frames, pruning, tiny_llama, trainer
 
@@ -102,7 +101,7 @@ def test_savings_are_those_of_the_patterns(tmp_path):
         # Two products of 8 x 8 blocks and 8 channels, times two, for two sequences.
         kept += int(pattern.keep.sum()) * 2 * 2 * 8 * 8 * 8 * 2
         possible += 4 * 36 * 2 * 2 * 8 * 8 * 8 * 2
-        cache += kv_blocks_droppable(pattern, 2) * 2 * 2 * 2 * 64 * 8 * 4
+        cache += pattern.droppable_share(2) * 2 * 2 * 2 * 64 * 8 * 4
     wanted = {
         "savings/attention_flops": possible - kept,
         "savings/attention_flops_share": 1 - kept / possible,
@@ -569,9 +568,9 @@ def test_savings_follow_from_the_pattern():
     keep[:, :, 0] = True
     pattern = BlockPattern(keep, (8, 8), True, 32, 32)
     # Seven of ten possible blocks are kept in each of four heads; a product of 8 x 8 x 16 twice, times two.
-    assert attention_flops(pattern, head_dim=16) == (28 * 4 * 64 * 16, 40 * 4 * 64 * 16)
+    assert pattern.flops(head_dim=16) == (28 * 4 * 64 * 16, 40 * 4 * 64 * 16)
     # A later query reaches the sink block and, one block on, only itself: three of four blocks can go.
-    assert kv_blocks_droppable(pattern, num_kv_heads=2) == pytest.approx(0.75)
+    assert pattern.droppable_share(num_kv_heads=2) == pytest.approx(0.75)
 
 
 def test_importing_needs_no_wandb():
