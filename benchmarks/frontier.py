@@ -31,7 +31,7 @@ from typing_extensions import override
 
 import sparse_prune as sp
 from sparse_prune.attention import attach
-from sparse_prune.callbacks import AttentionPruning, Distillation, KernelSwap, RetrievalHeads
+from sparse_prune.callbacks import AttentionPruning, KernelSwap, RetrievalHeads
 from sparse_prune.evaluation import TASKS, fresh_cache, measure_task
 from sparse_prune.fixed_patterns import FixedKind, fixed_pattern
 from sparse_prune.layer_state import LayerState
@@ -248,8 +248,6 @@ METHODS = {
     "gradual, 3x learning rate": Method(gradual(), rate=3.0),
     "gradual, same sparsity in every layer": Method(layerwise(lead=0.0)),
     "gradual, last layers first": Method(layerwise(lead=1.0)),
-    "gradual, distilled during the ramp": Method(gradual(distillation=Distillation())),
-    "gradual, distilled throughout": Method(gradual(distillation=Distillation(after_ramp=True))),
     "gradual, attention concentrated": Method(gradual(), module=ConcentratedModule),
     "gradual, at least 10 % per head": Method(gradual(constraints=alone(min_density=0.1))),
     "sink and window": Method(fixed("sink_and_window")),

@@ -97,7 +97,8 @@ class CausalLMModule(FineTuneModule):
         self._watch("val", batch)
         prompts: int = self.hparams["passkey_prompts"]
         if batch_idx == 0 and prompts:
-            self.log("val/passkey_accuracy", self._passkeys(batch.examples["input_ids"], prompts), sync_dist=True)
+            accuracy = self._passkeys(batch.examples["input_ids"], prompts)
+            self.log("val/passkey_accuracy", accuracy, sync_dist=True, batch_size=1)
 
     def _passkeys(self, text: Tensor, prompts: int) -> float:
         """Share of the passkeys that are found in a text as long as a sequence, at evenly spread depths."""
