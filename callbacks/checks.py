@@ -11,7 +11,7 @@ import torch
 from sparse_prune.attention.averages import likely_copies
 from sparse_prune.callbacks.collaborator import Driver
 from sparse_prune.callbacks.lightning import classes
-from sparse_prune.pattern import BlockPattern, num_blocks
+from sparse_prune.pattern import BlockPattern, num_blocks, total_sparsity
 from sparse_prune.pruner import AttentionPruner
 from sparse_prune.schedules import Schedule
 from sparse_prune.selection import LayerScores, select
@@ -211,8 +211,7 @@ def _reach(pruner: AttentionPruner, sides: tuple[int, int], length: int | None =
             dense = BlockPattern.dense(layer.num_heads, tokens, tokens, sides, layer.causal)
             layers.append(LayerScores(layer.name, torch.ones(dense.keep.shape), dense, layer.num_kv_heads))
     patterns, _ = select(layers, pruner.constraints, sparsity=1.0)
-    possible = sum(pattern.possible_count for pattern in patterns)
-    return 1.0 - sum(pattern.kept_blocks for pattern in patterns) / possible if possible else 0.0
+    return total_sparsity(patterns)
 
 
 def warn_of_return(pruner: AttentionPruner, step: int) -> None:

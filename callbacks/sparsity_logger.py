@@ -19,7 +19,7 @@ from sparse_prune.callbacks.kernel_swap import KernelSwap, SwapEvent
 from sparse_prune.callbacks.run_folder import run_folder
 from sparse_prune.callbacks.step_clock import StepClock
 from sparse_prune.callbacks.uploads import Uploads
-from sparse_prune.export import save_patterns
+from sparse_prune.export import PATTERN_FILE, save_patterns
 from sparse_prune.export.history import remove_frames, save_frame
 from sparse_prune.machine import describe_machine
 from sparse_prune.metrics import Moment, head_table, layer_numbers, measure, summarize
@@ -29,7 +29,6 @@ from sparse_prune.pruner import AttentionPruner, PruneReport
 
 log = logging.getLogger(__name__)
 
-PATTERN_FILE = "attention_pattern.safetensors"
 UPLOAD_SECONDS = 10.0
 """Longest wait for the hand-over of files at the end of a run."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property
 from numbers import Integral
@@ -192,14 +193,14 @@ class BlockPattern:
         """
         if (q_len, kv_len) == (self.q_len, self.kv_len):
             return self
-        block_q = self.block_size[0]
+        block_q, block_kv = self.block_size
         offset = kv_len - q_len if self.causal else 0
         if offset < 0 or offset % block_q:
             raise ValueError(
                 f"In a causal pattern `kv_len - q_len` must be a multiple of the query block ({block_q}) and not "
                 f"negative, got {kv_len} - {q_len}. Use `token_mask` for single queries."
             )
-        keep = self._keep_at(q_len + offset, kv_len)[:, offset // block_q :]
+        keep = self.keep_rows(offset // block_q, num_blocks(q_len + offset, block_q), num_blocks(kv_len, block_kv))
         return BlockPattern(keep, self.block_size, self.causal, q_len, kv_len)
 
     @cached_property
@@ -217,10 +218,6 @@ class BlockPattern:
     def _diagonal(self, row: Tensor) -> Tensor:
         """Key block of a row's last query, as if the row were whole."""
         return ((row + 1) * self.block_size[0] - 1) // self.block_size[1]
-
-    def _keep_at(self, q_len: int, kv_len: int) -> Tensor:
-        """Keep mask of a whole sequence of another length, (num_heads, q_blocks, kv_blocks)."""
-        return self.keep_rows(0, num_blocks(q_len, self.block_size[0]), num_blocks(kv_len, self.block_size[1]))
 
     def keep_rows(self, first: int, end: int, cols: int) -> Tensor:
         """Return the keep mask of some rows of blocks, by the rule of `at` where they were not learned.
@@ -333,3 +330,9 @@ class BlockPattern:
         query, key = torch.arange(q_len, device=device), torch.arange(kv_len, device=device)
         mask = keep[:, (query + start) // block_q - first][:, :, key // block_kv]
         return mask & (key <= query[:, None] + offset) if self.causal else mask
+
+
+def total_sparsity(patterns: Collection[BlockPattern]) -> float:
+    """Share of possible blocks that is pruned, over all heads of several patterns, in [0, 1]; 0 without patterns."""
+    possible = sum(pattern.possible_count for pattern in patterns)
+    return 1.0 - sum(pattern.kept_blocks for pattern in patterns) / possible if possible else 0.0

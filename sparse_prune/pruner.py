@@ -14,7 +14,7 @@ from torch import nn
 from sparse_prune.attention import PrunableAttention, attach, handle_of
 from sparse_prune.constraints import Constraints
 from sparse_prune.layer_state import LayerState, StabilityTracker
-from sparse_prune.pattern import BlockPattern, check_block_size, suited_block_size
+from sparse_prune.pattern import BlockPattern, check_block_size, suited_block_size, total_sparsity
 from sparse_prune.schedules import Schedule
 from sparse_prune.scores import STATISTICS, BlockStatistics, Criterion, Score, ScoreAverage, Statistic, score_of
 from sparse_prune.selection import LayerScores, select
@@ -148,11 +148,6 @@ class AttentionPruner:
         return self._score
 
     @property
-    def _needed(self) -> tuple[str, ...]:
-        """The statistics that a decision needs."""
-        return ("mean",) if self._score.kind == "mean" else (self._score.kind, "mean")
-
-    @property
     def schedule(self) -> Schedule:
         """The schedule in force."""
         schedule = self.sparsity or self.threshold
@@ -259,7 +254,8 @@ class AttentionPruner:
         """
         if self.block_size is None:
             self._choose_by_calls(reduce)
-        found = {name: state.layer.take_statistics(self._needed) for name, state in self.layers.items()}
+        kinds = tuple(dict.fromkeys((self._score.kind, "mean")))
+        found = {name: state.layer.take_statistics(kinds) for name, state in self.layers.items()}
         statistics = {name: seen for name, seen in found.items() if seen is not None}
         if reduce is not None:
             statistics = reduce(statistics)
@@ -346,8 +342,7 @@ class AttentionPruner:
     def _report(
         self, step: int, threshold: float, requested: float, change: dict[str, float], settled: tuple[str, ...]
     ) -> PruneReport:
-        patterns = {name: state.layer.pattern for name, state in self.layers.items()}
-        sparsity = {name: pattern.sparsity for name, pattern in patterns.items() if pattern is not None}
+        sparsity = {name: pattern.sparsity for name, pattern in self.patterns.items()}
         mass = {name: self.layers[name].mass_kept for name in sparsity}
         return PruneReport(step, threshold, requested, self.total_sparsity, sparsity, change, mass, settled)
 
@@ -357,10 +352,7 @@ class AttentionPruner:
 
         It does not count layers that cannot be pruned (the log names them) or that no training step runs.
         """
-        patterns = [state.layer.pattern for state in self.layers.values()]
-        known = [pattern for pattern in patterns if pattern is not None]
-        possible = sum(pattern.possible_count for pattern in known)
-        return 1.0 - sum(pattern.kept_blocks for pattern in known) / possible if possible else 0.0
+        return total_sparsity(self.patterns.values())
 
     def swap(self, name: str, backend: str) -> None:
         """Swap a settled layer to a backend that skips its pruned blocks.

@@ -40,18 +40,6 @@ def named_pattern(name: str) -> BlockPattern:
     return _NAMED[name]
 
 
-def _everywhere(device: torch.device) -> bool:
-    return True
-
-
-def _always() -> bool:
-    return True
-
-
-def _never(query: Tensor, pattern: BlockPattern, options: AttentionOptions) -> bool:
-    return False
-
-
 @dataclass(frozen=True)
 class Backend:
     """A way to compute attention over the kept blocks of a pattern.
@@ -68,11 +56,11 @@ class Backend:
     """Device types on which it skips pruned blocks, so that a measurement may choose it there."""
     rank: int = 100
     """Order in which backends are measured, and asked whether a moving pattern suits them, lowest first."""
-    trains: Callable[[torch.device], bool] = _everywhere
+    trains: Callable[[torch.device], bool] = lambda device: True
     """Whether it has gradients on a device."""
-    usable: Callable[[], bool] = _always
+    usable: Callable[[], bool] = lambda: True
     """Whether this machine can run it; otherwise "gather" replaces it."""
-    suits_moving: Callable[[Tensor, BlockPattern, AttentionOptions], bool] = _never
+    suits_moving: Callable[[Tensor, BlockPattern, AttentionOptions], bool] = lambda query, pattern, options: False
     """Whether to use it for a call (query, pattern, options) whose pattern still moves, so that its tables must be
     cheap to build. It must depend on the call alone, so that a repeated run does the same."""
     traced: Callable[[Tensor, Tensor, Tensor, str, bool, AttentionOptions], Tensor] | None = None

@@ -49,10 +49,6 @@ class _Bucket:
     """Boolean, (block_q, tokens), True = hidden, for the last `tokens` keys of each tile. None: all are visible."""
 
 
-def _buckets(pattern: BlockPattern, device: torch.device) -> list[_Bucket]:
-    return derived(pattern, ("gather", device), lambda: _build_buckets(pattern, device))
-
-
 def _build_buckets(pattern: BlockPattern, device: torch.device) -> list[_Bucket]:
     block_q, block_kv = pattern.block_size
     heads, rows, cols = pattern.keep.shape
@@ -121,7 +117,8 @@ class _Call:
         heads, rows, cols = self.pattern.keep.shape
         block_q, block_kv = self.pattern.block_size
         in_q, in_kv = torch.arange(block_q, device=self.device), torch.arange(block_kv, device=self.device)
-        for bucket in _buckets(self.pattern, self.device):
+        buckets = derived(self.pattern, ("gather", self.device), lambda: _build_buckets(self.pattern, self.device))
+        for bucket in buckets:
             tiles, blocks = bucket.cols.shape
             count, size = self.batch * tiles, max(1, _CHUNK // (block_q * block_kv * blocks))
             for start in range(0, count, size):
