@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 
 from sparse_prune.attention import PrunableAttention, find_layers, handle_of
-from sparse_prune.attention.connections import unpruned
+from sparse_prune.attention.modes import unpruned
 from sparse_prune.clock import now
 
 MakeCache = Callable[[], Any]
