@@ -17,7 +17,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-BASES = ("gradual, cubic", "gradual, diagonals half shared")
+BASES = ("gradual, cubic", "gradual, diagonals half shared", "short ramp, questions")
 """What variants are compared with: the first of these that was run."""
 MARGIN = 1e-3
 """Changes of the loss up to this share of it are no change."""

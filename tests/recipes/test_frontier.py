@@ -26,7 +26,7 @@ def run(monkeypatch, script, *arguments):
 @pytest.mark.slow
 def test_every_method_runs_and_a_broken_off_command_goes_on(tiny_model, tmp_path, monkeypatch, capsys):
     output = tmp_path / "found.json"
-    sizes = ["--length", "512", "--steps", "3", "--sparsities", "0.5", "--seeds", "0", "--tests", "1", "--prompts", "1"]
+    sizes = ["--length", "512", "--steps", "4", "--sparsities", "0.5", "--seeds", "0", "--tests", "1", "--prompts", "1"]
     command = ["frontier.py", "--model", tiny_model, *sizes, "--output", output]
     run(monkeypatch, *command, "--only", "dense")
     run(monkeypatch, *command)

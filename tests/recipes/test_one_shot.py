@@ -12,7 +12,7 @@ from sparse_prune import AttentionPruner, ConstantSchedule
 from sparse_prune.attention import attach
 from sparse_prune.recipes.causal_lm.pretrained import load_model
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks" / "research"
 
 
 @pytest.fixture
