@@ -148,7 +148,9 @@ def attached_layers(model: nn.Module) -> list[PrunableAttention]:
     """
     config: Any = getattr(model, "config", None)
     if config is None or getattr(config, "is_encoder_decoder", False):
-        raise ValueError(f"`model` must be a transformers decoder, got {type(model).__name__}.")
+        raise ValueError(
+            f"`model` must be a transformers decoder, got {type(model).__name__}. Give the model that generates."
+        )
     every = modules_of(model)
     found = [layer for layer in find(every, candidates(every), None) if layer.problem is None]
     modules = {getattr(layer.module, "layer_idx", None): layer.module for layer in found}
@@ -165,7 +167,10 @@ def attached_layers(model: nn.Module) -> list[PrunableAttention]:
     attached = [handle for index in wanted if (handle := handles[index]) is not None]
     bidirectional = [handle.name for handle in attached if not handle.causal]
     if bidirectional:
-        raise ValueError(f"`model` must be causal in all its layers, got bidirectional {bidirectional[:4]}.")
+        raise ValueError(
+            f"`model` must be causal in all its layers, got bidirectional {bidirectional[:4]}. Use a cache that evicts "
+            "nothing, such as DynamicCache()."
+        )
     return attached
 
 
