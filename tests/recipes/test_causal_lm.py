@@ -292,7 +292,7 @@ def test_what_would_fail_after_the_training_is_refused_before_it(config, tmp_pat
         fit(config, monkeypatch, "--export", str(tmp_path / "foreign"), *processes)
     for logs in ("new", "new/logs"):
         options = ["--trainer.logger.init_args.save_dir", str(tmp_path / logs), "--export", str(tmp_path / "new")]
-        with refusal(capsys, rf"`export` must .* not fill itself, .* go to '.*/{logs}'\. Name another"):
+        with refusal(capsys, rf"`export` must .* without the run's own files, .* go to '.*/{logs}'\. Name another"):
             fit(config, monkeypatch, *options, *processes)
     settings = yaml.safe_load(config.read_text())
     callbacks = settings["trainer"]["callbacks"]
