@@ -406,7 +406,7 @@ class AttentionPruner:
         }
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
-        """Restore the state that `state_dict` returned, before `attach` or after it.
+        """Restore the state that `state_dict` returned; one that was taken before `attach` restarts pruning.
 
         Nothing changes if the state does not fit.
 
