@@ -55,7 +55,7 @@ def flash_attn_forward(
     """
     if handle_of(module) is None:
         _give_pattern(module, query, key)
-    if attention_mask is not None and query.shape[2] < attention_mask.shape[-1]:
+    if attention_mask is not None and attention_mask.dim() == 4 and query.shape[2] < attention_mask.shape[-1]:
         attention_mask = _without_room(attention_mask)
     return attention_forward(module, query, key, value, attention_mask, **kwargs)
 
@@ -131,8 +131,9 @@ def _without_room(mask: Tensor) -> Tensor:
     """A mask of the last queries without the places of a static cache that wait for later keys.
 
     What no sample's last query sees, at the end, is such a place: the latest token of the longest sample is no padding.
+    Shape (batch, 1 or num_heads, q_len, kv_len).
     """
-    last = mask if mask.dim() == 2 else mask[:, :, -1]
-    seen = last.flatten(0, -2).any(0) if last.dtype == torch.bool else (last == 0).flatten(0, -2).any(0)
-    width = int(seen.nonzero().max()) + 1 if bool(seen.any()) else mask.shape[-1]
-    return mask[..., :width]
+    last = mask[:, :, -1]
+    seen = (last if last.dtype == torch.bool else last == 0).flatten(0, -2).any(0).nonzero()
+    width = int(seen.max()) + 1 if seen.numel() else 0
+    return mask[..., : max(width, mask.shape[2])]
