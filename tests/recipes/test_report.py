@@ -47,6 +47,7 @@ def test_requested_and_achieved_sparsity_are_both_to_be_seen(drawn):
     assert lines["requested"].get_xydata().tolist() == [[2, 0.2], [3, 0.4], [4, 0.6]]
     assert lines["achieved"].get_xydata().tolist() == [[1, 0.0], [2, 0.1], [3, 0.4], [4, 0.5]]
     assert lines["requested"].get_color() != lines["achieved"].get_color()
+    assert all(place == round(place) for place in axes["Sparsity per layer"].get_xticks())
     for title in ("Training loss", "Share of blocks pruned", "Step time"):
         assert "layers swapped" in {line.get_label() for line in axes[title].lines}
         assert axes[title].get_xlim() == axes["Training loss"].get_xlim()
