@@ -18,7 +18,7 @@ from sparse_prune.callbacks import (
     KernelSwap,
     SparsityLogger,
     kernel_swap,
-    logger_extras,
+    logger_kinds,
     sparsity_logger,
 )
 from sparse_prune.export import load_patterns
@@ -184,7 +184,7 @@ def test_offline_wandb_run_holds_metrics_pictures_artifact_and_summary(tmp_path,
     assert artifacts[-1] == {"latest", "final"}
     assert all(aliases == {"latest"} for aliases in artifacts[:-1])
     assert len(artifacts) >= 2
-    for key, wanted in logger_extras.SUMMARIES.items():
+    for key, wanted in logger_kinds.SUMMARIES.items():
         summaries = {name for name in ("min", "max", "mean", "last") if getattr(metrics[key].summary, name)}
         assert summaries == set(wanted.split(","))
         assert metrics[key].step_metric == "trainer/global_step"
@@ -455,7 +455,7 @@ def test_history_goes_with_the_metrics_and_the_artifact_to_wandb(tmp_path, monke
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_SILENT", "true")
     uploaded = []
-    monkeypatch.setattr(logger_extras, "version_of", lambda logger, path, *args: lambda: uploaded.append(path))
+    monkeypatch.setattr(logger_kinds, "version_of", lambda logger, path, *args: lambda: uploaded.append(path))
     wandb_logger = WandbLogger(project="test", id="abc", save_dir=tmp_path, offline=True)
     fit(tmp_path, [wandb_logger, CSVLogger(tmp_path, name="csv", version="")])
     wandb_logger.experiment.finish()
@@ -496,7 +496,7 @@ def test_a_logger_that_failed_in_one_fit_is_used_in_the_next(tmp_path, monkeypat
         raise ConnectionError("no way")
 
     for number, upload in enumerate((fail, lambda: uploaded.append(1))):
-        monkeypatch.setattr(logger_extras, "version_of", lambda *args, upload=upload: upload)
+        monkeypatch.setattr(logger_kinds, "version_of", lambda *args, upload=upload: upload)
         logger = WandbLogger(project="test", id=f"run{number}", save_dir=tmp_path, offline=True)
         trainer(tmp_path, [callback], logger=[logger, broken]).fit(TinyModule(), batches())
         logger.experiment.finish()

@@ -184,5 +184,5 @@ def test_bad_timeouts_are_refused():
 
 def test_a_client_that_is_too_old_is_refused_by_name(monkeypatch):
     monkeypatch.setattr(wandb_logger, "_CLIENT", RequirementCache("wandb>=1000"))
-    with pytest.raises(ModuleNotFoundError, match="must have the client of W&B: .*'wandb>=1000' not met.*pip install"):
+    with pytest.raises(ModuleNotFoundError, match="needs the client of W&B: .*'wandb>=1000' not met.*pip install"):
         FallbackWandbLogger()
