@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from sparse_prune.attention.found import FoundLayer, give_handle, handle_of
+from sparse_prune.attention.handles import FoundLayer, give_handle, handle_of
 from sparse_prune.attention.hf_attention import attention_forward
 from sparse_prune.attention.layer import Mode
 from sparse_prune.export.patterns import PATTERN_FILE, read_pattern_file
@@ -55,7 +55,10 @@ def flash_attn_forward(
     """
     if handle_of(module) is None:
         _give_pattern(module, query, key)
-    if attention_mask is not None and attention_mask.dim() == 4 and query.shape[2] < attention_mask.shape[-1]:
+    q_len = query.shape[2]
+    if attention_mask is None and 1 < q_len < key.shape[2]:  # the first tokens in a static cache, by SDPA's causality
+        key, value = key[:, :, :q_len], value[:, :, :q_len]
+    elif attention_mask is not None and attention_mask.dim() == 4 and q_len < attention_mask.shape[-1]:
         attention_mask = _without_room(attention_mask)
     return attention_forward(module, query, key, value, attention_mask, **kwargs)
 

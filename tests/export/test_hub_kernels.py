@@ -58,7 +58,8 @@ made = {"logits": logits(), "padded": logits(padded)}
 layers = [layer.self_attn for layer in model.model.layers]
 made["handles"] = [vars(layer).get("_prunable_attention") is not None for layer in layers]
 made["tokens"], made["tokens_padded"] = tokens(torch.ones_like(ids)), tokens(padded)
-made["static"] = tokens(padded, cache_implementation="static", disable_compile=True)
+for name, mask in (("static", torch.ones_like(ids)), ("static_padded", padded)):
+    made[name] = tokens(mask, cache_implementation="static", disable_compile=True)
 for layer in layers:
     if "_prunable_attention" in vars(layer):
         vars(layer)["_prunable_attention"].backend = "triton"
@@ -124,8 +125,8 @@ def test_a_program_without_this_library_attends_by_the_patterns(tmp_path):
     assert (made["logits"] - dense(IDS).logits).abs().max() > 0.1
     real = PADDED.bool()
     torch.testing.assert_close(made["padded"][real], model(IDS, attention_mask=PADDED, use_cache=False).logits[real])
-    assert made["tokens"].tolist() == tokens(torch.ones_like(IDS)).tolist()
-    assert made["tokens_padded"].tolist() == made["static"].tolist() == tokens(PADDED).tolist()
+    assert made["tokens"].tolist() == made["static"].tolist() == tokens(torch.ones_like(IDS)).tolist()
+    assert made["tokens_padded"].tolist() == made["static_padded"].tolist() == tokens(PADDED).tolist()
     assert made["tokens"].tolist() != dense.generate(IDS, max_new_tokens=12, do_sample=False).tolist()
 
 
