@@ -227,6 +227,10 @@ def test_fit_ends_with_a_report(config, tmp_path, monkeypatch, capsys, precision
     assert (run / "report.png").read_bytes().startswith(b"\x89PNG")
     with open(run / "metrics.csv", newline="") as file:
         rows = list(csv.DictReader(file))
+    asked = {record["requested"] for record in report["records"]} - {None}
+    assert sorted(asked) == pytest.approx(
+        sorted({float(row["prune/requested"]) for row in rows if row["prune/requested"]})
+    )
     twin = {int(row["step"]): float(row["dense/train/loss"]) for row in rows if row["dense/train/loss"]}
     seconds = [float(row["dense/time/step_seconds"]) for row in rows if row["dense/time/step_seconds"]]
     assert seconds == pytest.approx([r["seconds"] for r in report["dense"]["records"]])
