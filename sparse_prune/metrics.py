@@ -193,20 +193,20 @@ TOKENS_PER_SECOND_AT_SWAP = Metric(
     "time/tokens_per_second_at_swap", "the last before layers are swapped: marks on the curve", "swapped", SPEED,
     "accent", event=True,
 )  # fmt: skip
-FLOPS_SHARE = Metric(
+FLOPS_SHARE: Metric = Metric(
     "savings/attention_flops_share", "share of attention's FLOPs that pruned blocks save, an estimate",
     "attention FLOPs", SAVED,
     at="pattern", read=lambda now: now.savings.get(FLOPS_SHARE.key),
 )  # fmt: skip
-KV_SHARE = Metric(
+KV_SHARE: Metric = Metric(
     "savings/kv_share", "share of the KV cache that no later token needs, an estimate", "KV cache", SAVED, "accent",
     at="pattern", read=lambda now: now.savings.get(KV_SHARE.key),
 )  # fmt: skip
-FLOPS_SAVED = Metric(
+FLOPS_SAVED: Metric = Metric(
     "savings/attention_flops", "FLOPs saved in one forward pass, an estimate", "saved", FLOPS,
     at="pattern", read=lambda now: now.savings.get(FLOPS_SAVED.key),
 )  # fmt: skip
-KV_BYTES = Metric(
+KV_BYTES: Metric = Metric(
     "savings/kv_bytes", "bytes of the KV cache saved after one forward pass, an estimate", "saved", BYTES,
     at="pattern", read=lambda now: now.savings.get(KV_BYTES.key),
 )  # fmt: skip

@@ -149,11 +149,11 @@ def test_sequences_too_short_are_told_what_would_do(tmp_path, caplog):
 
     (found,) = short(block_size=64)
     assert "At most 0.0 % of the attention" in found
-    assert "(1 blocks of 64 keys), 30.0 % is asked for" in found
+    assert "(1 blocks of 64 keys), but 30.0 % is asked for" in found
     assert "Use `block_size=16` or sequences of 256 tokens; or lower `sink_blocks`" in found
     assert not short(block_size=16)  # it does
     (found,) = short(block_size=64, constraints=Constraints(protected_layers=LAYERS))
-    assert "the rest must stay. Lower `sink_blocks`" in found
+    assert "% is asked for. Lower `sink_blocks`" in found
 
 
 LAYERS = tuple(f"model.model.layers.{number}.self_attn" for number in (0, 1))
