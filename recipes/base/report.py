@@ -170,7 +170,6 @@ class RunReport:
     def _draw(self, path: Path) -> None:
         """Draw the picture in the order of `sparse-prune report`: verdicts, patterns, charts over the steps."""
         from matplotlib.figure import Figure
-        from matplotlib.ticker import MaxNLocator
 
         figure = Figure(figsize=(15, 13), layout="constrained")
         figure.suptitle("\n".join(textwrap.fill(line, 130) for line in self.verdicts()), x=0.01, ha="left", fontsize=12)
@@ -189,7 +188,7 @@ class RunReport:
         self._chart(share, "sparsity", "achieved")
         found = [self.patterns[name].sparsity if name in self.patterns else 0.0 for name in self.layers]
         layer.bar(range(len(found)), found, color="#1d4e89")
-        layer.xaxis.set_major_locator(MaxNLocator(integer=True))
+        layer.locator_params(axis="x", integer=True, min_n_ticks=1)
         # The first step warms up: its time means nothing.
         self._chart(seconds, "seconds", "pruned", first=1)
         figure.savefig(path, dpi=110, format="png")
