@@ -319,6 +319,7 @@ class AttentionPruning(Driver):
 
     @override
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.swap.after_backward(pl_module.device)
         # Other callbacks may run the model once the batch is done. After a backward pass by hand the step may go on.
         if pl_module.automatic_optimization:
             self.pruner.probe(False)

@@ -371,13 +371,16 @@ class AttentionPruner:
 
         Args:
             name: Qualified name of the layer.
-            backend: One of `sparse_prune.kernels.BACKENDS`.
+            backend: One of `sparse_prune.kernels.BACKENDS`; "dense" gives the layer its connections back, as `restore`.
 
         Raises:
             ValueError: If the layer has not settled.
         """
-        self._settled(name).layer.backend = backend
-        self._settled(name).layer.mode = "sparse"
+        if backend == "dense":
+            self.restore(name)
+        else:
+            layer = self._settled(name).layer
+            layer.backend, layer.mode = backend, "sparse"
 
     def restore(self, name: str) -> None:
         """Give a settled layer all its connections back: it gains nothing from losing them. The others lose no more.

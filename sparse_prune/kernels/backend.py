@@ -5,16 +5,30 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import count
+from typing import Protocol
 from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 
+from sparse_prune.kernels.held import HeldBlocks
 from sparse_prune.kernels.options import AttentionOptions
 from sparse_prune.pattern import BlockPattern
 
 Attend = Callable[[Tensor, Tensor, Tensor, BlockPattern, AttentionOptions], Tensor]
 """Query, key, value, pattern and options to the output; shapes as in `reference.attend`."""
+
+
+class Decode(Protocol):
+    """Attention of the last few queries against a cache, without gradients."""
+
+    def __call__(
+        self, query: Tensor, key: Tensor, value: Tensor, pattern: BlockPattern, options: AttentionOptions,
+        held: HeldBlocks | None = None, kv_len: int | None = None,
+    ) -> Tensor | None:  # fmt: skip
+        """Attend, as `triton.attend.decode` says; None for a call that is left to a mask."""
+        ...
+
 
 _COUNT = count()
 _NAMED: WeakValueDictionary[str, BlockPattern] = WeakValueDictionary()
@@ -78,8 +92,7 @@ class Backend:
     traced: Callable[[Tensor, Tensor, Tensor, str, bool, AttentionOptions], Tensor] | None = None
     """`attend` in a form that torch.compile can follow, for query, key, value, the name of a pattern (see
     `name_pattern`), whether it is causal, and options. None: calls break the graph."""
-    decode: Callable[[Tensor, Tensor, Tensor, BlockPattern, AttentionOptions], Tensor | None] | None = None
-    """Attention of the last few queries against a cache, without gradients; it gives None for a call that it leaves to
-    a mask. None: every such call is masked."""
+    decode: Decode | None = None
+    """Attention of the last few queries against a cache. None: every such call is masked."""
     tune: Callable[[Tensor, Tensor, Tensor, BlockPattern, AttentionOptions], None] | None = None
     """Finds the fastest launch configurations of a call. None: there are none to find."""

@@ -141,7 +141,9 @@ def build_tables(pattern: BlockPattern, tile: tuple[int, int], keep: Tensor, tot
     keep = keep.repeat_interleave(block_q // tile[0], 1)[:, :rows]
     keep = keep.repeat_interleave(block_kv // tile[1], 2)[:, :, :cols] & possible
     full = _full(pattern, tile, possible)
-    by_row, by_col = build_visits(keep, full, total), build_visits(keep.transpose(1, 2), full.T, total)
+    real = (torch.arange(rows, device=device) + 1) * tile[0] <= pattern.q_len  # of a column the queries are visited
+    by_row = build_visits(keep, full, total)
+    by_col = build_visits(keep.transpose(1, 2), (full & real[:, None]).T, total)
     for visits, visited in ((by_row, cols), (by_col, rows)):
         _SOUND[visits.index] = (*map(id, visits.tensors()), visited)
     return IndexTables(by_row, by_col, tile)
