@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-from sparse_prune.attention.found import handle_of
+from sparse_prune.attention.handles import handle_of
 from sparse_prune.attention.hf import attached_layers
 from sparse_prune.attention.layer import PrunableAttention
 from sparse_prune.attention.packed import HeadKeys, Held, PackedKeys
@@ -146,9 +146,9 @@ class PatternLayer(CacheLayerMixin):  # type: ignore[misc]
         return self.held
 
     def _evict(self, heads: list[HeadKeys] | None = None, room: int = 0, judged: bool = False) -> None:
-        """Copy what lasts of `heads` into tensors of its own, with room for more tokens; what does not last is freed.
+        """Copy what lasts of `heads` into new tensors, with room for more tokens, and free the rest.
 
-        Without `heads` it is of what is held, and nothing is copied where everything lasts. While recording everything
+        Without `heads` it evicts from what is held, and copies nothing if everything lasts. While recording everything
         lasts, unless all tokens are `judged`.
         """
         block = self.pattern.block_size[1]

@@ -1,4 +1,4 @@
-"""A clock for work that a device does while its host runs ahead."""
+"""Timing of work that a device does while its host runs ahead."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from collections.abc import Callable
 import torch
 
 _RUNS = 5
-_CYCLES = 2e9  # per second, more than a GPU has: it waits rather too long than too short
+_CYCLES = 2e9  # per second, more than a GPU has: it rather waits too long than too short
 _LONGEST_WAIT = 1.0  # seconds
 
 
 def milliseconds(run: Callable[[], object], device: torch.device, hidden: bool = True) -> float:
-    """Time of one run.
+    """Measure how long a run takes, in milliseconds.
 
-    On a GPU the device's own time, if training hides what the host takes to launch kernels: the device is kept waiting
-    until the host has launched several runs, and events on the device tell their mean. Where the host is not ahead, the
-    wall clock's mean of several runs. Elsewhere the wall clock's time of a single run.
+    On a GPU this is the device's own time if the host runs ahead in training and so hides the launching of kernels: the
+    device waits until the host has launched several runs, and events on the device measure their mean. If it does not,
+    it is the mean wall-clock time of several runs. Elsewhere it is the wall-clock time of a single run.
 
     Args:
-        run: Takes no longer from one call to the next; on a GPU it is called six times.
+        run: The work to measure; every call must take equally long. On a GPU it is called six times.
         device: Where it runs.
-        hidden: Whether the host is ahead of its GPU in training, as `hides_host` tells.
+        hidden: Whether training hides the launching of kernels on a GPU, as `hides_host` says.
     """
     if device.type == "cuda":
         with torch.cuda.device(device):
@@ -57,21 +57,21 @@ def _by_the_wall(run: Callable[[], object], device: torch.device) -> float:
 
 
 def hides_host(device: torch.device) -> bool:
-    """Whether a device has still to do some of what its host launched: then what launching takes costs no time.
+    """Return whether the host runs ahead of a device, so that the launching of kernels costs no time.
 
     Ask at the end of a backward pass, before anything waits for the device.
 
     Args:
-        device: Others than a GPU have nothing to hide.
+        device: On any other than a GPU there is nothing to hide.
     """
     return device.type != "cuda" or not torch.cuda.current_stream(device).query()
 
 
 def now(device: torch.device) -> float:
-    """Seconds of a clock, read when the device has done all that it was given.
+    """Read the clock, in seconds, once the device has finished all work that it was given.
 
     Args:
-        device: Others than a GPU are never behind.
+        device: Only a GPU is waited for.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -10,7 +10,7 @@ import torch
 
 
 def random_state() -> dict[str, Any]:
-    """State of torch's generators, on the CPU and the current GPU, NumPy's and Python's, in plain types and tensors."""
+    """Return the states of torch's (CPU, current GPU), NumPy's and Python's generators, in plain types and tensors."""
     name, keys, *rest = cast(tuple[str, Any, int, int, float], np.random.get_state(legacy=True))
     return {
         "torch": torch.get_rng_state(),
@@ -21,10 +21,10 @@ def random_state() -> dict[str, Any]:
 
 
 def set_random_state(state: dict[str, Any]) -> None:
-    """Go on from a state.
+    """Set the state of the generators.
 
     Args:
-        state: What `random_state` gave, in this process or another. Of a GPU it is set where there is one.
+        state: The result of `random_state`, of this process or another. A GPU's part needs a GPU, else it is ignored.
     """
     torch.set_rng_state(state["torch"].cpu())
     if state["cuda"] is not None and torch.cuda.is_available():

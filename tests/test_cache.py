@@ -64,15 +64,16 @@ GREEDY = {"do_sample": False, "eos_token_id": None}
 
 
 def short_reach(heads, block, seed=0, dense_heads=()):
-    """A sink block, the diagonal, and at random a little more of what is near."""
-    dense = BlockPattern.dense(heads, LEARNED, LEARNED, block, True)
+    """A sink block, the diagonal, and at random a little more of what is near; at least eight blocks of queries."""
+    learned = max(LEARNED, 8 * block[0])
+    dense = BlockPattern.dense(heads, learned, learned, block, True)
     rows, cols = (torch.arange(n) for n in dense.keep.shape[1:])
     diagonal = ((rows + 1) * block[0] - 1) // block[1]
     distance = diagonal[:, None] - cols
     near = (distance < 4) & (torch.rand(dense.keep.shape, generator=torch.Generator().manual_seed(seed)) < 0.5)
     keep = (distance < max(block[0] // block[1], 1)) | (cols == 0) | near
     keep[list(dense_heads)] = True
-    return BlockPattern(keep, block, True, LEARNED, LEARNED)
+    return BlockPattern(keep, block, True, learned, learned)
 
 
 def make(name="llama", block=(4, 4), dense_heads=()):
@@ -311,7 +312,8 @@ def test_swapped_layers_decode_by_the_kernel(name, monkeypatch):
         real = mask[:, start:end].bool()
         torch.testing.assert_close(found[real], whole[:, start:end][real], atol=2e-4, rtol=2e-4)
     assert len(calls) == 7 * len(cache.layers)
-    assert any(len(layer.held.buckets) > 1 for layer in cache.layers)
+    # Behind a window of 9 tokens all heads hold equally many blocks.
+    assert any(len(layer.held.buckets) > 1 for layer in cache.layers) == ("window" not in name)
 
 
 def live_bytes():

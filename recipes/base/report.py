@@ -1,4 +1,4 @@
-"""The report at the end of a run: what was gained and lost, as text, data and a picture."""
+"""The report at the end of a run, as text, data and a picture."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class DenseRun:
 
 @dataclass(frozen=True)
 class CacheComparison:
-    """KV cache and speed of generation after one sequence, measured: the same weights with and without the patterns."""
+    """Measured KV cache and speed of generation after one sequence, by the same weights with and without patterns."""
 
     length: int
     """Tokens of the sequence."""
@@ -41,7 +41,7 @@ class CacheComparison:
     pruned: CacheCost
 
     def verdict(self) -> str:
-        """In a sentence."""
+        """Return the comparison as a sentence."""
         large, small = self.dense.kv_bytes, self.pruned.kv_bytes
         return (
             f"The KV cache of {self.length} tokens takes {small / 2**20:.1f} MiB by the allocator, without patterns "
@@ -52,10 +52,10 @@ class CacheComparison:
 
 @dataclass(frozen=True)
 class RunReport:
-    """Everything the report shows."""
+    """The report of a run."""
 
     setup: Mapping[str, Any]
-    """Model, lengths, versions, machine: what is needed to run it again."""
+    """Model, lengths, versions, machine: everything that is needed to repeat the run."""
     loss: float
     """Test loss of the pruned model, in nats: per token for language models, per example for classifiers."""
     sparsity: float
@@ -65,11 +65,11 @@ class RunReport:
     patterns: Mapping[str, BlockPattern]
     savings: Mapping[str, float]
     quality: Mapping[str, float] = field(default_factory=dict)
-    """What else tells how good the model is, name -> share in [0, 1]: accuracy, passkeys found."""
+    """Other qualities of the model, name -> share in [0, 1]: accuracy, passkeys found."""
     dense: DenseRun | None = None
     cache: CacheComparison | None = None
     notes: Sequence[str] = ()
-    """What else must be known to read the figures, in sentences."""
+    """Sentences that explain the figures."""
 
     def write(self, folder: str | os.PathLike[str]) -> Path:
         """Write report.md, report.json and report.png, each whole or not at all; return the path of the text."""
@@ -83,7 +83,7 @@ class RunReport:
         return target / "report.md"
 
     def as_dict(self) -> dict[str, Any]:
-        """As JSON types, without the patterns themselves."""
+        """Return the report as JSON types, without the patterns themselves."""
         return {
             "setup": dict(self.setup),
             "loss": self.loss,
@@ -100,9 +100,9 @@ class RunReport:
         }
 
     def step_seconds(self) -> dict[str, float]:
-        """Median seconds of a step per phase; probing steps apart, the first step (warm-up) left out.
+        """Return the median seconds of a step per phase, probing steps apart, without the first step (warm-up).
 
-        "dense" is the dense fine-tune where there is one.
+        "dense" is the dense fine-tune if there is one.
         """
         groups: dict[str, list[float]] = {}
         for record in self.records[1:]:
@@ -113,7 +113,7 @@ class RunReport:
         return {name: statistics.median(times) for name, times in sorted(groups.items()) if times}
 
     def verdicts(self) -> list[str]:
-        """Plain sentences: what held and what did not."""
+        """Return the results as plain sentences."""
         swapped = [event for event in self.events if event.backend != "dense"]
         lines = [
             f"{self.sparsity:.1%} of the possible attention blocks are pruned.",
@@ -145,7 +145,7 @@ class RunReport:
         return [*lines, *self.notes]
 
     def text(self) -> str:
-        """The report as Markdown."""
+        """Return the report as Markdown."""
         setup = "\n".join(f"| {key} | {value} |" for key, value in self.setup.items())
         times = "\n".join(f"| {name} | {seconds:.2f} |" for name, seconds in self.step_seconds().items())
         by_layer = {event.layer: event for event in self.events}
@@ -168,7 +168,7 @@ class RunReport:
         return f"{name.capitalize()} {value:.1%}{beside}."
 
     def _draw(self, path: Path) -> None:
-        """In the order of `sparse-prune report`: the verdict, the patterns, charts over the steps."""
+        """Draw the picture in the order of `sparse-prune report`: verdicts, patterns, charts over the steps."""
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=(15, 13), layout="constrained")
@@ -187,8 +187,8 @@ class RunReport:
         figure.savefig(path, dpi=110, format="png")
 
     def _chart(self, axes: Any, what: str) -> None:
-        """A number of every step, above that of the dense run, with the swaps marked."""
-        # The first step warms up: its time is told of nothing.
+        """Draw a number per step over that of the dense run, and mark the swaps."""
+        # The first step warms up: its time means nothing.
         first = 1 if what == "seconds" else 0
         if self.dense is not None and what != "sparsity":
             axes.plot(*_curve(self.dense.records[first:], what), label="dense twin", color="#b3bbc8", linewidth=4)

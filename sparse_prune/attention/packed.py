@@ -1,4 +1,4 @@
-"""Attention over keys of which every KV head holds other blocks: what a cache that evicts has instead of tensors."""
+"""Keys and values of a cache that evicts, in which every KV head holds its own blocks, and attention over them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from sparse_prune.pattern import BlockPattern, num_blocks
 
 @dataclass(eq=False)
 class Bucket:
-    """KV heads that hold equally many blocks.
+    """A group of KV heads that hold equally many blocks.
 
     Held blocks stand side by side, in order. All are full but the one that the latest token is in.
     """
@@ -30,9 +30,9 @@ class Bucket:
     block: int
     """Tokens per key block."""
     first: int
-    """The first slot."""
+    """Number of its first slot."""
     device: torch.device
-    """Of keys and values."""
+    """Device of keys and values."""
     _row: int = -1
     _row_mask: Tensor | None = None
     _index: Tensor | slice | None = None
@@ -40,11 +40,11 @@ class Bucket:
 
     @property
     def slots(self) -> int:
-        """Of each head."""
+        """Number of slots of each head."""
         return self.blocks.shape[1] * self.block
 
     def of(self, everything: Tensor) -> Tensor:
-        """What the bucket holds of keys or values, (batch, heads, slots, dim), a view of (batch, all slots, dim)."""
+        """View the bucket's part of keys or values, (batch, all slots, dim), as (batch, heads, slots, dim)."""
         own = everything.narrow(1, self.first, len(self.heads) * self.slots)
         return own.view(own.shape[0], len(self.heads), self.slots, own.shape[2])
 
@@ -81,7 +81,7 @@ class Bucket:
 
 
 class HeadKeys(NamedTuple):
-    """What one KV head holds."""
+    """Keys and values that one KV head holds."""
 
     blocks: Tensor
     """Key blocks, ascending, int64, on the CPU."""
@@ -93,9 +93,9 @@ class HeadKeys(NamedTuple):
 
 @dataclass(eq=False)
 class Held:
-    """Keys and values of all heads, block beside block in one tensor each, so that one kernel reaches them all.
+    """Keys and values of all heads, side by side in one tensor each, so that one kernel reaches them all.
 
-    The heads of a bucket stand side by side: each bucket is a view.
+    The heads of a bucket stand side by side, so that a bucket is a view.
     """
 
     keys: Tensor
@@ -111,14 +111,14 @@ class Held:
 
     @classmethod
     def gather(cls, heads: list[HeadKeys], kept: list[Tensor], room: int, block: int, length: int) -> Held:
-        """Copies of what is kept.
+        """Copy the blocks that are kept.
 
         Args:
-            heads: What each KV head has.
-            kept: For each the places of the blocks that stay among its blocks, ascending.
-            room: Blocks for later tokens, behind the last one of the sequence.
+            heads: Keys and values of each KV head.
+            kept: For each head which of its blocks are kept, ascending.
+            room: Number of blocks for later tokens, after the last one of the sequence.
             block: Tokens per key block.
-            length: Tokens of the sequence, all of them held or evicted.
+            length: Tokens of the sequence, held or evicted.
         """
         fresh = torch.arange(room) + num_blocks(length, block)
         of_count: dict[int, list[int]] = {}
@@ -144,7 +144,7 @@ class Held:
         return cls(keys, values, tuple(buckets), HeldBlocks(place), ends.to(keys.device))
 
     def heads(self) -> list[HeadKeys]:
-        """What each KV head holds, in order."""
+        """Return the keys and values of each KV head, in order."""
         found = {
             head: HeadKeys(bucket.blocks[place], bucket.of(self.keys)[:, place], bucket.of(self.values)[:, place])
             for bucket in self.buckets
@@ -153,19 +153,19 @@ class Held:
         return [found[head] for head in sorted(found)]
 
     def write(self, keys: Tensor, values: Tensor, behind: int) -> None:
-        """Take new tokens into the room that is left.
+        """Write new tokens into the room that is left.
 
         Args:
             keys: (batch, num_kv_heads, new tokens, head_dim).
             values: (batch, num_kv_heads, new tokens, value_dim).
-            behind: Slots between the first of them and the end of each head's.
+            behind: Number of slots from the first new token to the end of each head's.
         """
         slots = (self.ends[:, None] - behind + torch.arange(keys.shape[2], device=keys.device)).flatten()
         self.keys[:, slots] = keys.flatten(1, 2)
         self.values[:, slots] = values.flatten(1, 2)
 
     def chosen(self, change: Callable[[Tensor], Tensor]) -> Held:
-        """Other samples of the batch; `change` takes them from keys and values."""
+        """Return the same for other samples of the batch, which `change` selects from keys and values."""
         return replace(self, keys=change(self.keys), values=change(self.values))
 
 
@@ -178,7 +178,7 @@ class PackedKeys:
     """
 
     held: Held
-    """What is left of them."""
+    """The keys and values that are left."""
     shape: tuple[int, int, int, int]
     """(batch, num_kv_heads, length, head_dim), as if nothing had been evicted."""
     pattern: BlockPattern
@@ -203,7 +203,7 @@ class PackedKeys:
         Args:
             query: (batch, num_heads, q_len, head_dim), the last `q_len` of the sequence's positions.
             options: Masks over all keys of the sequence, scale, soft cap. Dropout is not applied.
-            decode: A backend's, which is asked first. None: SDPA, bucket by bucket.
+            decode: Decoding of a backend, which is asked first. None: SDPA, bucket by bucket.
 
         Returns:
             (batch, num_heads, q_len, value_dim). Rows that may attend to nothing are zero.
@@ -211,8 +211,8 @@ class PackedKeys:
         q_len, held = query.shape[2], self.held
         num_kv_heads = self.shape[1]
         if decode is not None:
-            keys, values = (all[:, None].expand(-1, num_kv_heads, -1, -1) for all in (held.keys, held.values))
             undropped = replace(options, dropout_p=0.0, seed=None)
+            keys, values = held.keys[:, None], held.values[:, None]
             decoded = decode(query, keys, values, self.pattern, undropped, held.blocks, self.shape[2])
             if decoded is not None:
                 return decoded

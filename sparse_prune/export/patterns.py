@@ -15,8 +15,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from sparse_prune.codec import decode, encode
 from sparse_prune.files import whole_file
-from sparse_prune.packing import decode, encode
 from sparse_prune.pattern import BlockPattern
 from sparse_prune.pruner import AttentionPruner
 

@@ -332,7 +332,7 @@ def test_a_failed_measurement_leaves_the_rest_of_the_report(config, monkeypatch,
     assert report["dense"] is None
     assert report["loss"] > 0
     for what in ("the KV cache", "the dense run"):
-        assert f"The report goes without {what}, because measuring it failed." in caplog.text
+        assert f"The report lacks {what}, because measuring it failed." in caplog.text
     assert "RuntimeError: no room" in caplog.text
 
 

@@ -27,7 +27,7 @@ from sparse_prune.kernels.triton.influence import probe_influence
 from sparse_prune.kernels.triton.interpreter import triton_interprets
 from sparse_prune.kernels.triton.launch import launch_decode, launch_probe
 from sparse_prune.kernels.triton.memory import within_memory
-from sparse_prune.kernels.triton.tables import index_tables
+from sparse_prune.kernels.triton.tables import index_tables, sent
 from sparse_prune.pattern import BlockPattern, num_blocks
 from sparse_prune.scores import BlockStatistics
 
@@ -266,12 +266,12 @@ def decode(
 
     Args:
         query: (batch, num_heads, q_len, head_dim), the last `q_len` of `kv_len` positions.
-        key: (batch, num_kv_heads, slots, head_dim): a slot a position, or what `held` says.
-        value: (batch, num_kv_heads, slots, value_dim).
+        key: (batch, num_kv_heads, kv_len, head_dim), or (batch, 1, slots, head_dim) with `held`.
+        value: The same with value_dim.
         pattern: Causal, of any lengths; continued by the rule of `BlockPattern.at`.
         options: Masks, scale and soft cap.
-        held: Where each head's key blocks stand among the slots; None: every key in its own place.
-        kv_len: Positions, if they are not as many as slots.
+        held: Where each head's key blocks stand among the slots.
+        kv_len: Number of positions, with `held`.
 
     Returns:
         (batch, num_heads, q_len, value_dim). Rows that may attend to nothing are zero.
@@ -285,6 +285,8 @@ def decode(
     check_supported(query)
     value_dim, options = value.shape[3], replace(options, scale=_scale(query, options))
     query, key, value = same_width(query, key, value)
+    if held is not None:  # not before: what is cast or padded is copied
+        key, value = held.shown(key), held.shown(value)
     if not pattern.causal or options.dropout_p:
         raise ValueError(
             f"Decoding needs a causal pattern and no dropout, got causal={pattern.causal} and "
@@ -323,9 +325,9 @@ def _decode_tables(
         places = (standing[..., None] * (block_kv // tile) + torch.arange(block_kv // tile)).flatten(1)
         start = F.pad(tiles.sum(1).cumsum(0), (1, 0))
         visits = (start, tiles.nonzero()[:, 1], places[tiles])
-        on_device = [tensor.to(torch.int32).contiguous().to(device) for tensor in visits]
+        on_device = [sent(tensor.to(torch.int32).contiguous(), device) for tensor in visits]
         most = int(tiles.sum(-1).max())
-        return _DecodeTables((*on_device,), keep.to(device, torch.uint8).contiguous(), most)  # type: ignore[arg-type]
+        return _DecodeTables((*on_device,), sent(keep.to(torch.uint8).contiguous(), device), most)  # type: ignore[arg-type]
 
     owner = pattern if held is None else held
     return derived(owner, ("decode", tile, kv_heads, device), build, lambda: (first, rows, cols)), first

@@ -12,6 +12,7 @@ from torch import Tensor
 from sparse_prune.kernels.options import AttentionOptions
 from sparse_prune.kernels.triton.configs import Call, padded_head_dim, probe_config, traits
 from sparse_prune.kernels.triton.launch import mask_arguments
+from sparse_prune.kernels.triton.tables import sent
 from sparse_prune.kernels.triton.tiles import load_tile, scaled, visible
 from sparse_prune.pattern import BlockPattern
 from sparse_prune.scores import BlockStatistics, Influence
@@ -150,8 +151,10 @@ def probe_influence(
     # The sums are linear in the gradient: of size 1 it suits every type.
     size = gradient.abs().amax().float().clamp(min=torch.finfo(torch.float32).tiny)
     unit = (gradient / size).to(query.dtype)
-    everything = torch.ones(heads, blocks, cols, dtype=torch.uint8, device=query.device)
-    keep = everything if pattern is None else pattern.keep.to(query.device, torch.uint8).contiguous()
+    if pattern is None:
+        keep = torch.ones(heads, blocks, cols, dtype=torch.uint8, device=query.device)
+    else:
+        keep = sent(pattern.keep.to(torch.uint8).contiguous(), query.device)
     rises = torch.zeros(batch, heads, blocks * tiles, cols, dtype=torch.float32, device=query.device)
     shown = torch.zeros(batch, heads, blocks * tiles, dtype=torch.int32, device=query.device)
     masks, mask_strides, kinds = mask_arguments(options, (batch, heads, q_len, kv_len), query)

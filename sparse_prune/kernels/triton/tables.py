@@ -127,10 +127,14 @@ def index_tables(pattern: BlockPattern, tile: tuple[int, int], device: torch.dev
         raise ValueError(f"`tile` must divide the pattern's block {pattern.block_size}, got {tile}.")
 
     def build() -> IndexTables:
-        keep = pattern.keep.pin_memory() if device.type == "cuda" else pattern.keep
-        return build_tables(pattern, tile, keep.to(device, non_blocking=True), count_tiles(pattern, tile))
+        return build_tables(pattern, tile, sent(pattern.keep, device), count_tiles(pattern, tile))
 
     return derived(pattern, ("tables", tile, device), build)
+
+
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy a tensor of the CPU to a device, without a wait for the GPU."""
+    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
 
 
 def build_tables(pattern: BlockPattern, tile: tuple[int, int], keep: Tensor, total: int) -> IndexTables:
