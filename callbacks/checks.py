@@ -119,8 +119,8 @@ def warn_of_end(schedule: Schedule, total: int | None, every_n_steps: int, patie
     first = earliest_settling(schedule, every_n_steps, patience)
     if total is not None and total < first:
         log.warning(
-            "The schedule ends at step %d, training at step %d: no layer will settle, because the earliest can at step "
-            "%d (`patience` %d, `every_n_steps` %d). End the schedule earlier, or lower these.",
+            "The schedule ends at step %d, training at step %d: no layer will settle, because none can before step %d "
+            "(`patience` %d, `every_n_steps` %d). End the schedule earlier, or lower these.",
             schedule.end_step,
             total,
             first,

@@ -129,7 +129,6 @@ class Metric:
 PRUNED = Chart("Share of blocks pruned", "share of blocks", "Over the run", top=1.0)
 PRUNED_LAYERS = Chart("Sparsity per layer", "share of blocks", "Over the run", top=1.0)
 STEP_TIME = Chart("Step time", "seconds", "Over the run")
-DIVERGENCE_CHART = Chart("Divergence from the dense model", "nats per token", "Layers")
 CHANGE = Chart("Change per decision", "Jaccard distance", "Layers", top=1.0)
 KEPT_LAYERS = Chart("Attention kept per layer", "share of probability", "Layers", on_page=False)
 KEPT = Chart("Attention kept", "share of probability", "Layers")
@@ -148,10 +147,6 @@ REQUESTED = Metric(
 SPARSITY = Metric(
     "sparsity/total", "share of possible blocks pruned, over all layers and heads", "achieved", PRUNED,
     at="pattern", read=lambda now: now.pruner.total_sparsity,
-)  # fmt: skip
-DIVERGENCE = Metric(
-    "prune/divergence", "Kullback-Leibler divergence from the dense model's logits, with `Distillation`",
-    "divergence", DIVERGENCE_CHART,
 )  # fmt: skip
 LAYER_SPARSITY = Metric(
     "sparsity/layer_NN", "the same of a layer", "layer", PRUNED_LAYERS, "thin",
@@ -198,20 +193,20 @@ TOKENS_PER_SECOND_AT_SWAP = Metric(
     "time/tokens_per_second_at_swap", "the last before layers are swapped: marks on the curve", "swapped", SPEED,
     "accent", event=True,
 )  # fmt: skip
-FLOPS_SHARE = Metric(
+FLOPS_SHARE: Metric = Metric(
     "savings/attention_flops_share", "share of attention's FLOPs that pruned blocks save, an estimate",
     "attention FLOPs", SAVED,
     at="pattern", read=lambda now: now.savings.get(FLOPS_SHARE.key),
 )  # fmt: skip
-KV_SHARE = Metric(
+KV_SHARE: Metric = Metric(
     "savings/kv_share", "share of the KV cache that no later token needs, an estimate", "KV cache", SAVED, "accent",
     at="pattern", read=lambda now: now.savings.get(KV_SHARE.key),
 )  # fmt: skip
-FLOPS_SAVED = Metric(
+FLOPS_SAVED: Metric = Metric(
     "savings/attention_flops", "FLOPs saved in one forward pass, an estimate", "saved", FLOPS,
     at="pattern", read=lambda now: now.savings.get(FLOPS_SAVED.key),
 )  # fmt: skip
-KV_BYTES = Metric(
+KV_BYTES: Metric = Metric(
     "savings/kv_bytes", "bytes of the KV cache saved after one forward pass, an estimate", "saved", BYTES,
     at="pattern", read=lambda now: now.savings.get(KV_BYTES.key),
 )  # fmt: skip

@@ -409,7 +409,7 @@ class AttentionPruner:
         }
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
-        """Restore the state that `state_dict` returned, before `attach` or after it.
+        """Restore the state that `state_dict` returned; one that was taken before `attach` restarts pruning.
 
         Nothing changes if the state does not fit.
 
@@ -418,7 +418,10 @@ class AttentionPruner:
         """
         if saved.get("version") not in _READABLE:
             known = " or ".join(map(str, _READABLE))
-            raise ValueError(f"Pruning state must have version {known}, got {saved.get('version')!r}.")
+            raise ValueError(
+                f"Pruning state must have version {known}, got {saved.get('version')!r}. Load it with the version of "
+                "sparse_prune that saved it."
+            )
         if saved["block_size"] is None:  # saved before the first training call
             self.restart()
             return
@@ -446,7 +449,8 @@ class AttentionPruner:
             if (part["num_heads"], part["causal"]) != (layer.num_heads, causal):
                 raise ValueError(
                     f"The checkpoint is of another model: layer {name!r} has {part['num_heads']} heads "
-                    f"(causal={part['causal']}) there, {layer.num_heads} (causal={layer.causal}) here."
+                    f"(causal={part['causal']}) there, {layer.num_heads} (causal={layer.causal}) here. Resume with the "
+                    "model that was saved."
                 )
         before = saved.get("score")
         if before not in (None, type(self._score).__name__):

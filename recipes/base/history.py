@@ -28,6 +28,9 @@ class StepRecord:
     """sparse: every layer is swapped; masked: pruning is under way; dense: nothing is pruned yet."""
     probed: bool
     sparsity: float
+    """Share of the possible blocks that is pruned in it."""
+    requested: float | None = None
+    """Share that the schedule asked for at the latest decision; None before it, and where it is one of thresholds."""
 
 
 class RunHistory(pl.Callback):
@@ -69,8 +72,10 @@ class RunHistory(pl.Callback):
         phase: Phase = "dense" if modes <= {"dense"} else "sparse" if "masked" not in modes else "masked"
         probed = any(layer.statistics is not None for layer in layers)
         sparsity = found[0].pruner.total_sparsity if found else 0.0
+        decision = found[0].report if found and found[0].pruner.sparsity is not None else None
+        requested = None if decision is None else decision.requested
         loss = sum(self._losses) / len(self._losses)
-        return StepRecord(trainer.global_step, loss, self._seconds, phase, probed, sparsity)
+        return StepRecord(trainer.global_step, loss, self._seconds, phase, probed, sparsity, requested)
 
     @override
     def state_dict(self) -> dict[str, Any]:

@@ -177,22 +177,27 @@ class RunReport:
         atlas = figure.add_subplot(grid[0, :], title="Kept blocks (dark) per layer (columns) and head (rows)")
         atlas.imshow(draw_atlas([LayerView(self.patterns[name]) for name in self.layers if name in self.patterns]))
         atlas.set_axis_off()
-        self._chart(figure.add_subplot(grid[1, 0], title="Training loss", ylabel="nats"), "loss")
         share = figure.add_subplot(grid[1, 1], title="Share of blocks pruned", ylabel="share of blocks", ylim=(0, 1))
-        self._chart(share, "sparsity")
+        loss = figure.add_subplot(grid[1, 0], title="Training loss", ylabel="nats", sharex=share)
+        seconds = figure.add_subplot(grid[2, 1], title="Step time", ylabel="seconds", sharex=share)
         layer = figure.add_subplot(grid[2, 0], title="Sparsity per layer", xlabel="layer", ylabel="share", ylim=(0, 1))
+        self._chart(loss, "loss", "pruned")
+        asked = [record for record in self.records if record.requested is not None]
+        if asked:
+            share.plot(*_curve(asked, "requested"), label="requested", color="#b3bbc8", linewidth=4)
+        self._chart(share, "sparsity", "achieved")
         found = [self.patterns[name].sparsity if name in self.patterns else 0.0 for name in self.layers]
         layer.bar(range(len(found)), found, color="#1d4e89")
-        self._chart(figure.add_subplot(grid[2, 1], title="Step time", ylabel="seconds", sharex=share), "seconds")
+        layer.locator_params(axis="x", integer=True, min_n_ticks=1)
+        # The first step warms up: its time means nothing.
+        self._chart(seconds, "seconds", "pruned", first=1)
         figure.savefig(path, dpi=110, format="png")
 
-    def _chart(self, axes: Any, what: str) -> None:
+    def _chart(self, axes: Any, what: str, label: str, first: int = 0) -> None:
         """Draw a number per step over that of the dense run, and mark the swaps."""
-        # The first step warms up: its time means nothing.
-        first = 1 if what == "seconds" else 0
         if self.dense is not None and what != "sparsity":
             axes.plot(*_curve(self.dense.records[first:], what), label="dense twin", color="#b3bbc8", linewidth=4)
-        axes.plot(*_curve(self.records[first:], what), label="pruned", color="#1d4e89")
+        axes.plot(*_curve(self.records[first:], what), label=label, color="#1d4e89")
         for number, step in enumerate(sorted({event.step for event in self.events})):
             axes.axvline(step, color="#d1495b", linestyle=":", label=None if number else "layers swapped")
         axes.set_xlabel("optimizer steps taken")

@@ -79,7 +79,9 @@ class ListOpsDataModule(ClassificationDataModule):
 def _read(folder: Path, split: str, count: int) -> list[tuple[tuple[str, ...], int]]:
     path = folder.expanduser() / f"basic_{split}.tsv"
     if not path.is_file():
-        raise FileNotFoundError(f"`data` must be 'generate' or a folder with {path.name}, got {str(folder)!r}.")
+        raise FileNotFoundError(
+            f"`data` must be 'generate' or a folder with {path.name}, got {str(folder)!r}. Check the path."
+        )
     found = []
     with open(path, newline="", encoding="utf-8") as file:
         for number, row in enumerate(csv.DictReader(file, delimiter="\t"), start=2):

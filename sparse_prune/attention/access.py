@@ -21,7 +21,7 @@ from sparse_prune.attention.handles import (
     share_handle,
 )
 from sparse_prune.attention.layer import PrunableAttention
-from sparse_prune.attention.trial_run import Calls, run_example
+from sparse_prune.attention.trial_run import TrialCalls, run_example
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ def list_layers(model: nn.Module, example: Any = None) -> list[FoundLayer]:
         ValueError: If the model does not take the example.
     """
     modules = modules_of(model)
-    calls: list[Calls | None] = [None] * len(FAMILIES)
+    calls: list[TrialCalls | None] = [None] * len(FAMILIES)
     example = getattr(model, "example_input_array", None) if example is None else example
     if example is not None and not _all_attached(modules):
         with ExitStack() as stack:
@@ -55,7 +55,7 @@ def list_layers(model: nn.Module, example: Any = None) -> list[FoundLayer]:
     return sorted(found, key=lambda layer: order[layer.name])
 
 
-def _claims(modules: dict[str, nn.Module], calls: list[Calls | None]) -> list[list[str]]:
+def _claims(modules: dict[str, nn.Module], calls: list[TrialCalls | None]) -> list[list[str]]:
     """The modules of each family: its candidates and those whose calls it saw, unless an earlier family claims them."""
     free, claims = dict(modules), []
     for family, made in zip(FAMILIES, calls, strict=True):

@@ -67,7 +67,8 @@ def fitting_layers(
         there, here = (pattern.num_heads, pattern.causal), (layer.num_heads, layer.causal)
         if there != here:
             raise ValueError(
-                f"The patterns are of another model: layer {name!r} has (heads, causal) {there} there, {here} here."
+                f"The patterns are of another model: layer {name!r} has (heads, causal) {there} there, {here} here. "
+                "Give the module that was pruned."
             )
     return {name: layers[names[name]] for name in patterns}
 

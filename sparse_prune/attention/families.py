@@ -10,7 +10,7 @@ from torch import nn
 
 from sparse_prune.attention import hf, mha, sdpa
 from sparse_prune.attention.handles import FoundLayer
-from sparse_prune.attention.trial_run import Calls
+from sparse_prune.attention.trial_run import TrialCalls
 
 
 class Family(Protocol):
@@ -34,7 +34,7 @@ class Family(Protocol):
             module: The candidate.
         """
 
-    def observing(self, model: nn.Module) -> AbstractContextManager[Calls]:
+    def observing(self, model: nn.Module) -> AbstractContextManager[TrialCalls]:
         """Record the attention calls of the family's modules inside the block. These modules become candidates too.
 
         Args:
@@ -42,7 +42,7 @@ class Family(Protocol):
         """
 
     def find(
-        self, modules: Mapping[str, nn.Module], names: Collection[str], calls: Calls | None
+        self, modules: Mapping[str, nn.Module], names: Collection[str], calls: TrialCalls | None
     ) -> Iterator[FoundLayer]:
         """Describe layers: heads, causality, and why one cannot be pruned.
 

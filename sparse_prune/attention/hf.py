@@ -17,7 +17,7 @@ from sparse_prune.attention.hf_attention import BESIDE_EAGER, IMPLEMENTATION, RE
 from sparse_prune.attention.hf_configs import TakeOver, restore_implementation
 from sparse_prune.attention.hf_masks import make_mask, newest, window_of
 from sparse_prune.attention.layer import PrunableAttention
-from sparse_prune.attention.trial_run import Call, Calls, describe, named_cross
+from sparse_prune.attention.trial_run import TrialCall, TrialCalls, describe, named_cross
 
 KIND = "transformers"
 _INTERFACE = "ALL_ATTENTION_FUNCTIONS"
@@ -33,7 +33,7 @@ def candidates(modules: Mapping[str, nn.Module]) -> Collection[str]:
     return [name for name, module in modules.items() if is_attention(type(module))]
 
 
-def find(modules: Mapping[str, nn.Module], names: Collection[str], calls: Calls | None) -> Iterator[FoundLayer]:
+def find(modules: Mapping[str, nn.Module], names: Collection[str], calls: TrialCalls | None) -> Iterator[FoundLayer]:
     """Describe layers; a trial run shows whether they are causal, add biases in masks, or use keys of others."""
     for name in names:
         module: Any = modules[name]
@@ -51,9 +51,9 @@ def find(modules: Mapping[str, nn.Module], names: Collection[str], calls: Calls 
 
 
 @contextmanager
-def observing(model: nn.Module) -> Iterator[Calls]:
+def observing(model: nn.Module) -> Iterator[TrialCalls]:
     """Record the calls of attention functions that modules get from the AttentionInterface."""
-    calls: dict[str, list[Call]] = {}
+    calls: dict[str, list[TrialCall]] = {}
     transformers = sys.modules.get("transformers.modeling_utils")
     if transformers is None:  # then the model is not of transformers
         yield calls
@@ -82,7 +82,7 @@ def observing(model: nn.Module) -> Iterator[Calls]:
 
 def _describe(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
-) -> Call:
+) -> TrialCall:
     """Describe a call of an attention function."""
     mask, flag = newest(attention_mask, key.shape[2]), claims_causal(module, kwargs.get("is_causal"))
     if mask is None or mask.dim() != 4:  # nothing is hidden, or padding alone in FlashAttention's form
@@ -148,7 +148,9 @@ def attached_layers(model: nn.Module) -> list[PrunableAttention]:
     """
     config: Any = getattr(model, "config", None)
     if config is None or getattr(config, "is_encoder_decoder", False):
-        raise ValueError(f"`model` must be a transformers decoder, got {type(model).__name__}.")
+        raise ValueError(
+            f"`model` must be a transformers decoder, got {type(model).__name__}. Give the model that generates."
+        )
     every = modules_of(model)
     found = [layer for layer in find(every, candidates(every), None) if layer.problem is None]
     modules = {getattr(layer.module, "layer_idx", None): layer.module for layer in found}
@@ -165,7 +167,10 @@ def attached_layers(model: nn.Module) -> list[PrunableAttention]:
     attached = [handle for index in wanted if (handle := handles[index]) is not None]
     bidirectional = [handle.name for handle in attached if not handle.causal]
     if bidirectional:
-        raise ValueError(f"`model` must be causal in all its layers, got bidirectional {bidirectional[:4]}.")
+        raise ValueError(
+            f"`model` must be causal in all its layers, got bidirectional {bidirectional[:4]}. Use a cache that evicts "
+            "nothing, such as DynamicCache()."
+        )
     return attached
 
 

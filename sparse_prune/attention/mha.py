@@ -19,7 +19,7 @@ from sparse_prune.attention.handles import FoundLayer, handle_of, modules_of
 from sparse_prune.attention.layer import PrunableAttention
 from sparse_prune.attention.masks import is_bias, visible
 from sparse_prune.attention.sdpa import call_is_causal
-from sparse_prune.attention.trial_run import Call, Calls, describe, named_cross
+from sparse_prune.attention.trial_run import TrialCall, TrialCalls, describe, named_cross
 from sparse_prune.kernels import AttentionOptions
 
 KIND = "mha"
@@ -35,7 +35,7 @@ def _is_one(module: nn.Module) -> bool:
     return isinstance(module, nn.MultiheadAttention) and type(module).forward is nn.MultiheadAttention.forward
 
 
-def find(modules: Mapping[str, nn.Module], names: Collection[str], calls: Calls | None) -> Iterator[FoundLayer]:
+def find(modules: Mapping[str, nn.Module], names: Collection[str], calls: TrialCalls | None) -> Iterator[FoundLayer]:
     """Describe layers; without a trial run they are taken for bidirectional."""
     for name in names:
         module: Any = modules[name]
@@ -55,16 +55,16 @@ def refused(name: str, module: Any) -> str | None:
     return None
 
 
-def _call_problem(calls: list[Call] | None) -> str | None:
+def _call_problem(calls: list[TrialCall] | None) -> str | None:
     if calls is None:
         return None
     return calls[0].problem if calls else "it was not called in the trial run"
 
 
 @contextmanager
-def observing(model: nn.Module) -> Iterator[Calls]:
+def observing(model: nn.Module) -> Iterator[TrialCalls]:
     """Record the latest call of every module."""
-    calls: dict[str, list[Call]] = {}
+    calls: dict[str, list[TrialCall]] = {}
     hooks = []
     for name, module in modules_of(model).items():
         if not _is_one(module):
@@ -91,9 +91,9 @@ def _describe(
     attn_mask: Tensor | None = None,
     *args: Any,
     **kwargs: Any,
-) -> Call:
+) -> TrialCall:
     if query.is_nested:
-        return Call(1, 1, False, "attends to nested tensors")
+        return TrialCall(1, 1, False, "attends to nested tensors")
     # Lengths decide, not whether tensors are the same: positions may be added to queries and keys alone.
     queries, keys = (torch.empty(1, 1, _length(module, tokens), 1, device="meta") for tokens in (query, key))
     return describe(queries, keys, keys, _as_sdpa(attn_mask))

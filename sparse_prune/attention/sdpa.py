@@ -20,7 +20,7 @@ from sparse_prune.attention.handles import FoundLayer, handle_of, modules_of
 from sparse_prune.attention.layer import PrunableAttention
 from sparse_prune.attention.masks import assert_hides_future, hides_future, is_bias, split
 from sparse_prune.attention.sdpa_callers import can_call_sdpa
-from sparse_prune.attention.trial_run import BIAS, Call, Calls, describe, run_example
+from sparse_prune.attention.trial_run import BIAS, TrialCall, TrialCalls, describe, run_example
 from sparse_prune.kernels import AttentionOptions
 
 KIND = "sdpa"
@@ -39,10 +39,10 @@ def refused(name: str, module: nn.Module) -> str | None:
 
 
 @contextmanager
-def observing(model: nn.Module) -> Iterator[Calls]:
+def observing(model: nn.Module) -> Iterator[TrialCalls]:
     """Record calls of SDPA by the innermost module that makes them, complete at the end of the block."""
-    calls: dict[str, list[Call]] = {}
-    running: list[tuple[str, list[Call]]] = [("", [])]
+    calls: dict[str, list[TrialCall]] = {}
+    running: list[tuple[str, list[TrialCall]]] = [("", [])]
     hooks = []
     for name, module in modules_of(model).items():
 
@@ -64,7 +64,7 @@ def observing(model: nn.Module) -> Iterator[Calls]:
 
 
 class _Observer(TorchFunctionMode):
-    def __init__(self, running: list[tuple[str, list[Call]]]) -> None:
+    def __init__(self, running: list[tuple[str, list[TrialCall]]]) -> None:
         super().__init__()
         self.running = running
 
@@ -74,7 +74,7 @@ class _Observer(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def find(modules: Mapping[str, nn.Module], names: Collection[str], calls: Calls | None) -> Iterator[FoundLayer]:
+def find(modules: Mapping[str, nn.Module], names: Collection[str], calls: TrialCalls | None) -> Iterator[FoundLayer]:
     """Describe modules that call SDPA; without a trial run of the model each is run alone."""
     for name in names:
         module, handle = modules[name], handle_of(modules[name])
@@ -113,7 +113,7 @@ def _try_alone(name: str, module: nn.Module) -> FoundLayer:
     return _found(name, module, calls.get("", []), f"it made no call of SDPA when run alone. {_EXAMPLE}", False)
 
 
-def _found(name: str, module: nn.Module, calls: list[Call], uncalled: str, seen: bool = True) -> FoundLayer:
+def _found(name: str, module: nn.Module, calls: list[TrialCall], uncalled: str, seen: bool = True) -> FoundLayer:
     if not calls:
         return FoundLayer(name, KIND, module, problem=uncalled)
     call = calls[0]

@@ -28,7 +28,7 @@ def named_cross(name: str) -> bool:
 
 
 @dataclass(frozen=True)
-class Call:
+class TrialCall:
     """Describes one attention call."""
 
     num_heads: int
@@ -38,7 +38,7 @@ class Call:
     """Why the call cannot be pruned; None: it can."""
 
 
-Calls = Mapping[str, list[Call]]
+TrialCalls = Mapping[str, list[TrialCall]]
 """Module -> attention calls of its latest forward pass, without those of modules inside it."""
 
 
@@ -96,7 +96,7 @@ def describe(
     dropout_p: float = 0.0,
     is_causal: bool = False,
     **kwargs: Any,
-) -> Call:
+) -> TrialCall:
     """Describe a call of SDPA with these arguments."""
     causal = is_causal
     problem = _shape_problem(query, key, value)
@@ -108,7 +108,7 @@ def describe(
         else:
             causal = hides_future(attn_mask, query.shape[2], key.shape[2])
     heads = (query.shape[1], key.shape[1]) if query.dim() == key.dim() == 4 else (1, 1)
-    return Call(*heads, causal, problem)
+    return TrialCall(*heads, causal, problem)
 
 
 def _shape_problem(query: Tensor, key: Tensor, value: Tensor) -> str | None:

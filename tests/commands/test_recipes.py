@@ -66,7 +66,7 @@ def test_a_copy_overwrites_nothing(tmp_path, capsys):
     (tmp_path / "there").mkdir()
     with pytest.raises(FileExistsError, match="must not exist yet"):
         copy(recipe, tmp_path / "there")
-    with pytest.raises(ValueError, match="does not use itself, got 'json'"):
+    with pytest.raises(ValueError, match="not of the standard library, got 'json'"):
         copy(recipe, tmp_path / "json")
     with pytest.raises(ValueError, match="an importable name that is not of the standard library, got 'my-recipe'"):
         copy(recipe, tmp_path / "my-recipe")
