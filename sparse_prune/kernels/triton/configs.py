@@ -104,7 +104,7 @@ _PLAIN: dict[tuple[Kernel, int, int], LaunchConfig] = {
     ("dkdv", 90, 256): LaunchConfig((32, 32), 8, 3),  # too few rows for the products of a warp group, which spill
 }
 _MASKED: dict[tuple[Kernel, int, tuple[int, int]], LaunchConfig] = {
-    # On 90, with key masks, documents or windows: where the tile of a call without them spills or serializes.
+    # With key masks, documents or windows, where the tile of a call without them spills, or serializes on 90.
     ("forward", 64, (128, 64)): LaunchConfig((128, 64), 8, 3),
     ("forward", 128, (128, 128)): LaunchConfig((128, 64), 8, 3),
     ("forward", 128, (64, 64)): LaunchConfig((64, 32), 4, 3),
@@ -170,7 +170,7 @@ def launch_config(kernel: Kernel, capability: int, call: Call) -> LaunchConfig:
     fitted = _fitted(_SMALL.get((kernel, width), plain) if device == 89 else plain, call.block_size)
     if _small(kernel, fitted.tile, width, device):
         fitted = replace(fitted, num_warps=4)
-    return _MASKED.get((kernel, width, fitted.tile), fitted) if call.masks and device == 90 else fitted
+    return _MASKED.get((kernel, width, fitted.tile), fitted) if call.masks else fitted
 
 
 def _small(kernel: Kernel, tile: tuple[int, int], width: int, device: int) -> bool:
