@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import json
 import logging
+import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -54,20 +56,31 @@ def numbered(labels: Sequence[Any], argument: str, names: Sequence[str] | None =
 
 
 def literal(text: str) -> Any:
-    """The list, tuple or dictionary that Python shows as this text; None if it is none."""
+    """The list, tuple or dictionary that Python or JSON shows as this text; None if it is none."""
     if text[:1] not in ("[", "(", "{"):
         return None
-    try:
-        value = ast.literal_eval(text)
-    except (MemoryError, RecursionError, SyntaxError, ValueError):
-        return None
-    return value if isinstance(value, list | tuple | dict) else None
+    for read in (ast.literal_eval, json.loads):
+        try:
+            value = read(text)
+        except (MemoryError, RecursionError, SyntaxError, ValueError):
+            continue
+        return value if isinstance(value, list | tuple | dict) else None
+    return None
 
 
 def _warn_of_twins(classes: Sequence[str]) -> None:
     alike: dict[str, list[str]] = defaultdict(list)
     for label in classes:
-        alike[label.casefold()].append(label)
-    twins = [" and ".join(labels) for labels in alike.values() if len(labels) > 1]
+        alike[_likeness(label)].append(label)
+    twins = [" and ".join(map(repr, labels)) for labels in alike.values() if len(labels) > 1]
     if twins:
-        log.warning("Classes that differ by their case alone are classes of their own: %s.", "; ".join(twins))
+        log.warning("Classes that differ by how they are written alone are classes of their own: %s.", "; ".join(twins))
+
+
+def _likeness(label: str) -> str:
+    """What is left of a label without case, blanks, marks that nobody sees, and the way of writing a number."""
+    try:
+        return repr(float(label))
+    except ValueError:
+        seen = (sign for sign in unicodedata.normalize("NFKC", label) if unicodedata.category(sign) != "Cf")
+        return " ".join("".join(seen).casefold().split())

@@ -52,7 +52,7 @@ def read_text(file: Path, argument: str) -> str:
             # As `open` reads it: all ends of lines are "\n".
             return io.TextIOWrapper(io.BytesIO(content), encoding=encoding).read()
     except UnicodeDecodeError as error:
-        problem = f"which is no text in {error.encoding.upper()} (byte {error.start}). {conversion(file)}, or remove it"
+        problem = f"which is no text in {error.encoding.upper()} (byte {error.start}). {conversion(file)}"
     except (EOFError, OSError, zlib.error) as error:
         problem = f"whose compression is broken ({error}). Copy it again"
     raise ValueError(f"`{argument}` must hold text, got {str(file)!r}, {problem}.")
@@ -65,4 +65,6 @@ def encoding_of(start: bytes) -> str:
 
 def conversion(file: Path) -> str:
     """How to bring a file of an older encoding to UTF-8, in words."""
-    return f"Convert it, say by `iconv -f LATIN1 -t UTF-8 {file.name}`"
+    return (
+        f"Convert text of an older encoding, say by `iconv -f LATIN1 -t UTF-8 {file.name}`, and remove what is no text"
+    )
