@@ -1,4 +1,4 @@
-"""The pruning callback: when to probe, when to decide."""
+"""The pruning callback: when to probe and when to decide."""
 
 from __future__ import annotations
 
@@ -51,42 +51,42 @@ _BLOCK_SIZE = "pruning/block_size"
 class AttentionPruning(Driver):
     """Prunes the attention connections of the model under a schedule while it trains.
 
-    One of these in `Trainer(callbacks=[...])` is enough. After every batch it decides, then lets `swap` swap, then lets
-    `logging` log. A `KernelSwap` or `SparsityLogger` that the Trainer's list holds takes the place of a default one,
-    wherever it stands there. More than one of a kind is refused.
+    One of these in `Trainer(callbacks=[...])` is enough. After every batch it decides, then calls `swap`, then
+    `logging`. A `KernelSwap` or `SparsityLogger` in the Trainer's list, at any place, replaces the default one. More
+    than one of a kind is refused.
 
-    Steps of the schedule count from the run's first, those before a resume included; shares are those of
-    `Trainer.estimated_stepping_batches`, or of what a `GradientAccumulationScheduler` makes of them. A resumed run
-    keeps the steps that they came to, whatever its `max_steps`.
+    Steps of the schedule count from the run's first, those before a resume included; shares are of
+    `Trainer.estimated_stepping_batches`, corrected for a `GradientAccumulationScheduler`. A resumed run keeps the steps
+    that the shares gave at first, whatever its `max_steps`.
 
     Args:
         sparsity: Schedule of the share of possible blocks to prune, over all layers.
         threshold: Schedule of the cut-off on scores, instead of `sparsity`.
         block_size: Tokens per block side, or (query, key). None: 64, or less for sequences of less than 2048 tokens;
-            the first step shows how long they are, and the first decision is at the second.
+            the first step shows their length, and the second brings the first decision.
         every_n_steps: Optimizer steps between decisions.
-        statistic: Score of a block: "mean", "mean_square" or "max" of the mass that rows give it. "max" spares
-            heads that look up single tokens (docs/score_statistics.md).
+        statistic: Score of a block: "mean", "mean_square" or "max" of the row mass in it. "max" spares heads that look
+            up single tokens (docs/score_statistics.md).
         criterion: "score", or "row_mass" to keep the fewest blocks that hold a share of every row's mean mass (and
             those that `constraints.share_diagonals` lifts above the cut).
-        score: What a block is worth, such as Influence() or one of your own (docs/scores.md). None: what `statistic`
-            and `criterion` say.
+        score: Score of a block, such as Influence() or one of your own (docs/scores.md). None: the one that `statistic`
+            and `criterion` name.
         decay: Decay of the score average per decision, in [0, 1).
-        constraints: What pruning must respect.
-        min_delta: Largest change of a pattern that counts as standing still (Jaccard distance).
-        patience: Decisions in a row, after the schedule's end, that must stand still before a layer is frozen.
-        module: Qualified name, in the LightningModule, of the module that is pruned. None: all of it, models that only
-            serve as a reference or a judge included.
+        constraints: Constraints on pruning.
+        min_delta: Largest change of a pattern that counts as stable (Jaccard distance).
+        patience: Stable decisions in a row, after the schedule's end, until a layer is frozen.
+        module: Qualified name, in the LightningModule, of the module to prune. None: all of it, reference and reward
+            models included.
         retrieval: Find, before the first decision, the heads that a causal language model looks things up with, and
-            keep them whole beside those that `constraints` protects (docs/retrieval.md). None: no heads are sought.
+            keep them whole beside those that `constraints` protects (docs/retrieval.md). None: do not look for them.
         distillation: Let the dense model teach the pruned one while patterns move (docs/frontier.md). None: no teacher.
         swap: Swaps settled layers to block-sparse attention. None: `KernelSwap()`.
         logging: Logs what pruning does. None: `SparsityLogger()`.
 
     Raises:
-        TypeError: If an argument is of another type.
-        ValueError: If an argument is out of range, before training starts; in `setup`, if the Trainer holds more than
-            one callback of a kind, or trains in copies of this process (ddp_spawn, ddp_fork, ddp_notebook).
+        TypeError: If an argument has a wrong type.
+        ValueError: If an argument is out of range; in `setup`, if the Trainer holds more than one callback of a kind,
+            or trains in copies of this process (ddp_spawn, ddp_fork, ddp_notebook).
     """
 
     def __init__(
@@ -141,15 +141,15 @@ class AttentionPruning(Driver):
         self._own = self.swap, self.logging
         self._given = swap is not None, logging is not None
         self._schedule = self.pruner.schedule  # as it was given
-        self._run_steps: int | None = None  # of the run by which shares in it were turned into steps
+        self._run_steps: int | None = None  # of the run whose length turned shares into steps
         self.report: PruneReport | None = None
         """The latest decision."""
         self._last_step = 0  # the latest optimizer step seen
         self._resumed = False  # whether the checkpoint of the fit or evaluation that runs held pruning
         self._watching = False  # whether the batch is probed
         self._randomness = Randomness()
-        self._looked = False  # whether the first training call of the run was looked at
-        self._blind = False  # whether the batch began without a block size to probe with
+        self._looked = False  # whether the first training call of the run was examined
+        self._blind = False  # whether the batch began without a block size
         self._probed: StandIn | None = None
         self._scale = 1.0  # the gradient scale before the batch
         self._distilled: DistilledStep | None = None
@@ -173,7 +173,7 @@ class AttentionPruning(Driver):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         self._attach(pl_module)
-        # Checkpoints of before the two were collaborators hold their states beside this one's.
+        # Older checkpoints hold the collaborators' states beside this one's.
         for collaborator, name in ((self.swap, "KernelSwap"), (self.logging, "SparsityLogger")):
             if name in checkpoint["callbacks"]:
                 collaborator.load_state(checkpoint["callbacks"][name])
@@ -196,7 +196,7 @@ class AttentionPruning(Driver):
         self._close(trainer, self.logging.end_fit(trainer, self.pruner, self.report, self.swap.events))
 
     def _close(self, trainer: pl.Trainer, file: Path | None) -> None:
-        """The last word."""
+        """Log the closing summary."""
         has_report = any(isinstance(logger, classes("loggers.CSVLogger")) for logger in trainer.loggers)
         tell(trainer, closing(self.pruner, self.report, self.swap.events, file, has_report))
 
@@ -204,14 +204,14 @@ class AttentionPruning(Driver):
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage != "fit" and trainer.ckpt_path is not None and not self._resumed:
             log.warning(
-                "The checkpoint %s holds no pruning, as it is of a dense run or was saved with "
-                "`save_weights_only=True`: its weights ran with the patterns that the model had already, or dense "
-                "without any. Pass a whole checkpoint of the pruned run.",
+                "The checkpoint %s holds no pruning: it is of a dense run, or was saved with `save_weights_only=True`. "
+                "Its weights ran with the patterns that the model had already, or dense without any. Pass a whole "
+                "checkpoint of the pruned run.",
                 trainer.ckpt_path,
             )
 
     def _settings(self) -> dict[str, Any]:
-        """For the loggers; steps are those of the schedule as it was given."""
+        """Settings for the loggers, with the schedule as it was given."""
         given = replace(self.pruner)
         given.schedule = self._schedule
         settings = pruning_settings(
@@ -223,7 +223,7 @@ class AttentionPruning(Driver):
             swap=self.swap.backend,
         )
         if self.pruner.block_size is None:
-            del settings[_BLOCK_SIZE]  # some loggers take a name once
+            del settings[_BLOCK_SIZE]  # some loggers refuse to change a value
         return settings
 
     def _release(self) -> None:
@@ -241,7 +241,7 @@ class AttentionPruning(Driver):
             self.pruner.attach(pl_module, self.module)
 
     def _forget_run(self) -> None:
-        """A new run begins, for the collaborators as well."""
+        """Reset the state of a run, of the collaborators too."""
         self.report, self._last_step, self._run_steps, self._looked = None, 0, None, False
         self._keep_whole({})
         self.swap.forget_run()
@@ -251,15 +251,15 @@ class AttentionPruning(Driver):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.global_step < self._last_step:
             log.warning(
-                "The fit starts at step %d, pruning was at step %d: it starts anew from the patterns in force. Pass "
-                "`ckpt_path` to go on with a run; leave AttentionPruning out to train with its patterns.",
+                "The fit starts at step %d, but pruning was at step %d: it starts anew from the patterns in force. "
+                "Pass `ckpt_path` to resume a run; leave AttentionPruning out to train with its patterns.",
                 trainer.global_step,
                 self._last_step,
             )
             self.pruner.restart()
             self._forget_run()
         total = steps_of_run(trainer, pl_module)
-        self._reckon(total)
+        self._resolve_schedule(total)
         if self.report is None:
             warn_of_begin(self.pruner.schedule, trainer.global_step)
             warn_of_return(self.pruner, trainer.global_step)
@@ -269,8 +269,8 @@ class AttentionPruning(Driver):
         self.logging.begin_training(trainer)
         self._randomness.begin_training()
 
-    def _reckon(self, total: int | None) -> None:
-        """Give the pruner its schedule in steps: of the run that was resumed, else of one of `total` steps."""
+    def _resolve_schedule(self, total: int | None) -> None:
+        """Give the pruner its schedule in steps of the resumed run, or else of one with `total` steps."""
         if not self._schedule.relative:
             return
         self._run_steps = self._run_steps or total
@@ -286,10 +286,10 @@ class AttentionPruning(Driver):
         self.logging.begin_batch(pl_module, self.swap)
 
     def _probe(self, pl_module: pl.LightningModule, step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Probe the training step alone: whatever else runs the model, at whatever time, is not what pruning is for.
+        """Run the training step with the probe on, and nothing else that runs the model.
 
-        Where Lightning does the backward pass, the probe stays on until it is over, for gradient checkpointing runs the
-        layers again there and they must do the same. A step without a loss has none.
+        If Lightning does the backward pass, the probe stays on until its end: gradient checkpointing runs the layers
+        again there, and they must do the same. A step without a loss has no backward pass.
         """
         # Lightning divides the loss of each micro-batch by their number.
         shares = pl_module.trainer.accumulate_grad_batches if pl_module.automatic_optimization else 1
@@ -305,7 +305,7 @@ class AttentionPruning(Driver):
         return output
 
     def _look(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """After the first forward pass, before any weight has changed: choose blocks, say what cannot be won."""
+        """After the first forward pass, before any weight has changed, choose the block size and forecast the gain."""
         length = trainer.strategy.broadcast(self.pruner.longest_call, src=0)  # all ranks need the same blocks
         if length is None:
             return
@@ -319,7 +319,7 @@ class AttentionPruning(Driver):
 
     @override
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        # Other callbacks may run the model once the batch is done. After a backward pass by hand the step may go on.
+        # Other callbacks may run the model after the batch. After a manual backward pass the step may continue.
         if pl_module.automatic_optimization:
             self.pruner.probe(False)
 
@@ -334,7 +334,7 @@ class AttentionPruning(Driver):
             if self._watching:
                 self._decide(trainer)
         if self.report is not None:
-            # The bar shows these at every step, so they are logged at every step; they never reach a logger here.
+            # For the progress bar alone, which needs them at every step.
             values = {"prune/sparsity_now": self.pruner.total_sparsity, "prune/threshold_now": self.report.threshold}
             pl_module.log_dict(values, prog_bar=True, logger=False, batch_size=1)
         self.swap.end_batch(trainer, pl_module, self.pruner)
@@ -353,7 +353,7 @@ class AttentionPruning(Driver):
         share_with_averages(pl_module)
 
     def _due(self, step: int) -> bool:
-        """Whether a decision falls on this optimizer step, or on an earlier one that had nothing to decide by."""
+        """Whether a decision falls on this optimizer step, or on an earlier one that had no statistics."""
         if self.report is None:
             return True
         latest = step - (step - 1) % self.every_n_steps
@@ -362,7 +362,7 @@ class AttentionPruning(Driver):
     def _decide(self, trainer: pl.Trainer) -> None:
         step = trainer.global_step
         if _gradient_scale(trainer) < self._scale:
-            # The scaler found NaN or infinity, took no step and trains on: what was probed may be as bad.
+            # The scaler found NaN or infinity and skipped the step: the statistics may hold them too.
             self.pruner.forget()
             return
         if self._search is not None and self._looked:
@@ -383,23 +383,23 @@ class AttentionPruning(Driver):
             )
 
     def _find_heads(self, trainer: pl.Trainer, search: RetrievalSearch) -> None:
-        """All ranks ask the model, the first one's answer counts."""
+        """Search the heads on all ranks, because they may share the model, and take rank 0's result."""
         self._search = None
         with trainer.precision_plugin.forward_context():
             found = trainer.strategy.broadcast(search.find(), src=0)
         self._keep_whole(found)
         if not found:
             log.warning(
-                "`retrieval` keeps no head whole, for the model answers none of the questions that it was asked. Give "
-                "the LightningModule a method `retrieval_probes(tokens, count, seed)` that asks what it knows, such as "
-                "`sparse_prune.retrieval.text_probes` with its tokenizer; or leave `retrieval` out."
+                "`retrieval` keeps no head whole, because the model answered none of its questions. Give the "
+                "LightningModule a method `retrieval_probes(tokens, count, seed)` with questions that it can answer, "
+                "such as `sparse_prune.retrieval.text_probes` with its tokenizer; or leave `retrieval` out."
             )
             return
         total = sum(state.layer.num_heads for state in self.pruner.layers.values())
         log.info("%d of %d heads are kept whole for retrieval (`retrieval`).", sum(map(len, found.values())), total)
 
     def _keep_whole(self, found: Mapping[str, tuple[int, ...]]) -> None:
-        """Protect heads that were found, beside those that the user protects."""
+        """Protect the heads that were found, beside those that the user protects."""
         self._found, own = dict(found), self._own_heads or {}
         heads = {name: tuple(sorted({*own.get(name, ()), *found.get(name, ())})) for name in {**own, **found}}
         self.pruner.constraints = replace(self.pruner.constraints, protected_heads=heads or None)
@@ -425,10 +425,10 @@ class AttentionPruning(Driver):
         self.pruner.load_state_dict(state_dict["pruner"])
         self._last_step = state_dict["last_step"]
         self.report = None if state_dict["report"] is None else PruneReport(**state_dict["report"])
-        self._run_steps = state_dict.get("run_steps")  # state of before schedules took shares has none
+        self._run_steps = state_dict.get("run_steps")  # older state has none
         self._keep_whole(state_dict.get("retrieval_heads", {}))
         if self._run_steps is not None:
-            self._reckon(self._run_steps)
+            self._resolve_schedule(self._run_steps)
         for collaborator, name in ((self.swap, "swap"), (self.logging, "logging")):
             if name in state_dict:
                 collaborator.load_state(state_dict[name])
@@ -440,13 +440,13 @@ class AttentionPruning(Driver):
 
 
 def _gradient_scale(trainer: pl.Trainer) -> float:
-    """What the loss is multiplied with; it falls when a step was skipped. 1 unless the precision is 16-mixed."""
+    """The scaler's factor on the loss, which falls when a step is skipped; 1 unless the precision is 16-mixed."""
     scaler = getattr(trainer.precision_plugin, "scaler", None)
     return 1.0 if scaler is None else float(scaler.get_scale())
 
 
 def _reduction(trainer: pl.Trainer) -> Reduce | None:
-    """How the ranks' statistics are added up; None for a single process."""
+    """The function that adds up the ranks' statistics; None for a single process."""
     if trainer.world_size == 1:
         return None
     return partial(sum_over_ranks, device="cpu" if dist.get_backend() == "gloo" else trainer.strategy.root_device)

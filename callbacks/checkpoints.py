@@ -1,4 +1,4 @@
-"""The checkpoint to go on from after a crash."""
+"""Finds the checkpoint to resume from after a crash."""
 
 from __future__ import annotations
 
@@ -11,19 +11,18 @@ log = logging.getLogger(__name__)
 
 
 def newest_checkpoint(folder: str | os.PathLike[str]) -> Path | None:
-    """The newest checkpoint below a folder that is whole; None if there is none.
+    """Return the newest whole checkpoint below a folder; None if there is none.
 
-    Lightning writes a checkpoint beside its place and moves it there. Where the temporary folder is on another disk,
-    the move copies, and a crash can leave half a file. Such files are skipped and named in the log. Checkpoints of
-    several files (folders, as FSDP writes them) are not looked at.
+    Lightning writes a checkpoint to a temporary folder and moves it. If that is on another disk, the move copies, and a
+    crash can leave half a file. Such files are skipped with a warning. Sharded checkpoints (folders, as FSDP writes
+    them) are ignored.
 
     Args:
-        folder: Where `ModelCheckpoint` writes, or any folder above it. Before the first start there is none: a log
-            line says so.
+        folder: The folder of `ModelCheckpoint`, or any above it. It need not exist yet: a log line says so.
     """
     root = Path(folder)
     if not root.is_dir():
-        log.info("There is no folder %s, and so no checkpoint to go on from.", root)
+        log.info("There is no folder %s, and so no checkpoint to resume from.", root)
     found = [path for path in root.rglob("*.ckpt") if path.is_file()]
     for path in sorted(found, key=lambda path: path.stat().st_mtime_ns, reverse=True):
         if _whole(path):
@@ -33,7 +32,7 @@ def newest_checkpoint(folder: str | os.PathLike[str]) -> Path | None:
 
 
 def _whole(path: Path) -> bool:
-    """Whether every part of the archive that torch writes is there with its checksum."""
+    """Whether all parts of torch's archive are there and have the right checksums."""
     try:
         with zipfile.ZipFile(path) as archive:
             return archive.testzip() is None

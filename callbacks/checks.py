@@ -1,4 +1,4 @@
-"""Refusals and warnings before they cost a run: of the Trainer, its length, and what the schedule asks for."""
+"""Early refusals and warnings about the Trainer, the length of the run, and the schedule."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from sparse_prune.attention.averages import likely_copies
 from sparse_prune.callbacks.collaborator import Driver
 from sparse_prune.callbacks.lightning import classes
-from sparse_prune.pattern import BlockPattern, num_blocks
+from sparse_prune.pattern import BlockPattern, num_blocks, total_sparsity
 from sparse_prune.pruner import AttentionPruner
 from sparse_prune.schedules import Schedule
 from sparse_prune.selection import LayerScores, select
@@ -23,11 +23,11 @@ _SMALLEST_BLOCK = 16
 
 
 def refuse_trainer(trainer: pl.Trainer, stage: str) -> None:
-    """Refuse a Trainer under which pruning would fail late, or be lost, before it trains.
+    """Refuse a Trainer under which pruning would fail late, or be lost.
 
     Args:
-        trainer: Of either package.
-        stage: As Lightning's `setup` gets it.
+        trainer: A Trainer of either package.
+        stage: The stage that Lightning passes to `setup`.
 
     Raises:
         ValueError: If it holds several pruning callbacks, or trains in copies of this process.
@@ -36,35 +36,35 @@ def refuse_trainer(trainer: pl.Trainer, stage: str) -> None:
     count = sum(isinstance(callback, Driver) for callback in callbacks)
     if count > 1:
         raise ValueError(
-            f"`Trainer(callbacks=...)` must hold one AttentionPruning, got {count}. Its `module` may name a common "
-            "parent of all that is to be pruned."
+            f"`Trainer(callbacks=...)` must hold one AttentionPruning, got {count}. Its `module` may name the common "
+            "parent of several modules."
         )
     if stage == "fit" and isinstance(
         trainer.strategy.launcher, classes("strategies.launchers._MultiProcessingLauncher")
     ):
         raise ValueError(
             "`strategy` must not train in copies of this process, as ddp_spawn, ddp_fork and ddp_notebook do, got "
-            f"{type(trainer.strategy).__name__} with {type(trainer.strategy.launcher).__name__}: the weights come back "
-            "from there, the patterns do not. Use strategy='ddp', in a script."
+            f"{type(trainer.strategy).__name__} with {type(trainer.strategy.launcher).__name__}: these return weights, "
+            "but no patterns. Use strategy='ddp', in a script."
         )
 
 
 def steps_of_run(trainer: pl.Trainer, pl_module: pl.LightningModule) -> int | None:
-    """Optimizer steps that the run takes in all, those before a resume included.
+    """Return the optimizer steps of the whole run, those before a resume included.
 
-    None where nobody knows: data without a length, or a module that steps its optimizers itself, maybe several times a
-    batch.
+    None if they are unknown: with data without a length, or a module that steps its optimizers itself, maybe several
+    times per batch.
 
     Args:
-        trainer: Its data are set up.
-        pl_module: What it trains.
+        trainer: A Trainer whose data are set up.
+        pl_module: The module that it trains.
     """
     total = _estimated(trainer)
     return int(total) if pl_module.automatic_optimization and 1 <= total < math.inf else None
 
 
 def _estimated(trainer: pl.Trainer) -> float:
-    """Lightning's estimate, in which every epoch accumulates as many batches as its scheduler says."""
+    """Lightning's estimate, with the accumulation of each epoch that a scheduler sets."""
     total: float = trainer.estimated_stepping_batches
     callbacks = trainer.callbacks  # type: ignore[attr-defined]
     kinds = classes("callbacks.GradientAccumulationScheduler")
@@ -77,51 +77,50 @@ def _estimated(trainer: pl.Trainer) -> float:
 
 
 def in_steps(schedule: Schedule, total: int | None) -> Schedule:
-    """The schedule in optimizer steps.
+    """Convert a schedule to optimizer steps.
 
     Args:
-        schedule: Its steps may be shares of the run.
-        total: Optimizer steps of the run; None: not known.
+        schedule: A schedule, maybe with shares of the run.
+        total: Optimizer steps of the run; None: unknown.
 
     Raises:
-        ValueError: If a step is a share and the run's length is not known.
+        ValueError: If a step is a share and the run's length is unknown.
     """
     if total is None and schedule.relative:
         raise ValueError(
-            "`begin_step` and `end_step` must be optimizer steps, as nobody knows how many this run takes (data "
-            "without a length, or optimizers stepped by hand), got "
-            f"{schedule.begin_step} and {schedule.end_step}. Give steps, or set Trainer(max_steps=...) where Lightning "
-            "steps the optimizer."
+            "`begin_step` and `end_step` must be optimizer steps in a run of unknown length (data without a length, or "
+            f"manual optimization), got {schedule.begin_step} and {schedule.end_step}. Give steps, or set "
+            "Trainer(max_steps=...) if Lightning steps the optimizer."
         )
     return schedule if total is None else schedule.resolved(total)
 
 
 def earliest_settling(schedule: Schedule, every_n_steps: int, patience: int) -> int:
-    """The first optimizer step at which a layer can settle: the `patience`-th decision from the schedule's end on.
+    """Return the first optimizer step at which a layer can settle: the `patience`-th decision after the schedule's end.
 
     Args:
-        schedule: In optimizer steps.
+        schedule: A schedule in optimizer steps.
         every_n_steps: Optimizer steps between decisions; the first falls on step 1.
-        patience: Decisions that must stand still.
+        patience: Stable decisions until a layer has settled.
     """
     waits = math.ceil(max(0, schedule.end_step - 1) / every_n_steps)
     return 1 + (waits + patience - 1) * every_n_steps
 
 
 def warn_of_end(schedule: Schedule, total: int | None, every_n_steps: int, patience: int) -> None:
-    """Say so if the run ends before any layer can settle.
+    """Warn if the run ends before any layer can settle.
 
     Args:
-        schedule: As for `earliest_settling`, like the last two.
-        total: Optimizer steps of the run; None: not known.
+        schedule: See `earliest_settling`.
+        total: Optimizer steps of the run; None: unknown.
         every_n_steps: See `earliest_settling`.
         patience: See `earliest_settling`.
     """
     first = earliest_settling(schedule, every_n_steps, patience)
     if total is not None and total < first:
         log.warning(
-            "The schedule ends at step %d, training at step %d: no layer will settle, which takes until step %d at "
-            "least (`patience` %d, `every_n_steps` %d). End the schedule earlier, or lower these.",
+            "The schedule ends at step %d, training at step %d: no layer will settle, because none can before step %d "
+            "(`patience` %d, `every_n_steps` %d). End the schedule earlier, or lower these.",
             schedule.end_step,
             total,
             first,
@@ -131,17 +130,17 @@ def warn_of_end(schedule: Schedule, total: int | None, every_n_steps: int, patie
 
 
 def warn_of_begin(schedule: Schedule, step: int) -> None:
-    """Say so if pruning begins in the middle of a ramp: its first decision would prune at once what the ramp spreads.
+    """Warn if pruning begins in the middle of a ramp: its first decision would prune at once what the ramp spreads.
 
     Args:
-        schedule: In optimizer steps.
+        schedule: A schedule in optimizer steps.
         step: Optimizer steps taken, none of them with pruning.
     """
     if schedule.begin_step < step and schedule.begin_step < schedule.end_step:
         log.warning(
-            "The fit goes on at step %d without pruning so far, and the ramp began at step %d: the first decision asks "
-            "for %.3g at once, for steps count from the run's first. Set `begin_step` to %d or later, and `end_step` "
-            "after it, to prune gradually.",
+            "The fit resumes at step %d without pruning so far, and the ramp began at step %d: the first decision asks "
+            "for %.3g at once, because steps count from the run's first. Set `begin_step` to %d or later, and "
+            "`end_step` after it, to prune gradually.",
             step,
             schedule.begin_step,
             schedule(step + 1),
@@ -150,10 +149,10 @@ def warn_of_begin(schedule: Schedule, step: int) -> None:
 
 
 def warn_of_reach(pruner: AttentionPruner) -> None:
-    """Say so if constraints keep more than the schedule ends with.
+    """Warn if the constraints keep more than the schedule's final sparsity allows.
 
     Args:
-        pruner: Its layers have seen a training call.
+        pruner: A pruner whose layers have seen a training call.
     """
     length = pruner.longest_call
     if pruner.sparsity is None or length is None:
@@ -161,8 +160,8 @@ def warn_of_reach(pruner: AttentionPruner) -> None:
     reachable, wanted = _reach(pruner, pruner.sides), pruner.sparsity.final - 0.01
     if reachable < wanted:
         log.warning(
-            "At most %.1f %% of the attention can be pruned in sequences of %d tokens (%d blocks of %d keys), %.1f %% "
-            "is asked for: the rest must stay. %s",
+            "At most %.1f %% of the attention can be pruned in sequences of %d tokens (%d blocks of %d keys), but "
+            "%.1f %% is asked for. %s",
             100 * reachable,
             length,
             num_blocks(length, pruner.sides[1]),
@@ -173,17 +172,17 @@ def warn_of_reach(pruner: AttentionPruner) -> None:
 
 
 def warn_of_copies(pruner: AttentionPruner) -> None:
-    """Say so if layers that no training step runs are copies of others by their names: they stay dense.
+    """Warn if layers that no training step runs are copies of others by their names: they stay dense.
 
     Args:
-        pruner: It has made its first decision.
+        pruner: A pruner after its first decision.
     """
     unseen = {name for name, state in pruner.layers.items() if state.scores.empty}
     copies = likely_copies(sorted(unseen), pruner.layers.keys() - unseen)
     if copies:
         first = next(iter(copies))
         log.warning(
-            "No training step runs the %d layers like %r, which are called as %r is: they stay dense, in validation "
+            "No training step runs the %d layers like %r, which have names like %r: they stay dense, in validation "
             "too. If they average the weights (EMA), make the average with torch.optim.swa_utils.AveragedModel or with "
             "Lightning's WeightAveraging, which get the patterns; if they are a dense reference, all is well.",
             len(copies),
@@ -193,18 +192,18 @@ def warn_of_copies(pruner: AttentionPruner) -> None:
 
 
 def _what_would_do(pruner: AttentionPruner, length: int, wanted: float) -> str:
-    """The remedy for sequences of too few blocks: a block size, a length."""
+    """The remedy for sequences of too few blocks, in words."""
     halved = [(pruner.sides[0] >> fold, pruner.sides[1] >> fold) for fold in range(1, 8)]
     sizes = [sides for sides in halved if min(sides) >= _SMALLEST_BLOCK and _reach(pruner, sides) >= wanted]
     lengths = [length << fold for fold in range(1, 6) if _reach(pruner, pruner.sides, length << fold) >= wanted]
     found = [f"`block_size={size[0] if size[0] == size[1] else size}`" for size in sizes[:1]]
     found += [f"sequences of {tokens} tokens" for tokens in lengths[:1]]
     loosen = "ower `sink_blocks`, `recent_blocks` or `min_density`, or protect fewer layers and heads."
-    return f"What would do: {' or '.join(found)}; else l{loosen}" if found else f"L{loosen}"
+    return f"Use {' or '.join(found)}; or l{loosen}" if found else f"L{loosen}"
 
 
 def _reach(pruner: AttentionPruner, sides: tuple[int, int], length: int | None = None) -> float:
-    """Share of possible blocks that constraints let go at a block size, and at a length or those of the last calls."""
+    """Share of possible blocks that constraints allow to prune, at a length or those of the last calls."""
     layers = []
     for layer in (state.layer for state in pruner.layers.values()):
         if layer.last_shape is not None:
@@ -212,15 +211,14 @@ def _reach(pruner: AttentionPruner, sides: tuple[int, int], length: int | None =
             dense = BlockPattern.dense(layer.num_heads, tokens, tokens, sides, layer.causal)
             layers.append(LayerScores(layer.name, torch.ones(dense.keep.shape), dense, layer.num_kv_heads))
     patterns, _ = select(layers, pruner.constraints, sparsity=1.0)
-    possible = sum(pattern.possible_count for pattern in patterns)
-    return 1.0 - sum(pattern.kept_blocks for pattern in patterns) / possible if possible else 0.0
+    return total_sparsity(patterns)
 
 
 def warn_of_return(pruner: AttentionPruner, step: int) -> None:
-    """Say so if a model that was pruned before gets connections back.
+    """Warn if a model that was pruned before gets connections back.
 
     Args:
-        pruner: It is attached and has made no decision; its schedule is in optimizer steps.
+        pruner: An attached pruner before its first decision, with a schedule in optimizer steps.
         step: Optimizer steps taken.
     """
     if pruner.sparsity is None:
@@ -229,8 +227,8 @@ def warn_of_return(pruner: AttentionPruner, step: int) -> None:
     if there <= asked + 0.01:
         return
     log.warning(
-        "The model comes with %.1f %% of its attention pruned, and the schedule begins at %.1f %%: the first decision "
-        "gives connections back. Let it begin where the model is (`initial=%.2f`), or leave AttentionPruning out to "
+        "The model already has %.1f %% of its attention pruned, and the schedule begins at %.1f %%: the first decision "
+        "gives connections back. Set `initial=%.2f` to begin where the model is, or leave AttentionPruning out to "
         "train with the patterns.",
         100 * there,
         100 * asked,
@@ -239,19 +237,19 @@ def warn_of_return(pruner: AttentionPruner, step: int) -> None:
 
 
 def warn_of_change(before: str, schedule: Schedule, open_layers: bool) -> None:
-    """Tell that a resumed run has another schedule than the one that was saved.
+    """Log that a resumed run has another schedule than its checkpoint.
 
     Args:
-        before: The saved one, in words.
-        schedule: The one given now.
+        before: The checkpoint's schedule, as text.
+        schedule: The run's schedule.
         open_layers: Whether the pattern of any layer may still move.
     """
     if open_layers:
-        log.info("The schedule was %s in the checkpoint, the run goes on with %s.", before, schedule)
+        log.info("The schedule was %s in the checkpoint; the run continues with %s.", before, schedule)
     else:
         log.warning(
-            "The schedule was %s in the checkpoint and is %s now, which changes nothing: all layers have settled. "
-            "Resume from a checkpoint of before they did.",
+            "The schedule was %s in the checkpoint and is %s now, which changes nothing, because all layers have "
+            "settled. Resume from a checkpoint before that.",
             before,
             schedule,
         )

@@ -1,4 +1,4 @@
-"""The last word of a fit: what was pruned, what became of each layer, where the patterns are, what to do next."""
+"""The closing summary of a fit: what was pruned and swapped, where the patterns are, what to do next."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ def closing(
     file: Path | None,
     has_report: bool,
 ) -> str:
-    """The last word, a line each for what there is to tell.
+    """Return the closing summary, a few lines.
 
     Args:
-        pruner: As it is at the end.
+        pruner: The pruner at the end of the fit.
         report: The latest decision; None if there was none.
         events: All swaps.
-        file: Where the patterns are; None if they were not kept.
-        has_report: Whether `sparse-prune report` can show the folder of that file.
+        file: The file of the patterns; None if there is none.
+        has_report: Whether `sparse-prune report` can read the file's folder.
     """
     if report is None:
-        return "Pruning: no decision was made, for the fit took no optimizer step that ran the attention layers."
+        return "Pruning: no decision was made, because no optimizer step of the fit ran the attention layers."
     total, layers = pruner.total_sparsity, len(pruner.patterns)
     asked = "" if pruner.sparsity is None else f" ({report.requested:.1%} asked for at the last decision)"
     lines = [f"Pruning: {total:.1%} of the attention of {layers} layers is pruned{asked}."]
@@ -36,26 +36,26 @@ def closing(
     if backends:
         counts = ", ".join(f"{count} on {backend}" for backend, count in backends.most_common())
         lines.append(f"Swapped: {backends.total()} of {layers} layers skip what was pruned: {counts}.")
-    given_back = [event for event in events if event.backend == "dense"]
-    if given_back:
-        lines.append(_given_back(given_back, layers))
+    reverted = [event for event in events if event.backend == "dense"]
+    if reverted:
+        lines.append(_reverted(reverted, layers))
     if pruner.open_layers:
         names = [state.layer.name for state in pruner.open_layers]
         lines.append(
-            f"Not settled: {len(names)} of {layers} layers ({_some(names)}), which mask what was pruned and gain no "
-            "speed. End the schedule earlier, train longer, or lower `patience` or `every_n_steps`."
+            f"Not settled: {len(names)} of {layers} layers ({_some(names)}), which mask what was pruned and are no "
+            "faster. End the schedule earlier, train longer, or lower `patience` or `every_n_steps`."
         )
-    lines.append(_patterns(file, bool(given_back)))
+    lines.append(_patterns(file, bool(reverted)))
     if file is not None:
         page = f"`sparse-prune report {file.parent}` shows the run on one page; " if has_report else ""
         lines.append(
-            f"Next: {page}`sparse_prune.export.save_pretrained(model, folder, pruner=...)` exports a model of "
-            "transformers, `sparse_prune.attention.apply_patterns` puts the patterns on any."
+            f"Next: {page}`sparse_prune.export.save_pretrained(model, folder, pruner=...)` exports a transformers "
+            "model, `sparse_prune.attention.apply_patterns` puts the patterns on any model."
         )
     return "\n  ".join(lines)
 
 
-def _given_back(events: list[SwapEvent], layers: int) -> str:
+def _reverted(events: list[SwapEvent], layers: int) -> str:
     event = events[0]
     if event.measured_ms:
         found = measurement(event.layer, event.sparsity, event.tokens, event.measured_ms)
@@ -64,8 +64,8 @@ def _given_back(events: list[SwapEvent], layers: int) -> str:
     times = [f"{other.layer} {_milliseconds(other)}" for other in events[1:] if other.measured_ms]
     others = f" (dense and best sparse: {_some(times)})" if times else ""
     return (
-        f"Given back: {len(events)} of {layers} layers got all their connections back, for {NO_GAIN}: {found}{others}. "
-        f"{NO_GAIN_REMEDY}"
+        f"Reverted: {len(events)} of {layers} layers got all their connections back, because {NO_GAIN}: "
+        f"{found}{others}. {NO_GAIN_REMEDY}"
     )
 
 
@@ -74,14 +74,14 @@ def _milliseconds(event: SwapEvent) -> str:
     return f"{' and '.join(pair)} ms"
 
 
-def _patterns(file: Path | None, given_back: bool) -> str:
+def _patterns(file: Path | None, reverted: bool) -> str:
     if file is None:
-        return "Patterns: not kept in a file."
+        return "Patterns: not written to a file."
     unused = (
-        "; what layers had learned that were given back is in it, marked as unused (`load_patterns(path, unused=True)` "
-        "for a machine that gains by it)"
+        "; it also holds the patterns of reverted layers, marked as unused (`load_patterns(path, unused=True)` loads "
+        "them on a machine where they are faster)"
     )
-    return f"Patterns: {file}{unused if given_back else ''}."
+    return f"Patterns: {file}{unused if reverted else ''}."
 
 
 def _some(names: list[str]) -> str:

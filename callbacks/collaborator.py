@@ -1,4 +1,4 @@
-"""Callbacks that AttentionPruning drives, wherever a Trainer's list holds them."""
+"""Callbacks that AttentionPruning calls, wherever they stand in a Trainer's list."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from sparse_prune.callbacks.lightning import Callback
 
 
 class Driver(Callback):
-    """What AttentionPruning is to its collaborators."""
+    """The callback that calls collaborators: AttentionPruning."""
 
 
 class Collaborator(Callback):
-    """It acts when its driver calls it. It has no hooks that act, so nothing happens twice if a Trainer holds it too.
+    """A callback that acts only when its driver calls it, even if a Trainer's list holds it too.
 
     Its state is part of the driver's.
     """
@@ -31,27 +31,27 @@ class Collaborator(Callback):
             )
 
     def forget_run(self) -> None:
-        """A new run begins."""
+        """Reset the state of a run."""
 
     def state(self) -> dict[str, Any]:
-        """What a resumed run must know."""
+        """Return the state that a resumed run needs."""
         return {}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Go on where `state` was taken."""
+        """Restore what `state` returned."""
 
 
 _Kind = TypeVar("_Kind", bound=Collaborator)
 
 
 def adopted(own: _Kind, given: bool, kind: type[_Kind], callbacks: Iterable[pl.Callback]) -> _Kind:
-    """The collaborator of a kind that a Trainer's list holds, else the driver's own.
+    """Return the collaborator of a kind in a Trainer's list, or else the driver's own.
 
     Args:
-        own: The driver's.
-        given: Whether the user gave it; else it is a default that steps back.
+        own: The driver's collaborator.
+        given: Whether the user gave it; otherwise it is a default, which one in the list replaces.
         kind: KernelSwap or SparsityLogger.
-        callbacks: The Trainer's.
+        callbacks: The Trainer's callbacks.
 
     Raises:
         ValueError: If there are several.
@@ -60,7 +60,7 @@ def adopted(own: _Kind, given: bool, kind: type[_Kind], callbacks: Iterable[pl.C
     count = len(listed) + given
     if count > 1:
         raise ValueError(
-            f"A Trainer must hold one {kind.__name__}, got {count}, those that AttentionPruning was given included. "
+            f"A Trainer must hold one {kind.__name__}, got {count}, including that of AttentionPruning. "
             "Leave the others out."
         )
     return listed[0] if listed else own

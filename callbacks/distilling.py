@@ -18,22 +18,22 @@ from sparse_prune.pruner import AttentionPruner
 class DistilledStep:
     """Stands in for a module's `training_step` until `remove`.
 
-    The step itself runs as it is, and logs what it logs; the divergence is added to the loss that it returns, so that
-    accumulation, loss scaling and every strategy treat it as part of the loss. Logged as `prune/divergence`.
+    The step runs unchanged; the divergence is added to the loss that it returns, so that accumulation, loss scaling and
+    every strategy treat it as part of the loss. It is logged as `prune/divergence`.
 
     Args:
-        pl_module: Its model was attached to the pruner.
-        pruner: Tells which layers have lost connections.
+        pl_module: The module whose model the pruner is attached to.
+        pruner: The pruner.
         settings: Weight, temperature, and when to stop.
 
     Raises:
-        ValueError: If the module optimizes by itself, or the module that gives the logits cannot be told.
+        ValueError: If the module optimizes manually, or the module that returns the logits is ambiguous.
     """
 
     def __init__(self, pl_module: pl.LightningModule, pruner: AttentionPruner, settings: Distillation) -> None:
         if not pl_module.automatic_optimization:
             raise ValueError(
-                f"`distillation` needs automatic optimization, got {type(pl_module).__name__}, which optimizes itself. "
+                f"`distillation` needs automatic optimization, got {type(pl_module).__name__} with a manual one. "
                 "Add `DenseTeacher.loss` to your own loss instead (sparse_prune.distillation)."
             )
         handles = [state.layer for state in pruner.layers.values()]
@@ -43,12 +43,12 @@ class DistilledStep:
         self._stand_in = StandIn(pl_module, self._run)
 
     def remove(self) -> None:
-        """Give the module its own step back."""
+        """Put the module's own step back."""
         self._stand_in.remove()
 
     @property
     def active(self) -> bool:
-        """Whether connections are missing, and the ramp goes on or `after_ramp` is set."""
+        """Whether connections are pruned, and layers still move or `after_ramp` is set."""
         lacking = any(state.layer.mode != "dense" for state in self.pruner.layers.values())
         return lacking and (self.settings.after_ramp or bool(self.pruner.open_layers))
 

@@ -1,4 +1,4 @@
-"""The swap: settled layers skip their pruned blocks, if that is faster."""
+"""The swap of settled layers to block-sparse attention, if that is faster."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class SwapEvent:
-    """What became of a settled layer."""
+    """The swap of a settled layer."""
 
     step: int
     """Optimizer step of the swap."""
     layer: str
     """Qualified name of the layer."""
     backend: str
-    """The backend taken; "dense" if it was no faster and the layer got all its connections back."""
+    """The layer's backend after the swap; "dense" if no other was faster and the layer was reverted."""
     sparsity: float
     """Share of the layer's possible blocks that was pruned when it settled."""
     dense_ms: float | None = None
-    """Forward and backward pass of dense SDPA. None if not measured."""
+    """Milliseconds of a forward and backward pass with dense SDPA. None if not measured."""
     sparse_ms: float | None = None
-    """The same with the sparse backend."""
+    """The same with the fastest sparse backend."""
     measured_ms: dict[str, float] = field(default_factory=dict)
     """The same with every backend that was measured."""
     tokens: int | None = None
@@ -46,15 +46,15 @@ class SwapEvent:
 
 
 class KernelSwap(Collaborator):
-    """Swaps settled layers to a block-sparse backend, when `AttentionPruning` asks it to after its decisions.
+    """Swaps settled layers to a block-sparse backend, called by `AttentionPruning` after its decisions.
 
     Args:
         backend: "auto" measures dense attention against every backend that skips blocks, in turns, on the layer's own
-            shapes, forward and backward, and gives a layer that gains nothing its connections back. In the first
-            training step it measures the final sparsity in advance, and warns if nothing is to be gained. A backend's
-            name takes that one unmeasured.
+            shapes, forward and backward, and reverts a layer that gains nothing to dense attention. In the first
+            training step it measures the final sparsity in advance, and warns if no layer would gain. The name of a
+            backend takes that one unmeasured.
         tune: On a GPU, measure the launch configurations of the Triton kernels on the first layer of a shape. They are
-            kept on disk (`SPARSE_PRUNE_CACHE_DIR`), so that a device does it once.
+            cached on disk (`SPARSE_PRUNE_CACHE_DIR`), so that each device is measured once.
 
     Raises:
         ValueError: If there is no such backend; when training starts, if it cannot train on the module's device.
@@ -68,27 +68,27 @@ class KernelSwap(Collaborator):
         self.events: list[SwapEvent] = []
         """All swaps so far, in order."""
         self.measuring_seconds = 0.0
-        """What measurements took in this process, all in all: they fall into training steps and are no part of them."""
+        """Total time of measurements in this process, in seconds: step times leave it out."""
         self._forecast_due = backend == "auto"
 
     @override
     def forget_run(self) -> None:
-        """A new run begins: the swaps so far are those of another."""
+        """Drop the swaps of an earlier run."""
         self.events = []
         self._forecast_due = self.backend == "auto"
 
     def begin_training(self, pl_module: pl.LightningModule) -> None:
-        """Refuse a backend that cannot train where the module is."""
+        """Refuse a backend that cannot train on the module's device."""
         if self.backend != "auto":
             check_trains(self.backend, pl_module.device)
 
     def forecast(self, trainer: pl.Trainer, pl_module: pl.LightningModule, pruner: AttentionPruner) -> None:
-        """Measure the final sparsity once, before anything is pruned, and warn if nothing is to be gained.
+        """Measure the final sparsity once, before anything is pruned, and warn if no layer would gain.
 
         Args:
             trainer: The Trainer.
-            pl_module: What it trains.
-            pruner: Its layers have seen a training call, and its block size is known.
+            pl_module: The module that it trains.
+            pruner: A pruner with a block size, whose layers have seen a training call.
         """
         if not self._forecast_due:
             return
@@ -99,28 +99,28 @@ class KernelSwap(Collaborator):
             warn_of_loss(forecasts)
 
     def end_batch(self, trainer: pl.Trainer, pl_module: pl.LightningModule, pruner: AttentionPruner) -> None:
-        """Swap what has settled.
+        """Swap the layers that have settled.
 
         Args:
             trainer: The Trainer.
-            pl_module: What it trains.
-            pruner: It has decided, if a decision was due.
+            pl_module: The module that it trains.
+            pruner: The pruner, after its decision if one was due.
         """
         waiting = [
             name
             for name, state in pruner.layers.items()
-            if state.settled_at is not None and state.layer.mode != "sparse" and not state.restored
+            if state.settled_at is not None and state.layer.mode != "sparse" and not state.reverted
         ]
         if not waiting:
             return
-        # Clocks differ between ranks, decisions must not: the first rank measures for all.
+        # Clocks differ between ranks but decisions must not: rank 0 measures for all.
         events: list[SwapEvent] = []
         if trainer.is_global_zero:
             with self._measuring(pl_module.device):
                 events = [self._event(pruner.layers[name].layer, trainer.global_step) for name in waiting]
         for event in trainer.strategy.broadcast(events, src=0):
             if event.backend == "dense":
-                pruner.restore(event.layer)
+                pruner.revert(event.layer)
             else:
                 pruner.swap(event.layer, event.backend)
             self.events.append(event)
@@ -128,7 +128,7 @@ class KernelSwap(Collaborator):
 
     @contextmanager
     def _measuring(self, device: torch.device) -> Iterator[None]:
-        """Adds up seconds; what a GPU has still to do of the training step comes before them."""
+        """Add the time of the block to `measuring_seconds`, without the work that a GPU still had to finish."""
         start = now(device)
         yield
         self.measuring_seconds += now(device) - start
@@ -150,7 +150,7 @@ class KernelSwap(Collaborator):
     @override
     def load_state(self, state: dict[str, Any]) -> None:
         self.events = [SwapEvent(**event) for event in state["events"]]
-        self._forecast_due = state.get("forecast_due", False)  # state of before there were forecasts has none
+        self._forecast_due = state.get("forecast_due", False)  # older state has none
 
 
 def _tell(event: SwapEvent) -> None:
@@ -159,4 +159,4 @@ def _tell(event: SwapEvent) -> None:
         log.info("Step %d: %s -> %s (%s)", event.step, event.layer, event.backend, times)
     else:
         found = measurement(event.layer, event.sparsity, event.tokens, event.measured_ms)
-        log.info("Step %d: %s gets its connections back, for %s: %s", event.step, event.layer, NO_GAIN, found)
+        log.info("Step %d: %s reverts to dense attention, because %s: %s", event.step, event.layer, NO_GAIN, found)

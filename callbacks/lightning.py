@@ -1,7 +1,7 @@
-"""The two packages that hold Lightning, `pytorch_lightning` and `lightning.pytorch`: what works must work with both.
+"""Support for both packages of Lightning, `pytorch_lightning` and `lightning.pytorch`.
 
-They hold the same code, and neither knows the other's classes. So our callbacks inherit from both, and a question about
-a class is asked of both. No other file of the callbacks tells them apart.
+They hold the same code in different classes. So our callbacks inherit from both, and `isinstance` tests both. No other
+file of the callbacks distinguishes them.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pytorch_lightning as pl
 
 PACKAGES: tuple[str, ...] = ("pytorch_lightning", "lightning.pytorch")
-"""Those that are installed."""
+"""The installed ones."""
 try:
     import_module(PACKAGES[-1])
 except ImportError:  # it is optional
@@ -25,16 +25,16 @@ def _find(package: str, name: str) -> Any:
 
 
 def classes(name: str) -> tuple[type[Any], ...]:
-    """A class of Lightning in every package that is installed, for `isinstance`.
+    """Return a Lightning class of each installed package, for `isinstance`.
 
     Args:
-        name: Such as "loggers.CSVLogger".
+        name: Its name in a package, such as "loggers.CSVLogger".
     """
     return tuple(_find(package, name) for package in PACKAGES)
 
 
 def logger_bases() -> tuple[type[Any], ...]:
-    """What a logger of pytorch_lightning must inherit from as well to be one of the other package."""
+    """Return the base classes that make a logger of pytorch_lightning one of the other package too."""
     return classes("loggers.Logger")[1:]
 
 
@@ -45,10 +45,10 @@ else:
 
 
 def overrides(pl_module: pl.LightningModule, hook: str) -> bool:
-    """Whether a module has a hook of its own.
+    """Whether a module overrides a hook.
 
     Args:
-        pl_module: Of either package.
+        pl_module: A module of either package.
         hook: Name of the hook.
     """
     return bool(
@@ -57,15 +57,15 @@ def overrides(pl_module: pl.LightningModule, hook: str) -> bool:
 
 
 def tell(trainer: pl.Trainer, message: str) -> None:
-    """Say something on rank 0 where Lightning's own notes go: users see it without raising a log level.
+    """Log a message on rank 0 through Lightning's own logger, which users see at its default level.
 
     Args:
-        trainer: Of either package; its package's logger takes the message.
-        message: What to say.
+        trainer: A Trainer of either package.
+        message: The message.
     """
     _find(_package(trainer, "trainer.Trainer"), "utilities.rank_zero.rank_zero_info")(message)
 
 
 def _package(thing: object, name: str) -> str:
-    """The package whose class of that name `thing` is of."""
+    """The package whose class of that name `thing` is an instance of."""
     return next((package for package in PACKAGES if isinstance(thing, _find(package, name))), PACKAGES[0])

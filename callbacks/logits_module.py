@@ -1,4 +1,4 @@
-"""Which part of a LightningModule is the model that ends with logits."""
+"""Finds the part of a LightningModule that returns the logits."""
 
 from __future__ import annotations
 
@@ -7,22 +7,22 @@ from collections.abc import Iterable
 import pytorch_lightning as pl
 from torch import nn
 
-from sparse_prune.attention.found import holds
+from sparse_prune.attention.handles import holds
 
 
 def module_with_logits(
     pl_module: pl.LightningModule, layers: Iterable[str], wanted: str | None, argument: str
 ) -> nn.Module:
-    """The module of that name, or the only child that holds all attention layers.
+    """Return the module of that name, or the only child that holds all attention layers.
 
     Args:
-        pl_module: Of either package.
+        pl_module: A module of either package.
         layers: Qualified names of the attention layers.
         wanted: Qualified name; None: the child.
-        argument: What errors call `wanted`.
+        argument: The name of `wanted` in errors.
 
     Raises:
-        ValueError: If there is no such module, or the child cannot be told.
+        ValueError: If there is no such module, or not exactly one such child.
     """
     modules: dict[str, nn.Module] = dict(pl_module.named_modules())
     children = [name for name, _ in pl_module.named_children()]

@@ -1,4 +1,4 @@
-"""Random numbers of a resumed run: those that the unbroken one would have drawn, dropout's among them."""
+"""The random state in checkpoints, so that a resumed run draws what the unbroken one would have drawn."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ log = logging.getLogger(__name__)
 
 
 class Randomness:
-    """Keeps every process's random state in a checkpoint, and goes on from it before the first batch is fetched.
+    """Saves every process's random state in a checkpoint, and restores it before the first batch is fetched.
 
-    Within an epoch the loaders' iterators, which draw too, were made before the checkpoint: there the state is set once
-    more behind theirs.
+    In the middle of an epoch the state is restored once more after the loaders' iterators, which draw too: the unbroken
+    run made them before the checkpoint.
     """
 
     def __init__(self) -> None:
@@ -26,24 +26,24 @@ class Randomness:
         self._set = False
 
     def end_batch(self, trainer: pl.Trainer) -> None:
-        """Remember whether the epoch goes on."""
+        """Record whether the epoch goes on."""
         self._within_epoch = not trainer.is_last_batch
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint holds. Every process must ask for it."""
+        """Return the state for a checkpoint. Every process must call it."""
         return {"within_epoch": self._within_epoch, "ranks": from_all_ranks(random_state())}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Remember what a checkpoint holds, until training starts."""
+        """Keep the state of a checkpoint until training starts."""
         self._loaded, self._set = state, False
 
     def begin_fit(self) -> None:
-        """Set what was loaded, before loaders are made."""
+        """Set the loaded state before loaders are made."""
         if self._loaded is not None:
             self._set_state(self._loaded["ranks"])
 
     def begin_training(self) -> None:
-        """Set what was loaded, once loaders are made, unless they have drawn from it as those of the unbroken run."""
+        """Set the loaded state again after loaders were made, unless the unbroken run's loaders drew from it too."""
         loaded, self._loaded = self._loaded, None
         if loaded is not None and (loaded["within_epoch"] or not self._set):
             self._within_epoch = loaded["within_epoch"]
@@ -56,8 +56,8 @@ class Randomness:
             self._set = True
         elif self._loaded is None:  # the last time
             log.warning(
-                "The checkpoint holds the random state of %d processes, this run has %d: it draws other numbers, for "
-                "dropout say, than the unbroken run would have. Resume on %d processes to repeat that one.",
+                "The checkpoint holds the random state of %d processes, but this run has %d: it draws other numbers, "
+                "for dropout say, than the unbroken run. Resume on %d processes to repeat that one.",
                 len(ranks),
                 count,
                 len(ranks),

@@ -1,4 +1,4 @@
-"""Where a run keeps its files."""
+"""The folder of a run's files."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from sparse_prune.callbacks.lightning import classes
 
 
 def run_folder(trainer: pl.Trainer) -> Path:
-    """The folder of the run alone, which every rank must ask for: only the first one knows it.
+    """Return the folder of this run. Every rank must call it, because only rank 0 knows the folder.
 
-    It is the `log_dir` of the first `CSVLogger`, wherever it stands: `sparse-prune report` reads the two together. A
-    run without one has its files with the first logger: in the `log_dir` of a `TensorBoardLogger`; for others, such as
-    W&B's and MLflow's, where Lightning keeps the run's checkpoints, `save_dir/name/version`. Without a logger, and
-    instead of a `save_dir` that is None, it is `default_root_dir`.
+    It is the `log_dir` of the first `CSVLogger`, where `sparse-prune report` reads logs and patterns. Without
+    one it belongs to the first logger: the `log_dir` of a `TensorBoardLogger`, or else `save_dir/name/version`, where
+    Lightning writes the run's checkpoints. Without a logger, or for a `save_dir` that is None, it is
+    `default_root_dir`.
 
     Args:
-        trainer: With its loggers.
+        trainer: The Trainer.
     """
     return Path(trainer.strategy.broadcast(os.fspath(_folder(trainer))))
 
 
 def filled_folders(trainer: pl.Trainer) -> list[Path]:
-    """Folders into which a run will write, as far as its Trainer says so before the start: logs, checkpoints.
+    """Return the folders that a run will write logs and checkpoints to, as far as they are known before the start.
 
     Args:
-        trainer: With its loggers and callbacks.
+        trainer: The Trainer.
     """
     found = [logger.log_dir or logger.save_dir for logger in trainer.loggers] or [trainer.default_root_dir]
     found += [getattr(callback, "dirpath", None) for callback in trainer.checkpoint_callbacks]

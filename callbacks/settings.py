@@ -1,4 +1,4 @@
-"""How a run is pruned, as hyperparameters for loggers."""
+"""The settings of pruning as hyperparameters for loggers."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from sparse_prune.pruner import AttentionPruner
 
 
 def pruning_settings(pruner: AttentionPruner, **others: Any) -> dict[str, Any]:
-    """Settings as flat plain values under "pruning/", such as "pruning/sparsity/final", for sweeps to be sorted by.
+    """Return settings as flat plain values under "pruning/", such as "pruning/sparsity/final", to sort sweeps by.
 
     Args:
-        pruner: With its schedule as it was given.
-        **others: More settings; dataclasses are taken apart.
+        pruner: The pruner, with its schedule as it was given.
+        **others: More settings; dataclasses are flattened.
     """
     return _flat("pruning", pruner) | {
         name: value for key, given in others.items() for name, value in _flat(f"pruning/{key}", given).items()

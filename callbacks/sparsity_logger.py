@@ -1,4 +1,4 @@
-"""What pruning does, into the trainer's loggers."""
+"""Logs pruning to the Trainer's loggers, and writes patterns to files."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from pytorch_lightning.loggers import Logger
 from torch import Tensor
 from typing_extensions import override
 
-from sparse_prune.callbacks import logger_extras
+from sparse_prune.callbacks import logger_kinds
 from sparse_prune.callbacks.collaborator import Collaborator
 from sparse_prune.callbacks.kernel_swap import KernelSwap, SwapEvent
 from sparse_prune.callbacks.run_folder import run_folder
 from sparse_prune.callbacks.step_clock import StepClock
 from sparse_prune.callbacks.uploads import Uploads
-from sparse_prune.export import save_patterns
+from sparse_prune.export import PATTERN_FILE, save_patterns
 from sparse_prune.export.history import remove_frames, save_frame
 from sparse_prune.machine import describe_machine
 from sparse_prune.metrics import Moment, head_table, layer_numbers, measure, summarize
@@ -29,9 +29,8 @@ from sparse_prune.pruner import AttentionPruner, PruneReport
 
 log = logging.getLogger(__name__)
 
-PATTERN_FILE = "attention_pattern.safetensors"
 UPLOAD_SECONDS = 10.0
-"""To wait for files to be handed over at the end of a run."""
+"""Longest wait for the hand-over of files at the end of a run."""
 
 
 class SparsityLogger(Collaborator):
@@ -39,21 +38,21 @@ class SparsityLogger(Collaborator):
 
     `AttentionPruning` calls it after its decisions and swaps.
 
-    Keys, units and meanings are those of `sparse_prune.metrics.METRICS`; shares are in [0, 1]. Times are of this
-    process, every `Trainer.log_every_n_steps`, without the swap's measurements.
+    `sparse_prune.metrics.METRICS` lists keys, units and meanings; shares are in [0, 1]. Times are of this process,
+    every `Trainer.log_every_n_steps`, without the swap's measurements.
 
     W&B and TensorBoard also get pictures: patterns/atlas (all layers and heads: scores, kept, pruned and regrown
-    blocks) while patterns move, patterns/layer_NN when a layer settles and at the end. W&B gets the table
+    blocks) while patterns move, patterns/layer_NN when a layer settles and at the end. W&B also gets the table
     patterns/heads, the patterns as versions of an artifact, and a summary. The patterns, and their history for
-    `sparse-prune report`, are also written beside the logs, also when an exception or Ctrl-C ends the run.
+    `sparse-prune report`, are written beside the logs, also when an exception or Ctrl-C ends the run.
 
     The settings of pruning, the machine and the versions join the loggers' hyperparameters, under pruning/.
 
-    A logger that fails is reported once and left alone for the rest of the fit; training goes on, and never waits for
-    files that W&B uploads.
+    A logger that fails is reported once and skipped for the rest of the fit. Training goes on, and never waits for
+    uploads of W&B.
 
     Args:
-        images: Draw patterns.
+        images: Whether to draw patterns.
         every_n_decisions: Decisions between pictures of the atlas and frames of the history.
 
     Raises:
@@ -72,7 +71,7 @@ class SparsityLogger(Collaborator):
 
     @override
     def forget_run(self) -> None:
-        """A new run begins: nothing of it was logged."""
+        """Reset the state of a run."""
         self._logged_step = 0  # step of the last decision that was logged
         self._logged_swaps = 0
         self._decisions = 0
@@ -81,32 +80,30 @@ class SparsityLogger(Collaborator):
         self._measured = 0.0  # seconds of the swap's measurements when the batch began
 
     def begin_fit(self, trainer: pl.Trainer, settings: dict[str, Any]) -> None:
-        """Find the folder of the run, on every rank; tell the loggers what will come.
-
-        What failed in an earlier fit gets a new chance.
+        """Find the folder of the run, on every rank; log settings, and retry loggers that failed in an earlier fit.
 
         Args:
             trainer: The Trainer.
-            settings: How the run is pruned, for the loggers' hyperparameters.
+            settings: Settings of pruning, for the loggers' hyperparameters.
         """
         self._failed, self._uploads = set(), Uploads()
         # Under `fast_dev_run` a fit leaves no files.
         self._folder = None if trainer.fast_dev_run else run_folder(trainer)  # type: ignore[attr-defined]
-        self._each(trainer, logger_extras.describe_metrics)
+        self._each(trainer, logger_kinds.describe_metrics)
         self.log_settings(trainer, settings)
 
     def log_settings(self, trainer: pl.Trainer, settings: dict[str, Any]) -> None:
-        """Tell the loggers how the run is pruned, anew once what was left open is decided.
+        """Log settings as hyperparameters, at the start and once a setting that was left open is decided.
 
         Args:
             trainer: The Trainer.
-            settings: For the loggers' hyperparameters.
+            settings: Flat names -> plain values.
         """
         machine = {f"pruning/{name}": text for name, text in describe_machine().items()}
-        self._each(trainer, partial(logger_extras.log_settings, trainer=trainer, settings=settings | machine))
+        self._each(trainer, partial(logger_kinds.log_settings, trainer=trainer, settings=settings | machine))
 
     def begin_training(self, trainer: pl.Trainer) -> None:
-        """Remove what an earlier run left of the history."""
+        """Remove frames of an earlier run after this step."""
         if self._folder is not None and trainer.is_global_zero:
             try:
                 remove_frames(self._folder, after=trainer.global_step)
@@ -114,7 +111,7 @@ class SparsityLogger(Collaborator):
                 log.warning("Frames of an earlier run stay in the pattern history: %r", error)
 
     def begin_batch(self, pl_module: pl.LightningModule, swap: KernelSwap) -> None:
-        """The time of a batch begins."""
+        """Start the clock of a batch."""
         self._measured = swap.measuring_seconds
         self._clock.start(pl_module.device)
 
@@ -126,14 +123,14 @@ class SparsityLogger(Collaborator):
         report: PruneReport | None,
         swap: KernelSwap,
     ) -> None:
-        """Log what is new.
+        """Log new metrics and pictures.
 
         Args:
             trainer: The Trainer.
-            pl_module: What it trains.
-            pruner: As it is after decisions and swaps.
+            pl_module: The module that it trains.
+            pruner: The pruner, after decisions and swaps.
             report: The latest decision; None before the first.
-            swap: Its events are all swaps so far.
+            swap: The KernelSwap, with all swaps so far.
         """
         self._clock.stop(pl_module.device, _tokens(pruner), apart=swap.measuring_seconds - self._measured)
         metrics = self._clock.read(trainer.global_step, trainer.log_every_n_steps)  # type: ignore[attr-defined]
@@ -159,11 +156,11 @@ class SparsityLogger(Collaborator):
     def end_fit(
         self, trainer: pl.Trainer, pruner: AttentionPruner, report: PruneReport | None, events: list[SwapEvent]
     ) -> Path | None:
-        """Log and keep how the run ended.
+        """Log the end of the run and write its patterns.
 
         Args:
             trainer: The Trainer.
-            pruner: As it is at the end.
+            pruner: The pruner at the end.
             report: The latest decision; None if there was none.
             events: All swaps.
 
@@ -179,20 +176,20 @@ class SparsityLogger(Collaborator):
             file = self._keep_patterns(trainer, pruner, ["latest", "final"], summary)
             if trainer.is_global_zero:
                 table, step = head_table(pruner, events), _step(trainer)
-                self._each(trainer, partial(logger_extras.log_summary, summary=summary, step=step))
+                self._each(trainer, partial(logger_kinds.log_summary, summary=summary, step=step))
                 for logger in trainer.loggers:
-                    if logger_extras.is_wandb(logger):
-                        self._uploads.submit(_name(logger), partial(logger_extras.log_table, logger, table, step))
+                    if logger_kinds.is_wandb(logger):
+                        self._uploads.submit(_name(logger), partial(logger_kinds.log_table, logger, table, step))
                 self._uploads.wait(UPLOAD_SECONDS)
         self._folder = None
         return file
 
     def broken_off(self, trainer: pl.Trainer, pruner: AttentionPruner, report: PruneReport | None) -> Path | None:
-        """Keep files alone: networks can make a user wait who wants to stop, and other ranks may be gone.
+        """Write files and log nothing: a network could delay a user who wants to stop, and other ranks may be gone.
 
         Args:
             trainer: The Trainer.
-            pruner: As it is.
+            pruner: The pruner.
             report: The latest decision; None if there was none.
 
         Returns:
@@ -205,13 +202,13 @@ class SparsityLogger(Collaborator):
         try:
             _save(pruner, file)
             save_frame(pruner.patterns, folder, trainer.global_step)
-        except Exception as error:  # whatever else went wrong must not hide what ended the run
+        except Exception as error:  # this must not hide the error that ended the run
             log.warning("The attention patterns of the broken run were not written to %s: %r", folder, error)
             return None
         return file
 
     def _snapshot(self, trainer: pl.Trainer, pruner: AttentionPruner) -> None:
-        """The atlas into the loggers, and a frame of the history beside them."""
+        """Log the atlas, and write a frame of the history."""
         if not trainer.is_global_zero:
             return
         patterns = pruner.patterns
@@ -220,26 +217,26 @@ class SparsityLogger(Collaborator):
                 save_frame(patterns, self._folder, trainer.global_step)
             except OSError as error:
                 log.warning("No frame of the pattern history was written at step %d: %r", trainer.global_step, error)
-        if self.images and any(logger_extras.takes_pictures(logger) for logger in trainer.loggers):
-            # A layer may have the pattern of an earlier run, and not be seen in this one yet.
+        if self.images and any(logger_kinds.takes_pictures(logger) for logger in trainer.loggers):
+            # A layer may have a pattern of an earlier run and no scores in this one yet.
             averages = {name: pruner.layers[name].scores for name in patterns}
             scores = {name: average.value() for name, average in averages.items() if not average.empty}
             layers = views(patterns, scores, self._drawn)
             self._drawn = {name: pattern.keep for name, pattern in patterns.items()}
-            self._each(trainer, partial(logger_extras.log_atlas, layers=layers, step=_step(trainer)))
+            self._each(trainer, partial(logger_kinds.log_atlas, layers=layers, step=_step(trainer)))
 
     def _draw(self, trainer: pl.Trainer, pruner: AttentionPruner, patterns: dict[str, BlockPattern]) -> None:
         if self.images and trainer.is_global_zero:
             numbers = layer_numbers(pruner)
             for name, pattern in patterns.items():
                 key, caption = f"patterns/layer_{numbers[name]:02d}", f"{name}: {pattern.sparsity:.1%} pruned"
-                show = partial(logger_extras.log_picture, key=key, picture=draw_layer(pattern), caption=caption)
+                show = partial(logger_kinds.log_picture, key=key, picture=draw_layer(pattern), caption=caption)
                 self._each(trainer, partial(show, step=_step(trainer)))
 
     def _keep_patterns(
         self, trainer: pl.Trainer, pruner: AttentionPruner, aliases: list[str], metadata: dict[str, float]
     ) -> Path | None:
-        """The patterns as a file beside the logs, and as a version of the run's artifact."""
+        """Write the patterns beside the logs, and upload them as a version of the run's artifact."""
         if self._folder is None or not trainer.is_global_zero:
             return None
         path = self._folder / PATTERN_FILE
@@ -250,14 +247,14 @@ class SparsityLogger(Collaborator):
             return None
 
         def upload(logger: Logger) -> None:
-            if logger_extras.is_wandb(logger):
-                self._uploads.submit(_name(logger), logger_extras.version_of(logger, path, aliases, metadata))
+            if logger_kinds.is_wandb(logger):
+                self._uploads.submit(_name(logger), logger_kinds.version_of(logger, path, aliases, metadata))
 
         self._each(trainer, upload)
         return path
 
     def _each(self, trainer: pl.Trainer, action: Callable[[Logger], None]) -> None:
-        """Do something on rank 0 with every logger; one that fails is dropped with one warning."""
+        """Call an action on rank 0 for every logger; one that fails is dropped with one warning."""
         if not trainer.is_global_zero:
             return
         for logger in trainer.loggers:
@@ -265,7 +262,7 @@ class SparsityLogger(Collaborator):
                 continue
             try:
                 action(logger)
-            except Exception as error:  # a logger is any code, on any network: nothing it raises may stop a run
+            except Exception as error:  # a logger is foreign code on a network: no error of it may stop a run
                 self._failed.add(id(logger))
                 log.warning("%s failed and gets no more sparsity logs: %r", _name(logger), error)
 
@@ -285,13 +282,13 @@ class SparsityLogger(Collaborator):
 
 
 def _save(pruner: AttentionPruner, path: Path) -> None:
-    """Patterns in force, and those of layers that were given back, which another machine may gain by."""
-    learned = {name: state.given_back for name, state in pruner.layers.items()}
-    save_patterns(pruner.patterns, path, unused={name: found for name, found in learned.items() if found is not None})
+    """Save the patterns in force, and the unused ones of reverted layers, which may be faster on another machine."""
+    unused = {name: state.unused_pattern for name, state in pruner.layers.items() if state.unused_pattern is not None}
+    save_patterns(pruner.patterns, path, unused=unused)
 
 
 def _tokens(pruner: AttentionPruner) -> int:
-    """Tokens of the batch: those of the layer that sees most of them."""
+    """Tokens of the batch: those of the layer that sees the most."""
     shapes = [state.layer.last_shape for state in pruner.layers.values()]
     return max((shape.batch * shape.q_len for shape in shapes if shape is not None), default=0)
 

@@ -1,4 +1,4 @@
-"""How fast training steps are, told now and then without a wait at every step."""
+"""Measures the speed of training steps over intervals, without waiting for a GPU at every step."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ import torch
 from sparse_prune.metrics import STEP_SECONDS, TOKENS_PER_SECOND
 
 _Mark = float | torch.cuda.Event
-"""A moment: seconds of the host's clock, or an event in the stream of a GPU."""
+"""A point in time: seconds of the host's clock, or an event in the stream of a GPU."""
 
 
 class StepClock:
-    """Seconds per optimizer step and tokens per second, over intervals of several steps.
+    """Measures seconds per optimizer step and tokens per second, over intervals of several steps.
 
-    A step is what lies between the beginning of its batches and their end: not the loading of data, not validation. A
-    GPU works behind the Python that feeds it, so there its own clock is read: events are recorded around every batch,
-    and waited for only when an interval is closed. A copy, or what a pickle gives back, has seen nothing.
+    A step's time is that of its batches, without loading of data and validation. A GPU runs behind its host, so there
+    its own clock is read: events are recorded around every batch, and waited for only at the end of an interval. A copy
+    or unpickled clock starts anew.
     """
 
     def __init__(self) -> None:
         self._begin: _Mark = 0.0
-        self._spans: deque[tuple[_Mark, _Mark]] = deque()  # batches that a GPU may still be at
+        self._spans: deque[tuple[_Mark, _Mark]] = deque()  # batches that a GPU may still compute
         self._seconds = 0.0
         self._tokens = 0
         self._step: int | None = None  # optimizer step at which the interval began; None: the first step warms up
@@ -34,20 +34,20 @@ class StepClock:
         return type(self), ()
 
     def start(self, device: torch.device) -> None:
-        """A batch begins.
+        """Mark the start of a batch.
 
         Args:
-            device: Where the module is.
+            device: The module's device.
         """
         self._begin = _mark(device)
 
     def stop(self, device: torch.device, tokens: int, apart: float = 0.0) -> None:
-        """A batch ends.
+        """Mark the end of a batch.
 
         Args:
-            device: As for `start`.
+            device: The module's device.
             tokens: Tokens in the batch, of this process.
-            apart: Seconds since `start` that were no part of the step; the device had finished the step before them.
+            apart: Seconds since `start` that are not part of the step; the device must have been idle when they began.
         """
         self._spans.append((self._begin, _mark(device)))
         while self._spans and _is_over(self._spans[0][1]):
@@ -56,7 +56,7 @@ class StepClock:
         self._tokens += tokens
 
     def read(self, step: int, every: int) -> dict[str, float]:
-        """Close the interval if it is long enough; then its metrics, else none.
+        """Close the interval if it is long enough and return its metrics, or else none.
 
         Args:
             step: Optimizer steps taken.
@@ -69,7 +69,7 @@ class StepClock:
         steps = step - self._step
         if steps < max(1, every):
             return {}
-        # From the last one on: it is waited for, and with it the others are over.
+        # Waiting for the last span first, as all others are over then.
         seconds = self._seconds + sum(_seconds(*span) for span in reversed(self._spans))
         if seconds <= 0.0:
             return {}
@@ -78,7 +78,7 @@ class StepClock:
         return self._last.copy()
 
     def at_swap(self) -> dict[str, float]:
-        """The last speed again under keys of its own: marks of the swap on the curves of the speed."""
+        """Return the last metrics under the keys that mark swaps on the curves."""
         return {f"{key}_at_swap": value for key, value in self._last.items()}
 
     def _begin_interval(self, step: int) -> None:
@@ -99,7 +99,7 @@ def _is_over(mark: _Mark) -> bool:
 
 
 def _seconds(begin: _Mark, end: _Mark) -> float:
-    """Between two marks of one device; waits for a GPU that is not there yet."""
+    """Seconds between two marks of one device, after waiting for a GPU to reach the second."""
     if isinstance(begin, float) or isinstance(end, float):
         assert isinstance(begin, float)
         assert isinstance(end, float)

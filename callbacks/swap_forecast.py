@@ -1,4 +1,4 @@
-"""A forecast of the swap: would attention gain anything from the sparsity that the schedule ends with?"""
+"""A forecast of the swap: measures whether attention gains speed from the schedule's final sparsity."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from sparse_prune.pruner import AttentionPruner
 log = logging.getLogger(__name__)
 
 NO_GAIN = "no backend is faster than dense attention"
-"""Why a layer gets its connections back, in the forecast, at the swap and at the end alike."""
+"""Why a layer reverts to dense attention."""
 NO_GAIN_REMEDY = (
     "Use longer sequences, larger blocks or more sparsity; or name a backend, as in KernelSwap('sdpa'), to keep the "
-    "patterns whatever the clock says."
+    "patterns without a measurement."
 )
 
 
 def measurement(layer: str, sparsity: float, tokens: int | None, measured_ms: Mapping[str, float]) -> str:
-    """What was measured, in words.
+    """Describe a measurement in words.
 
     Args:
-        layer: Whose attention.
-        sparsity: Share of possible blocks that the pattern lacks.
-        tokens: Length of the call; None if it is not known.
+        layer: Name of the measured layer.
+        sparsity: Share of possible blocks that the pattern prunes.
+        tokens: Length of the call; None if unknown.
         measured_ms: "dense" and backends -> milliseconds.
     """
     length = "" if tokens is None else f" and {tokens} tokens"
@@ -37,31 +37,31 @@ def measurement(layer: str, sparsity: float, tokens: int | None, measured_ms: Ma
 
 @dataclass(frozen=True)
 class SwapForecast:
-    """Times of one attention call, forward and backward, with a random pattern of the final sparsity."""
+    """Measured times of one attention call, forward and backward, with a random pattern of the final sparsity."""
 
     layer: str
     """Qualified name of the layer that was measured, the first of its shape."""
     layers: int
-    """How many layers have the shape."""
+    """Number of layers of that shape."""
     tokens: int
     """Length of the call."""
     sparsity: float
-    """Share of possible blocks that the measured pattern lacks."""
+    """Share of possible blocks that the pattern prunes."""
     measured_ms: dict[str, float]
     """"dense" and every backend that skips blocks -> milliseconds."""
 
     @property
     def gains(self) -> bool:
-        """Whether a backend is faster than dense attention; also where there is nothing to compare."""
+        """Whether a backend is faster than dense attention, or there is nothing to compare."""
         return len(self.measured_ms) < 2 or fastest(self.measured_ms) != "dense"
 
 
 def forecast_swap(pruner: AttentionPruner, tuned: bool) -> list[SwapForecast]:
-    """Measure once per kind of attention call; empty if the schedule tells no sparsity.
+    """Measure once per shape of attention call; empty if the schedule is not of sparsity.
 
     Args:
-        pruner: Its layers have seen a training call.
-        tuned: As for `time_attention`.
+        pruner: A pruner whose layers have seen a training call.
+        tuned: See `time_attention`.
     """
     if pruner.sparsity is None or pruner.sparsity.final == 0.0:
         return []
@@ -79,16 +79,16 @@ def forecast_swap(pruner: AttentionPruner, tuned: bool) -> list[SwapForecast]:
 
 
 def warn_of_loss(forecasts: list[SwapForecast]) -> None:
-    """Log all forecasts, and a warning if none promises a gain.
+    """Log all forecasts, and warn if none promises a gain.
 
     Args:
-        forecasts: Of all shapes.
+        forecasts: The forecasts of all shapes.
     """
     for forecast in forecasts:
         log.info("%s", _line(forecast))
     if forecasts and not any(forecast.gains for forecast in forecasts):
         log.warning(
-            "Pruning is not expected to make this run faster, for %s: %s. Layers that gain nothing get their "
+            "Pruning is not expected to make this run faster, because %s: %s. Layers that gain nothing get their "
             "connections back when they settle, after they have trained without them. %s",
             NO_GAIN,
             _line(forecasts[0]),
@@ -102,7 +102,7 @@ def _line(forecast: SwapForecast) -> str:
 
 
 def _by_shape(pruner: AttentionPruner) -> dict[Hashable, list[PrunableAttention]]:
-    """Layers by what their time depends on."""
+    """Group layers by everything that their time depends on."""
     found: dict[Hashable, list[PrunableAttention]] = {}
     for state in pruner.layers.values():
         layer, shape = state.layer, state.layer.last_shape

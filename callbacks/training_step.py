@@ -1,4 +1,4 @@
-"""Puts work around the training step of a LightningModule, and nothing else that runs the model."""
+"""Wraps the training step of a LightningModule."""
 
 from __future__ import annotations
 
@@ -13,12 +13,11 @@ import pytorch_lightning as pl
 class StandIn:
     """Stands in for a module's `training_step` until `remove`.
 
-    What Lightning runs the model for beside the step, and what other callbacks run it for, passes it by. A copy of the
-    module, or what a pickle gives back, has its own step.
+    It does not see any other run of the model, such as by other callbacks. A copy or unpickled module has its own step.
 
     Args:
-        pl_module: Its instance gets the stand-in.
-        run: Called with the module's step, then with the arguments of the call; returns what the step returns.
+        pl_module: The module.
+        run: Called with the module's step and the arguments of the call; returns what the step returns.
     """
 
     def __init__(self, pl_module: pl.LightningModule, run: Callable[..., Any]) -> None:
@@ -35,7 +34,7 @@ class StandIn:
         return getattr, (self._module, "training_step")
 
     def remove(self) -> None:
-        """Give the module its own step back."""
+        """Put the module's own step back."""
         vars(self._module).pop("training_step", None)
         if self._own is not None:
             vars(self._module)["training_step"] = self._own

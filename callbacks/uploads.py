@@ -1,4 +1,4 @@
-"""Work that may wait for a network, done beside the training."""
+"""Runs work that may wait for a network in a thread beside the training."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ log = logging.getLogger(__name__)
 
 
 class Uploads:
-    """Runs actions one after the other in a thread of its own; after the first failure it takes no more.
+    """Runs actions one after the other in a thread; a receiver gets no more of them after its first failure.
 
-    What was submitted is finished before the process ends. A copy, or what a pickle gives back, has nothing to do.
+    Submitted actions are finished before the process ends. A copy or unpickled instance starts empty.
     """
 
     def __init__(self) -> None:
@@ -25,14 +25,14 @@ class Uploads:
         return {"_thread": None, "_pending": [], "_failed": self._failed.copy()}
 
     def submit(self, receiver: str, action: Callable[[], object]) -> None:
-        """Run `action` soon; `receiver` is named if it fails, and then gets nothing any more."""
+        """Run `action` soon; if it fails, a warning names `receiver`, which then gets no more actions."""
         if self._thread is None:
             self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="sparse_prune-uploads")
         self._pending = [future for future in self._pending if not future.done()]
         self._pending.append(self._thread.submit(self._run, receiver, action))
 
     def wait(self, seconds: float) -> None:
-        """Until everything is done, or the time is up."""
+        """Wait until all actions are done or the time is up."""
         wait(self._pending, seconds)
 
     def _run(self, receiver: str, action: Callable[[], object]) -> None:
@@ -40,6 +40,6 @@ class Uploads:
             return
         try:
             action()
-        except Exception as error:  # a logger is any code, on any network: nothing it raises may stop a run
+        except Exception as error:  # a logger is foreign code on a network: no error of it may stop a run
             self._failed.add(receiver)
             log.warning("%s takes no files and gets no more of them; they lie beside the logs: %r", receiver, error)

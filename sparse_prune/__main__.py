@@ -10,7 +10,7 @@ from sparse_prune.commands import COMMANDS
 
 
 def main(args: list[str] | None = None) -> None:
-    """Hand the rest of the command line to a command."""
+    """Run the command that the first argument names, with the other arguments."""
     commands = "\n".join(f"  {name:12} {help_text}" for name, (_, help_text) in COMMANDS.items())
     parser = argparse.ArgumentParser(
         prog="sparse-prune",

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-from sparse_prune.attention.found import handle_of
+from sparse_prune.attention.handles import handle_of
 from sparse_prune.attention.hf import attached_layers
 from sparse_prune.attention.layer import PrunableAttention
 from sparse_prune.attention.packed import Bucket, PackedKeys

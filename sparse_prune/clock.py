@@ -1,4 +1,4 @@
-"""A clock for work that a device does while its host runs ahead."""
+"""Timing of work that a device does while its host runs ahead."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from collections.abc import Callable
 import torch
 
 _RUNS = 5
-_CYCLES = 2e9  # per second, more than a GPU has: it waits rather too long than too short
+_CYCLES = 2e9  # per second, more than a GPU has: it rather waits too long than too short
 _LONGEST_WAIT = 1.0  # seconds
 
 
 def milliseconds(run: Callable[[], object], device: torch.device) -> float:
-    """Time of one run.
+    """Measure how long a run takes, in milliseconds.
 
-    On a GPU the device's own time: in training the host is ahead, and what it takes to launch kernels is hidden. So the
-    device is kept waiting until the host has launched several runs, and events on the device tell their mean.
-    Elsewhere the wall clock's time of a single run.
+    On a GPU this is the device's own time: in training the host runs ahead and hides the launching of kernels. So the
+    device waits until the host has launched several runs, and events on the device measure their mean. Elsewhere it is
+    the wall-clock time of a single run.
 
     Args:
-        run: Takes no longer from one call to the next; on a GPU it is called six times.
+        run: The work to measure; every call must take equally long. On a GPU it is called six times.
         device: Where it runs.
     """
     if device.type == "cuda":
@@ -48,10 +48,10 @@ def _on_gpu(run: Callable[[], object]) -> float:
 
 
 def now(device: torch.device) -> float:
-    """Seconds of a clock, read when the device has done all that it was given.
+    """Read the clock, in seconds, once the device has finished all work that it was given.
 
     Args:
-        device: Others than a GPU are never behind.
+        device: Only a GPU is waited for.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)

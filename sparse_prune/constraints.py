@@ -1,4 +1,4 @@
-"""What pruning must respect."""
+"""Constraints on pruning: which connections stay, and how scores are adjusted before the cut."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ FarField = Literal["block", "head", "layer"]
 
 @dataclass(frozen=True, kw_only=True)
 class Constraints:
-    """What pruning must respect.
+    """Constraints on pruning: which connections stay, and how scores are adjusted before the cut.
 
     Raises:
-        TypeError: If a count is no whole number, a switch no bool, or one name or head stands where several are wanted.
+        TypeError: If a count is no whole number, a switch no bool, or one name or head is given instead of a tuple.
         ValueError: If a count is negative or a share is outside its range.
     """
 
@@ -32,24 +32,24 @@ class Constraints:
     """How much blocks at the same distance from the diagonal share their scores, in [0, 1]; sink columns apart. A block
     scores the geometric mean of its own score, with weight 1 - share_diagonals, and the largest one on its diagonal.
     Single blocks are known from few samples, diagonals from many (docs/frontier.md). 0: every block stands for itself.
-    1: patterns are bands, the same at every length, and a head's reach is what it earns anywhere. None: 0.5 for causal
-    patterns, 0 for bidirectional ones, where it lost (docs/recipes/vision.md)."""
+    1: patterns are bands, the same at every length. None: 0.5 for causal patterns, 0 for bidirectional ones, where
+    sharing raised the loss (docs/recipes/vision.md)."""
     reach_price: float = 0.0
     """Divide the score of a block by 1 + reach_price * distance, where distance is its distance from the diagonal as a
-    share of the longest. A KV cache must hold all that a head reaches back over, so heads reach far only where they
-    earn it. 0: reach is free."""
+    share of the longest. A KV cache must hold all that a head reaches back over, so only high scores should reach far.
+    0: distance costs nothing."""
     fill_reach: bool = False
-    """Keep every block between the diagonal and the furthest one that a row keeps; sinks stand apart. The KV cache
-    holds what lies between anyway, so the model attends to more at the same cache, which is reached at a lower
-    sparsity (docs/constraints.md)."""
+    """Keep every block between the diagonal and the furthest one that a row keeps, sinks excepted. The KV cache holds
+    these blocks anyway, so the model attends to more at the same cache size and a lower sparsity
+    (docs/constraints.md)."""
     far_field: FarField = "block"
-    """What is kept or pruned at once beyond sinks and recent blocks, by its mean score: a block, all of a head (or of a
-    KV head, with share_kv_groups), or all of a layer. Whole far fields give patterns that other programs read
-    (docs/serving.md); the sparsity comes in as many steps as there are of them. Not together with min_density."""
+    """The unit that is kept or pruned as a whole beyond sinks and recent blocks, by its mean score: a block, a head (a
+    KV head, with share_kv_groups), or a layer. Whole far fields give patterns that other programs can read
+    (docs/serving.md); sparsity then rises in as many steps as there are units. min_density must be 0."""
     regrow: bool = True
-    """Let pruned blocks come back when their score has risen."""
+    """Whether pruned blocks come back when their score has risen."""
     hysteresis: float = 0.1
-    """Kept blocks score (1 + hysteresis) times as much, so that blocks at the threshold do not flicker."""
+    """Multiply the scores of kept blocks by 1 + hysteresis, so that blocks at the threshold do not flicker."""
     protected_layers: tuple[str, ...] = ()
     """Names of layers that stay dense."""
     protected_heads: Mapping[str, tuple[int, ...]] | None = None
@@ -66,18 +66,18 @@ class Constraints:
                 raise TypeError(f"`{name}` must be True or False, got {getattr(self, name)!r}.")
         if isinstance(self.protected_layers, str):
             raise TypeError(
-                f"`protected_layers` must be several names, got the string {self.protected_layers!r}. "
+                f"`protected_layers` must be a tuple of names, got the string {self.protected_layers!r}. "
                 f"Write ({self.protected_layers!r},)."
             )
         for layer, heads in (self.protected_heads or {}).items():
             if isinstance(heads, int):
-                raise TypeError(f"`protected_heads` of {layer!r} must be several heads, got {heads}. Write ({heads},).")
+                raise TypeError(f"`protected_heads` of {layer!r} must be a tuple, got {heads}. Write ({heads},).")
         if self.far_field not in get_args(FarField):
             raise ValueError(f"`far_field` must be one of {get_args(FarField)}, got {self.far_field!r}.")
         if self.far_field != "block" and self.min_density:
             raise ValueError(
-                f"`min_density` must be 0 with far_field={self.far_field!r}, which keeps far fields whole or not at "
-                f"all, got {self.min_density}. Keep more `recent_blocks` instead."
+                f"`min_density` must be 0 with far_field={self.far_field!r}, which keeps a far field whole or prunes "
+                f"it whole, got {self.min_density}. Keep more `recent_blocks` instead."
             )
         if self.sink_blocks < 0:
             raise ValueError(f"`sink_blocks` must be at least 0, got {self.sink_blocks}.")

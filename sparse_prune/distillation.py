@@ -1,7 +1,7 @@
-"""Distillation from the dense model: the same weights with all connections teach those that have lost some.
+"""Distillation: the model with all its connections teaches the same model with pruned ones.
 
-Self-distillation needs no second model in memory. DMS trains KV eviction by the logits of the dense model in the same
-way (arXiv:2506.05345); there the teacher's weights are the original ones, here they are the student's of the moment.
+Self-distillation needs no second model in memory. DMS trains KV eviction on the logits of the dense model in the same
+way (arXiv:2506.05345); there the teacher has the original weights, here it has the student's current ones.
 """
 
 from __future__ import annotations
@@ -16,26 +16,26 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparse_prune.attention import PrunableAttention
-from sparse_prune.attention.connections import evaluating, unpruned
+from sparse_prune.attention.modes import evaluating, unpruned
 
 
 @dataclass(frozen=True, kw_only=True)
 class Distillation:
-    """How much the dense model teaches.
+    """Settings of the distillation from the dense model.
 
     Raises:
         ValueError: If a number is not positive.
     """
 
     weight: float = 1.0
-    """What the divergence is multiplied with before it is added to the loss."""
+    """Factor on the divergence when it is added to the loss."""
     temperature: float = 1.0
-    """Logits of both are divided by it; the divergence is multiplied by its square (arXiv:1503.02531)."""
+    """Divides the logits of both; the divergence is multiplied by its square (arXiv:1503.02531)."""
     after_ramp: bool = False
-    """Go on after all layers have settled. Every step then pays for a dense forward pass: the run gains less speed."""
+    """Whether to go on after all layers have settled. Every step then costs a dense forward pass more."""
     module: str | None = None
-    """Qualified name, in the LightningModule, of the module whose output is the logits or has them as `logits`. None
-    takes the child that holds all attention layers."""
+    """Qualified name, in the LightningModule, of the module whose output is the logits or has an attribute `logits`.
+    None: the child that holds all attention layers."""
 
     def __post_init__(self) -> None:
         for name in ("weight", "temperature"):
@@ -62,11 +62,11 @@ def divergence(student: Tensor, teacher: Tensor, temperature: float = 1.0, mask:
 
 
 class DenseTeacher:
-    """Watches the calls of a model and repeats them with all connections.
+    """Records the calls of a model and repeats them with all connections.
 
     Args:
-        module: Its output is the logits, or has them as `logits`. An `attention_mask` of the shape of the logits
-            without classes, given by keyword, tells which positions count.
+        module: Its output is the logits, or has an attribute `logits`. A keyword argument `attention_mask` of the
+            logits' shape without classes tells which positions count.
         handles: The model's attention layers.
         temperature: See `divergence`.
     """
@@ -77,20 +77,20 @@ class DenseTeacher:
 
     @contextmanager
     def watch(self) -> Iterator[None]:
-        """Inside, calls of the module are remembered for `loss`."""
+        """Record the calls of the module inside the block, for `loss`."""
         self._calls = []
-        hook = self.module.register_forward_hook(self._remember, with_kwargs=True)
+        hook = self.module.register_forward_hook(self._record, with_kwargs=True)
         try:
             yield
         finally:
             hook.remove()
 
-    def _remember(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    def _record(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if torch.is_grad_enabled():
             self._calls.append((args, kwargs, logits_of(output)))
 
     def loss(self) -> Tensor | None:
-        """Mean divergence over the watched calls, which are forgotten; None if there were none."""
+        """Return the mean divergence over the recorded calls and drop them; None if there were none."""
         calls, self._calls = self._calls, []
         found = []
         for args, kwargs, student in calls:
@@ -103,15 +103,15 @@ class DenseTeacher:
 
 
 def logits_of(output: Any) -> Tensor:
-    """A module's logits: its output, or what that has under this name.
+    """Return the logits of a module's output: the output itself, or its attribute `logits`.
 
     Raises:
-        ValueError: If there are none.
+        ValueError: If it has none.
     """
     logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
     if not isinstance(logits, Tensor):
         raise ValueError(
             "`module` must name a module whose output is a tensor of logits or has `logits`, got "
-            f"{type(output).__name__}. Name the module that ends with the classes."
+            f"{type(output).__name__}. Name the module that ends with the logits."
         )
     return logits

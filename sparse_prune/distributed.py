@@ -1,4 +1,4 @@
-"""Several processes: their statistics added up, and work that one process does for all."""
+"""Collectives: statistics summed over ranks, and work that rank 0 does for all."""
 
 from __future__ import annotations
 
@@ -22,25 +22,25 @@ _PATIENCE = timedelta(days=1)
 def sum_over_ranks(
     statistics: dict[str, BlockStatistics], device: torch.device | str = "cpu"
 ) -> dict[str, BlockStatistics]:
-    """Every rank's statistics, added in rank order: all ranks get the same bits.
+    """Add up the statistics of all ranks in rank order, so that all ranks get the same bits.
 
-    An all-reduce may add in any order. Here every rank adds one piece of the blocks, for all, and hands out the sums:
-    a rank sends 2 * (ranks - 1) / ranks numbers per number, however many ranks there are, and none does more than
-    another. Numbers travel as float32, in which the probe computes, and are added as float64; counts of rows are exact
-    up to 2**24. One layer goes after the other, so that little is held beside the statistics.
+    An all-reduce may add in any order. Here every rank adds one piece of the blocks for all and hands out the sums, so
+    that a rank sends 2 * (ranks - 1) / ranks numbers per number. Numbers travel as float32, in which the probe
+    computes, and are added as float64; counts of rows are exact up to 2**24. Layers follow one another, so that little
+    memory is needed beside the statistics.
 
     Args:
-        statistics: Layer -> what this rank saw; layers that it did not run are missing. Lengths may differ by rank.
+        statistics: Layer -> statistics of this rank, without the layers that it did not run. Lengths may differ.
         device: Where the backend of torch.distributed wants its tensors: the CPU for gloo, a GPU for NCCL.
 
     Returns:
-        Layer -> float64 sums on the CPU, for the layers that any rank has, in the same order on all ranks.
+        Layer -> float64 sums on the CPU, for the layers that any rank ran, in the same order on all ranks.
     """
     return {name: _summed(statistics.get(name), like, device) for name, like in _layers(statistics).items()}
 
 
 def _layers(statistics: dict[str, BlockStatistics]) -> dict[str, BlockStatistics]:
-    """Layer -> statistics without data, on the meta device, with room for those of all ranks."""
+    """Layer -> statistics on the meta device, of the shape that the sum over all ranks has."""
     mine = {name: (seen.sums.shape, seen.counts.shape, seen.kinds) for name, seen in statistics.items()}
     gathered: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, mine)
@@ -54,7 +54,7 @@ def _layers(statistics: dict[str, BlockStatistics]) -> dict[str, BlockStatistics
 
 
 def _summed(seen: BlockStatistics | None, like: BlockStatistics, device: torch.device | str) -> BlockStatistics:
-    """One layer's statistics over all ranks; `like` tells the shape and kinds."""
+    """Sum one layer's statistics over all ranks; `like` has the shape and kinds of the sum."""
     if seen is None:
         seen = BlockStatistics(torch.zeros(like.sums.shape), torch.zeros(like.counts.shape), like.kinds)
     grown = seen.grown(*like.sums.shape[2:])
@@ -65,7 +65,7 @@ def _summed(seen: BlockStatistics | None, like: BlockStatistics, device: torch.d
 
 
 def _sum_in_rank_order(numbers: Tensor) -> Tensor:
-    """The sum over ranks of as many float32 numbers on each, (n,)."""
+    """Sum float32 numbers, (n,), over ranks, in rank order."""
     ranks = dist.get_world_size()
     piece = num_blocks(len(numbers), ranks)
     sent = F.pad(numbers, (0, piece * ranks - len(numbers)))
@@ -79,16 +79,16 @@ def _sum_in_rank_order(numbers: Tensor) -> Tensor:
 
 
 def on_first_rank(work: Callable[[], _Result]) -> _Result:
-    """Do something on rank 0 while all other ranks wait; every rank gets the result. Every rank must call it.
+    """Do work on rank 0 while all other ranks wait, and return its result on every rank. Every rank must call it.
 
-    A collective of the run gives up after minutes, an export or a measurement may take longer: the ranks wait in a
-    gloo group of their own, for a day at most. Should the process of rank 0 die, they stop waiting at once.
+    A collective of the run times out after minutes, and an export or a measurement may take longer: so the ranks wait
+    in a gloo group of their own, for a day at most. If the process of rank 0 dies, they stop waiting at once.
 
     Args:
-        work: What to do; its result is pickled for the other ranks.
+        work: The work; its result is pickled for the other ranks.
 
     Raises:
-        Exception: On rank 0, what `work` raises.
+        Exception: Whatever `work` raises, on rank 0.
         RuntimeError: On the other ranks, if `work` failed on rank 0.
     """
     if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
@@ -105,7 +105,7 @@ def on_first_rank(work: Callable[[], _Result]) -> _Result:
     if error is not None:
         raise error
     if outcome[1] is not None:
-        raise RuntimeError(f"Rank {dist.get_rank()} ends because rank 0 failed, whose log tells more: {outcome[1]}")
+        raise RuntimeError(f"Rank {dist.get_rank()} stops because rank 0 failed (see its log): {outcome[1]}")
     result: _Result = outcome[0]
     return result
 
@@ -116,17 +116,17 @@ def is_first_rank() -> bool:
 
 
 def rank() -> tuple[int, int]:
-    """The number of this process among those of a run, and how many there are."""
+    """Return this process's rank and the number of processes."""
     if not dist.is_available() or not dist.is_initialized():
         return 0, 1
     return dist.get_rank(), dist.get_world_size()
 
 
 def from_all_ranks(value: _Result) -> list[_Result]:
-    """Every rank's value, in their order. Every rank must call it.
+    """Gather a value of every rank, in rank order. Every rank must call it.
 
     Args:
-        value: What can be pickled.
+        value: It is pickled.
     """
     gathered: list[Any] = [value] * rank()[1]
     if len(gathered) > 1:
@@ -136,6 +136,6 @@ def from_all_ranks(value: _Result) -> list[_Result]:
 
 @lru_cache(maxsize=1)
 def _waiting_group(world: dist.ProcessGroup | None) -> dist.ProcessGroup:
-    """One for as long as the run's own group lasts."""
+    """A gloo group, made once per default group."""
     group: dist.ProcessGroup = dist.new_group(backend="gloo", timeout=_PATIENCE)
     return group

@@ -18,12 +18,12 @@ _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 @contextmanager
 def whole_file(target: Path) -> Iterator[Path]:
-    """A path to write at, whose file takes the place of `target` when the block ends without an error.
+    """Yield a path to write to; its file replaces `target` when the block ends without an error.
 
     A process that is killed leaves the previous file whole, and half a file beside it, which the next one removes.
 
     Args:
-        target: The file; its folder is made.
+        target: The file; its folder is created.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = unfinished(target)
@@ -35,7 +35,7 @@ def whole_file(target: Path) -> Iterator[Path]:
 
 
 def unfinished(target: Path) -> Path:
-    """A free path beside `target`, named after machine and process. What dead processes left there is removed.
+    """Return a free path beside `target`, named after machine and process, and remove what dead processes left there.
 
     Args:
         target: File or folder that is to be written.
@@ -49,7 +49,7 @@ def unfinished(target: Path) -> Path:
 
 
 def remove(path: Path) -> None:
-    """Remove a file or folder as far as possible; one that is not there is fine."""
+    """Remove a file or folder as far as possible; it need not exist."""
     if path.is_dir():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -69,11 +69,11 @@ def _is_alive(process: int) -> bool:
 
 @contextmanager
 def whole_folder(target: Path) -> Iterator[Path]:
-    """A new folder to write into, which takes the place of `target` when the block ends without an error.
+    """Yield a new folder to write into; it replaces `target` when the block ends without an error.
 
-    An error, or a crash at any moment, leaves the previous folder whole. On Linux the two change places in one step;
+    An error, or a crash at any moment, leaves the previous folder whole. On Linux the two are exchanged in one step;
     where the file system cannot do that, a crash between two renames leaves the previous one as `previous(target)`,
-    which `recover` puts back. The new folder has the permissions of the previous one.
+    which `recover` moves back. The new folder has the permissions of the previous one.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     recover(target)
@@ -91,7 +91,7 @@ def whole_folder(target: Path) -> Iterator[Path]:
 
 
 def obstacle(target: Path) -> str | None:
-    """Why `whole_folder` could not put a folder in the place of `target`; None if it can. It is tried, without a trace.
+    """Why `whole_folder` could not replace `target`; None if it can. Tried by writing, which leaves no trace.
 
     Args:
         target: An absolute path without links.
@@ -109,12 +109,12 @@ def obstacle(target: Path) -> str | None:
 
 
 def carry_over(old: Path, new: Path, own: Collection[str]) -> None:
-    """Copy what others put into a folder, links and empty folders included, as far as the new one lacks it.
+    """Copy into a folder what it lacks of the one that it will replace, links and empty folders included.
 
     Args:
         old: The folder that `new` will replace.
-        new: Where to.
-        own: Paths within `old` that are not to be copied.
+        new: The folder to copy into.
+        own: Paths within `old` that are not copied.
     """
 
     def skip(folder: str, names: list[str]) -> list[str]:
@@ -128,12 +128,12 @@ def carry_over(old: Path, new: Path, own: Collection[str]) -> None:
 
 
 def previous(target: Path) -> Path:
-    """Where the previous folder stands for a moment."""
+    """The path of the previous folder during an exchange."""
     return target.with_name(f".{target.name}.previous")
 
 
 def recover(target: Path) -> None:
-    """Undo or end a swap that a crash broke off."""
+    """Undo or finish an exchange that a crash interrupted."""
     if previous(target).exists():
         if target.exists():
             shutil.rmtree(previous(target))
@@ -149,7 +149,7 @@ def file_hash(path: Path) -> str:
 
 @contextmanager
 def _partial(target: Path, parent: Path) -> Iterator[Path]:
-    """A new folder in `parent`, with the permissions of `target`; it is gone when the block ends."""
+    """Yield a new folder in `parent` with the permissions of `target`; what is left of it at the end is removed."""
     partial = unfinished(parent / target.name)
     partial.mkdir()
     try:
@@ -161,7 +161,7 @@ def _partial(target: Path, parent: Path) -> Iterator[Path]:
 
 
 def _exchange(one: Path, other: Path) -> bool:
-    """Let two paths change places in one step, if system and file system can."""
+    """Exchange two paths in one step; return whether the system and the file system could."""
     try:
         rename = ctypes.CDLL(None).renameat2
     except (AttributeError, OSError):
@@ -182,17 +182,17 @@ def _flush(path: Path) -> None:
 
 
 def user_path(text: str) -> Path:
-    """A path whose `~` is the user's home: shells leave that of `--output=~/file` as it is."""
+    """Expand `~` to the user's home, which shells do not do in `--output=~/file`."""
     return Path(text).expanduser()
 
 
 def write_output(parser: argparse.ArgumentParser, path: Path, text: str) -> None:
-    """Write what a command's `--output` names, whole or not at all; if it cannot be, end the command in a line.
+    """Write the file of a command's `--output`, whole or not at all; on failure end the command with a usage error.
 
     Args:
-        parser: The command's.
-        path: The file; its folder is made.
-        text: What it shall hold.
+        parser: The command's parser.
+        path: The file; its folder is created.
+        text: Its content.
     """
     try:
         with whole_file(path) as file:

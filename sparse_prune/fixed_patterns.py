@@ -1,7 +1,7 @@
-"""Patterns that are fixed in advance: those of others, which learned patterns have to beat, and random ones to time.
+"""Patterns that are fixed in advance: published ones, which learned patterns have to beat, and random ones to time.
 
-Each of others is an order in which a query block would take key blocks; `fixed_pattern` cuts the order where the wanted
-density is reached, so that all kinds are compared at the same one.
+Each published kind is an order in which a query block takes key blocks; `fixed_pattern` cuts the order where the wanted
+density is reached, so that all kinds are compared at equal density.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 from sparse_prune.pattern import BlockPattern
 
 FixedKind = Literal["sink_and_window", "bigbird", "longformer_dilated", "strided"]
-_LAST = 1e6  # later than any block that the kind would take by itself
+_LAST = 1e6  # after all blocks that the kind takes by itself
 
 
 def fixed_pattern(
@@ -28,7 +28,7 @@ def fixed_pattern(
     causal: bool = True,
     seed: int = 0,
 ) -> BlockPattern:
-    """A pattern of the kind that keeps `density` of the possible blocks of every head.
+    """Make a pattern of a published kind that keeps `density` of the possible blocks of every head.
 
     Args:
         kind: "sink_and_window": first block and a window (StreamingLLM, arXiv:2309.17453). "bigbird": window, global
@@ -40,7 +40,7 @@ def fixed_pattern(
         block_size: Tokens per block side.
         density: Share of the possible blocks to keep, in (0, 1]. The diagonal is kept in any case.
         causal: Whether queries see only keys up to themselves.
-        seed: Of BigBird's random blocks.
+        seed: Seed of BigBird's random blocks.
 
     Raises:
         ValueError: If `density` is out of range or there is no such kind.
@@ -67,16 +67,16 @@ def random_pattern(
     causal: bool = True,
     seed: int = 0,
 ) -> BlockPattern:
-    """A pattern to measure time with: the first key block, the diagonal, and others at random.
+    """Make a pattern to measure time with: the first key block, the diagonal, and random others.
 
     Args:
         num_heads: Query heads; they differ in what they keep, and in how much.
         length: Tokens.
         block_size: Tokens per block, (query, key); one number for both sides.
-        density: Share of the possible blocks of all heads to keep, in [0, 1]. Sink and diagonal are kept in any case:
-            of few blocks they are more than a low density allows.
+        density: Share of the possible blocks of all heads to keep, in [0, 1]. Sink and diagonal are kept in any case,
+            which may be more than a low density allows.
         causal: Whether queries see only keys up to themselves.
-        seed: Of the random blocks.
+        seed: Seed of the random blocks.
 
     Raises:
         ValueError: If `density` is out of range.
@@ -112,7 +112,7 @@ def _sink_and_window(distance: Tensor, num_heads: int, generator: torch.Generato
 def _bigbird(distance: Tensor, num_heads: int, generator: torch.Generator) -> Tensor:
     rows = len(distance)
     chance = torch.rand(num_heads, rows, rows, generator=generator).argsort(-1).argsort(-1)
-    # Of random places only those a query may see count: scale the rank to the row's own length.
+    # Only the random places that a query may see count, so the rank is scaled to the row's own length.
     places = torch.arange(1, rows + 1)[:, None] / rows
     columns = torch.arange(rows).expand(rows, -1)
     return torch.minimum(torch.minimum(distance / 3, columns / 2), (1 + chance) * places / 3)

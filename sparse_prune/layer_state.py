@@ -1,4 +1,4 @@
-"""What pruning remembers about a layer, and what of it a checkpoint holds."""
+"""The pruner's state of one layer, and how a checkpoint holds it."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ import torch
 from torch import Tensor
 
 from sparse_prune.attention import PrunableAttention
-from sparse_prune.packing import decode, encode, pack, unpack
+from sparse_prune.codec import compress, decode, decompress, encode
 from sparse_prune.pattern import BlockPattern
 from sparse_prune.scores import STATISTICS, BlockStatistics, ScoreAverage
 
 
 @dataclass
 class StabilityTracker:
-    """Settled once the pattern changed by at most `min_delta` in `patience` checks in a row.
+    """Tells when a pattern has settled: when it changed by at most `min_delta` in `patience` checks in a row.
 
     Raises:
         ValueError: If `min_delta` is outside [0, 1] or `patience` is below 1.
     """
 
     min_delta: float = 0.05
-    """Largest change between two patterns that still counts as standing still (Jaccard distance)."""
+    """Largest change between two patterns that counts as stable (Jaccard distance)."""
     patience: int = 3
-    """Checks in a row that must stand still. At least 1."""
+    """Stable checks in a row until the pattern has settled. At least 1."""
     calm_checks: int = 0
-    """Checks in a row that stood still so far."""
+    """Stable checks in a row so far."""
     change: float = 1.0
     """Change at the last check."""
 
@@ -44,7 +44,7 @@ class StabilityTracker:
         return self.calm_checks >= self.patience
 
     def update(self, change: float) -> bool:
-        """Take the change since the last pattern; return whether the pattern has settled."""
+        """Record the change since the last pattern; return whether the pattern has settled."""
         self.change = change
         self.calm_checks = self.calm_checks + 1 if change <= self.min_delta else 0
         return self.settled
@@ -52,28 +52,28 @@ class StabilityTracker:
 
 @dataclass(eq=False)
 class LayerState:
-    """What the pruner remembers about a layer."""
+    """The pruner's state of one layer."""
 
     layer: PrunableAttention
     scores: ScoreAverage
     mass: ScoreAverage
-    """Average of plain row mass, to tell how much attention the kept blocks hold."""
+    """Average of row mass, which tells how much attention the kept blocks hold."""
     tracker: StabilityTracker
     settled_at: int | None = None
     """Optimizer step at which the pattern was frozen."""
-    given_back: BlockPattern | None = None
-    """The pattern with which it settled, if the swap gained nothing and the layer got all its connections back."""
+    unused_pattern: BlockPattern | None = None
+    """The pattern with which the layer settled, if the layer was reverted to dense attention."""
 
     @property
-    def restored(self) -> bool:
-        """Whether the layer was given all its connections back."""
-        return self.given_back is not None
+    def reverted(self) -> bool:
+        """Whether the layer was reverted to dense attention after it had settled."""
+        return self.unused_pattern is not None
 
     @property
     def mass_kept(self) -> float:
         """Share of dense attention probability that falls into kept blocks, in [0, 1].
 
-        Of packed sequences, where a block counts the rows that reach it, all blocks weigh alike.
+        In packed sequences, where a block counts the rows that reach it, all blocks weigh alike.
         """
         kept, total = (part.sum() for part in self._mass())
         return float(kept / total) if total > 0 else 1.0
@@ -96,25 +96,25 @@ class LayerState:
         return (mass * keep).sum((1, 2)), mass.sum((1, 2))
 
     def pattern_at_scores(self, block_size: tuple[int, int]) -> BlockPattern:
-        """The pattern in force, at the lengths that the scores cover; that of a settled layer as it is.
+        """Return the pattern in force at the lengths that the scores cover; a settled layer's pattern is unchanged.
 
         Args:
-            block_size: Tokens per block side, (query, key), of the dense pattern that a layer without one has.
+            block_size: Tokens per block side, (query, key), of the dense pattern of a layer that has none yet.
 
         Raises:
             RuntimeError: If nothing was probed yet.
         """
         pattern, shape = self.layer.pattern, self.scores.shape
         if pattern is None:
-            # The patterns cover whole blocks; a ragged end is a matter of `BlockPattern.at`.
+            # The patterns cover whole blocks; `BlockPattern.at` cuts a ragged end.
             lengths = _lengths(shape, block_size)
             return BlockPattern.dense(self.layer.num_heads, *lengths, block_size, self.layer.causal)
         return pattern if self.settled_at is not None else _fitted(pattern, shape)
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that the next decision depends on; large tensors are packed."""
+        """Everything that the next decision depends on; large tensors are compressed."""
         layer = self.layer
-        patterns = {"in_force": layer.pattern, "given_back": self.given_back}
+        patterns = {"in_force": layer.pattern, "given_back": self.unused_pattern}
         return {
             "num_heads": layer.num_heads,
             "causal": layer.causal,
@@ -126,49 +126,49 @@ class LayerState:
             "calm_checks": self.tracker.calm_checks,
             "change": self.tracker.change,
             "settled_at": self.settled_at,
-            "statistics": _packed(layer.statistics),
-            "score_sums": _packed(layer.score_sums),
+            "statistics": _compressed(layer.statistics),
+            "score_sums": _compressed(layer.score_sums),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue where `state_dict` was taken.
+        """Restore the state that `state_dict` returned.
 
         Args:
-            state: Of a layer with as many heads.
+            state: State of a layer with equally many heads.
         """
         layer = self.layer
         patterns = decode(state["patterns"]) if "patterns" in state else _patterns_of_version_3(state)
-        layer.pattern, self.given_back = patterns.get("in_force"), patterns.get("given_back")
+        layer.pattern, self.unused_pattern = patterns.get("in_force"), patterns.get("given_back")
         layer.mode, layer.backend = state["mode"], state["backend"]
         self.scores.load_state_dict(state["scores"])
         self.mass.load_state_dict(state["mass"])
         self.tracker.calm_checks, self.tracker.change = state["calm_checks"], state["change"]
         self.settled_at = state["settled_at"]
-        layer.statistics = _unpacked(state["statistics"], STATISTICS)
-        own = state.get("score_sums")  # state of before scores had sums of their own has none
-        layer.score_sums = _unpacked(own, (layer.score.kind,)) if layer.score is not None else None
+        layer.statistics = _decompressed(state["statistics"], STATISTICS)
+        own = state.get("score_sums")  # older state has none
+        layer.score_sums = _decompressed(own, (layer.score.kind,)) if layer.score is not None else None
 
 
 def _patterns_of_version_3(state: Mapping[str, Any]) -> dict[str, BlockPattern]:
-    """Before version 4, state held the masks of its patterns, and once what they share."""
+    """The patterns of state before version 4, which held their masks, and block size and lengths once."""
     masks = {"in_force": state["keep"], "given_back": state["given_back"]}
     return {
-        name: BlockPattern(unpack(keep), state["block_size"], state["causal"], *state["lengths"])
+        name: BlockPattern(decompress(keep), state["block_size"], state["causal"], *state["lengths"])
         for name, keep in masks.items()
         if keep is not None
     }
 
 
-def _packed(seen: BlockStatistics | None) -> dict[str, Any] | None:
-    return None if seen is None else {"sums": pack(seen.sums), "counts": seen.counts.cpu()}
+def _compressed(seen: BlockStatistics | None) -> dict[str, Any] | None:
+    return None if seen is None else {"sums": compress(seen.sums), "counts": seen.counts.cpu()}
 
 
-def _unpacked(packed: Mapping[str, Any] | None, kinds: tuple[str, ...]) -> BlockStatistics | None:
-    return None if packed is None else BlockStatistics(unpack(packed["sums"]), packed["counts"], kinds)
+def _decompressed(held: Mapping[str, Any] | None, kinds: tuple[str, ...]) -> BlockStatistics | None:
+    return None if held is None else BlockStatistics(decompress(held["sums"]), held["counts"], kinds)
 
 
 def _fitted(pattern: BlockPattern, scores: torch.Size) -> BlockPattern:
-    """The pattern at the lengths that scores of a shape cover; itself if they are its own."""
+    """The pattern at the lengths that scores of a shape cover."""
     return pattern if scores == pattern.keep.shape else pattern.at(*_lengths(scores, pattern.block_size))
 
 

@@ -1,11 +1,11 @@
-"""Which of the logged keys are losses: modules name them as they like, within a rule."""
+"""The logged keys that are losses: modules may name them in several usual ways."""
 
 from __future__ import annotations
 
 from collections.abc import Container
 
 TWIN = "dense/"
-"""What keys begin with under which a pruned run holds what its dense twin logged."""
+"""Prefix of the keys under which a pruned run logs the metrics of its dense twin."""
 _WORDS = {"training": ("train", "training"), "validation": ("val", "valid", "validation"), "test": ("test",)}
 _ENDINGS = {
     "training": ("", "_step", "_epoch"),
@@ -15,10 +15,10 @@ _ENDINGS = {
 
 
 def loss_keys(stage: str) -> tuple[str, ...]:
-    """The names that a stage's loss may have, the ones that are looked for first in front.
+    """Return the keys that a stage's loss may have, the preferred ones first.
 
     They are `train/loss` and `train_loss` with train or training, val, valid or validation, test; each also with the
-    ending _step or _epoch, which Lightning adds to what is logged for both; and for training a bare `loss`.
+    ending _step or _epoch, which Lightning adds to values that are logged for both; and a bare `loss` for training.
 
     Args:
         stage: "training", "validation" or "test".
@@ -29,10 +29,10 @@ def loss_keys(stage: str) -> tuple[str, ...]:
 
 
 def find_loss(stage: str, logged: Container[str]) -> str | None:
-    """The key of a stage's loss among those that a run logged, the first of `loss_keys` that is one; None without any.
+    """Return the first of `loss_keys` that a run logged; None if it logged none.
 
     Args:
-        stage: As for `loss_keys`.
-        logged: Keys of a run.
+        stage: See `loss_keys`.
+        logged: Keys of the run.
     """
     return next((key for key in loss_keys(stage) if key in logged), None)

@@ -1,4 +1,4 @@
-"""What a measurement must name."""
+"""Description of this machine, for reports of measurements."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 
 def describe_machine() -> dict[str, str]:
-    """Processor, threads, GPU and versions."""
+    """Describe processor, threads, GPU and package versions."""
     names = ("torch", "triton", "pytorch-lightning", "transformers", "sparse_prune")
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
     return {

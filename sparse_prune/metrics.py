@@ -1,4 +1,4 @@
-"""Every metric of pruning, once: its key, meaning, unit and chart. Logger, dashboard, page and docs read this file."""
+"""The metrics of pruning: key, meaning, unit and chart of each. Logger, dashboard, report and docs read this file."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, Protocol
 
-from sparse_prune.pruner import AttentionPruner, PruneReport, attention_flops, kv_blocks_droppable
+from sparse_prune.pruner import AttentionPruner, PruneReport
 
 Style = Literal["main", "second", "accent", "muted", "thin"]
 Section = Literal["Over the run", "Layers", "Speed and savings"]
@@ -16,7 +16,7 @@ Section = Literal["Over the run", "Layers", "Speed and savings"]
 
 @dataclass(frozen=True)
 class Chart:
-    """A chart that one or several metrics share."""
+    """A chart of one or several metrics."""
 
     title: str
     unit: str
@@ -27,12 +27,11 @@ class Chart:
     log: bool = False
     """Whether the y axis is logarithmic."""
     on_page: bool = True
-    """Whether `sparse-prune report` draws it; its table of layers may say the same. Sections after the first one are
-    folded away there."""
+    """Whether `sparse-prune report` draws it; its table of layers may say the same."""
 
 
 class Swap(Protocol):
-    """What is asked of a swap: `sparse_prune.callbacks.SwapEvent` is one."""
+    """A swap, as metrics read it; `sparse_prune.callbacks.SwapEvent` is one."""
 
     @property
     def layer(self) -> str:
@@ -40,15 +39,15 @@ class Swap(Protocol):
 
     @property
     def backend(self) -> str:
-        """Where the layer went; "dense" if it was given all its connections back."""
+        """The layer's backend after the swap; "dense" if the layer was reverted to dense attention."""
 
 
 @dataclass(frozen=True, eq=False)
 class Moment:
-    """What metrics are read from."""
+    """The state of a run that metrics are read from."""
 
     pruner: AttentionPruner
-    """As it is now."""
+    """The pruner."""
     report: PruneReport
     """The latest decision."""
     fresh: Sequence[Swap] = ()
@@ -58,9 +57,9 @@ class Moment:
 
     @cached_property
     def kept(self) -> dict[str, float]:
-        """Layer -> share of attention in kept blocks; layers that were given back since the decision keep all."""
+        """Layer -> share of attention in kept blocks; layers that were reverted since the decision keep all."""
         layers = self.pruner.layers
-        return {name: 1.0 if layers[name].restored else mass for name, mass in self.report.mass_kept.items()}
+        return {name: 1.0 if layers[name].reverted else mass for name, mass in self.report.mass_kept.items()}
 
     @cached_property
     def savings(self) -> dict[str, float]:
@@ -69,7 +68,7 @@ class Moment:
 
 
 Value = float | Mapping[str, float] | None
-"""A number, a number a layer, or nothing to tell."""
+"""A number, a number per layer, or None if there is nothing to log."""
 
 
 @dataclass(frozen=True)
@@ -77,24 +76,24 @@ class Metric:
     """One metric.
 
     Raises:
-        ValueError: If it is read at a moment, and not told how, or the other way round.
+        ValueError: If only one of `at` and `read` is given.
     """
 
     key: str
-    """Its key in logs; NN stands for the number of a layer, of at least two digits."""
+    """Key in logs; NN stands for the number of a layer, with at least two digits."""
     meaning: str
-    """What it is, for the docs."""
+    """Description for the docs."""
     label: str
-    """Its name in the legend of its chart."""
+    """Name in the legend of the chart."""
     chart: Chart
     style: Style = "main"
-    """How its line stands out."""
+    """Style of the line."""
     event: bool = False
-    """Whether its values are points in time, not a curve."""
+    """Whether the values are points in time instead of a curve."""
     at: Literal["decision", "pattern", "swap"] | None = None
     """When `SparsityLogger` logs it: after a decision; whenever patterns changed; at a swap. None: others log it."""
     read: Callable[[Moment], Value] | None = None
-    """How it is told."""
+    """Reads the value from a moment."""
 
     def __post_init__(self) -> None:
         if (self.at is None) != (self.read is None):
@@ -102,27 +101,27 @@ class Metric:
 
     @property
     def per_layer(self) -> bool:
-        """Whether there is one for each layer."""
+        """Whether every layer has a value."""
         return self.key.endswith("NN")
 
     @property
     def pattern(self) -> str:
-        """Regular expression of its keys."""
+        """Regular expression that matches its keys."""
         return re.escape(self.key).replace("NN", r"\d+")
 
     def of_layer(self, number: int) -> str:
-        """The key of a layer.
+        """Return the key of a layer.
 
         Args:
-            number: The layer's place in the model, from 0.
+            number: The layer's number in the model, from 0.
         """
         return self.key.replace("NN", f"{number:02d}")
 
     def keys(self, logged: Iterable[str]) -> list[str]:
-        """Its keys among those of a run; those of layers in the order of the layers' numbers.
+        """Return its keys among those of a run, in the order of the layers' numbers.
 
         Args:
-            logged: Keys of a run.
+            logged: Keys of the run.
         """
         return sorted((key for key in logged if re.fullmatch(self.pattern, key)), key=lambda key: (len(key), key))
 
@@ -199,30 +198,30 @@ TOKENS_PER_SECOND_AT_SWAP = Metric(
     "time/tokens_per_second_at_swap", "the last before layers are swapped: marks on the curve", "swapped", SPEED,
     "accent", event=True,
 )  # fmt: skip
-FLOPS_SHARE = Metric(
+FLOPS_SHARE: Metric = Metric(
     "savings/attention_flops_share", "share of attention's FLOPs that pruned blocks save, an estimate",
     "attention FLOPs", SAVED,
-    at="pattern", read=lambda now: now.savings.get("savings/attention_flops_share"),
+    at="pattern", read=lambda now: now.savings.get(FLOPS_SHARE.key),
 )  # fmt: skip
-KV_SHARE = Metric(
+KV_SHARE: Metric = Metric(
     "savings/kv_share", "share of the KV cache that no later token needs, an estimate", "KV cache", SAVED, "accent",
-    at="pattern", read=lambda now: now.savings.get("savings/kv_share"),
+    at="pattern", read=lambda now: now.savings.get(KV_SHARE.key),
 )  # fmt: skip
-FLOPS_SAVED = Metric(
+FLOPS_SAVED: Metric = Metric(
     "savings/attention_flops", "FLOPs saved in one forward pass, an estimate", "saved", FLOPS,
-    at="pattern", read=lambda now: now.savings.get("savings/attention_flops"),
+    at="pattern", read=lambda now: now.savings.get(FLOPS_SAVED.key),
 )  # fmt: skip
-KV_BYTES = Metric(
+KV_BYTES: Metric = Metric(
     "savings/kv_bytes", "bytes of the KV cache saved after one forward pass, an estimate", "saved", BYTES,
-    at="pattern", read=lambda now: now.savings.get("savings/kv_bytes"),
+    at="pattern", read=lambda now: now.savings.get(KV_BYTES.key),
 )  # fmt: skip
 
 METRICS: tuple[Metric, ...] = tuple(value for value in tuple(vars().values()) if isinstance(value, Metric))
-"""All of them, in the order of the charts."""
+"""All metrics, in the order of the charts."""
 
 
 def charts() -> dict[Chart, list[Metric]]:
-    """All charts in order, each with its metrics."""
+    """Return all charts in order, each with its metrics."""
     found: dict[Chart, list[Metric]] = {}
     for metric in METRICS:
         found.setdefault(metric.chart, []).append(metric)
@@ -230,11 +229,11 @@ def charts() -> dict[Chart, list[Metric]]:
 
 
 def measure(now: Moment, *at: str) -> dict[str, float]:
-    """The metrics of a moment, under their keys.
+    """Read metrics; return them by their keys.
 
     Args:
-        now: What they are read from.
-        *at: Those that are logged at one of these.
+        now: The moment to read them from.
+        *at: Read the metrics whose `at` is one of these.
     """
     numbers = layer_numbers(now.pruner)
     found: dict[str, float] = {}
@@ -248,10 +247,10 @@ def measure(now: Moment, *at: str) -> dict[str, float]:
 
 
 def savings(pruner: AttentionPruner) -> dict[str, float]:
-    """Estimates of what the patterns save: FLOPs of one forward pass, and the KV cache after it, under their keys.
+    """Estimate what the patterns save: FLOPs of one forward pass, and the KV cache after it, by their keys.
 
     Args:
-        pruner: Its layers have seen a training call; before that there is nothing to tell.
+        pruner: A pruner; layers that have seen no training call yet are left out.
     """
     flops = flops_dense = 0
     bytes_saved = bytes_dense = 0.0
@@ -259,13 +258,13 @@ def savings(pruner: AttentionPruner) -> dict[str, float]:
         layer, pattern, shape = state.layer, state.layer.pattern, state.layer.last_shape
         if pattern is None or shape is None:
             continue
-        kept, possible = attention_flops(pattern, shape.head_dim, shape.batch, shape.value_dim)
-        flops, flops_dense = flops + kept, flops_dense + possible
+        kept, possible = pattern.flops(shape.head_dim, shape.value_dim)
+        flops, flops_dense = flops + shape.batch * kept, flops_dense + shape.batch * possible
         if layer.causal:
             tokens = shape.batch * layer.num_kv_heads * pattern.kv_len
             cache = tokens * sum(shape.channels) * shape.dtype.itemsize
             bytes_dense += cache
-            bytes_saved += cache * kv_blocks_droppable(pattern, layer.num_kv_heads)
+            bytes_saved += cache * pattern.droppable_share(layer.num_kv_heads)
     found: dict[str, float] = {}
     if flops_dense:
         found |= {FLOPS_SAVED.key: float(flops_dense - flops), FLOPS_SHARE.key: 1.0 - flops / flops_dense}
@@ -275,12 +274,12 @@ def savings(pruner: AttentionPruner) -> dict[str, float]:
 
 
 def layer_numbers(pruner: AttentionPruner) -> dict[str, int]:
-    """Layer -> its number in keys, in the order of the model."""
+    """Return layer -> its number in keys, in the order of the model."""
     return {name: number for number, name in enumerate(pruner.layers)}
 
 
 def markdown_table() -> str:
-    """All metrics as the table in docs/monitoring.md."""
+    """Return the table of all metrics in docs/monitoring.md."""
     rows = [f"| `{metric.key}` | {metric.meaning} | {metric.chart.unit or '0 or 1'} |" for metric in METRICS]
     return "\n".join(["| Key | What it is | Unit |", "| --- | --- | --- |", *rows])
 
@@ -289,10 +288,10 @@ HEAD_COLUMNS = ("layer", "head", "sparsity", "mass kept", "change", "settled at"
 
 
 def head_table(pruner: AttentionPruner, swaps: Sequence[Swap]) -> list[list[Any]]:
-    """A row per layer and head, with the columns of `HEAD_COLUMNS`.
+    """Return a row per layer and head, with the columns `HEAD_COLUMNS`.
 
     Args:
-        pruner: As it is now.
+        pruner: The pruner.
         swaps: All swaps of the run.
     """
     backends = {swap.layer: swap.backend for swap in swaps}
@@ -308,7 +307,7 @@ def head_table(pruner: AttentionPruner, swaps: Sequence[Swap]) -> list[list[Any]
 
 
 def summarize(pruner: AttentionPruner) -> dict[str, float]:
-    """The end of a run in a few numbers."""
+    """Summarize the end of a run in a few numbers."""
     settled = sum(state.settled_at is not None for state in pruner.layers.values())
     return {
         "final/sparsity": pruner.total_sparsity,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property
 from numbers import Integral
@@ -11,12 +13,12 @@ from torch import Tensor
 
 
 def num_blocks(length: int, block: int) -> int:
-    """Blocks that cover `length` tokens; the last one may be ragged."""
+    """Number of blocks that cover `length` tokens; the last one may be ragged."""
     return -(-length // block)
 
 
 def whole_number(value: object) -> int | None:
-    """A whole number of any type, NumPy's included, as an int; None if it is none. True and False are none."""
+    """Convert a whole number of any type, NumPy's included, to int; None for anything else, booleans included."""
     return int(value) if isinstance(value, Integral) and not isinstance(value, bool) else None
 
 
@@ -39,9 +41,9 @@ def check_block_size(block_size: int | tuple[int, int]) -> tuple[int, int]:
 
 
 def suited_block_size(length: int) -> tuple[int, int]:
-    """Blocks of 64 tokens a side; of 32 or 16 for sequences that have fewer than 32 of the larger ones.
+    """Choose the block size for a length: 64 tokens per side, or 32 or 16 where that gives fewer than 32 blocks.
 
-    With `n` blocks a side, `2n - 1` of `n (n + 1) / 2` possible ones hold a sink or the diagonal and stay
+    With `n` blocks per side, `2n - 1` of `n (n + 1) / 2` possible ones hold a sink or the diagonal and stay
     (docs/choosing.md).
 
     Args:
@@ -54,7 +56,7 @@ def suited_block_size(length: int) -> tuple[int, int]:
 def possible_blocks(
     q_len: int, kv_len: int, block_size: tuple[int, int], causal: bool, device: torch.device | str = "cpu"
 ) -> Tensor:
-    """Blocks in which at least one query may see at least one key.
+    """Mark the blocks in which at least one query may see at least one key.
 
     Causal masks are aligned at the bottom right: query i sees keys up to i + kv_len - q_len.
 
@@ -74,7 +76,7 @@ def possible_blocks(
 class BlockPattern:
     """The connections that one attention layer keeps.
 
-    Patterns are values: pruning makes a new one, and nobody writes into `keep`. So what follows from one is counted
+    Patterns are immutable: pruning makes a new one, and nothing writes into `keep`, so that derived values are computed
     once. They live on the CPU; kernels build their index tables from them once and cache those per device.
 
     Raises:
@@ -110,7 +112,7 @@ class BlockPattern:
     def dense(
         cls, num_heads: int, q_len: int, kv_len: int, block_size: int | tuple[int, int], causal: bool
     ) -> BlockPattern:
-        """The pattern that keeps everything.
+        """Make the pattern that keeps everything.
 
         Args:
             num_heads: Query heads.
@@ -154,14 +156,14 @@ class BlockPattern:
         return int(self.possible.sum()) * self.num_heads
 
     def equals(self, other: BlockPattern) -> bool:
-        """Whether both keep the same connections of the same lengths, in the same blocks."""
+        """Whether both have the same blocks and lengths and keep the same connections."""
         if self is other:
             return True
         ours, theirs = ((p.block_size, p.causal, p.q_len, p.kv_len) for p in (self, other))
         return ours == theirs and torch.equal(self.keep, other.keep)
 
     def difference(self, other: BlockPattern) -> float:
-        """Share of blocks kept by either pattern that only one keeps, in [0, 1] (Jaccard distance).
+        """Of the blocks that either pattern keeps, the share that only one keeps, in [0, 1] (Jaccard distance).
 
         Patterns of different lengths are compared where both are defined: in the top-left corner.
         """
@@ -172,7 +174,7 @@ class BlockPattern:
         return int((mine ^ theirs).count_nonzero()) / union if union else 0.0
 
     def at(self, q_len: int, kv_len: int) -> BlockPattern:
-        """The pattern for other lengths.
+        """Return the pattern for other lengths.
 
         - Shorter inputs take the top-left corner.
         - Longer inputs keep what was learned, and every new row follows the last learned row of its head:
@@ -191,19 +193,19 @@ class BlockPattern:
         """
         if (q_len, kv_len) == (self.q_len, self.kv_len):
             return self
-        block_q = self.block_size[0]
+        block_q, block_kv = self.block_size
         offset = kv_len - q_len if self.causal else 0
         if offset < 0 or offset % block_q:
             raise ValueError(
                 f"In a causal pattern `kv_len - q_len` must be a multiple of the query block ({block_q}) and not "
                 f"negative, got {kv_len} - {q_len}. Use `token_mask` for single queries."
             )
-        keep = self._keep_at(q_len + offset, kv_len)[:, offset // block_q :]
+        keep = self.keep_rows(offset // block_q, num_blocks(q_len + offset, block_q), num_blocks(kv_len, block_kv))
         return BlockPattern(keep, self.block_size, self.causal, q_len, kv_len)
 
     @cached_property
     def _rule(self) -> tuple[Tensor, Tensor, Tensor, int]:
-        """What longer sequences follow: per head its sinks, band and density, and the band's diagonal column."""
+        """The rule for longer sequences: sinks, band and density of each head, and the band's diagonal column."""
         block_q, block_kv = self.block_size
         rows, cols = self.keep.shape[1:]
         source = rows - 1 if self.causal else rows // 2
@@ -214,15 +216,11 @@ class BlockPattern:
         return sinks, band, dense, (min((source + 1) * block_q, self.q_len) - 1) // block_kv
 
     def _diagonal(self, row: Tensor) -> Tensor:
-        """Key block in which a row's last query stands. It does not depend on where the sequence ends."""
+        """Key block of a row's last query, as if the row were whole."""
         return ((row + 1) * self.block_size[0] - 1) // self.block_size[1]
 
-    def _keep_at(self, q_len: int, kv_len: int) -> Tensor:
-        """Keep mask for a whole sequence of another length, (num_heads, q_blocks, kv_blocks)."""
-        return self.keep_rows(0, num_blocks(q_len, self.block_size[0]), num_blocks(kv_len, self.block_size[1]))
-
     def keep_rows(self, first: int, end: int, cols: int) -> Tensor:
-        """Keep mask of some rows of blocks, by the rule of `at` where they were not learned.
+        """Return the keep mask of some rows of blocks, by the rule of `at` where they were not learned.
 
         Args:
             first: First row of blocks, counted from the sequence's start.
@@ -230,7 +228,7 @@ class BlockPattern:
             cols: Key blocks.
 
         Returns:
-            Boolean, (num_heads, end - first, cols). Blocks past a row's diagonal mean nothing.
+            Boolean, (num_heads, end - first, cols). Blocks past a row's diagonal have no meaning.
         """
         old_rows, old_cols = self.keep.shape[1:]
         if end <= old_rows and cols <= old_cols:
@@ -248,13 +246,13 @@ class BlockPattern:
         return keep
 
     def needed_after(self, length: int) -> Tensor:
-        """Key blocks of the first `length` tokens that a later query may attend to, however long the sequence gets.
+        """Mark the key blocks of the first `length` tokens that a later query may attend to, however long the sequence.
 
         The rule of `at` applies past the learned length: sinks and dense heads are needed for ever, any other
-        block until the band has moved past it. What a KV cache holds may shrink to these blocks.
+        block until the band has moved past it. A KV cache may evict all other blocks.
 
         Args:
-            length: Tokens so far; later queries stand at this position and after.
+            length: Tokens so far; later queries have this position or a later one.
 
         Returns:
             Boolean, (num_heads, kv_blocks of `length`).
@@ -264,7 +262,7 @@ class BlockPattern:
         """
         if not self.causal or self.q_len != self.kv_len:
             raise ValueError(
-                "`needed_after` wants a causal pattern of self-attention, got "
+                "`needed_after` needs a causal pattern of self-attention, got "
                 f"causal={self.causal}, q_len={self.q_len}, kv_len={self.kv_len}."
             )
         block_q, block_kv = self.block_size
@@ -291,13 +289,34 @@ class BlockPattern:
             needed[:, : learned.shape[1]] |= learned
         return needed | (col < sinks[:, None]) | dense[:, None]
 
+    def droppable_share(self, num_kv_heads: int) -> float:
+        """Share of the KV cache that no query after the pattern's last one may attend to, in [0, 1].
+
+        A KV head's block is needed as long as any of its query heads may attend to it, however far in the future.
+
+        Args:
+            num_kv_heads: Key and value heads, each shared by equally many query heads.
+        """
+        needed = self.needed_after(self.kv_len).view(num_kv_heads, -1, self.keep.shape[2]).any(1)
+        return 1.0 - float(needed.float().mean())
+
+    def flops(self, head_dim: int, value_dim: int | None = None) -> tuple[int, int]:
+        """FLOPs (two per multiply-add) of one sample's forward pass, in the kept blocks and in all possible ones.
+
+        Args:
+            head_dim: Channels of a head's queries and keys.
+            value_dim: Channels of a head's values; None: `head_dim`.
+        """
+        per_block = 2 * math.prod(self.block_size) * (head_dim + (head_dim if value_dim is None else value_dim))
+        return self.kept_blocks * per_block, self.possible_count * per_block
+
     def token_mask(self, q_len: int, kv_len: int, device: torch.device | str = "cpu") -> Tensor:
-        """Element mask for queries that are the last `q_len` of `kv_len` positions (or all of them).
+        """Return the element mask of queries that are the last `q_len` of `kv_len` positions (or all of them).
 
         Args:
             q_len: Query tokens.
             kv_len: Key tokens.
-            device: Of the mask.
+            device: Device of the mask.
 
         Returns:
             Boolean, (num_heads, q_len, kv_len), True = may attend.
@@ -311,3 +330,9 @@ class BlockPattern:
         query, key = torch.arange(q_len, device=device), torch.arange(kv_len, device=device)
         mask = keep[:, (query + start) // block_q - first][:, :, key // block_kv]
         return mask & (key <= query[:, None] + offset) if self.causal else mask
+
+
+def total_sparsity(patterns: Collection[BlockPattern]) -> float:
+    """Share of possible blocks that is pruned, over all heads of several patterns, in [0, 1]; 0 without patterns."""
+    possible = sum(pattern.possible_count for pattern in patterns)
+    return 1.0 - sum(pattern.kept_blocks for pattern in patterns) / possible if possible else 0.0

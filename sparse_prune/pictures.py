@@ -1,4 +1,4 @@
-"""Patterns as pictures: one layer with its heads side by side, or a whole model as one atlas with its scale."""
+"""Pictures of patterns: one layer with its heads side by side, or the atlas of a whole model with its colour scale."""
 
 from __future__ import annotations
 
@@ -32,27 +32,27 @@ _RAMP = np.linspace(0.0, 1.0, LEVELS)[:, None]
 PALETTE = np.concatenate(
     [(PAPER, PRUNED, KEPT, REGROWN, LOST), (1.0 - _RAMP) * KEPT_WEAK + _RAMP * KEPT_STRONG]
 ).astype(np.uint8)
-"""Colours by number: of no score, and then `LEVELS` of kept blocks from the lowest score to the highest."""
+"""Colours by number: those without a score, then `LEVELS` of kept blocks from the lowest score to the highest."""
 LEAST = 1e-12
-"""Scores below it look like it: the colour scale is logarithmic."""
+"""Lowest score of the logarithmic colour scale; lower ones get its colour."""
 MOST_PIXELS = 2400
-"""Of a picture's side: where blocks are too many, squares of them are merged into pixels of their mean colour."""
+"""Longest side of a picture: with more blocks, squares of blocks are merged into pixels of their mean colour."""
 
 LEGEND = (
     "A column per layer, a row per head; in each, query blocks downwards, key blocks to the right. "
     "Blue: kept, the darker the higher the score. Grey: pruned. Orange: regrown, pink: pruned since the last picture."
 )
 LEFT, TOP, BOTTOM = 30, 26, 44
-"""Pixels around the atlas: numbers of heads, numbers of layers, the scale."""
+"""Margins in pixels, for the numbers of heads, the numbers of layers, and the scale."""
 LEAST_WIDTH = 680
-"""Pixels that the scale needs."""
+"""Width of the scale in pixels."""
 INK = (70, 80, 96)
 SWATCHES = ((PRUNED, "pruned"), (REGROWN, "regrown"), (LOST, "pruned since the last picture"))
 
 
 @dataclass(frozen=True)
 class LayerView:
-    """What the atlas shows of a layer."""
+    """A layer in the atlas."""
 
     pattern: BlockPattern
     scores: Tensor | None = None
@@ -62,7 +62,7 @@ class LayerView:
 
 
 def draw_atlas(layers: Sequence[LayerView], pixels: int = 2, gap: int = 2) -> Picture:
-    """A model as one picture, a column per layer and a row per head, no side longer than `MOST_PIXELS` if it can be.
+    """Draw a model, a column per layer and a row per head; no side is longer than `MOST_PIXELS` if possible.
 
     Args:
         layers: In the order of the model. They may have different numbers of heads and blocks.
@@ -85,7 +85,7 @@ def draw_atlas(layers: Sequence[LayerView], pixels: int = 2, gap: int = 2) -> Pi
 
 
 def draw_layer(pattern: BlockPattern, pixels: int = 96, gap: int = 4) -> Picture:
-    """Heads side by side; `pixels` is about the height, less where that makes more than `MOST_PIXELS` of width."""
+    """Draw a layer's heads side by side, about `pixels` high, or less where the width would pass `MOST_PIXELS`."""
     rows, cols = pattern.keep.shape[1:]
     scale, merged = _scale([(1, rows), (pattern.num_heads, cols)], max(1, pixels // rows), gap)
     colours = _colours(LayerView(pattern), None, merged).repeat(scale, 1).repeat(scale, 2)
@@ -94,15 +94,15 @@ def draw_layer(pattern: BlockPattern, pixels: int = 96, gap: int = 4) -> Picture
 
 
 def _scale(sides: Sequence[tuple[int, int]], pixels: int, gap: int) -> tuple[int, int]:
-    """The finest drawing of which no side is longer than `MOST_PIXELS`; if there is none, a pixel per head.
+    """Find the finest scale at which no side is longer than `MOST_PIXELS`; if there is none, a pixel per head.
 
     Args:
-        sides: Heads or layers along each side of the picture, and blocks of one of them.
+        sides: Per side of the picture, its heads or layers, and the blocks of each.
         pixels: Most pixels of a block's side.
         gap: Pixels between heads.
 
     Returns:
-        Pixels per side of what is drawn, and how many blocks are merged into a side of it.
+        Pixels per side of a square, and blocks per side of the square.
     """
     most = max(blocks for _, blocks in sides)
     for scale, merged in [(scale, 1) for scale in range(pixels, 0, -1)] + [(1, merged) for merged in range(2, most)]:
@@ -116,13 +116,13 @@ def views(
     scores: Mapping[str, Tensor] | None = None,
     before: Mapping[str, Tensor] | None = None,
 ) -> list[LayerView]:
-    """Layers by name as the atlas takes them."""
+    """Make the views of the atlas from patterns, scores and former keep masks by layer."""
     scores, before = scores or {}, before or {}
     return [LayerView(pattern, scores.get(name), before.get(name)) for name, pattern in patterns.items()]
 
 
 def score_range(layers: Sequence[LayerView]) -> tuple[float, float] | None:
-    """Lowest and highest score of a kept block: the ends of the colour scale. None where no scores are known."""
+    """Return the lowest and highest score of a kept block, the ends of the colour scale; None without scores."""
     kept = [v.scores.cpu()[v.pattern.keep].float().numpy() for v in layers if v.scores is not None and _fits(v)]
     known = np.concatenate([part[np.isfinite(part)] for part in kept]) if kept else np.zeros(0, dtype=np.float32)
     if not known.size:
@@ -135,7 +135,7 @@ def _fits(view: LayerView) -> bool:
 
 
 def _strengths(layers: Sequence[LayerView]) -> list[np.ndarray[Any, np.dtype[np.float32]] | None]:
-    """Scores on one scale for the whole picture, in [0, 1]: their logarithm between the kept blocks' extremes."""
+    """Scores on one logarithmic scale for the whole picture, in [0, 1] between the ends of `score_range`."""
     ends = score_range(layers)
     if ends is None:
         return [None] * len(layers)
@@ -165,7 +165,7 @@ def _colours(view: LayerView, strength: np.ndarray[Any, np.dtype[np.float32]] | 
 
 
 def _merge(colours: Picture, merged: int) -> Picture:
-    """The mean colour of squares of blocks; those at the far edges may be smaller."""
+    """Replace squares of blocks by their mean colour; squares at the far edges may be smaller."""
     heads, rows, cols, _ = colours.shape
     sums = np.zeros((heads, -(-rows // merged), -(-cols // merged), 3), dtype=np.uint32)
     counts = np.zeros((*sums.shape[1:3], 1), dtype=np.uint32)
@@ -178,7 +178,7 @@ def _merge(colours: Picture, merged: int) -> Picture:
 
 
 def framed_atlas(layers: Sequence[LayerView], pixels: int = 2, gap: int = 2) -> Picture:
-    """`draw_atlas` with numbers of layers above, of heads on the left, and the colour scale below.
+    """Draw the atlas with numbers of layers above, numbers of heads on the left, and the colour scale below.
 
     Args:
         layers: In the order of the model.
@@ -220,12 +220,12 @@ def framed_atlas(layers: Sequence[LayerView], pixels: int = 2, gap: int = 2) -> 
 
 
 def _numbers(count: int, apart: float, room: int) -> range:
-    """Which of `count` numbers, `apart` pixels from each other, to write so that each has `room`."""
+    """Choose which of `count` numbers, `apart` pixels from each other, to write so that each has `room`."""
     return range(0, count, max(1, int(np.ceil(room / apart))) if count else 1)
 
 
 def _text(pen: ImageDraw.ImageDraw, font: Font, x: int, y: int, text: str) -> int:
-    """Write it; where it ends."""
+    """Write text; return where it ends."""
     pen.text((x, y), text, INK, font, anchor="lm")
     return x + round(pen.textlength(text, font))
 

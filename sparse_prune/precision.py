@@ -1,4 +1,4 @@
-"""Which number type a machine multiplies fast, found by multiplying."""
+"""The number type that a machine multiplies fastest, measured."""
 
 from __future__ import annotations
 
@@ -11,15 +11,14 @@ import torch
 
 log = logging.getLogger(__name__)
 _SIZE = 256  # of the matrices: large enough for the fast path, 0.3 s where torch reaches only 0.1 GFLOP/s
-_SECONDS = 0.02  # how long a type is tried, at least twice
+_SECONDS = 0.02  # least time to measure a type
 
 
 def fast_dtype(wanted: torch.dtype, device: torch.device | str) -> torch.dtype:
-    """The type to compute in: `wanted`, or float32 where the device multiplies that at least as fast.
+    """Choose the type to compute in: `wanted`, or float32 if the device multiplies that at least as fast.
 
-    A CPU is asked by a multiplication of each type, milliseconds long: what a CPU lists among its instructions says
-    little of what torch and oneDNN make of them, and nothing of `ONEDNN_MAX_CPU_ISA`. The answer is kept for the
-    process. A log line says so where float32 takes the place of `wanted`.
+    On a CPU both are measured for some milliseconds, once per process: a CPU's list of instructions does not tell how
+    torch and oneDNN use them, nor what `ONEDNN_MAX_CPU_ISA` allows. A log line says if float32 replaces `wanted`.
 
     Args:
         wanted: bfloat16 or float16.
@@ -32,7 +31,7 @@ def fast_dtype(wanted: torch.dtype, device: torch.device | str) -> torch.dtype:
 
 
 def fast_precision(device: torch.device | str) -> Literal["bf16-mixed", "32-true"]:
-    """The same as Lightning's `precision`: "bf16-mixed" where bfloat16 is fast, else "32-true".
+    """Choose Lightning's `precision`: "bf16-mixed" if bfloat16 is fast, else "32-true".
 
     Args:
         device: Where to compute.
@@ -41,7 +40,7 @@ def fast_precision(device: torch.device | str) -> Literal["bf16-mixed", "32-true
 
 
 def fast_autocast(device: torch.device | str) -> torch.autocast:
-    """The same as a context: bfloat16 autocast where that is fast, else one that changes nothing.
+    """Return bfloat16 autocast if bfloat16 is fast, else a context that changes nothing.
 
     Args:
         device: Where to compute.
@@ -68,11 +67,11 @@ def _is_fast(wanted: torch.dtype, kind: str) -> bool:
 
 
 def _gflops(dtype: torch.dtype) -> float:
-    """The best of what fits into `_SECONDS` of this thread's own time, which other programs do not stretch."""
+    """Best speed within `_SECONDS` of this thread's own CPU time, which other programs do not stretch."""
     matrix = torch.ones(_SIZE, _SIZE, dtype=dtype)
     times: list[float] = []
     with torch.no_grad():
-        while sum(times) < _SECONDS or len(times) < 4:  # the first may compile, others be disturbed
+        while sum(times) < _SECONDS or len(times) < 4:  # the first may compile, others may be disturbed
             start = time.thread_time()
             torch.mm(matrix, matrix)
             times.append(time.thread_time() - start)

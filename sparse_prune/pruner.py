@@ -14,7 +14,7 @@ from torch import nn
 from sparse_prune.attention import PrunableAttention, attach, handle_of
 from sparse_prune.constraints import Constraints
 from sparse_prune.layer_state import LayerState, StabilityTracker
-from sparse_prune.pattern import BlockPattern, check_block_size, suited_block_size
+from sparse_prune.pattern import BlockPattern, check_block_size, suited_block_size, total_sparsity
 from sparse_prune.schedules import Schedule
 from sparse_prune.scores import STATISTICS, BlockStatistics, Criterion, Score, ScoreAverage, Statistic, score_of
 from sparse_prune.selection import LayerScores, select
@@ -22,12 +22,12 @@ from sparse_prune.selection import LayerScores, select
 log = logging.getLogger(__name__)
 Reduce = Callable[[dict[str, BlockStatistics]], dict[str, BlockStatistics]]
 _STATE_VERSION = 4
-_READABLE = (2, 3, 4)  # version 2 held its tensors whole, version 3 the masks of patterns alone
+_READABLE = (2, 3, 4)
 
 
 @dataclass(frozen=True)
 class PruneReport:
-    """What one decision did. Shares are in [0, 1]."""
+    """The result of one decision. Shares are in [0, 1]."""
 
     step: int
     """Optimizer steps taken."""
@@ -51,8 +51,8 @@ class PruneReport:
 class AttentionPruner:
     """Prunes the attention connections of a model step by step.
 
-    Per training step that is to be watched: `probe(True)`, run the model, `probe(False)`; after the optimizer
-    step `update(step)`.
+    For a decision call `probe(True)`, run the training step, call `probe(False)`, and after the optimizer step
+    `update(step)`.
 
     Raises:
         TypeError: If `sparsity` or `threshold` is no schedule, or `constraints` no `Constraints`.
@@ -60,25 +60,25 @@ class AttentionPruner:
     """
 
     sparsity: Schedule | None = None
-    """Share of possible blocks to prune, over all layers; the threshold is solved for."""
+    """Schedule of the share of possible blocks to prune, over all layers; the threshold is solved for."""
     threshold: Schedule | None = None
-    """Cut-off on scores: blocks below it go."""
+    """Schedule of the cut-off on scores: blocks below it are pruned."""
     block_size: int | tuple[int, int] | None = None
-    """Tokens per block side, or (query, key). None: what suits the first training call, once it was seen."""
+    """Tokens per block side, or (query, key). None: chosen by the length of the first training call."""
     statistic: Statistic = "max"
     """Which statistic of row mass is the score, unless `score` is given."""
     criterion: Criterion = "score"
     """Compare the threshold with scores, or with the share of its row that a block and all weaker ones hold."""
     score: Score | None = None
-    """What a block is worth (docs/scores.md). None: what `statistic` and `criterion` say."""
+    """Score of a block (docs/scores.md). None: the one that `statistic` and `criterion` name."""
     decay: float = 0.9
     """Decay of the score average per probe, in [0, 1)."""
     constraints: Constraints = field(default_factory=Constraints)
-    """What pruning must respect."""
+    """Constraints on pruning."""
     min_delta: float = 0.05
-    """Largest change of a pattern that counts as standing still."""
+    """Largest change of a pattern that counts as stable (Jaccard distance)."""
     patience: int = 3
-    """Decisions in a row that must stand still after the ramp."""
+    """Stable decisions in a row, after the ramp, until a layer has settled."""
 
     def __post_init__(self) -> None:
         for name in ("sparsity", "threshold"):
@@ -93,7 +93,7 @@ class AttentionPruner:
                 f"`constraints` must be Constraints, got {self.constraints!r}. Write Constraints(sink_blocks=2), say."
             )
         if (self.sparsity is None) == (self.threshold is None):
-            raise ValueError("Give `sparsity` or `threshold`, a schedule each; got both or none.")
+            raise ValueError("Give either `sparsity` or `threshold`, a schedule, got both or none.")
         if self.sparsity is not None and self.sparsity.final >= 1.0:
             raise ValueError(
                 f"`sparsity` must end below 1, got {self.sparsity.final}. It is a share, not a percentage."
@@ -125,32 +125,27 @@ class AttentionPruner:
 
     @property
     def longest_call(self) -> int | None:
-        """Tokens of the longest training call that any layer saw last; None before the first."""
+        """Tokens of the longest among the layers' last training calls; None before the first."""
         shapes = [state.layer.last_shape for state in self.layers.values()]
         return max((shape.q_len for shape in shapes if shape is not None), default=None)
 
     def choose_block_size(self, length: int) -> None:
-        """Take blocks that suit sequences of a length; to be called once, and alike on all ranks.
+        """Choose the block size for sequences of a length. Call it once, with the same length on all ranks.
 
         Args:
-            length: In tokens.
+            length: Tokens of a sequence.
         """
         self.block_size = suited_block_size(length)
         log.info(
-            "Blocks of %d x %d tokens, chosen for sequences of %d tokens (`block_size` sets others).",
+            "Blocks of %d x %d tokens were chosen for sequences of %d tokens (`block_size` sets others).",
             *self.block_size,
             length,
         )
 
     @property
     def score_used(self) -> Score:
-        """The score: the one that was given, or that `statistic` and `criterion` stand for."""
+        """The score in use: the given one, or the one that `statistic` and `criterion` name."""
         return self._score
-
-    @property
-    def _needed(self) -> tuple[str, ...]:
-        """The statistics that a decision looks at."""
-        return ("mean",) if self._score.kind == "mean" else (self._score.kind, "mean")
 
     @property
     def schedule(self) -> Schedule:
@@ -167,20 +162,18 @@ class AttentionPruner:
             self.threshold = schedule
 
     def attach(self, model: nn.Module, module: str | None = None) -> None:
-        """Find the attention layers of a model and take them over.
-
-        Patterns that the layers have already are where pruning starts.
+        """Attach to the attention layers of a model. Pruning starts from the patterns that they have already.
 
         Args:
             model: Any module; its `example_input_array`, if it has one, is the example of `attention.attach`.
-            module: Qualified name of the module inside whose layers are pruned; None: all of them.
+            module: Qualified name of the module inside `model` whose layers are pruned; None: all layers.
 
         Raises:
-            ValueError: If there are none, if `module`, a protected layer or head does not exist, or if there are
-                patterns of another block size already.
+            ValueError: If no layer can be pruned, if `module`, a protected layer or head does not exist, or if a layer
+                already has a pattern of another block size.
         """
         handles = attach(model, module=module)
-        if self._chooses:  # by the calls that come, not by those of another run
+        if self._chooses:  # by the calls of this run, not by those of another one
             self.block_size = None
             for handle in handles:
                 handle.last_shape = None
@@ -207,7 +200,7 @@ class AttentionPruner:
                 raise ValueError(f"`protected_heads` of {name!r} must lie in 0..{count - 1}, got {wrong}.")
 
     def attached_to(self, model: nn.Module) -> bool:
-        """Whether the layers are those of this model.
+        """Whether the pruner is attached to the layers of this model.
 
         Args:
             model: Any module.
@@ -227,18 +220,18 @@ class AttentionPruner:
 
     @property
     def open_layers(self) -> list[LayerState]:
-        """Layers that were seen and whose pattern may still move."""
+        """Layers that were probed and whose pattern may still move."""
         return [state for state in self.layers.values() if state.settled_at is None and not state.scores.empty]
 
     def probe(self, enabled: bool, *, gradient_scale: float = 1.0) -> None:
-        """Watch the next training steps, or stop watching. Frozen layers are never probed.
+        """Switch probing on or off. Settled layers are never probed.
 
-        Before `block_size` is known there is nothing to watch by: the first step then only shows how long calls are.
+        Before `block_size` is known nothing is probed: the first step then only shows how long the calls are.
 
         Args:
-            enabled: Whether to watch. For a score that sees gradients, until the backward pass is done.
-            gradient_scale: What the loss is multiplied with before the backward pass, as by a gradient scaler or by one
-                over the micro-batches of a step. Scores see gradients without it.
+            enabled: Whether to probe. With a score that sees gradients, keep it on until the backward pass is done.
+            gradient_scale: Factor on the loss in the backward pass, such as that of a gradient scaler or one over the
+                micro-batches of a step. It is divided out of the gradients that scores see.
         """
         sides = self.sides if enabled and self.block_size is not None else None
         for state in self.layers.values():
@@ -250,19 +243,19 @@ class AttentionPruner:
 
         Args:
             step: Optimizer steps taken so far.
-            reduce: Adds up the ranks' statistics so that all ranks get the same bits, and decide the same
-                (`sparse_prune.distributed`).
+            reduce: Adds up the statistics of all ranks, to the same bits on each (`sparse_prune.distributed`).
 
         Returns:
-            What was decided; None if nothing was probed, or only padding.
+            The decision; None if nothing was probed, or only padding.
 
         Raises:
-            ValueError: If logits or gradients were NaN or infinite, or a score that sees gradients saw none, on all
-                ranks alike; the message names the layers. If ranks would each choose a block size.
+            ValueError: If logits or gradients were NaN or infinite, or a score that sees gradients saw none; all ranks
+                raise alike, and the message names the layer. If `reduce` is given without a block size.
         """
         if self.block_size is None:
-            self._look(reduce)
-        found = {name: state.layer.take_statistics(self._needed) for name, state in self.layers.items()}
+            self._choose_by_calls(reduce)
+        kinds = tuple(dict.fromkeys((self._score.kind, "mean")))
+        found = {name: state.layer.take_statistics(kinds) for name, state in self.layers.items()}
         statistics = {name: seen for name, seen in found.items() if seen is not None}
         if reduce is not None:
             statistics = reduce(statistics)
@@ -292,8 +285,8 @@ class AttentionPruner:
                 settled.append(layer.name)
         return self._report(step, threshold, requested, change, tuple(settled))
 
-    def _look(self, reduce: Reduce | None) -> None:
-        """Choose a block size by what was seen, if anything was."""
+    def _choose_by_calls(self, reduce: Reduce | None) -> None:
+        """Choose a block size by the calls that were seen, if any."""
         if reduce is not None:
             raise ValueError(
                 "`block_size` must be given where several processes prune without AttentionPruning, got None: their "
@@ -321,7 +314,7 @@ class AttentionPruner:
             )
 
     def forget(self) -> None:
-        """Drop what was probed since the last decision."""
+        """Drop the statistics that were probed since the last decision."""
         for state in self.layers.values():
             state.layer.take_statistics()
 
@@ -332,13 +325,13 @@ class AttentionPruner:
         return select(layers, self.constraints, threshold=requested, signed=self._score.signed)
 
     def _scored(self, states: list[LayerState]) -> list[LayerScores]:
-        """What selection looks at."""
+        """The layers as selection takes them."""
         layers = []
         for state in states:
-            # What was given back counts as if it were still pruned, so that the others need not make up for it.
-            pattern = state.given_back or state.pattern_at_scores(self.sides)
+            # Reverted layers count as if they were still pruned, so that the others need not make up for them.
+            pattern = state.unused_pattern or state.pattern_at_scores(self.sides)
             if state.settled_at is not None:
-                scores = pattern.keep.float()  # not looked at: the layer is frozen
+                scores = pattern.keep.float()  # not used: the layer is frozen
             else:
                 average = state.scores.value()
                 scores = torch.where(average == torch.inf, average, self._score.value(average))
@@ -349,8 +342,7 @@ class AttentionPruner:
     def _report(
         self, step: int, threshold: float, requested: float, change: dict[str, float], settled: tuple[str, ...]
     ) -> PruneReport:
-        patterns = {name: state.layer.pattern for name, state in self.layers.items()}
-        sparsity = {name: pattern.sparsity for name, pattern in patterns.items() if pattern is not None}
+        sparsity = {name: pattern.sparsity for name, pattern in self.patterns.items()}
         mass = {name: self.layers[name].mass_kept for name in sparsity}
         return PruneReport(step, threshold, requested, self.total_sparsity, sparsity, change, mass, settled)
 
@@ -358,16 +350,12 @@ class AttentionPruner:
     def total_sparsity(self) -> float:
         """Share of possible blocks pruned, over all heads of the layers that have a pattern, in [0, 1].
 
-        Layers that stay dense, because they cannot be pruned (the log names them) or because no training step runs
-        them, are not counted.
+        It does not count layers that cannot be pruned (the log names them) or that no training step runs.
         """
-        patterns = [state.layer.pattern for state in self.layers.values()]
-        known = [pattern for pattern in patterns if pattern is not None]
-        possible = sum(pattern.possible_count for pattern in known)
-        return 1.0 - sum(pattern.kept_blocks for pattern in known) / possible if possible else 0.0
+        return total_sparsity(self.patterns.values())
 
     def swap(self, name: str, backend: str) -> None:
-        """Let a settled layer skip its pruned blocks from now on.
+        """Swap a settled layer to a backend that skips its pruned blocks.
 
         Args:
             name: Qualified name of the layer.
@@ -379,8 +367,8 @@ class AttentionPruner:
         self._settled(name).layer.backend = backend
         self._settled(name).layer.mode = "sparse"
 
-    def restore(self, name: str) -> None:
-        """Give a settled layer all its connections back: it gains nothing from losing them. The others lose no more.
+    def revert(self, name: str) -> None:
+        """Revert a settled layer to dense attention, with all its connections. The others are not pruned more for it.
 
         Args:
             name: Qualified name of the layer.
@@ -391,14 +379,16 @@ class AttentionPruner:
         state = self._settled(name)
         pattern = state.layer.pattern
         assert pattern is not None
-        state.given_back = pattern
+        state.unused_pattern = pattern
         state.layer.pattern = replace(pattern, keep=pattern.possible.expand_as(pattern.keep).clone())
         state.layer.mode = "dense"
+
+    restore = revert  # its former name
 
     def _settled(self, name: str) -> LayerState:
         state = self.layers[name]
         if state.settled_at is None:
-            raise ValueError(f"Layer {name!r} must have settled before it is swapped; it is still moving.")
+            raise ValueError(f"Layer {name!r} must have settled before it is swapped, but its pattern still moves.")
         return state
 
     @property
@@ -416,16 +406,19 @@ class AttentionPruner:
         }
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
-        """Continue where `state_dict` was taken; if that was before `attach`, nothing had been decided.
+        """Restore the state that `state_dict` returned; one that was taken before `attach` restarts pruning.
 
         Nothing changes if the state does not fit.
 
         Raises:
-            ValueError: If the state is of another version, block size or model; the message names what differs.
+            ValueError: If the state is of another version, block size, score or model; the message tells which.
         """
         if saved.get("version") not in _READABLE:
             known = " or ".join(map(str, _READABLE))
-            raise ValueError(f"Pruning state must have version {known}, got {saved.get('version')!r}.")
+            raise ValueError(
+                f"Pruning state must have version {known}, got {saved.get('version')!r}. Load it with the version of "
+                "sparse_prune that saved it."
+            )
         if saved["block_size"] is None:  # saved before the first training call
             self.restart()
             return
@@ -448,12 +441,13 @@ class AttentionPruner:
             )
         for name, part in layers.items():
             layer = self.layers[name].layer
-            # A layer that no call was seen of has nothing against what was seen in the run that is resumed.
+            # A layer without a call in this run takes its causality from the run that is resumed.
             causal = layer.causal if layer.seen else part["causal"]
             if (part["num_heads"], part["causal"]) != (layer.num_heads, causal):
                 raise ValueError(
                     f"The checkpoint is of another model: layer {name!r} has {part['num_heads']} heads "
-                    f"(causal={part['causal']}) there, {layer.num_heads} (causal={layer.causal}) here."
+                    f"(causal={part['causal']}) there, {layer.num_heads} (causal={layer.causal}) here. Resume with the "
+                    "model that was saved."
                 )
         before = saved.get("score")
         if before not in (None, type(self._score).__name__):
@@ -469,7 +463,7 @@ class AttentionPruner:
 
 
 def _check_finite(statistics: Mapping[str, BlockStatistics]) -> None:
-    # What is not finite shows in the sum, which is ten times as fast to take as a look at every block.
+    # NaN and infinity show in the sum, which is ten times as fast as a test of every block.
     bad = [name for name, seen in statistics.items() if not math.isfinite(float(seen.sums.sum()))]
     if not bad:
         return
@@ -478,34 +472,9 @@ def _check_finite(statistics: Mapping[str, BlockStatistics]) -> None:
     if math.isfinite(float(masses.sums.sum())):
         raise ValueError(
             f"Layer {bad[0]!r}: the sums of the score {seen.kinds[0]} must be finite, got NaN or infinity ({count}). "
-            "Clip gradients or lower the learning rate; for a score of your own, look at its `add`."
+            "Clip gradients or lower the learning rate; for a score of your own, check its `add`."
         )
     raise ValueError(
         f"Layer {bad[0]!r}: attention logits must be finite, got NaN or infinity ({count}). Resume from an earlier "
         "checkpoint with a lower learning rate, or clip gradients."
     )
-
-
-def kv_blocks_droppable(pattern: BlockPattern, num_kv_heads: int) -> float:
-    """Share of the KV cache that no query after the pattern's last one may attend to, in [0, 1].
-
-    A KV head's block is needed as long as any of its query heads may attend to it, however far in the future.
-    """
-    per_head = pattern.needed_after(pattern.kv_len).view(num_kv_heads, -1, pattern.keep.shape[2]).any(1)
-    return 1.0 - float(per_head.float().mean())
-
-
-def attention_flops(
-    pattern: BlockPattern, head_dim: int, batch: int = 1, value_dim: int | None = None
-) -> tuple[int, int]:
-    """Multiply-adds times two of one forward pass through the kept and through all possible blocks.
-
-    Args:
-        pattern: Which blocks are kept.
-        head_dim: Channels of a head's queries and keys.
-        batch: Samples.
-        value_dim: Channels of a head's values; None: `head_dim`.
-    """
-    channels = head_dim + (head_dim if value_dim is None else value_dim)
-    per_block = 2 * math.prod(pattern.block_size) * channels * batch
-    return pattern.kept_blocks * per_block, pattern.possible_count * per_block

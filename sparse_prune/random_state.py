@@ -10,7 +10,7 @@ import torch
 
 
 def random_state() -> dict[str, Any]:
-    """State of torch's generators, on the CPU and every GPU, NumPy's and Python's, in plain types and tensors."""
+    """Return the states of torch's (CPU, every GPU), NumPy's and Python's generators, in plain types and tensors."""
     name, keys, *rest = cast(tuple[str, Any, int, int, float], np.random.get_state(legacy=True))
     return {
         "torch": torch.get_rng_state(),
@@ -21,10 +21,11 @@ def random_state() -> dict[str, Any]:
 
 
 def set_random_state(state: dict[str, Any]) -> None:
-    """Go on from a state.
+    """Set the state of the generators.
 
     Args:
-        state: What `random_state` gave, in this process or another. Of GPUs it is set for as many as there are here.
+        state: The result of `random_state`, of this process or another. Of the states of GPUs as many are set as
+            there are GPUs here.
     """
     torch.set_rng_state(state["torch"].cpu())
     for gpu, own in zip(_gpus(), state["cuda"], strict=False):

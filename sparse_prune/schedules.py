@@ -1,4 +1,4 @@
-"""Schedules: what value is requested at an optimizer step."""
+"""Schedules: the value that is requested at each optimizer step."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from typing import Self
 class Schedule(ABC):
     """A value that moves from `initial` to `final` between two optimizer steps.
 
-    What the value means is the caller's choice: `AttentionPruning(sparsity=...)` reads it as a share of
-    prunable blocks in [0, 1), `AttentionPruning(threshold=...)` as a cut-off compared with scores.
+    `AttentionPruning(sparsity=...)` reads the value as a share of the possible blocks, in [0, 1),
+    `AttentionPruning(threshold=...)` as a cut-off compared with scores.
 
-    A step is a whole number of optimizer steps, or a share of the run's as a number with a point: 800 is a step, 0.8 is
-    80 % of the run, 1.0 all of it. Shares need a run whose length is known: `AttentionPruning` asks the Trainer, other
-    code calls `resolved`.
+    A step is a whole number of optimizer steps, or a share of the run as a float: 800 is a step, 0.8 is 80 % of the
+    run, 1.0 all of it. Shares need a run of known length: `AttentionPruning` asks the Trainer, other code calls
+    `resolved`.
 
     Raises:
         ValueError: If a value is negative or not finite, a share lies outside [0, 1], or the steps are reversed.
@@ -29,7 +29,7 @@ class Schedule(ABC):
     end_step: int | float
     """Optimizer step, or share of the run in [0, 1], at which `final` is reached. Not before `begin_step`."""
     initial: float = 0.0
-    """Value up to `begin_step`. Finite, at least 0."""
+    """Value up to `begin_step`. Finite and at least 0."""
     begin_step: int | float = 0
     """Optimizer step of at least 0, or share of the run in [0, 1], at which the value starts to move."""
 
@@ -65,7 +65,7 @@ class Schedule(ABC):
         return isinstance(self.begin_step, float) or isinstance(self.end_step, float)
 
     def resolved(self, total_steps: int) -> Self:
-        """The same schedule with optimizer steps in the place of shares, rounded to the nearest.
+        """Return the schedule with shares converted to optimizer steps, rounded to the nearest.
 
         Args:
             total_steps: Optimizer steps of the run. At least 1.
@@ -88,7 +88,7 @@ class Schedule(ABC):
         return replace(self, begin_step=begin, end_step=end)
 
     def __call__(self, step: int) -> float:
-        """Value in force at an optimizer step.
+        """Return the value in force at an optimizer step.
 
         Raises:
             ValueError: If the schedule is `relative`.
@@ -96,15 +96,15 @@ class Schedule(ABC):
         return self.initial + (self.final - self.initial) * self.shape(self.progress(step))
 
     def progress(self, step: int) -> float:
-        """Share of the ramp that lies behind `step`, in [0, 1].
+        """Return the share of the ramp that is done at `step`, in [0, 1].
 
         Raises:
             ValueError: If the schedule is `relative`.
         """
         if self.relative:
             raise ValueError(
-                f"`begin_step` and `end_step` must be optimizer steps to tell a value, got {self.begin_step} and "
-                f"{self.end_step}, of which one is a share of a run. Call `schedule.resolved(total_steps)` first."
+                f"`begin_step` and `end_step` must be optimizer steps, got {self.begin_step} and {self.end_step}, of "
+                "which one is a share of the run. Call `schedule.resolved(total_steps)` first."
             )
         if step >= self.end_step:
             return 1.0
@@ -131,7 +131,7 @@ class ConstantSchedule(Schedule):
     def __post_init__(self) -> None:
         if self.end_step not in (-1, self.begin_step):
             raise ValueError(
-                f"`end_step` of a ConstantSchedule is its `begin_step` ({self.begin_step}), got {self.end_step}. "
+                f"`end_step` of a ConstantSchedule must be its `begin_step` ({self.begin_step}), got {self.end_step}. "
                 "Leave it out, or use LinearSchedule for a ramp."
             )
         object.__setattr__(self, "end_step", self.begin_step)
@@ -143,7 +143,7 @@ class ConstantSchedule(Schedule):
 
 @dataclass(frozen=True, kw_only=True)
 class LinearSchedule(Schedule):
-    """Equal increments."""
+    """Rises by equal increments."""
 
     def shape(self, progress: float) -> float:
         return progress
@@ -151,7 +151,7 @@ class LinearSchedule(Schedule):
 
 @dataclass(frozen=True, kw_only=True)
 class CosineSchedule(Schedule):
-    """Half a cosine: slow at both ends."""
+    """Rises along half a cosine: slowly at both ends."""
 
     def shape(self, progress: float) -> float:
         return (1.0 - math.cos(math.pi * progress)) / 2.0
@@ -159,7 +159,7 @@ class CosineSchedule(Schedule):
 
 @dataclass(frozen=True, kw_only=True)
 class CubicSchedule(Schedule):
-    """Fast at first, slow at the end, when every further block hurts (Zhu & Gupta, arXiv:1710.01878)."""
+    """Rises fast at first and slowly at the end, when every further block hurts (Zhu & Gupta, arXiv:1710.01878)."""
 
     def shape(self, progress: float) -> float:
         return float(1.0 - (1.0 - progress) ** 3)
@@ -167,10 +167,10 @@ class CubicSchedule(Schedule):
 
 @dataclass(frozen=True, kw_only=True)
 class ExponentialSchedule(Schedule):
-    """Slow at first, then faster by a constant factor: thresholds span orders of magnitude."""
+    """Rises slowly at first, then ever faster by a constant factor: thresholds span orders of magnitude."""
 
     rate: float = 5.0
-    """Speed at the end over speed at the begin is exp(rate). Positive."""
+    """The slope at the end is exp(rate) times that at the start. Positive."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

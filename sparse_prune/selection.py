@@ -1,6 +1,6 @@
-"""Selection: scores, constraints and a threshold make patterns.
+"""Selection: new patterns from scores, constraints and a threshold.
 
-Everything but the cut itself is a transform of scores: what must stay scores infinity, what must go scores
+Everything but the cut itself is a transform of scores: blocks that must stay score infinity, blocks that must go
 minus infinity. One threshold over all layers and heads then decides.
 """
 
@@ -20,7 +20,7 @@ from sparse_prune.pattern import BlockPattern
 
 @dataclass(frozen=True, eq=False)
 class LayerScores:
-    """One layer's part in the selection."""
+    """One layer in the selection."""
 
     name: str
     """Qualified name of the layer."""
@@ -42,20 +42,20 @@ def select(
     sparsity: float | None = None,
     signed: bool = False,
 ) -> tuple[list[BlockPattern], float]:
-    """New patterns under a threshold, or under the threshold that reaches a sparsity.
+    """Select new patterns by a threshold, or by the threshold that reaches a sparsity.
 
-    Sparsity counts the possible blocks of all given layers, protected and frozen ones included. Where the
-    constraints keep more than it allows, every free block goes and the achieved sparsity stays below. Blocks that get
-    no attention at all go first and together, so where they are many it lies above.
+    Sparsity counts the possible blocks of all given layers, protected and frozen ones included. Where constraints keep
+    more than it allows, every free block is pruned and the achieved sparsity is lower. Blocks without any attention are
+    pruned first and together, so where they are many it is higher.
 
     Scores that may be negative (`Score.signed`) have no geometric mean: on a diagonal they are drawn to its mean
     instead of its largest one, by an arithmetic mean, and the query heads of a KV head share their sum. A threshold of
-    0 then is a cut like any other: blocks that score less go.
+    0 is then a cut like any other: blocks that score less are pruned.
 
     Args:
         layers: Scores and patterns in force.
-        constraints: What stays whatever it scores, and how scores are changed before the cut.
-        threshold: Cut-off on scores, at least 0 unless they are signed: blocks below it go.
+        constraints: Blocks that stay in any case, and changes of scores before the cut.
+        threshold: Cut-off on scores, at least 0 unless they are signed: blocks below it are pruned.
         sparsity: Share of possible blocks to prune, in [0, 1].
         signed: Whether scores may be negative.
 
@@ -81,11 +81,11 @@ def select(
 
 
 def _solve(values: Tensor, sparsity: float) -> float:
-    """The threshold that prunes `sparsity` of the values: 0 if none need go, just past the largest if all free ones."""
+    """The threshold that prunes `sparsity` of the values: 0 for none, just past the largest for all free ones."""
     count, scores = int(sparsity * values.numel() + 0.5), values.numpy(force=True)
     if count == 0:
         return 0.0
-    # In order, what must go stands first, what must stay last. Only the first value that may stay is looked for: numpy
+    # Blocks that must go sort first, those that must stay last. Only the first value that may stay is needed: numpy
     # finds it in linear time, more than ten times as fast as torch sorts or selects.
     first = float(np.partition(scores, count)[count]) if count < scores.size else math.inf
     if 0.0 < first < math.inf:
@@ -94,7 +94,7 @@ def _solve(values: Tensor, sparsity: float) -> float:
     if first == -math.inf or not free.size:
         return 0.0
     if first < math.inf:
-        # Nothing tells blocks without attention apart: they go together.
+        # Blocks without attention are all alike: they go together.
         attended = free[free > 0]
         if attended.size:
             return float(attended.min())
@@ -103,7 +103,7 @@ def _solve(values: Tensor, sparsity: float) -> float:
 
 
 def _solve_signed(values: Tensor, sparsity: float) -> float:
-    """As `_solve`, where 0 is a score like any other: the least free score if none need go."""
+    """Like `_solve`, where 0 is a score like any other: the least free score for none."""
     count, scores = int(sparsity * values.numel() + 0.5), values.numpy(force=True)
     free = scores[np.isfinite(scores)]
     if not free.size:
@@ -153,7 +153,7 @@ def _effective(layer: LayerScores, constraints: Constraints, signed: bool = Fals
 
 
 def _whole(scores: Tensor, far: Tensor, of_layer: bool) -> Tensor:
-    """Scores of far fields that are kept or pruned at once: their mean in the head or in the layer."""
+    """Scores with those of the far field replaced by their mean in the head or in the layer."""
     sums, counts = scores.masked_fill(~far, 0.0).sum((1, 2)), far.sum((1, 2))
     if of_layer:
         sums, counts = sums.sum().expand_as(sums), counts.sum().expand_as(counts)
@@ -161,7 +161,7 @@ def _whole(scores: Tensor, far: Tensor, of_layer: bool) -> Tensor:
 
 
 def _filled(scores: Tensor, pattern: BlockPattern, sink_blocks: int) -> Tensor:
-    """Scores that never fall toward the diagonal: each is the largest of its own and those behind it; sinks apart."""
+    """Scores that never fall toward the diagonal: each becomes the largest from there outwards, sinks excepted."""
     first, last = _standing(pattern)
     col = torch.arange(scores.shape[2])
     before = pattern.possible & (col >= sink_blocks) & (col < first)
@@ -181,18 +181,17 @@ def _distance(pattern: BlockPattern) -> Tensor:
 def _shared_diagonals(
     scores: Tensor, pattern: BlockPattern, sink_blocks: int, weight: float, signed: bool = False
 ) -> Tensor:
-    """Scores drawn toward the largest known one of their head at their distance, or to the mean if they are signed;
-    sinks keep theirs."""
+    """Scores drawn toward the largest known one on their diagonal, or to its mean if signed; sinks keep theirs."""
     first, last = _standing(pattern)
     col = torch.arange(scores.shape[2])
     shared = pattern.possible & (col >= sink_blocks)
-    # What lies after the diagonal, in bidirectional patterns, has diagonals of its own.
+    # Blocks after the main diagonal, in bidirectional patterns, have diagonals of their own.
     distance = _distance(pattern)
     index = torch.where(col > last, distance + scores.shape[2], distance)[shared]
     flat = scores[:, shared]
     size = (len(scores), 2 * scores.shape[2] + 1)
     places = index.expand(len(scores), -1)
-    # A diagonal of which nothing is known yet stays unknown.
+    # A diagonal without a known score stays unknown.
     if signed:
         known = flat.isfinite()
         total = torch.zeros(size, dtype=scores.dtype).scatter_add_(1, places, flat.masked_fill(~known, 0.0))
@@ -203,11 +202,11 @@ def _shared_diagonals(
         largest.scatter_reduce_(1, places, torch.where(flat.isinf(), -torch.inf, flat), "amax")
         shares = torch.where(largest == -torch.inf, torch.inf, largest)
     diagonal = shares[:, index]
-    # A block of which nothing is known yet scores as its diagonal does.
+    # A block without a known score takes its diagonal's.
     own = torch.where(flat.isinf(), diagonal, flat)
     scores = scores.clone()
     drawn = own * (1.0 - weight) + diagonal * weight if signed else own ** (1.0 - weight) * diagonal**weight
-    # With a weight of 1 an own score without a bound has none in the product either.
+    # Where nothing is known the score stays infinite, with a weight of 1 too.
     scores[:, shared] = torch.where(own.isinf(), torch.inf, drawn) if signed else drawn
     return scores
 
@@ -222,7 +221,7 @@ def _standing(pattern: BlockPattern) -> tuple[Tensor, Tensor]:
 
 
 def _forced(layer: LayerScores, constraints: Constraints) -> Tensor:
-    """Blocks that stay whatever they score, boolean, (num_heads, q_blocks, kv_blocks).
+    """Blocks that stay in any case, boolean, (num_heads, q_blocks, kv_blocks).
 
     The diagonal is among them, so every row keeps a block.
     """

@@ -1,4 +1,4 @@
-"""Pruning in a `transformers.Trainer`: when to probe, when to decide, and where its state stands in checkpoints."""
+"""The pruning callback for `transformers.Trainer`."""
 
 from __future__ import annotations
 
@@ -20,27 +20,27 @@ from sparse_prune.pruner import AttentionPruner, PruneReport
 
 log = logging.getLogger(__name__)
 STATE_FILE = "attention_pruning.pt"
-"""Name of the file that holds the state of pruning in a checkpoint of `transformers.Trainer`."""
+"""The file that holds the state of pruning in a checkpoint of `transformers.Trainer`."""
 
 
 class AttentionPruningCallback(TrainerCallback):  # type: ignore[misc]
-    """Prunes the attention of the model that a `transformers.Trainer` trains, and lets settled layers skip blocks.
+    """Prunes the attention of the model that a `transformers.Trainer` trains, and swaps settled layers.
 
-    Its state lies in every checkpoint folder, from which a run goes on that is resumed with
-    `trainer.train(resume_from_checkpoint=...)`. Steps are the Trainer's optimizer steps. In Lightning,
-    `AttentionPruning` does more: it logs, forecasts, distils.
+    Every checkpoint folder holds its state, so that `trainer.train(resume_from_checkpoint=...)` resumes pruning too.
+    Steps are the Trainer's optimizer steps. In Lightning, `AttentionPruning` does more: it logs, forecasts, distils.
 
     Args:
-        pruner: Schedule, score, blocks, constraints. A schedule of shares counts in the Trainer's `max_steps`.
+        pruner: The pruner, with schedule, score and constraints. Shares in its schedule are of the Trainer's
+            `max_steps`.
         every_n_steps: Optimizer steps between decisions.
-        swap: Measure settled layers, forward and backward, and let those that gain skip what was pruned; the others get
-            their connections back. False: patterns stay masks.
-        checkpoint: The folder that is resumed from, if it is not `output_dir/checkpoint-STEP`.
+        swap: Measure settled layers, forward and backward; swap those that gain to block-sparse attention and revert
+            the others to dense attention. False: patterns stay masks.
+        checkpoint: The folder to resume from, if it is not `output_dir/checkpoint-STEP`.
 
     Raises:
-        TypeError: If `pruner` is none.
-        ValueError: If `every_n_steps` is no whole number of at least 1; when training starts, in 16-bit floats with a
-            scaler (`fp16`), on several GPUs of one process, or if a checkpoint that is resumed holds no pruning.
+        TypeError: If `pruner` is no AttentionPruner.
+        ValueError: If `every_n_steps` is no whole number of at least 1; when training starts, with `fp16`, with several
+            GPUs in one process, or if the checkpoint to resume from holds no pruning.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class AttentionPruningCallback(TrainerCallback):  # type: ignore[misc]
         self._run_steps = 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any) -> None:
-        """Take the model over, or go on where the checkpoint was taken."""
+        """Attach to the model, and restore the state of a checkpoint that is resumed."""
         _refuse(args)
         self.pruner.attach(model)
         self._run_steps = state.max_steps
@@ -67,16 +67,16 @@ class AttentionPruningCallback(TrainerCallback):  # type: ignore[misc]
         self.pruner.schedule = self._schedule.resolved(self._run_steps)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Watch the step if a decision is due after it."""
+        """Probe the step if a decision is due after it."""
         if self._due(state.global_step + 1):
             self.pruner.probe(True, gradient_scale=1.0 / args.gradient_accumulation_steps)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """The backward pass is done: nothing else is watched."""
+        """Stop probing: the backward pass is done."""
         self.pruner.probe(False)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Decide, then swap what has settled."""
+        """Decide, then swap the layers that have settled."""
         self.pruner.probe(False)
         if not self._due(state.global_step):
             return
@@ -87,14 +87,14 @@ class AttentionPruningCallback(TrainerCallback):  # type: ignore[misc]
             self._swap(on_first_rank(partial(self._measured, report.settled)))
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Put the state of pruning into the checkpoint's folder."""
+        """Write the state of pruning into the checkpoint's folder."""
         if state.is_world_process_zero:
             held = {"pruner": self.pruner.state_dict(), "run_steps": self._run_steps}
             with whole_file(_folder(args, state) / STATE_FILE) as file:
                 torch.save(held, file)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Say what was pruned."""
+        """Log what was pruned."""
         self.pruner.probe(False)
         sparse = sum(layer.layer.mode == "sparse" for layer in self.pruner.layers.values())
         log.info(
@@ -105,7 +105,7 @@ class AttentionPruningCallback(TrainerCallback):  # type: ignore[misc]
         )
 
     def _due(self, step: int) -> bool:
-        """Whether a decision falls on this optimizer step; the first one falls on the first step that it can."""
+        """Whether a decision falls on this optimizer step; the first one falls on the first possible step."""
         if all(layer.layer.pattern is None for layer in self.pruner.layers.values()):
             return True
         return (step - 1) % self.every_n_steps == 0 and bool(self.pruner.open_layers)
@@ -114,15 +114,15 @@ class AttentionPruningCallback(TrainerCallback):  # type: ignore[misc]
         path = folder / STATE_FILE
         if not path.is_file():
             raise ValueError(
-                f"The checkpoint that is resumed must hold {STATE_FILE}, got none in {str(folder)!r}. Give "
-                "`checkpoint`, the folder that is resumed from, or start without the checkpoint."
+                f"The checkpoint to resume from must hold {STATE_FILE}, got none in {str(folder)!r}. Give its folder "
+                "as `checkpoint`, or start without a checkpoint."
             )
         held = torch.load(path, map_location="cpu", weights_only=True)
         self._run_steps = held["run_steps"]
         self.pruner.load_state_dict(held["pruner"])
 
     def _measured(self, names: tuple[str, ...]) -> dict[str, str]:
-        """Layer -> fastest backend; "dense" if it gains nothing."""
+        """Layer -> fastest backend, or "dense"."""
         chosen = {}
         for name in names:
             layer = self.pruner.layers[name].layer
@@ -135,7 +135,7 @@ class AttentionPruningCallback(TrainerCallback):  # type: ignore[misc]
     def _swap(self, chosen: dict[str, str]) -> None:
         for name, backend in chosen.items():
             if backend == "dense":
-                self.pruner.restore(name)
+                self.pruner.revert(name)
             else:
                 self.pruner.swap(name, backend)
 
@@ -145,7 +145,7 @@ def _folder(args: Any, state: Any) -> Path:
 
 
 def _refuse(args: Any) -> None:
-    """What would be pruned by wrong numbers."""
+    """Refuse settings under which scores would be wrong."""
     if args.fp16:
         raise ValueError("`fp16` must be off while attention is pruned: its scaler skips steps. Use `bf16`.")
     if args.n_gpu > 1:

@@ -81,7 +81,7 @@ def test_shares_of_a_run_become_steps(ramp):
 
 def test_a_share_of_a_run_has_no_value_before_the_length_is_known():
     assert ConstantSchedule(final=0.5, begin_step=0.4).resolved(5) == ConstantSchedule(final=0.5, begin_step=2)
-    with pytest.raises(ValueError, match=r"optimizer steps to tell a value, got 0 and 0\.8.*resolved\(total_steps\)"):
+    with pytest.raises(ValueError, match=r"optimizer steps, got 0 and 0\.8.*resolved\(total_steps\)"):
         CubicSchedule(final=0.4, end_step=0.8)(1)
 
 

@@ -11,7 +11,6 @@ from sparse_prune.commands.dashboard.views import panel
 from sparse_prune.commands.report.logs import read_run
 from sparse_prune.commands.report.page import describe
 from sparse_prune.metrics import METRICS, Chart, Metric, markdown_table
-from sparse_prune.pruner import attention_flops
 from support.tiny import TinyModule, batches, pruning, trainer
 
 MONITORING = Path(__file__).parents[1] / "docs" / "monitoring.md"
@@ -68,5 +67,5 @@ def test_a_metric_that_is_added_is_logged_and_drawn(tmp_path, monkeypatch):
 
 def test_values_of_another_size_than_keys_count_as_they_are():
     pattern = BlockPattern.dense(2, 8, 8, 4, True)
-    assert attention_flops(pattern, 16, value_dim=8)[1] * 4 == attention_flops(pattern, 16)[1] * 3
-    assert attention_flops(pattern, 16, value_dim=16) == attention_flops(pattern, 16)
+    assert pattern.flops(16, value_dim=8)[1] * 4 == pattern.flops(16)[1] * 3
+    assert pattern.flops(16, value_dim=16) == pattern.flops(16)

@@ -20,7 +20,7 @@ FOLDERS = {
     "sparse_prune.recipes": ROOT / "recipes",
 }
 LAYERS = (
-    "pattern schedules files clock machine packing precision extras losses random_state",
+    "pattern schedules files clock machine codec precision install_hints losses random_state",
     "scores constraints pictures",
     "selection distributed fixed_patterns",
     "kernels",

@@ -46,7 +46,7 @@ def test_settled_layers_are_swapped_by_measurement(tmp_path, monkeypatch):
     _, callback = run(tmp_path)
     first, second = callback.pruner.layers.values()
     assert (first.layer.mode, first.layer.backend) == ("sparse", "gather")
-    assert second.restored
+    assert second.reverted
 
 
 def test_accumulation_prunes_as_a_larger_batch_does(tmp_path):

@@ -1,1 +1,1 @@
-"""What all fine-tuning recipes share: the command line with the dense twin, the module's optimizer, history, report."""
+"""The base of all recipes: command line, module, data, dense twin, report."""

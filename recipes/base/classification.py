@@ -1,4 +1,4 @@
-"""The base of the recipes that tell classes apart: module and data."""
+"""The base of classification recipes: module and data."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from torch.utils.data import Dataset, Subset
 from torchmetrics.classification import MulticlassAccuracy
 from typing_extensions import override
 
+from sparse_prune.recipes.base.check_counts import check_counts
 from sparse_prune.recipes.base.held_out import HeldOutBatch
 from sparse_prune.recipes.base.loader import SPLITS, SplitDataModule
 from sparse_prune.recipes.base.module import FineTuneModule
@@ -27,7 +28,7 @@ Example = dict[str, Tensor]
 
 
 class Examples(Protocol):
-    """Examples by their number, made beforehand or when they are asked for."""
+    """A sequence of examples, made beforehand or on request."""
 
     def __len__(self) -> int: ...
 
@@ -38,8 +39,8 @@ class ClassificationModule(FineTuneModule):
     """Trains a classifier by cross-entropy; logs loss (nats per example) and accuracy of validation and test.
 
     Args:
-        model: What is trained.
-        num_classes: Classes.
+        model: The model to train.
+        num_classes: Number of classes.
         learning_rate: As for `FineTuneModule`, like the rest.
         warmup_steps: Optimizer steps.
         weight_decay: AdamW's decay.
@@ -62,7 +63,7 @@ class ClassificationModule(FineTuneModule):
         self.test_accuracy = MulticlassAccuracy(num_classes, average="micro")
 
     def logits(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """Of a batch without its labels, (batch, num_classes)."""
+        """Compute the logits of a batch without labels, (batch, num_classes)."""
         return torch.as_tensor(self.model(**batch).logits)
 
     @override
@@ -93,12 +94,12 @@ class ClassificationModule(FineTuneModule):
 
 
 class ClassificationDataModule(SplitDataModule):
-    """Examples in three splits; a new order of the training examples per seed, the same in every epoch.
+    """Examples in three splits; the seed determines the order of the training examples, the same in every epoch.
 
     Args:
         batch_size: Examples per batch.
         counts: Split -> most examples.
-        seed: Order of the examples.
+        seed: Seed of the order.
         num_workers: As for `SplitDataModule`.
 
     Raises:
@@ -107,9 +108,7 @@ class ClassificationDataModule(SplitDataModule):
 
     def __init__(self, batch_size: int, counts: Mapping[str, int], seed: int, num_workers: int = 0) -> None:
         super().__init__(batch_size, num_workers)
-        for split in SPLITS:
-            if counts[split] < 1:
-                raise ValueError(f"`{split}_examples` must be at least 1, got {counts[split]}.")
+        check_counts(**{f"{split}_examples": counts[split] for split in SPLITS})
         self.counts, self.seed = dict(counts), seed
         self.examples: dict[str, Examples] = {}
         """Split -> examples."""
@@ -117,11 +116,11 @@ class ClassificationDataModule(SplitDataModule):
     @property
     @abstractmethod
     def classes(self) -> list[str]:
-        """Names of the classes, in the order of their numbers; known before `setup`."""
+        """Names of the classes in the order of their numbers, known before `setup`."""
 
     @abstractmethod
     def make(self, split: str, count: int) -> Examples:
-        """Up to `count` examples of a split, in order."""
+        """Make up to `count` examples of a split, in order."""
 
     @override
     def setup(self, stage: str) -> None:
@@ -148,22 +147,22 @@ def _shuffled(examples: Examples, seed: int) -> Examples:
 
 
 def class_settings(classes: Sequence[str]) -> dict[str, dict[Any, Any]]:
-    """What a configuration of transformers takes, to hold how many classes there are and which is which.
+    """Return the settings of a transformers configuration for classes.
 
     Args:
-        classes: Names, in the order of their numbers.
+        classes: Names of the classes, in the order of their numbers.
     """
     return {"id2label": dict(enumerate(classes)), "label2id": {name: index for index, name in enumerate(classes)}}
 
 
 def split_by_name(names: Sequence[str], held_out_share: float) -> dict[str, list[str]]:
-    """Split -> names, by the order of their hashes: validation and test get `held_out_share` each, at least one.
+    """Split names by the order of their hashes: validation and test get `held_out_share` each, at least one name.
 
-    Fewer than three names are all to train on.
+    If there are fewer than three, training gets all of them.
 
     Args:
-        names: Of documents or examples of one class.
-        held_out_share: In (0, 0.5).
+        names: Names of documents or examples of one class.
+        held_out_share: Share in (0, 0.5).
 
     Raises:
         ValueError: If the share is out of range.
@@ -176,10 +175,10 @@ def split_by_name(names: Sequence[str], held_out_share: float) -> dict[str, list
 
 
 def warn_of_rare_classes(counts: Mapping[str, int]) -> None:
-    """Say which classes validation and test do without.
+    """Warn of classes that validation and test lack.
 
     Args:
-        counts: Class -> its documents or examples.
+        counts: Class -> number of documents or examples.
     """
     rare = {label: count for label, count in counts.items() if count < len(SPLITS)}
     if rare:

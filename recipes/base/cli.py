@@ -44,10 +44,10 @@ _DEBUG = "--debug"
 
 
 class FineTuneCLI(LightningCLI):
-    """`fit` ends with a report; with `--compare_dense true` it repeats the run without pruning.
+    """The command line of a recipe: `fit` ends with a report; `--compare_dense true` repeats the run without pruning.
 
-    The module is a `FineTuneModule` whose test step logs `test/loss` and whatever else the report shall compare. Its
-    hyperparameters are all it takes to build it anew.
+    The module is a `FineTuneModule` whose test step logs `test/loss` and the other metrics that the report compares.
+    Its hyperparameters must suffice to build it anew.
     """
 
     exportable = True
@@ -69,7 +69,7 @@ class FineTuneCLI(LightningCLI):
     @override
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         with warnings.catch_warnings():
-            # Nothing is mistaken here: `run` puts paths into the place of names.
+            # The arguments are given on purpose: `run` replaces names by paths.
             warnings.filterwarnings("ignore", "LightningCLI's args parameter")
             super().parse_arguments(parser, args)
 
@@ -80,19 +80,19 @@ class FineTuneCLI(LightningCLI):
         return trainer
 
     def tokenizer(self) -> Any:
-        """What an export shall hold beside the model; None if nothing."""
+        """Return the tokenizer for an export; None without one."""
         return None
 
     def quality(self, trainer: pl.Trainer) -> dict[str, float]:
-        """More than the test metrics say of a model that was just trained: name -> share in [0, 1]."""
+        """Measure more qualities than the test metrics, of a model that was just trained: name -> share in [0, 1]."""
         return {}
 
     def cache(self) -> CacheComparison | None:
-        """KV cache with and without patterns, for models that have one; asked for on rank 0 alone."""
+        """Measure the KV cache with and without patterns, on rank 0 alone; None for models without one."""
         return None
 
     def describe(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        """What the report says of model and data, from the configuration of `fit`."""
+        """Describe model and data for the report, from the configuration of `fit`."""
         return {}
 
     def held_out(self) -> dict[str, Any] | None:
@@ -100,17 +100,17 @@ class FineTuneCLI(LightningCLI):
         return None
 
     def next_commands(self, folder: Path, export: str | None) -> list[list[str]]:
-        """What to run next, as arguments of `sparse-prune`.
+        """Return the commands to suggest at the end, as arguments of `sparse-prune`.
 
         Args:
-            folder: Of the run.
+            folder: Folder of the run.
             export: Folder of the exported model; None without one.
         """
         return [["report", str(folder)]]
 
     def before_fit(self) -> None:
-        """Refuse what could only fail after the training. Start with the random numbers that the dense twin gets."""
-        # On every rank, which may have nobody to talk to yet.
+        """Refuse settings that would fail after the training, and seed the run as the dense twin is seeded."""
+        # On every rank alone, as there is no process group yet.
         for kind in (RunHistory, AttentionPruning):
             _callback(self.trainer, kind)
         if isinstance(self._export, str):
@@ -125,8 +125,8 @@ class FineTuneCLI(LightningCLI):
         for filled in filled_folders(self.trainer):
             if filled.resolve().is_relative_to(user_path(folder).resolve()):
                 raise ValueError(
-                    f"`export` must be a folder that the run does not fill itself, got {folder!r}, but logs or "
-                    f"checkpoints go to {str(filled)!r}. Name another, such as {str(filled / _EXPORT)!r}."
+                    f"`export` must be a folder without the run's own files, got {folder!r}, but logs or checkpoints "
+                    f"go to {str(filled)!r}. Name another, such as {str(filled / _EXPORT)!r}."
                 )
 
     @property
@@ -146,7 +146,7 @@ class FineTuneCLI(LightningCLI):
             self._save_pretrained(export)
         report = self._report()
         if self.config["fit"]["compare_dense"]:
-            on_first_rank(partial(report.write, folder))  # stays, should the dense run take the process along
+            on_first_rank(partial(report.write, folder))  # in case the dense run ends the process
             report = replace(report, dense=self._compare(folder))
         path = on_first_rank(partial(report.write, folder))
         if self.trainer.is_global_zero:
@@ -166,7 +166,7 @@ class FineTuneCLI(LightningCLI):
             on_first_rank(export)
 
     def _report(self) -> RunReport:
-        """Of the run alone."""
+        """The report of the run without its dense twin."""
         pruner = _callback(self.trainer, AttentionPruning).pruner
         loss, quality = self._test(self.trainer, self.model)
         return RunReport(
@@ -189,7 +189,7 @@ class FineTuneCLI(LightningCLI):
 
     @property
     def _in_parts(self) -> bool:
-        """Whether no process can run the model without the others."""
+        """Whether the model is sharded over processes."""
         return self.trainer.world_size > 1 and is_sharded(self.model.model)
 
     def _notes(self) -> list[str]:
@@ -198,22 +198,22 @@ class FineTuneCLI(LightningCLI):
         notes = [f"{self.trainer.world_size} processes: step times and training losses are those of the first."]
         if self._in_parts:
             notes.append(
-                "The KV cache and decoding were not measured, because FSDP2 keeps the model in parts: "
+                "The KV cache and decoding were not measured, because FSDP2 shards the model: "
                 "`sparse-prune evaluate` measures an export."
             )
         return notes
 
     def _test(self, trainer: pl.Trainer, module: pl.LightningModule) -> tuple[float, dict[str, float]]:
-        """Loss, and all else that tells how good a model is."""
+        """Test loss, and the other qualities of a model."""
         quality = self.quality(trainer)  # first: testing empties the metrics of the fit
         found = trainer.test(module, datamodule=self.datamodule, verbose=False)[0]
         tested = {name.removeprefix("test/").replace("_", " "): float(value) for name, value in found.items()}
         return tested.pop("loss"), tested | quality
 
     def _compare(self, folder: Path) -> DenseRun | None:
-        """The dense run; None if it fails in a single process, where it takes nobody along.
+        """The dense run; None if it fails in a single process.
 
-        A rank that failed alone would leave the others waiting for it: its error ends the run on all of them.
+        With several processes its error ends the run, as the other ranks would wait for the one that failed.
         """
         dense_run = partial(self._dense_run, folder)
         return _attempt("the dense run", dense_run) if self.trainer.world_size == 1 else dense_run()
@@ -234,7 +234,7 @@ class FineTuneCLI(LightningCLI):
         return DenseRun(before, after, history.records, quality)
 
     def _twin(self) -> FineTuneModule:
-        """The module anew, with the optimizer and the scheduler of the command line if it names any."""
+        """A new module, with the optimizer and the scheduler of the command line if it names any."""
         # The command line adds entries of its own to the hyperparameters.
         given = {name: value for name, value in self.model.hparams.items() if not name.startswith("_")}
         twin: FineTuneModule = type(self.model)(**given)
@@ -246,7 +246,7 @@ class FineTuneCLI(LightningCLI):
         return twin
 
     def _twin_trainer(self, **replaced: Any) -> pl.Trainer:
-        """A Trainer of the same settings. Strategy, plugins and the like are made anew: they keep state."""
+        """A new Trainer with the same settings. Strategy and plugins are made anew, because they keep state."""
         settings = self.config["fit"]["trainer"].as_dict()
         settings |= {"callbacks": None, "logger": None, "enable_checkpointing": False}
         parser = LightningArgumentParser()
@@ -265,7 +265,7 @@ class FineTuneCLI(LightningCLI):
         }
 
     def _processes(self) -> dict[str, Any]:
-        """How several processes share a batch."""
+        """The shares of several processes in a batch."""
         if self.trainer.world_size == 1:
             return {}
         shares = (self.trainer.distributed_sampler_kwargs or {"num_replicas": 1})["num_replicas"]
@@ -286,14 +286,14 @@ def run(
 ) -> None:
     """Run a recipe's command line; `--config NAME` finds the configurations in its package by name.
 
-    What is refused, from a name that is neither one of them nor a file to weights that are cut, ends the process with
-    one line and exit status 2; with `--debug`, with the traceback.
+    Any refusal, of settings, files or weights, ends the process with one line and exit status 2; with `--debug`, with
+    the traceback.
 
     Args:
-        cli: Kind of command line.
-        module: What is trained.
-        data: On what.
-        package: Where the recipe's configurations lie, as its `__package__` says.
+        cli: Class of the command line.
+        module: Class of the module.
+        data: Class of the data module.
+        package: The package with the recipe's configurations, its `__package__`.
         args: Command line; None takes that of the process.
     """
     given, program = list(sys.argv[1:] if args is None else args), program_of(package)
@@ -309,7 +309,7 @@ def run(
 
 
 def _find_configs(args: Sequence[str], package: str) -> list[str]:
-    """The command line with paths in the place of the names of shipped configurations."""
+    """Replace the names of shipped configurations in the command line by their paths."""
     found: list[str] = []
     for arg in args:
         flag, equals, name = arg.partition("=")
@@ -333,16 +333,16 @@ def _find_config(name: str, package: str) -> str:
 
 
 def _attempt(what: str, measure: Callable[[], _Found]) -> _Found | None:
-    """None if it fails, with the error in the log: after the training, the rest of the report shall not be lost."""
+    """Measure, or log the error and return None, so that the rest of the report is not lost."""
     try:
         return measure()
     except Exception:
-        log.exception("The report goes without %s, because measuring it failed.", what)
+        log.exception("The report lacks %s, because measuring it failed.", what)
         return None
 
 
 def _told(value: object) -> str | None:
-    """What a model card tells of a setting: of a path of this machine the last part alone."""
+    """A setting for the model card: of a path of this machine, the last part alone."""
     if value is None:
         return None
     path = user_path(str(value))

@@ -1,4 +1,4 @@
-"""The last lines that a run prints: what was won and lost, where everything lies, what to do next."""
+"""The last lines that a run prints: what was gained and lost, where the files are, what to do next."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from sparse_prune.recipes.base.report import RunReport
 
 
 def won_and_lost(report: RunReport) -> tuple[str, str]:
-    """Two sentences from the report's own numbers, pruned against dense; what did not change is in neither.
+    """Return two sentences on what pruning won and lost against the dense run; they omit what did not change.
 
     Args:
-        report: With a dense run; without one, the first sentence holds the cache alone, and the second what to add.
+        report: The report. Without a dense run the first sentence has the cache alone, the second what to add.
     """
     changes = [*_speed(report), *_cache(report), *_loss(report), *_quality(report)]
     won, lost = ([text for better, text in changes if better is wanted] for wanted in (True, False))
@@ -28,11 +28,11 @@ def won_and_lost(report: RunReport) -> tuple[str, str]:
 
 
 def where_and_next(report: Path, folder: Path, export: str | None, commands: Sequence[Sequence[str]]) -> list[str]:
-    """Where everything lies, and commands to go on with, to be copied as they stand.
+    """Return lines with the paths of all files, and with commands to run next, ready to copy.
 
     Args:
-        report: Of the run.
-        folder: Of the run: logs, settings, patterns.
+        report: File of the report.
+        folder: Folder of the run: logs, settings, patterns.
         export: Folder of the exported model; None without one.
         commands: Arguments of `sparse-prune`.
     """
@@ -43,7 +43,7 @@ def where_and_next(report: Path, folder: Path, export: str | None, commands: Seq
 
 
 def _program() -> str:
-    """The command as a shell finds it here: by its path where another, or none, has its name."""
+    """The command for a shell: its name, or its path if the name is unknown or of another program."""
     own = Path(sys.executable).parent / "sparse-prune"
     if not own.exists() or shutil.which("sparse-prune") == str(own):
         return "sparse-prune"

@@ -1,4 +1,4 @@
-"""Held-out examples on any number of processes: each counts once."""
+"""Held-out examples on any number of processes, each counted once."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from typing_extensions import override
 
 
 class HeldOutBatch(NamedTuple):
-    """What a validation or test step gets."""
+    """A batch of a validation or test step."""
 
     examples: Any
     """Tensors, (examples, ...), alone or by name."""
     counted: int
-    """How many examples: all of them, or 0 if the batch is there only for the processes to keep step."""
+    """Number of examples that count: all of them, or 0 if the batch only keeps the processes in step."""
 
 
 class HeldOutLoader(DataLoader[Any]):
-    """Leaves out what `DistributedSampler` repeats to give all processes equally many examples.
+    """Leaves out the examples that `DistributedSampler` repeats to give all processes equally many.
 
-    All processes get equally many batches, because a forward pass under FSDP2 needs all of them: one that has no
-    example left gets a repeated one that does not count.
+    All processes get equally many batches, because a forward pass under FSDP2 needs all of them: a process without
+    examples left gets a repeated one that does not count.
     """
 
     @override
@@ -40,7 +40,7 @@ class HeldOutLoader(DataLoader[Any]):
             yield HeldOutBatch(apply_to_collection(examples, Tensor, lambda values, end=shown: values[:end]), counted)
 
     def _own_examples(self) -> int:
-        """How many this process has, without repeated ones."""
+        """Number of examples of this process, without repeated ones."""
         examples, sampler = len(cast(Sized, self.dataset)), self.sampler
         if isinstance(sampler, DistributedSampler):
             return len(range(sampler.rank, examples, sampler.num_replicas))
@@ -51,7 +51,7 @@ class HeldOutMean(Metric):
     """Mean over the examples of all batches and processes.
 
     `self.log(..., sync_dist=True)` divides by the processes' mean number of examples, rounded down; torchmetrics'
-    `MeanMetric` drops what is NaN, or forgets the weights.
+    `MeanMetric` drops NaN, or ignores the weights.
     """
 
     total: Tensor
@@ -64,11 +64,11 @@ class HeldOutMean(Metric):
 
     @override
     def update(self, mean: Tensor, counted: int) -> None:
-        """Add a batch: the mean over its examples, (), and how many of them count."""
+        """Add a batch: the mean over its examples, (), and the number of them that count."""
         self.total += mean * counted
         self.examples += counted
 
     @override
     def compute(self) -> Tensor:
-        """Of all batches, ()."""
+        """Return the mean over all batches, ()."""
         return self.total / self.examples

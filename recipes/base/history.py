@@ -1,4 +1,4 @@
-"""What a run did, step by step, for the report."""
+"""Records the steps of a run, for the report."""
 
 from __future__ import annotations
 
@@ -16,18 +16,21 @@ Phase = Literal["dense", "masked", "sparse"]
 
 @dataclass(frozen=True)
 class StepRecord:
-    """One optimizer step, of all batches that it accumulates."""
+    """One optimizer step, with all batches that it accumulates."""
 
     step: int
-    """Optimizer steps done, this one included."""
+    """Optimizer steps taken, this one included."""
     loss: float
     """Mean over its batches."""
     seconds: float
-    """Forward, backward and optimizer, with what the device had still to do; decisions, swaps and logging left out."""
+    """Time of forward, backward and optimizer until the device has finished, without decisions, swaps and logging."""
     phase: Phase
     """sparse: every layer is swapped; masked: pruning is under way; dense: nothing is pruned yet."""
     probed: bool
     sparsity: float
+    """Share of the possible blocks that is pruned in it."""
+    requested: float | None = None
+    """Share that the schedule asked for at the latest decision; None before it, and where it is one of thresholds."""
 
 
 class RunHistory(pl.Callback):
@@ -55,22 +58,24 @@ class RunHistory(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self._seconds += now(pl_module.device) - self._start
-        # Lightning divides the loss, for the sum of gradients to be their mean.
+        # Lightning divides the loss, so that the sum of gradients is their mean.
         self._losses.append(float(outputs["loss"]) * trainer.accumulate_grad_batches)
         if trainer.global_step > self._step:
             self.records.append(self._record(trainer))
             self._step, self._losses, self._seconds = trainer.global_step, [], 0.0
 
     def _record(self, trainer: pl.Trainer) -> StepRecord:
-        """Of the step that just ended."""
+        """The record of the step that just ended."""
         found = [c for c in trainer.callbacks if isinstance(c, AttentionPruning)]  # type: ignore[attr-defined]
         layers = [state.layer for state in found[0].pruner.layers.values()] if found else []
         modes = {layer.mode for layer in layers}
         phase: Phase = "dense" if modes <= {"dense"} else "sparse" if "masked" not in modes else "masked"
         probed = any(layer.statistics is not None for layer in layers)
         sparsity = found[0].pruner.total_sparsity if found else 0.0
+        decision = found[0].report if found and found[0].pruner.sparsity is not None else None
+        requested = None if decision is None else decision.requested
         loss = sum(self._losses) / len(self._losses)
-        return StepRecord(trainer.global_step, loss, self._seconds, phase, probed, sparsity)
+        return StepRecord(trainer.global_step, loss, self._seconds, phase, probed, sparsity, requested)
 
     @override
     def state_dict(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Labels as numbered classes."""
+"""Numbers labels as classes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ log = logging.getLogger(__name__)
 
 
 def in_order(labels: Iterable[str]) -> list[str]:
-    """Labels in the order of their numbers as classes: numbers by value, others by name."""
+    """Sort labels: numbers by value, others by name."""
     known = sorted(labels)
     try:
         return sorted(known, key=float)
@@ -23,13 +23,13 @@ def in_order(labels: Iterable[str]) -> list[str]:
 
 
 def numbered(labels: Sequence[Any], argument: str, names: Sequence[str] | None = None) -> tuple[list[str], list[int]]:
-    """Names of the classes in the order of their numbers, and every row's number.
+    """Return the names of the classes in the order of their numbers, and every row's number.
 
     Args:
-        labels: One a row; blanks around it are no part of it.
-        argument: What errors call the data.
-        names: Of the classes, where labels are their numbers already, and -1 stands for none. Classes that no row has
-            keep their numbers.
+        labels: A label per row; blanks around it are ignored.
+        argument: The name of the data in errors.
+        names: Names of the classes, if labels are numbers already, and -1 none. Classes without rows keep their
+            numbers.
 
     Raises:
         ValueError: If a row has no label, or a list of them.
@@ -56,7 +56,7 @@ def numbered(labels: Sequence[Any], argument: str, names: Sequence[str] | None =
 
 
 def literal(text: str) -> Any:
-    """The list, tuple or dictionary that Python or JSON shows as this text; None if it is none."""
+    """Parse a list, tuple or dictionary in Python's or JSON's syntax; None for any other text."""
     if text[:1] not in ("[", "(", "{"):
         return None
     for read in (ast.literal_eval, json.loads):
@@ -74,13 +74,13 @@ def _warn_of_twins(classes: Sequence[str]) -> None:
         alike[_likeness(label)].append(label)
     twins = [" and ".join(map(repr, labels)) for labels in alike.values() if len(labels) > 1]
     if twins:
-        log.warning("Classes that differ by how they are written alone are classes of their own: %s.", "; ".join(twins))
+        log.warning("Classes whose names differ by their writing alone stay apart: %s.", "; ".join(twins))
 
 
 def _likeness(label: str) -> str:
-    """What is left of a label without case, blanks, marks that nobody sees, and the way of writing a number."""
+    """A label without case, extra blanks, invisible characters and the way of writing a number."""
     try:
         return repr(float(label))
     except ValueError:
-        seen = (sign for sign in unicodedata.normalize("NFKC", label) if unicodedata.category(sign) != "Cf")
-        return " ".join("".join(seen).casefold().split())
+        visible = (sign for sign in unicodedata.normalize("NFKC", label) if unicodedata.category(sign) != "Cf")
+        return " ".join("".join(visible).casefold().split())

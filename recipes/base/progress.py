@@ -1,4 +1,4 @@
-"""How long a run will take, in lines that a log keeps: a progress bar is of a terminal."""
+"""Logs the progress of a run and the time that it will take, in lines that also suit a log file."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ log = logging.getLogger(__name__)
 
 
 class Heartbeat:
-    """Says what is being done whenever `seconds` have passed in silence; a context manager.
+    """A context manager that logs the current activity after every `seconds` without a message.
 
     Args:
-        what: Is being done, as in "still at ...".
-        seconds: Of silence, positive.
+        what: The activity, as in "Still at ...".
+        seconds: Seconds of silence, positive.
     """
 
     def __init__(self, what: str, seconds: float = 60.0) -> None:
@@ -29,17 +29,17 @@ class Heartbeat:
         self.at(what)
 
     def at(self, what: str) -> None:
-        """Something else is being done from now on."""
+        """Set another activity."""
         self._what, self._since = what, time.monotonic()
         self.heard()
 
     def heard(self) -> None:
-        """Something was said."""
+        """Note that a message was logged."""
         self._heard = time.monotonic()
 
     @property
     def silent(self) -> bool:
-        """Whether `seconds` have passed without a word."""
+        """Whether `seconds` have passed without a message."""
         return time.monotonic() - self._heard >= self.seconds
 
     def __enter__(self) -> Heartbeat:
@@ -59,14 +59,13 @@ class Heartbeat:
 
 
 class Progress(pl.Callback):
-    """After the first step, says how long the run will take; later, once a minute, how long it will still take.
+    """Logs, on rank 0, how long the run will take: after the first step, and then once a minute.
 
-    Also says, on rank 0 like all else, what is being done when a minute has passed in silence: a long step, validation,
-    a test.
+    After a minute of silence it logs the current activity, such as a long step, validation or a test.
 
     Args:
         twin: Whether a run of the same length will follow.
-        seconds: Between two lines, positive.
+        seconds: Seconds between two lines, positive.
     """
 
     def __init__(self, twin: bool = False, seconds: float = 60.0) -> None:
@@ -150,7 +149,7 @@ class Progress(pl.Callback):
 
 
 def spoken(seconds: float) -> str:
-    """Seconds as people say them: "8.4 s", "95 s", "12 min", "3 h 20 min"."""
+    """Format seconds for people: "8.4 s", "95 s", "12 min", "3 h 20 min"."""
     if seconds < 10:
         return f"{seconds:.1f} s"
     if seconds < 120:

@@ -9,16 +9,16 @@ from typing import NoReturn
 
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 
-from sparse_prune.extras import with_remedy
+from sparse_prune.install_hints import with_remedy
 
 _SHIPPED = "sparse_prune.recipes."
 
 
 def program_of(package: str) -> str:
-    """The command that runs a recipe.
+    """Return the command that runs a recipe.
 
     Args:
-        package: The recipe's, shipped or a copy.
+        package: Package of the recipe, shipped or a copy.
     """
     name = package.removeprefix(_SHIPPED)
     return f"python -m {package} fit" if name == package else f"sparse-prune recipes run {name}"
@@ -26,11 +26,11 @@ def program_of(package: str) -> str:
 
 @contextmanager
 def refusals(program: str, debug: bool) -> Iterator[None]:
-    """End the process with one line where values, files, packages or the Trainer's settings are refused.
+    """End the process with one line if values, files, packages or the Trainer's settings are refused.
 
     Args:
-        program: What the line names.
-        debug: Let the error through, with its traceback.
+        program: Name at the beginning of the line.
+        debug: Raise the error instead, with its traceback.
     """
     try:
         yield
@@ -45,8 +45,8 @@ def end_with(program: str, text: str) -> NoReturn:
     """End the process with one line on stderr and exit status 2.
 
     Args:
-        program: What the line names.
-        text: What is wrong; made one line.
+        program: Name at the beginning of the line.
+        text: The error; line breaks become blanks.
     """
     print(f"{program}: error: {' '.join(text.split())}", file=sys.stderr)
     sys.exit(2)

@@ -1,4 +1,4 @@
-"""The report at the end of a run: what was gained and lost, as text, data and a picture."""
+"""The report at the end of a run, as text, data and a picture."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class DenseRun:
 
 @dataclass(frozen=True)
 class CacheComparison:
-    """KV cache and speed of generation after one sequence, measured: the same weights with and without the patterns."""
+    """Measured KV cache and speed of generation after one sequence, by the same weights with and without patterns."""
 
     length: int
     """Tokens of the sequence."""
@@ -41,7 +41,7 @@ class CacheComparison:
     pruned: CacheCost
 
     def verdict(self) -> str:
-        """In a sentence."""
+        """Return the comparison as a sentence."""
         large, small = self.dense.kv_bytes, self.pruned.kv_bytes
         return (
             f"The KV cache of {self.length} tokens takes {small / 2**20:.1f} MiB by the allocator, without patterns "
@@ -52,10 +52,10 @@ class CacheComparison:
 
 @dataclass(frozen=True)
 class RunReport:
-    """Everything the report shows."""
+    """The report of a run."""
 
     setup: Mapping[str, Any]
-    """Model, lengths, versions, machine: what is needed to run it again."""
+    """Model, lengths, versions, machine: everything that is needed to repeat the run."""
     loss: float
     """Test loss of the pruned model, in nats: per token for language models, per example for classifiers."""
     sparsity: float
@@ -65,11 +65,11 @@ class RunReport:
     patterns: Mapping[str, BlockPattern]
     savings: Mapping[str, float]
     quality: Mapping[str, float] = field(default_factory=dict)
-    """What else tells how good the model is, name -> share in [0, 1]: accuracy, passkeys found."""
+    """Other qualities of the model, name -> share in [0, 1]: accuracy, passkeys found."""
     dense: DenseRun | None = None
     cache: CacheComparison | None = None
     notes: Sequence[str] = ()
-    """What else must be known to read the figures, in sentences."""
+    """Sentences that explain the figures."""
 
     def write(self, folder: str | os.PathLike[str]) -> Path:
         """Write report.md, report.json and report.png, each whole or not at all; return the path of the text."""
@@ -83,7 +83,7 @@ class RunReport:
         return target / "report.md"
 
     def as_dict(self) -> dict[str, Any]:
-        """As JSON types, without the patterns themselves."""
+        """Return the report as JSON types, without the patterns themselves."""
         return {
             "setup": dict(self.setup),
             "loss": self.loss,
@@ -100,9 +100,9 @@ class RunReport:
         }
 
     def step_seconds(self) -> dict[str, float]:
-        """Median seconds of a step per phase; probing steps apart, the first step (warm-up) left out.
+        """Return the median seconds of a step per phase, probing steps apart, without the first step (warm-up).
 
-        "dense" is the dense fine-tune where there is one.
+        "dense" is the dense fine-tune if there is one.
         """
         groups: dict[str, list[float]] = {}
         for record in self.records[1:]:
@@ -113,7 +113,7 @@ class RunReport:
         return {name: statistics.median(times) for name, times in sorted(groups.items()) if times}
 
     def verdicts(self) -> list[str]:
-        """Plain sentences: what held and what did not."""
+        """Return the results as plain sentences."""
         swapped = [event for event in self.events if event.backend != "dense"]
         lines = [
             f"{self.sparsity:.1%} of the possible attention blocks are pruned.",
@@ -145,7 +145,7 @@ class RunReport:
         return [*lines, *self.notes]
 
     def text(self) -> str:
-        """The report as Markdown."""
+        """Return the report as Markdown."""
         setup = "\n".join(f"| {key} | {value} |" for key, value in self.setup.items())
         times = "\n".join(f"| {name} | {seconds:.2f} |" for name, seconds in self.step_seconds().items())
         by_layer = {event.layer: event for event in self.events}
@@ -168,7 +168,7 @@ class RunReport:
         return f"{name.capitalize()} {value:.1%}{beside}."
 
     def _draw(self, path: Path) -> None:
-        """In the order of `sparse-prune report`: the verdict, the patterns, charts over the steps."""
+        """Draw the picture in the order of `sparse-prune report`: verdicts, patterns, charts over the steps."""
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=(15, 13), layout="constrained")
@@ -177,22 +177,27 @@ class RunReport:
         atlas = figure.add_subplot(grid[0, :], title="Kept blocks (dark) per layer (columns) and head (rows)")
         atlas.imshow(draw_atlas([LayerView(self.patterns[name]) for name in self.layers if name in self.patterns]))
         atlas.set_axis_off()
-        self._chart(figure.add_subplot(grid[1, 0], title="Training loss", ylabel="nats"), "loss")
         share = figure.add_subplot(grid[1, 1], title="Share of blocks pruned", ylabel="share of blocks", ylim=(0, 1))
-        self._chart(share, "sparsity")
+        loss = figure.add_subplot(grid[1, 0], title="Training loss", ylabel="nats", sharex=share)
+        seconds = figure.add_subplot(grid[2, 1], title="Step time", ylabel="seconds", sharex=share)
         layer = figure.add_subplot(grid[2, 0], title="Sparsity per layer", xlabel="layer", ylabel="share", ylim=(0, 1))
+        self._chart(loss, "loss", "pruned")
+        asked = [record for record in self.records if record.requested is not None]
+        if asked:
+            share.plot(*_curve(asked, "requested"), label="requested", color="#b3bbc8", linewidth=4)
+        self._chart(share, "sparsity", "achieved")
         found = [self.patterns[name].sparsity if name in self.patterns else 0.0 for name in self.layers]
         layer.bar(range(len(found)), found, color="#1d4e89")
-        self._chart(figure.add_subplot(grid[2, 1], title="Step time", ylabel="seconds", sharex=share), "seconds")
+        layer.xaxis.get_major_locator().set_params(integer=True)
+        # The first step warms up: its time means nothing.
+        self._chart(seconds, "seconds", "pruned", first=1)
         figure.savefig(path, dpi=110, format="png")
 
-    def _chart(self, axes: Any, what: str) -> None:
-        """A number of every step, above that of the dense run, with the swaps marked."""
-        # The first step warms up: its time is told of nothing.
-        first = 1 if what == "seconds" else 0
+    def _chart(self, axes: Any, what: str, label: str, first: int = 0) -> None:
+        """Draw a number per step over that of the dense run, and mark the swaps."""
         if self.dense is not None and what != "sparsity":
             axes.plot(*_curve(self.dense.records[first:], what), label="dense twin", color="#b3bbc8", linewidth=4)
-        axes.plot(*_curve(self.records[first:], what), label="pruned", color="#1d4e89")
+        axes.plot(*_curve(self.records[first:], what), label=label, color="#1d4e89")
         for number, step in enumerate(sorted({event.step for event in self.events})):
             axes.axvline(step, color="#d1495b", linestyle=":", label=None if number else "layers swapped")
         axes.set_xlabel("optimizer steps taken")

@@ -1,4 +1,4 @@
-"""Rows of data sets by their name: of the hub, or of this machine."""
+"""Reads the rows of data sets, of the hub or of this machine."""
 
 from __future__ import annotations
 

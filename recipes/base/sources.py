@@ -1,4 +1,4 @@
-"""Where recipes find files: in folders of users, and, without the hub, in the standard library."""
+"""Finds the files of users' folders, and the documents of the standard library."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _HELD_OUT = {"val", "valid", "validation", "dev", "test"}
 
 
 def stdlib_documents() -> dict[str, str]:
-    """Path inside the Python standard library -> text, of its sources without tests."""
+    """Return path -> text of the sources of the Python standard library, without tests."""
     root = Path(sysconfig.get_paths()["stdlib"])
     found = {file.relative_to(root): file for file in root.rglob("*.py")}
     files = {str(name): file for name, file in found.items() if not _SKIPPED & set(name.parts)}
@@ -21,11 +21,11 @@ def stdlib_documents() -> dict[str, str]:
 
 
 def files_in(folder: Path, tell: bool = True) -> list[Path]:
-    """All files of a folder and of those inside, but for hidden ones and what desktops leave behind.
+    """Return all files of a folder and its subfolders, without hidden ones and those of desktops.
 
     Args:
-        folder: Where to look.
-        tell: Whether to say how many are left out.
+        folder: The folder.
+        tell: Whether to log how many are left out.
     """
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     shown = [file for file in files if not any(map(_is_hidden, file.relative_to(folder).parts))]
@@ -35,15 +35,15 @@ def files_in(folder: Path, tell: bool = True) -> list[Path]:
 
 
 def files_by_class(root: Path) -> list[tuple[str, Path]]:
-    """Class and file, of one folder per class, which may hold folders itself.
+    """Return class and file, from one folder per class, which may have subfolders.
 
-    Of a root that holds splits, train/CLASS, the others are left out.
+    If the root holds splits, only train/CLASS is read.
     """
     inside = {path.name for path in root.iterdir() if path.is_dir() and not _is_hidden(path.name)}
     if "train" in inside and inside - {"train"} <= _HELD_OUT:
         others = ", ".join(sorted(inside - {"train"}))
         if others:
-            log.info("Of %s, train is taken, of which a share is held out; left out: %s.", root, others)
+            log.info("Of %s, train is read, of which a share is held out; left out: %s.", root, others)
         root = root / "train"
     return [(file.relative_to(root).parts[0], file) for file in files_in(root) if file.parent != root]
 

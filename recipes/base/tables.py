@@ -1,4 +1,4 @@
-"""Tables on this machine, as data sets: CSV, JSON, Parquet, Arrow, and what `save_to_disk` wrote."""
+"""Loads tables of this machine as data sets: CSV, JSON, Parquet, Arrow, and folders of `save_to_disk`."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ _READERS = {
 }
 SUFFIXES = ", ".join(_READERS)
 _SEPARATORS = ",;\t|"
-_ABOUT = {".md", ".py", "dataset_infos.json", "dataset_info.json"}  # beside the tables of a data set, by suffix or name
+_ABOUT = {".md", ".py", "dataset_infos.json", "dataset_info.json"}  # suffixes and names of files beside tables
 _SAVED = ("dataset_info.json", "dataset_dict.json")
 _NAMED = 3  # broken files that an error names
 _HEAD = 1 << 16  # bytes that hold the names of columns
 
 
 def files_at(place: str) -> list[Path]:
-    """The file or folder of a path, or what a glob matches; none if there is nothing."""
+    """Return the file or folder of a path, or the matches of a glob; empty without any."""
     path = Path(place).expanduser()
     return [path] if path.exists() else [Path(found) for found in sorted(glob.glob(str(path), recursive=True))]
 
@@ -54,14 +54,14 @@ def holds_tables(place: str) -> bool:
 
 
 def load_tables(place: str, argument: str, stream: bool) -> Any:
-    """The rows of files of one kind, or of the training split of a folder that `save_to_disk` wrote.
+    """Load the rows of files of one kind, or the training split of a folder that `save_to_disk` wrote.
 
-    Cells of CSV stay text; what parts them is whichever of comma, semicolon, tab and bar the first line has most.
+    Cells of CSV stay text; the separator is the most frequent of comma, semicolon, tab and bar in the first line.
 
     Args:
         place: A file, a glob, or a folder that `save_to_disk` wrote.
-        argument: What errors call it.
-        stream: Read rows as they are asked for.
+        argument: Its name in errors.
+        stream: Read rows on request.
 
     Raises:
         ValueError: If a file cannot be read; the message names it.
@@ -88,11 +88,11 @@ def load_tables(place: str, argument: str, stream: bool) -> Any:
 
 
 def options_for(place: str) -> dict[str, Any]:
-    """What `load_dataset` is told of tables in CSV or JSON: encoding, separator, and that cells are text.
+    """Return the options of `load_dataset` for CSV and JSON: encoding, separator, and that cells are text.
 
     Args:
-        place: Files, a folder or a glob; the first file, or the first of the training split, speaks for all. Of others
-            than tables of one kind nothing is told.
+        place: Files, a folder or a glob; the first file, or the first of the training split, decides for all. There
+            are no options unless all are tables of one kind.
 
     Raises:
         ValueError: If the first row of CSV cannot be read.
@@ -116,15 +116,15 @@ def options_for(place: str) -> dict[str, Any]:
 
 @contextmanager
 def readable(place: str, argument: str) -> Iterator[None]:
-    """Refuse by name what a library fails on while it reads.
+    """Turn errors of a library that reads files into a refusal that names them.
 
     Args:
-        place: What is read.
-        argument: What errors call it.
+        place: The files.
+        argument: Their name in errors.
     """
     from datasets.exceptions import DatasetGenerationError
 
-    logging.getLogger("datasets.packaged_modules").setLevel(logging.CRITICAL)  # what fails is raised as well
+    logging.getLogger("datasets.packaged_modules").setLevel(logging.CRITICAL)  # its errors are raised as well
     try:
         yield
     except ConnectionError:
@@ -134,12 +134,12 @@ def readable(place: str, argument: str) -> Iterator[None]:
 
 
 def unreadable(error: Exception, place: str, argument: str) -> ValueError:
-    """What to say of tables that a library failed on.
+    """Make the error for tables that a library failed to read.
 
     Args:
-        error: The library's.
-        place: Where they lie.
-        argument: What errors call them.
+        error: The library's error.
+        place: The tables.
+        argument: Their name in errors.
     """
     cause = error.__cause__ if type(error).__name__ == "DatasetGenerationError" and error.__cause__ else error
     files = [str(file) for file in files_at(place)] or [place]
@@ -152,14 +152,14 @@ def unreadable(error: Exception, place: str, argument: str) -> ValueError:
 
 
 def _data_files(place: str) -> list[Path]:
-    """The files of a path or a glob, without what tells about them."""
+    """The data files of a path or a glob."""
     path = Path(place).expanduser()
     files = files_in(path, tell=False) if path.is_dir() else files_at(place)
     return [file for file in files if not _ABOUT & {file.suffix.lower(), file.name}]
 
 
 def _common_reader(files: Sequence[Path]) -> str | None:
-    """What `datasets` reads all of these by; None if there are several or none."""
+    """The reader of `datasets` for all of these files; None if there are several or none."""
     readers = {_reader(file) for file in files}
     return readers.pop() if len(readers) == 1 else None
 
@@ -173,7 +173,7 @@ def _text_columns(file: Path, options: dict[str, Any]) -> Any:
     from datasets import Features, Value
 
     with warnings.catch_warnings():
-        # Of later rows pandas says itself that they are too long.
+        # For later rows pandas raises an error itself if they are too long.
         warnings.simplefilter("error", pandas.errors.ParserWarning)
         try:
             columns = pandas.read_csv(file, nrows=1, **options).columns

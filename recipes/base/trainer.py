@@ -1,4 +1,4 @@
-"""The Trainer of the recipes: it chooses its precision by the machine."""
+"""The Trainer of the recipes, which can choose its precision by the machine."""
 
 from __future__ import annotations
 

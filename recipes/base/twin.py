@@ -1,4 +1,4 @@
-"""The dense twin in the loggers of the pruned run, so that charts hold the two beside each other."""
+"""Logs the dense twin to the loggers of the pruned run, so that charts show both."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from sparse_prune.losses import TWIN
 
 
 class TwinLogger(Logger):
-    """Hands all that the dense twin logs on to other loggers, under keys that begin with dense/.
+    """Passes the metrics of the dense twin on to other loggers, under keys that begin with dense/.
 
     Args:
-        loggers: Those of the pruned run, whose Trainer logs no more.
+        loggers: Loggers of the pruned run, whose Trainer has finished.
     """
 
     def __init__(self, loggers: Sequence[Logger]) -> None:

@@ -1,4 +1,4 @@
-"""Whether files of weights are whole: a copy that broke off, or a pointer in their place, is refused by name."""
+"""Checks that files of weights are complete, and no pointers of Git LFS."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ _KINDS = {".safetensors", ".bin", ".gguf"}
 
 
 def check_weights(place: Path) -> None:
-    """Refuse files that are cut, or pointers of Git LFS.
+    """Refuse files that are incomplete, or pointers of Git LFS.
 
     Args:
         place: A file of weights, or a folder that holds some.
 
     Raises:
-        ValueError: If a file is not whole; the message names it.
+        ValueError: If a file is incomplete; the message names it.
     """
     files = [place] if place.is_file() else sorted(file for file in place.glob("*") if file.suffix in _KINDS)
     for file in files:
@@ -42,7 +42,7 @@ def _problem(file: Path) -> str | None:
 
 
 def _safetensors_size(start: bytes, file: Path) -> int | None:
-    """Bytes of a whole file, by its header; None if that itself cannot be read."""
+    """Bytes of the complete file, by its header; None if the header cannot be read."""
     length = int.from_bytes(start, "little")
     if len(start) < 8 or length > file.stat().st_size:
         return None

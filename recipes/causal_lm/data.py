@@ -8,7 +8,7 @@ from dataclasses import replace
 from torch import Tensor
 from typing_extensions import override
 
-from sparse_prune.recipes.base.counts import check_counts
+from sparse_prune.recipes.base.check_counts import check_counts
 from sparse_prune.recipes.base.loader import SplitDataModule
 from sparse_prune.recipes.base.pretrained import load_tokenizer
 from sparse_prune.recipes.causal_lm.documents import split_text

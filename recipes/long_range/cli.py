@@ -15,7 +15,7 @@ from sparse_prune.recipes.long_range.module import ListOpsModule
 
 
 class ListOpsCLI(FineTuneCLI):
-    """Takes the length from the data; names the share of the commonest class, which is what guessing gets."""
+    """Takes the length from the data; reports the share of the commonest class, which guessing would get."""
 
     exportable = False
 

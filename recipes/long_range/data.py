@@ -1,4 +1,4 @@
-"""ListOps as padded tokens."""
+"""The data module of ListOps, as padded tokens."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ VOCABULARY = {token: index for index, token in enumerate(("<pad>", "<cls>", *OPE
 class ListOpsDataModule(ClassificationDataModule):
     """Expressions, generated or read; the class is the value. A <cls> token comes first, padding last.
 
-    The benchmark's files write every list as nested pairs in parentheses. They say nothing that the closing brackets
-    do not say, so they are dropped; lengths are counted without them, as the benchmark's generator does.
+    The benchmark's files write every list as nested pairs in parentheses. These are redundant and dropped; lengths
+    count without them, as in the benchmark's generator.
 
     Args:
         data: "generate", or a folder with the benchmark's basic_train.tsv, basic_val.tsv and basic_test.tsv.
-        rules: Bounds of generated expressions; `max_length` is also the length that examples are padded and cut to.
+        rules: Bounds of generated expressions; examples are padded and cut to their `max_length`.
         batch_size: Expressions per batch.
         train_examples: Expressions to train on; the benchmark has 96000.
         val_examples: Expressions of validation; the benchmark has 2000.
         test_examples: Expressions of the test; the benchmark has 2000.
-        seed: Of the expressions and of their order.
+        seed: Seed of the expressions and of their order.
 
     Raises:
-        FileNotFoundError: If a file is not there.
+        FileNotFoundError: If a file does not exist.
         ValueError: If a number is out of range or a file holds other tokens.
     """
 
@@ -59,7 +59,7 @@ class ListOpsDataModule(ClassificationDataModule):
 
     @cached_property
     def _generated(self) -> list[tuple[tuple[str, ...], int]]:
-        """For all splits at once: no expression stands in two."""
+        """Expressions of all splits at once, so that none is in two of them."""
         return generate(sum(self.counts.values()), self.rules, self.seed)
 
     @override
@@ -79,7 +79,9 @@ class ListOpsDataModule(ClassificationDataModule):
 def _read(folder: Path, split: str, count: int) -> list[tuple[tuple[str, ...], int]]:
     path = folder.expanduser() / f"basic_{split}.tsv"
     if not path.is_file():
-        raise FileNotFoundError(f"`data` must be 'generate' or a folder with {path.name}, got {str(folder)!r}.")
+        raise FileNotFoundError(
+            f"`data` must be 'generate' or a folder with {path.name}, got {str(folder)!r}. Check the path."
+        )
     found = []
     with open(path, newline="", encoding="utf-8") as file:
         for number, row in enumerate(csv.DictReader(file, delimiter="\t"), start=2):

@@ -1,4 +1,4 @@
-"""Expressions of ListOps, by the rules that Long Range Arena publishes.
+"""Generates expressions of ListOps by the rules that Long Range Arena publishes.
 
 Nested lists of digits under MIN, MAX, MED (the median, rounded down) and SM (the sum modulo 10). An element is a list
 with probability 0.25, above the deepest level; a list has 2 to `max_args` elements (arXiv:2011.04006 and its generator,
@@ -28,7 +28,7 @@ class Rules:
     """Bounds of the expressions; the defaults are those of Long Range Arena.
 
     Raises:
-        ValueError: If the bounds leave nothing.
+        ValueError: If no expression is within the bounds.
     """
 
     min_length: int = 500
@@ -51,10 +51,10 @@ class Rules:
 
 
 def generate(count: int, rules: Rules, seed: int) -> list[tuple[tuple[str, ...], int]]:
-    """Distinct expressions and their values, in the order in which they were drawn.
+    """Generate distinct expressions and their values.
 
     Args:
-        count: How many.
+        count: Number of expressions.
         rules: Their bounds.
         seed: The same seed gives the same expressions.
     """
@@ -76,7 +76,7 @@ class _TooLong(Exception):
 
 
 def _grow(chance: random.Random, depth: int, rules: Rules, tokens: list[str]) -> int:
-    """Append an expression; return its value. Gives up as soon as it is too long: it would be dropped anyway."""
+    """Append an expression; return its value. Raises as soon as it is too long."""
     if len(tokens) >= rules.max_length:
         raise _TooLong
     if depth >= rules.max_depth or chance.random() > LIST_PROBABILITY:

@@ -17,9 +17,9 @@ class ListOpsEncoder(nn.Module):
 
     Args:
         length: Most tokens.
-        num_classes: Classes.
+        num_classes: Number of classes.
         width: Size of the hidden state.
-        layers: Layers.
+        layers: Number of layers.
         heads: Attention heads per layer.
         mlp: Size of the feed-forward layers.
         dropout: In [0, 1).
@@ -35,7 +35,7 @@ class ListOpsEncoder(nn.Module):
         self.classes = nn.Linear(width, num_classes)
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        """Logits, (batch, num_classes), of tokens, (batch, length)."""
+        """Compute logits, (batch, num_classes), of tokens, (batch, length)."""
         places = torch.arange(input_ids.shape[1], device=input_ids.device)
         hidden = self.tokens(input_ids) + self.positions(places)
         hidden = self.encoder(hidden, src_key_padding_mask=input_ids == PAD)
@@ -46,9 +46,9 @@ class ListOpsModule(ClassificationModule):
     """Trains a `ListOpsEncoder`; sizes default to those of the benchmark.
 
     Args:
-        length: Tokens of an example; the data's.
+        length: Tokens of the data's examples.
         width: Size of the hidden state.
-        layers: Layers.
+        layers: Number of layers.
         heads: Attention heads per layer.
         mlp: Size of the feed-forward layers.
         dropout: In [0, 1).
@@ -75,7 +75,7 @@ class ListOpsModule(ClassificationModule):
         encoder = ListOpsEncoder(length, classes, width, layers, heads, mlp, dropout)
         super().__init__(encoder, classes, learning_rate, warmup_steps, weight_decay, train_only)
         self.save_hyperparameters()
-        # Shows AttentionPruning which mask the layers get: keys are padded, nothing is causal.
+        # Shows AttentionPruning the layers' masks: padded keys, no causality.
         self.example_input_array = torch.tensor([[CLS, *range(2, 10), PAD, PAD, PAD]])
 
     @override

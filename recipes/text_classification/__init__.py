@@ -1,1 +1,1 @@
-"""Text classification: an encoder (BERT, MiniLM, any of the hub) that tells classes of documents apart."""
+"""Text classification: an encoder (BERT, MiniLM, any of the hub) that classifies documents."""

@@ -1,4 +1,4 @@
-"""Labelled text, padded to one length."""
+"""The data module of labelled text, padded to one length."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from pathlib import Path
 import torch
 from typing_extensions import override
 
+from sparse_prune.recipes.base.check_counts import check_counts
 from sparse_prune.recipes.base.classification import (
     ClassificationDataModule,
     Example,
     split_by_name,
     warn_of_rare_classes,
 )
-from sparse_prune.recipes.base.counts import check_counts
 from sparse_prune.recipes.base.labels import numbered
 from sparse_prune.recipes.base.plain_text import read_text
 from sparse_prune.recipes.base.pretrained import load_tokenizer
@@ -32,13 +32,13 @@ Documents = dict[str, dict[str, str]]
 
 
 class LabelledTextDataModule(ClassificationDataModule):
-    """Chunks of labelled documents. Whole documents are held out; classes take turns, so that they are balanced.
+    """Chunks of labelled documents. Whole documents are held out; classes take turns, so that splits are balanced.
 
     Args:
         tokenizer: A model, as `locate` takes it.
-        data: "stdlib" (from which of the largest packages of the Python standard library do these lines come?), a
-            folder with one folder of text files per class, or `NAME[:CONFIG[:TEXT[:LABEL]]]` for a table or the
-            training split of a data set (`data_rows`).
+        data: "stdlib" (classify lines by their package in the Python standard library), a folder with one folder of
+            text files per class, or `NAME[:CONFIG[:TEXT[:LABEL]]]` for a table or the training split of a data set
+            (`data_rows`).
         max_length: Tokens of an example, special tokens included; at most the model's. Shorter ones are padded.
         batch_size: Examples per batch.
         train_examples: Most examples to train on.
@@ -47,10 +47,10 @@ class LabelledTextDataModule(ClassificationDataModule):
         chunks_per_document: Most examples of one document; the rest of a longer one is left out.
         held_out_share: Share of a class's documents in validation and in test, each, in (0, 0.5); a class of fewer than
             three documents is only trained on.
-        seed: Order of the training examples.
+        seed: Seed of the order of the training examples.
 
     Raises:
-        FileNotFoundError: If the file or the data set is not there.
+        FileNotFoundError: If the file or the data set does not exist.
         ValueError: If a number is out of range, a column or a label is missing, or a file is no text.
     """
 
@@ -113,13 +113,13 @@ class LabelledTextDataModule(ClassificationDataModule):
 
 
 def _in_turns(queues: Sequence[Iterator[Example]]) -> Iterator[Example]:
-    """One of each, round after round, until all are empty."""
+    """Take one example of each queue, round after round, until all are empty."""
     for taken in zip_longest(*queues):
         yield from (example for example in taken if example is not None)
 
 
 def load_labelled(data: str) -> Documents:
-    """Label -> name -> text, in the order of the classes; see `LabelledTextDataModule` for what `data` may be."""
+    """Load the `data` of a `LabelledTextDataModule`: label -> name -> text, in the order of the classes."""
     root = Path(data).expanduser()
     if data == "stdlib":
         return _stdlib()
@@ -142,7 +142,7 @@ def load_labelled(data: str) -> Documents:
 
 
 def _by_label(classes: Sequence[str], texts: Sequence[tuple[int, str, str]]) -> Documents:
-    """Of the class's number, the name and the text of every document."""
+    """Group documents, given as number of the class, name and text."""
     found: Documents = {name: {} for name in classes}
     for number, name, text in texts:
         found[classes[number]][name] = text
@@ -150,7 +150,7 @@ def _by_label(classes: Sequence[str], texts: Sequence[tuple[int, str, str]]) -> 
 
 
 def _stdlib() -> Documents:
-    """The packages with the most files."""
+    """Documents of the packages with the most files."""
     files = {name: text for name, text in stdlib_documents().items() if _TABLES not in Path(name).parts}
     largest = Counter(Path(name).parts[0] for name in files if len(Path(name).parts) > 1).most_common(_STDLIB_CLASSES)
     found: Documents = {package: {} for package in sorted(name for name, _ in largest)}

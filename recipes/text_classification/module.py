@@ -13,11 +13,11 @@ from sparse_prune.recipes.base.pretrained import check_length, load_tokenizer, l
 
 
 class TextClassificationModule(ClassificationModule):
-    """Fine-tunes `AutoModelForSequenceClassification`; the head is new where the weights have none that fits.
+    """Fine-tunes `AutoModelForSequenceClassification`; the head is new if the weights have none that fits.
 
     Args:
         model: As `locate` takes it (sparse_prune.recipes.base.pretrained).
-        classes: Names of the classes, in the order of their numbers; the data's.
+        classes: Names of the data's classes, in the order of their numbers.
         learning_rate: Peak of AdamW's rate; warmed up linearly, then constant.
         warmup_steps: Optimizer steps of warm-up.
         weight_decay: AdamW's decay.
@@ -39,7 +39,7 @@ class TextClassificationModule(ClassificationModule):
         encoder = AutoModelForSequenceClassification.from_pretrained(
             where, dtype=torch.float32, ignore_mismatched_sizes=True, **class_settings(classes), **options
         )
-        if encoder.config.pad_token_id is None:  # decoders look for the last token that is none of padding
+        if encoder.config.pad_token_id is None:  # decoders need it to find the last real token
             encoder.config.pad_token_id = load_tokenizer(model, padding=True).pad_token_id
         super().__init__(encoder.train(), len(classes), learning_rate, warmup_steps, weight_decay, train_only)
         self.save_hyperparameters()

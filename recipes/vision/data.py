@@ -1,4 +1,4 @@
-"""Labelled images of one size, read when a loader asks for them."""
+"""The data module of labelled images, which are read on request."""
 
 from __future__ import annotations
 
@@ -13,40 +13,40 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset
 from typing_extensions import override
 
+from sparse_prune.recipes.base.check_counts import check_counts
 from sparse_prune.recipes.base.classification import (
     ClassificationDataModule,
     Example,
     split_by_name,
     warn_of_rare_classes,
 )
-from sparse_prune.recipes.base.counts import check_counts
 from sparse_prune.recipes.vision.images import LabelledImages, load_images
 
 
 class ImageDataModule(ClassificationDataModule):
     """Images, resized to squares; classes take turns, so that splits are balanced.
 
-    An image is read and resized when a loader asks for it, once per epoch; labels are known without. Files of a folder
-    are read once more before the training, so that one that is broken stops no run midway.
+    An image is read and resized when a loader asks for it, once per epoch. Files of a folder are also read once before
+    the training, so that no broken one stops the run later.
 
     Args:
         data: "digits" (1797 handwritten digits of 8 x 8 pixels that scikit-learn ships), a folder with one folder of
-            images per class, or `hub:NAME[:CONFIG[:IMAGE[:LABEL]]]` for the training split of a hub data set, or of a
-            folder that holds the like (`hub_rows`).
-        image_size: Pixels per side that images are resized to, bilinearly.
-        mean: Subtracted from values in [0, 1]; the pretrained model's.
-        std: Divides them; the pretrained model's.
+            images per class, or `hub:NAME[:CONFIG[:IMAGE[:LABEL]]]` for the training split of a data set of the hub or
+            in a folder (`data_rows`).
+        image_size: Pixels per side after bilinear resizing.
+        mean: Mean of values in [0, 1] for the pretrained model; it is subtracted.
+        std: Their standard deviation for the pretrained model; it divides them.
         batch_size: Images per batch.
         train_examples: Most images to train on.
         val_examples: Most images of validation.
         test_examples: Most images of the test.
         held_out_share: Share of a class's images in validation and in test, each, in (0, 0.5); a class of fewer than
             three images is only trained on.
-        seed: Order of the training images.
-        num_workers: Processes per loader that read images; 0: the training does.
+        seed: Seed of the order of the training images.
+        num_workers: Worker processes per loader that read images; 0: the training process reads them.
 
     Raises:
-        FileNotFoundError: If the folder or the data set is not there.
+        FileNotFoundError: If the folder or the data set does not exist.
         ValueError: If a number is out of range, there are fewer than two classes, or an image has no label.
     """
 
@@ -74,7 +74,7 @@ class ImageDataModule(ClassificationDataModule):
 
     @cached_property
     def images(self) -> LabelledImages:
-        """All images, of all splits."""
+        """The images of all splits."""
         found = load_images(self.data)
         warn_of_rare_classes(dict(zip(found.classes, map(len, found.places()), strict=True)))
         return found
@@ -98,11 +98,11 @@ class ImageDataModule(ClassificationDataModule):
 
 @dataclass(frozen=True)
 class SquareImages(Dataset[Example]):
-    """Some of the images, each read and resized when it is asked for. Pickles, for workers that are spawned."""
+    """Some of the images, read and resized on request. Pickles, for workers that are spawned."""
 
     images: LabelledImages
     chosen: list[int]
-    """Where the images stand."""
+    """Indices of the images."""
     size: int
     """Pixels per side."""
     mean: float

@@ -1,4 +1,4 @@
-"""Labelled images: the labels are known, an image is read when it is asked for."""
+"""Labelled images, which are read on request."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from sparse_prune.recipes.base.sources import files_by_class
 
 log = logging.getLogger(__name__)
 _NAMED = 3  # broken files that an error names
-_BROKEN = (OSError, SyntaxError, ValueError)  # Pillow's words for what is not as it should be
+_BROKEN = (OSError, SyntaxError, ValueError)  # Pillow's errors for broken images
 _WHITE = {"I": 2**16 - 1, "F": 1.0}
-"""Mode of Pillow -> the value of white, where that is not 255: 16 bits, also as I;16, and fractions."""
+"""Mode of Pillow -> the value of white if not 255: 16 bits, also as I;16, and fractions."""
 
 
 @dataclass(frozen=True)
 class LabelledImages:
-    """Images and their classes. Copies and pickles with its references, not with pictures."""
+    """Images and their classes. Copies and pickles hold references to files instead of pictures."""
 
     classes: list[str]
     """Names, in the order of their numbers."""
@@ -34,14 +34,14 @@ class LabelledImages:
     """Arrays (height, width) in [0, 1], paths, or the column of a data set: `bytes` or a `path` for every image."""
 
     def places(self) -> list[list[int]]:
-        """Class -> where its images stand, in their order."""
+        """Return class -> indices of its images, in order."""
         found: list[list[int]] = [[] for _ in self.classes]
         for place, number in enumerate(self.numbers):
             found[number].append(place)
         return found
 
     def read(self, place: int) -> np.ndarray[Any, Any]:
-        """An image as it is meant to be seen, (height, width) or (height, width, 3), in [0, 1].
+        """Read an image upright, (height, width) or (height, width, 3), in [0, 1].
 
         Raises:
             ValueError: If it cannot be read; the message names it.
@@ -57,10 +57,10 @@ class LabelledImages:
             raise ValueError(f"`data` must hold images that can be read, got {name}: {error}. Take it out.") from error
 
     def check(self, places: Sequence[int]) -> None:
-        """Refuse files that are no images or are cut; every file is read once. Bytes of a data set are not looked at.
+        """Read files once and refuse broken ones; images inside a data set are not checked.
 
         Args:
-            places: Which images.
+            places: Indices of the images.
 
         Raises:
             ValueError: If some cannot be read; the message names the first few.
@@ -86,14 +86,14 @@ class LabelledImages:
 
 
 def _source(image: Path | Mapping[str, Any]) -> Path | io.BytesIO:
-    """Where an image is read from."""
+    """The file or the bytes of an image."""
     if isinstance(image, Path):
         return image
     return Path(image["path"]) if image["bytes"] is None else io.BytesIO(image["bytes"])
 
 
 def _decoded(source: Path | io.BytesIO) -> np.ndarray[Any, Any]:
-    """Turned as its camera was; 16 bits and fractions keep their scale."""
+    """The image, rotated as its camera was; 16 bits and fractions keep their scale."""
     from PIL import Image, ImageOps
 
     try:
@@ -112,10 +112,10 @@ def _decoded(source: Path | io.BytesIO) -> np.ndarray[Any, Any]:
 
 
 def load_images(data: str) -> LabelledImages:
-    """Images as `ImageDataModule` takes them.
+    """Load the `data` of an `ImageDataModule`.
 
     Raises:
-        FileNotFoundError: If the folder is not there.
+        FileNotFoundError: If the folder does not exist.
         ValueError: If there are fewer than two classes. See `data_rows` and `numbered` for data sets.
     """
     root = Path(data.removeprefix(PREFIX)).expanduser()
@@ -151,17 +151,17 @@ def _of_rows(data: str) -> LabelledImages:
 
 
 def _says_labels(root: Path) -> bool:
-    """Whether tables in a folder say which image is of which class, as Parquet and `metadata.csv` do."""
+    """Whether tables in a folder hold the labels, as Parquet and `metadata.csv` do."""
     return is_data_set(str(root)) or any(root.rglob("metadata.*"))
 
 
 def _image_files(root: Path) -> list[tuple[str, Path]]:
-    """Class and file, of files that Pillow reads by their names."""
+    """Class and file, of files with suffixes that Pillow reads."""
     from PIL import Image
 
     suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
     files = files_by_class(root)
     images = [(label, file) for label, file in files if file.suffix.lower() in suffixes]
     if len(images) < len(files):
-        log.info("Files that are no images by their names are left out: %d in %s.", len(files) - len(images), root)
+        log.info("Files without a suffix of images are left out: %d in %s.", len(files) - len(images), root)
     return images

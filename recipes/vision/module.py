@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from sparse_prune.recipes.base.check_counts import check_counts
 from sparse_prune.recipes.base.classification import ClassificationModule, class_settings
-from sparse_prune.recipes.base.counts import check_counts
 from sparse_prune.recipes.base.pretrained import locate
 
 
@@ -13,13 +13,13 @@ class VisionModule(ClassificationModule):
     """Fine-tunes `AutoModelForImageClassification`, or trains a ViT from scratch.
 
     Args:
-        classes: Names of the classes, in the order of their numbers; the data's.
-        image_size: Pixels per side; the data's.
-        model: As `locate` takes it (sparse_prune.recipes.base.pretrained); the head is new where it does not fit.
-            None trains a ViT of the next four numbers from scratch.
+        classes: Names of the data's classes, in the order of their numbers.
+        image_size: Pixels per side of the data's images.
+        model: As `locate` takes it (sparse_prune.recipes.base.pretrained); the head is new if it does not fit. None
+            trains a ViT of the next four sizes from scratch.
         patch_size: Pixels per side of a patch.
         width: Size of the hidden state.
-        layers: Layers.
+        layers: Number of layers.
         heads: Attention heads per layer.
         learning_rate: Peak of AdamW's rate; warmed up linearly, then constant.
         warmup_steps: Optimizer steps of warm-up.

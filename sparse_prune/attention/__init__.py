@@ -1,8 +1,8 @@
-"""Attention access: how the layers of a model are reached."""
+"""Access to the attention layers of a model."""
 
 from sparse_prune.attention.access import attach, detach, find_layers, list_layers
 from sparse_prune.attention.apply import apply_patterns
-from sparse_prune.attention.found import FoundLayer, handle_of
+from sparse_prune.attention.handles import FoundLayer, handle_of
 from sparse_prune.attention.hf import attached_layers
 from sparse_prune.attention.layer import CallShape, PrunableAttention
 

@@ -1,4 +1,4 @@
-"""The front of attention access: finds the layers of a model, whatever their kind, and takes them over."""
+"""Finds the attention layers of a model, of every family, and attaches to them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import nn
 
 from sparse_prune.attention.averages import averaged_layers
 from sparse_prune.attention.families import FAMILIES
-from sparse_prune.attention.found import (
+from sparse_prune.attention.handles import (
     FoundLayer,
     drop_handle,
     give_handle,
@@ -21,19 +21,19 @@ from sparse_prune.attention.found import (
     share_handle,
 )
 from sparse_prune.attention.layer import PrunableAttention
-from sparse_prune.attention.trial import Calls, run_example
+from sparse_prune.attention.trial_run import TrialCalls, run_example
 
 log = logging.getLogger(__name__)
 
 
 def list_layers(model: nn.Module, example: Any = None) -> list[FoundLayer]:
-    """Every attention layer of a model, with the reason where its connections cannot be pruned.
+    """List all attention layers of a model, with the reason if one cannot be pruned.
 
     Args:
         model: Any module.
         example: An input: a tuple of arguments, a dict of keyword arguments, or the only argument. None: the model's
             `example_input_array`, if it has one, as LightningModules do. The model runs on it once, in eval mode, if
-            it holds layers that were not taken over yet. Without an example, modules that call SDPA are tried alone,
+            it has layers that are not attached yet. Without an example, modules that call SDPA are run alone,
             `nn.MultiheadAttention` is taken for bidirectional self-attention, and a bias that a transformers layer
             adds to its mask is not seen before training.
 
@@ -41,7 +41,7 @@ def list_layers(model: nn.Module, example: Any = None) -> list[FoundLayer]:
         ValueError: If the model does not take the example.
     """
     modules = modules_of(model)
-    calls: list[Calls | None] = [None] * len(FAMILIES)
+    calls: list[TrialCalls | None] = [None] * len(FAMILIES)
     example = getattr(model, "example_input_array", None) if example is None else example
     if example is not None and not _all_attached(modules):
         with ExitStack() as stack:
@@ -55,8 +55,8 @@ def list_layers(model: nn.Module, example: Any = None) -> list[FoundLayer]:
     return sorted(found, key=lambda layer: order[layer.name])
 
 
-def _claims(modules: dict[str, nn.Module], calls: list[Calls | None]) -> list[list[str]]:
-    """The modules of each family: its candidates, and those whose calls it saw, unless another family came first."""
+def _claims(modules: dict[str, nn.Module], calls: list[TrialCalls | None]) -> list[list[str]]:
+    """The modules of each family: its candidates and those whose calls it saw, unless an earlier family claims them."""
     free, claims = dict(modules), []
     for family, made in zip(FAMILIES, calls, strict=True):
         mine = {*family.candidates(free), *(made or ())}
@@ -66,7 +66,7 @@ def _claims(modules: dict[str, nn.Module], calls: list[Calls | None]) -> list[li
 
 
 def _all_attached(modules: dict[str, nn.Module]) -> bool:
-    """Whether there are layers, and all that may be pruned have their handles."""
+    """Whether there are layers and all prunable ones have handles."""
     open_ = [
         modules[name]
         for family, names in zip(FAMILIES, _claims(modules, [None] * len(FAMILIES)), strict=True)
@@ -77,7 +77,7 @@ def _all_attached(modules: dict[str, nn.Module]) -> bool:
 
 
 def find_layers(model: nn.Module, example: Any = None) -> dict[str, nn.Module]:
-    """Attention modules whose connections can be pruned, by qualified name.
+    """Return the attention modules that can be pruned, by qualified name.
 
     Args:
         model: Any module.
@@ -90,19 +90,19 @@ def find_layers(model: nn.Module, example: Any = None) -> dict[str, nn.Module]:
 
 
 def attach(model: nn.Module, example: Any = None, *, module: str | None = None) -> list[PrunableAttention]:
-    """Take over every self-attention layer that can be pruned; the model computes what it did.
+    """Attach to every self-attention layer that can be pruned; the model's outputs do not change.
 
-    Calling it again returns the handles that are already there. Layers of an `AveragedModel` inside `model` get the
-    handles of the layers that they average.
+    Calling it again returns the existing handles. Layers of an `AveragedModel` inside `model` get the handles of the
+    layers that they average.
 
     Args:
         model: Any module.
         example: See `list_layers`.
-        module: Qualified name of the module inside `model` whose layers are taken over; None: all layers are.
+        module: Qualified name of the module inside `model` whose layers are attached; None: all layers.
 
     Raises:
-        ValueError: If there is no attention layer that can be pruned; the message lists what was found. If there is no
-            such `module`.
+        ValueError: If no attention layer can be pruned (the message lists what was found), or there is no such
+            `module`.
     """
     if module is not None and module not in modules_of(model):
         raise ValueError(
@@ -123,7 +123,7 @@ def attach(model: nn.Module, example: Any = None, *, module: str | None = None) 
         )
     if problems and any(handle_of(layer.module) is None for layer in usable):
         log.warning(
-            "These attention layers stay dense: %s. Totals speak of the other %d of %d.",
+            "These attention layers stay dense: %s. Totals count the other %d of %d.",
             "; ".join(problems),
             len(usable),
             len(layers),
@@ -141,10 +141,10 @@ def attach(model: nn.Module, example: Any = None, *, module: str | None = None) 
 
 
 def detach(model: nn.Module) -> None:
-    """Give every layer its own attention back.
+    """Undo `attach`: every layer computes by its own attention again.
 
     Args:
-        model: As it was given to `attach`. One that was not taken over stays as it is.
+        model: The model that was attached; any other one stays as it is.
     """
     for family in FAMILIES:
         family.detach(model)
@@ -153,7 +153,7 @@ def detach(model: nn.Module) -> None:
 
 
 def _unreached(modules: dict[str, nn.Module], found: list[str], tried: bool) -> list[FoundLayer]:
-    """Modules that are called attention, the innermost of them, and were not found in any way."""
+    """Innermost modules that are called attention and that no family found."""
     named = [name for name, module in modules.items() if re.search("att(ention|n)", type(module).__name__.lower())]
     problem = "computes attention in its own code, without SDPA or the AttentionInterface"
     if not tried:

@@ -1,4 +1,4 @@
-"""Patterns put on a model: those of a file, of another run, or made by hand."""
+"""Puts patterns on a model: those of a file, of another run, or made by hand."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ log = logging.getLogger(__name__)
 def apply_patterns(
     model: nn.Module, patterns: Mapping[str, BlockPattern], *, example: Any = None, backend: str | None = None
 ) -> list[PrunableAttention]:
-    """Let the layers of a model skip the blocks that patterns leave out; nothing changes if one does not fit.
+    """Let the layers of a model skip the blocks that patterns prune; nothing changes if one does not fit.
 
-    Training goes on with these patterns: to move them, add `AttentionPruning`.
+    Training keeps these patterns: to change them, add `AttentionPruning`.
 
     Args:
-        model: Any module; it is taken over if it was not yet.
+        model: Any module; it is attached if it is not yet.
         patterns: Layer -> pattern, as `sparse_prune.export.load_patterns` reads them. Layers without one stay as they
-            are. Names are those in `model`, or differ from them by one prefix, as those of a run do, which begin with
-            the LightningModule's attribute: the log says then what was matched.
+            are. Names are those in `model`, or differ from them by one prefix, such as the LightningModule's attribute:
+            a log line then tells what was matched.
         example: See `list_layers`.
         backend: One of `sparse_prune.kernels.BACKENDS`; None: "triton" where there is a GPU, "gather" elsewhere.
 
@@ -35,8 +35,8 @@ def apply_patterns(
         The layers that got a pattern.
 
     Raises:
-        ValueError: If a layer does not exist, could be several, or has other heads or another causality than its
-            pattern, or if the backend is unknown.
+        ValueError: If a layer does not exist, is ambiguous, or differs from its pattern in heads or causality, or if
+            the backend is unknown.
     """
     chosen = usable_backend("triton") if backend is None else backend
     check_backend(chosen)
@@ -50,16 +50,15 @@ def apply_patterns(
 def fitting_layers(
     model: nn.Module, patterns: Mapping[str, BlockPattern], example: Any = None
 ) -> dict[str, PrunableAttention]:
-    """The layers of a model that patterns belong to, by name.
+    """Return the layers of a model that patterns belong to, by the patterns' names.
 
     Args:
-        model: Any module; it is taken over if it was not yet.
+        model: Any module; it is attached if it is not yet.
         patterns: Layer -> pattern.
         example: See `list_layers`.
 
     Raises:
-        ValueError: If a layer does not exist, could be several, or has other heads or another causality than its
-            pattern.
+        ValueError: If a layer does not exist, is ambiguous, or differs from its pattern in heads or causality.
     """
     layers = {layer.name: layer for layer in attach(model, example)}
     names = _names_here(list(patterns), list(layers))
@@ -68,16 +67,17 @@ def fitting_layers(
         there, here = (pattern.num_heads, pattern.causal), (layer.num_heads, layer.causal)
         if there != here:
             raise ValueError(
-                f"The patterns are of another model: layer {name!r} has (heads, causal) {there} there, {here} here."
+                f"The patterns are of another model: layer {name!r} has (heads, causal) {there} there, {here} here. "
+                "Give the module that was pruned."
             )
     return {name: layers[names[name]] for name in patterns}
 
 
 def _names_here(there: list[str], here: list[str]) -> dict[str, str]:
-    """The layer's name for that of every pattern: the same one, or one that differs by a prefix as all others do.
+    """Map every pattern's name to a layer's: the same one, or the one that differs by a prefix common to all.
 
     Raises:
-        ValueError: If a layer does not exist, or if there are several ways.
+        ValueError: If a layer does not exist, or if several prefixes fit.
     """
     if set(there) <= set(here):
         return {name: name for name in there}
@@ -85,7 +85,7 @@ def _names_here(there: list[str], here: list[str]) -> dict[str, str]:
     found = []
     for cut, put in sorted(ways):
         names = {name: put + name.removeprefix(cut) for name in there if name.startswith(cut)}
-        # Where both have a prefix of their own, nothing less than all layers tells that they are the same.
+        # If both have a prefix of their own, they are the same only if all layers match.
         all_fit = set(names) == set(there) and set(names.values()) <= set(here)
         if all_fit and (not (cut and put) or len(there) == len(here)):
             found.append((cut, put, names))
@@ -102,7 +102,7 @@ def _names_here(there: list[str], here: list[str]) -> dict[str, str]:
 
 
 def _prefixes(there: str, here: str) -> tuple[str, str]:
-    """What stands before the longest common end of two names, whole parts of them."""
+    """The prefixes of two names before their longest common suffix, in whole parts."""
     one, other = there.split("."), here.split(".")
     common = 0
     while common < min(len(one), len(other)) and one[-1 - common] == other[-1 - common]:

@@ -1,4 +1,4 @@
-"""Averages of a model's weights inside of the same module (EMA, SWA): they compute with the patterns of the model."""
+"""Averages of a model's weights inside the same module (EMA, SWA), which use the patterns of the model."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from collections.abc import Collection, Mapping
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from sparse_prune.attention.found import handle_of, holds, modules_of, share_handle
+from sparse_prune.attention.handles import handle_of, holds, modules_of, share_handle
 
 
 def averaged_layers(modules: Mapping[str, nn.Module], layers: Collection[str]) -> dict[str, str]:
-    """Layer inside of an `AveragedModel` -> the layer whose weights it averages.
+    """Map each layer inside an `AveragedModel` to the layer whose weights it averages.
 
     Args:
-        modules: All of a model's, by qualified name.
+        modules: All modules of a model, by qualified name.
         layers: Names of its attention layers. The averaged model is the one that has all of the average's layers under
-            one other prefix; an average that could be of several is of none.
+            one other prefix; ambiguous averages are left out.
     """
     insides = [f"{name}.module".lstrip(".") for name, module in modules.items() if isinstance(module, AveragedModel)]
     free = {name for name in layers if not any(holds(inside, name) for inside in insides)}
@@ -29,11 +29,11 @@ def averaged_layers(modules: Mapping[str, nn.Module], layers: Collection[str]) -
 
 
 def likely_copies(names: Collection[str], others: Collection[str]) -> dict[str, str]:
-    """Layers that are called as others are but for one prefix -> those others; empty if it is not so for all of them.
+    """Map layers to others whose names differ by one prefix alone; empty unless all of them have such a twin.
 
     Args:
-        names: Of layers of which no call was seen.
-        others: Of layers that are at work.
+        names: Names of layers that were never called.
+        others: Names of layers that were called.
     """
     parts = [name.split(".") for name in names]
     for depth in range(1, min(map(len, parts), default=0)):
@@ -47,14 +47,14 @@ def likely_copies(names: Collection[str], others: Collection[str]) -> dict[str, 
 
 
 def _elsewhere(rests: list[str], names: Collection[str]) -> str | None:
-    """The one prefix under which all of them are names; None if there is none, or if there are several."""
+    """The only prefix under which all of `rests` are names; None if there is none or several."""
     ways = {name.removesuffix(rests[0]) for name in names if f".{name}".endswith(f".{rests[0]}")} if rests else set()
     fitting = [way for way in ways if {way + rest for rest in rests} <= set(names)]
     return fitting[0] if len(fitting) == 1 else None
 
 
 def share_with_averages(model: nn.Module) -> None:
-    """Let averages that were copied from attached layers, as after training began, have the handles of these.
+    """Give averages that were copied from attached layers, as during training, the handles of these layers.
 
     Args:
         model: Any module.

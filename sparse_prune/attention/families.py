@@ -1,4 +1,4 @@
-"""The families of attention layers: what each must say, and the list of them."""
+"""The families of attention layers: their common protocol, and the list of them."""
 
 from __future__ import annotations
 
@@ -9,64 +9,64 @@ from typing import Protocol
 from torch import nn
 
 from sparse_prune.attention import hf, mha, sdpa
-from sparse_prune.attention.found import FoundLayer
-from sparse_prune.attention.trial import Calls
+from sparse_prune.attention.handles import FoundLayer
+from sparse_prune.attention.trial_run import TrialCalls
 
 
 class Family(Protocol):
-    """Layers that are reached in one way. A module of this package that holds these names is one."""
+    """Attention layers that are reached in the same way. A module of this package that has these names is a family."""
 
     KIND: str
-    """What `FoundLayer.kind` calls it."""
+    """Its name in `FoundLayer.kind`."""
 
     def candidates(self, modules: Mapping[str, nn.Module]) -> Collection[str]:
-        """Names of the modules that may be attention layers of this family.
+        """Return the names of the modules that may be attention layers of this family.
 
         Args:
-            modules: All of a model's, by qualified name.
+            modules: All modules of a model, by qualified name.
         """
 
     def refused(self, name: str, module: nn.Module) -> str | None:
-        """Why a candidate cannot be pruned whatever it is called with; None: nothing is known against it.
+        """Return why a candidate cannot be pruned, whatever its arguments; None if no reason is known.
 
         Args:
             name: Qualified name.
             module: The candidate.
         """
 
-    def observing(self, model: nn.Module) -> AbstractContextManager[Calls]:
-        """Inside, the attention calls of the family's modules are noted. Those that are noted are candidates too.
+    def observing(self, model: nn.Module) -> AbstractContextManager[TrialCalls]:
+        """Record the attention calls of the family's modules inside the block. These modules become candidates too.
 
         Args:
-            model: It runs once inside.
+            model: The model, which runs once inside.
         """
 
     def find(
-        self, modules: Mapping[str, nn.Module], names: Collection[str], calls: Calls | None
+        self, modules: Mapping[str, nn.Module], names: Collection[str], calls: TrialCalls | None
     ) -> Iterator[FoundLayer]:
-        """What is known about layers: heads, causality, and why one cannot be pruned.
+        """Describe layers: heads, causality, and why one cannot be pruned.
 
         Args:
-            modules: All of a model's, by qualified name.
-            names: The layers.
-            calls: What a trial run has shown; None: there was none.
+            modules: All modules of a model, by qualified name.
+            names: Names of the layers.
+            calls: The calls of a trial run; None if there was none.
         """
 
     def attach(self, model: nn.Module, layers: list[FoundLayer]) -> None:
-        """Let the calls of layers go to their handles.
+        """Route the calls of layers through their handles.
 
         Args:
-            model: The model around them.
-            layers: They have handles. Some may be attached already.
+            model: The model that holds them.
+            layers: Layers with handles; some may be attached already.
         """
 
     def detach(self, model: nn.Module) -> None:
-        """Give the family's modules their own attention back.
+        """Undo `attach` for all layers of the family.
 
         Args:
-            model: Whether any of its layers was attached or not.
+            model: Any module, attached or not.
         """
 
 
 FAMILIES: list[Family] = [hf, mha, sdpa]
-"""A module belongs to the first of them that claims it."""
+"""All families; a module belongs to the first one that claims it."""

@@ -1,4 +1,4 @@
-"""Another `forward` on one module: parameters, hooks and class stay; copies and pickles with the module."""
+"""Replaces the `forward` of one module; parameters, hooks and class stay, and it copies and pickles with the module."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from typing import Any
 import torch
 from torch import nn
 
-from sparse_prune.attention.found import handle_of
+from sparse_prune.attention.handles import handle_of
 
 
 class _Replacement(partial[Any]):
-    """A `forward` of ours, told by its class from whatever else is put on instances: (function, module, own)."""
+    """A `forward` of ours, recognised by its class: (function, module, own)."""
 
 
 def replace_forward(module: nn.Module, function: Callable[..., Any]) -> None:
-    """Let the module's calls go to `function(module, own, ...)`, a function of a Python module.
+    """Route the module's calls to `function(module, own, ...)`, a function of a Python module.
 
-    `own` is a `forward` that someone else has put on the instance, else None; `run_original` takes it. Hooks of
-    accelerate, which keep the `forward` that they run, stay around it.
+    `own` is a `forward` that someone else has put on the instance, or None, for `run_original`. Hooks of accelerate,
+    which keep the `forward` that they run, stay around it.
 
     Raises:
-        ValueError: If the module's calls do not come to the function after that.
+        ValueError: If the module's calls do not reach the function.
     """
     if not any(replaced(module, function, seat) for seat in _SEATS):
         seat = _seat(module)
@@ -32,7 +32,7 @@ def replace_forward(module: nn.Module, function: Callable[..., Any]) -> None:
     if not replaced(module, function):
         raise ValueError(
             f"`model` must have modules whose `forward` can be replaced on the instance, got {type(module).__name__}, "
-            f"which goes on to call {module.forward!r}. Attach before the model is wrapped."
+            f"which still calls {module.forward!r}. Attach before the model is wrapped."
         )
 
 
@@ -49,21 +49,21 @@ def restore_forward(module: nn.Module) -> None:
 
 
 def run_original(module: nn.Module, own: Callable[..., Any] | None, *args: Any, **kwargs: Any) -> Any:
-    """The forward pass as it was before `replace_forward`."""
+    """Run the forward pass as it was before `replace_forward`."""
     return type(module).forward(module, *args, **kwargs) if own is None else own(*args, **kwargs)
 
 
 def routed(
     through: Callable[..., Any], module: nn.Module, own: Callable[..., Any] | None, *args: Any, **kwargs: Any
 ) -> Any:
-    """The forward pass through the module's handle, if it has one that has anything to do.
+    """Run the forward pass through the module's handle, unless it has none or the handle is idle.
 
     Args:
         through: Called with the module, `own`, the handle and the arguments.
         module: As `replace_forward` passes it on, like the rest.
     """
     layer = handle_of(module)
-    if layer is None or not layer.traceable:  # what still moves, probes or measures is not for a compiler to trace
+    if layer is None or not layer.traceable:
         return _routed_eagerly(through, module, own, layer, *args, **kwargs)
     return through(module, own, layer, *args, **kwargs)
 
@@ -81,17 +81,17 @@ _SEATS = ("forward", "_old_forward")
 
 
 def _seat(module: nn.Module) -> str:
-    """The attribute that holds what a module computes: accelerate moves it when it puts a hook around it."""
+    """The attribute that holds the module's forward: accelerate renames it when it adds a hook."""
     return "_old_forward" if "_hf_hook" in vars(module) and "_old_forward" in vars(module) else "forward"
 
 
 def replaced(module: nn.Module, function: Callable[..., Any], seat: str | None = None) -> bool:
-    """Whether the module's calls go to a function that `replace_forward` has put there.
+    """Whether `replace_forward` routes the module's calls to a function.
 
     Args:
         module: Any module.
-        function: As it was given to `replace_forward`.
-        seat: The attribute to look at; None: the one that holds what the module computes.
+        function: The function that was given to `replace_forward`.
+        seat: The attribute to look at; None: the one that holds the module's forward.
     """
     found = vars(module).get(seat or _seat(module))
     return isinstance(found, _Replacement) and found.func is function and found.args[0] is module

@@ -1,4 +1,4 @@
-"""The gradient of an attention output, shown to whoever wants to see it on its way back."""
+"""Calls a function with the gradient of an attention output in the backward pass."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ OnGradient = Callable[[Tensor, Tensor, Tensor, Tensor], None]
 
 
 def with_gradient(output: Tensor, query: Tensor, key: Tensor, value: Tensor, then: OnGradient) -> Tensor:
-    """The output as it is; once the backward pass comes by, its gradient is shown together with its inputs.
+    """Return the output unchanged; the backward pass calls `then` with its gradient and the inputs.
 
     The inputs are saved as every operator of torch saves its own, so activation checkpointing drops and recomputes
-    them; and as the gradient passes once however often the forward pass ran, so does this.
+    them. The gradient arrives once, however often the forward pass ran.
 
     Args:
-        output: Of attention, (batch, num_heads, q_len, head_dim).
+        output: Attention output, (batch, num_heads, q_len, head_dim).
         query: (batch, num_heads, q_len, head_dim).
         key: (batch, num_kv_heads, kv_len, head_dim).
         value: As `key`.
-        then: Called without gradients with query, key, value and the gradient, which must not be changed.
+        then: Called without grad mode with query, key, value and the gradient, which it must not change.
     """
     watched: Tensor = _Watched.apply(  # type: ignore[no-untyped-call, unused-ignore]
         output, query.detach(), key.detach(), value.detach(), then

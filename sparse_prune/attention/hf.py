@@ -12,32 +12,29 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from sparse_prune.attention.found import FoundLayer, handle_of, modules_of
+from sparse_prune.attention.handles import FoundLayer, handle_of, modules_of
 from sparse_prune.attention.hf_attention import BESIDE_EAGER, IMPLEMENTATION, REFUSED, attention_forward, claims_causal
-from sparse_prune.attention.hf_configs import TakeOver, give_back
+from sparse_prune.attention.hf_configs import TakeOver, restore_implementation
 from sparse_prune.attention.hf_masks import make_mask, newest, window_of
 from sparse_prune.attention.layer import PrunableAttention
-from sparse_prune.attention.trial import Call, Calls, describe, named_cross
+from sparse_prune.attention.trial_run import TrialCall, TrialCalls, describe, named_cross
 
 KIND = "transformers"
 _INTERFACE = "ALL_ATTENTION_FUNCTIONS"
 _OWN = "_attn_implementation_before_pruning"
-# What a layer may hand to attention; what else it hands over could be left out without a word.
+# Arguments of attention that pruning knows; any other one could be ignored in silence.
 _KNOWN = {"query", "key", "value", "attention_mask", "dropout", "scaling", "is_causal", "sliding_window", "softcap"}
 _KNOWN |= {"position_ids", "output_attentions", "deterministic"}
 _KNOWN |= {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"}
 
 
 def candidates(modules: Mapping[str, nn.Module]) -> Collection[str]:
-    """Modules whose forward pass goes through the AttentionInterface."""
+    """Return the modules whose forward pass goes through the AttentionInterface."""
     return [name for name, module in modules.items() if is_attention(type(module))]
 
 
-def find(modules: Mapping[str, nn.Module], names: Collection[str], calls: Calls | None) -> Iterator[FoundLayer]:
-    """What is known about them.
-
-    A trial run decides whether they are causal, and shows what no name tells: biases in masks, keys of others.
-    """
+def find(modules: Mapping[str, nn.Module], names: Collection[str], calls: TrialCalls | None) -> Iterator[FoundLayer]:
+    """Describe layers; a trial run shows whether they are causal, add biases in masks, or use keys of others."""
     for name in names:
         module: Any = modules[name]
         heads, kv_heads = _heads(module)
@@ -54,11 +51,11 @@ def find(modules: Mapping[str, nn.Module], names: Collection[str], calls: Calls 
 
 
 @contextmanager
-def observing(model: nn.Module) -> Iterator[Calls]:
-    """Note what modules ask of the AttentionInterface, whichever attention it gives them."""
-    calls: dict[str, list[Call]] = {}
+def observing(model: nn.Module) -> Iterator[TrialCalls]:
+    """Record the calls of attention functions that modules get from the AttentionInterface."""
+    calls: dict[str, list[TrialCall]] = {}
     transformers = sys.modules.get("transformers.modeling_utils")
-    if transformers is None:  # then no module of the model is one of its
+    if transformers is None:  # then the model is not of transformers
         yield calls
         return
     names = {module: name for name, module in modules_of(model).items()}
@@ -85,10 +82,10 @@ def observing(model: nn.Module) -> Iterator[Calls]:
 
 def _describe(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
-) -> Call:
-    """What a call of the AttentionInterface shows of its layer."""
+) -> TrialCall:
+    """Describe a call of an attention function."""
     mask, flag = newest(attention_mask, key.shape[2]), claims_causal(module, kwargs.get("is_causal"))
-    if mask is None or mask.dim() != 4:  # nothing is hidden, or padding alone, as FlashAttention takes it
+    if mask is None or mask.dim() != 4:  # nothing is hidden, or padding alone in FlashAttention's form
         return describe(query, key, value, None, is_causal=flag)
     if window_of(mask, query.shape[2]) is not None:
         return describe(query, key, value, None, is_causal=True)
@@ -96,7 +93,7 @@ def _describe(
 
 
 def attach(model: nn.Module, layers: list[FoundLayer]) -> None:
-    """Route layers through their handles; those that share a config with them go on without one."""
+    """Route layers through their handles; other layers with the same config keep their attention."""
     register()
     attention = [module for module in model.modules() if is_attention(type(module))]
     configs: dict[int, Any] = {id(layer.module.config): layer.module.config for layer in layers}
@@ -117,7 +114,7 @@ def attach(model: nn.Module, layers: list[FoundLayer]) -> None:
 
 
 def register() -> None:
-    """Let models of this process find the attention functions by their names."""
+    """Register the attention functions in this process under their names."""
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface
 
@@ -127,16 +124,13 @@ def register() -> None:
 
 
 def _implementation(model: nn.Module, config: Any, sharing: list[nn.Module]) -> str:
-    """The one for layers that share a config."""
+    """The implementation for layers that share a config."""
     known = all(handle_of(module) is not None and getattr(module, "is_causal", False) for module in sharing)
     return IMPLEMENTATION if known or _sdpa_holds(model.modules(), config) else BESIDE_EAGER
 
 
 def _sdpa_holds(modules: Iterable[nn.Module], config: Any) -> bool:
-    """Whether SDPA computes what the models of a config compute, by its arguments and the layers' `is_causal`.
-
-    Transformers vouches for it where a model supports SDPA.
-    """
+    """Whether SDPA, with the layers' `is_causal`, computes what the models of a config compute: if they support it."""
     from transformers import PreTrainedModel
 
     models = (module for module in modules if isinstance(module, PreTrainedModel) and module.config is config)
@@ -144,48 +138,53 @@ def _sdpa_holds(modules: Iterable[nn.Module], config: Any) -> bool:
 
 
 def attached_layers(model: nn.Module) -> list[PrunableAttention]:
-    """Handles of a decoder that was taken over, one per layer, in the order of its cache.
+    """Return the handles of an attached decoder, one per layer, in the order of its cache.
 
     Args:
         model: A transformers model.
 
     Raises:
-        ValueError: If the model is no decoder, or if not every layer of its cache has a handle and is causal.
+        ValueError: If the model is no decoder, or a layer of its cache has no handle or is not causal.
     """
     config: Any = getattr(model, "config", None)
     if config is None or getattr(config, "is_encoder_decoder", False):
-        raise ValueError(f"`model` must be a transformers decoder, got {type(model).__name__}.")
+        raise ValueError(
+            f"`model` must be a transformers decoder, got {type(model).__name__}. Give the model that generates."
+        )
     every = modules_of(model)
     found = [layer for layer in find(every, candidates(every), None) if layer.problem is None]
     modules = {getattr(layer.module, "layer_idx", None): layer.module for layer in found}
     handles: dict[Any, PrunableAttention | None] = {index: handle_of(module) for index, module in modules.items()}
     decoder = config.get_text_config(decoder=True)
-    # Where a config has encoder layers too, they are its `num_hidden_layers`.
+    # A config with encoder layers too counts those as `num_hidden_layers`.
     wanted = range(getattr(decoder, "decoder_layers", decoder.num_hidden_layers))
     missing = [index for index in wanted if handles.get(index) is None]
     if missing:
         raise ValueError(
-            f"`model` must have attention that was taken over in all its layers, got none in layers {missing[:8]}. "
-            "Call `sparse_prune.attention.attach(model)` first; models with other layers are not supported."
+            f"`model` must be attached in all its layers, got no handle in layers {missing[:8]}. Call "
+            "`sparse_prune.attention.attach(model)` first; models with other kinds of layers are not supported."
         )
     attached = [handle for index in wanted if (handle := handles[index]) is not None]
     bidirectional = [handle.name for handle in attached if not handle.causal]
     if bidirectional:
-        raise ValueError(f"`model` must be causal in all its layers, got bidirectional {bidirectional[:4]}.")
+        raise ValueError(
+            f"`model` must be causal in all its layers, got bidirectional {bidirectional[:4]}. Use a cache that evicts "
+            "nothing, such as DynamicCache()."
+        )
     return attached
 
 
 def detach(model: nn.Module) -> None:
-    """Give transformers models the attention back that they had."""
+    """Undo `attach` for all layers of transformers models."""
     for module in model.modules():
         own = vars(module).pop(_OWN, None)
         if own is not None:
-            give_back(module.config, own)
+            restore_implementation(module.config, own)
 
 
 def is_attention(kind: type[nn.Module]) -> bool:
-    """Whether a class goes through the AttentionInterface."""
-    # `fully_shard` puts modules into classes of its own, which inherit the model's forward pass.
+    """Whether the forward pass of a class goes through the AttentionInterface."""
+    # `fully_shard` gives modules classes of its own, which inherit the model's forward pass.
     if kind.forward.__module__.startswith("torch."):
         return False
     try:
@@ -195,7 +194,7 @@ def is_attention(kind: type[nn.Module]) -> bool:
 
 
 def refused(name: str, module: nn.Module) -> str | None:
-    """Why a module cannot be pruned, by its name, its heads, and what its code hands to attention."""
+    """Return why a module cannot be pruned, by its name, its heads, and the arguments that its code gives attention."""
     if _is_cross(name, module):
         return "cross-attention"
     for argument in _keywords(type(module).forward):
@@ -205,20 +204,17 @@ def refused(name: str, module: nn.Module) -> str | None:
 
 
 def _heads(module: Any) -> tuple[int | None, int | None]:
-    """Query and key heads; of an encoder-decoder, whose config counts those of the encoder, the layer's own."""
+    """Query and key heads, by the layer itself or else by its config, which may count an encoder's."""
     counts = (getattr(module, name, None) for name in ("num_heads", "num_attention_heads", "n_heads"))
     heads = next((count for count in counts if isinstance(count, int)), None)
     if heads is None:
         heads = getattr(getattr(module, "config", None), "num_attention_heads", None)
-    # So many queries share a key head in transformers' SDPA.
+    # In transformers' SDPA so many query heads share a key head.
     return heads, None if heads is None else heads // int(getattr(module, "num_key_value_groups", 1))
 
 
 def _hands_over(module: nn.Module, argument: str) -> bool:
-    """Whether the module's forward pass gives the attention function such an argument.
-
-    An attribute of the module that is None does not count; what the forward pass computes does, as it may be anything.
-    """
+    """Whether the forward pass gives the attention function an argument; an attribute that is None does not count."""
     value = _keywords(type(module).forward).get(argument)
     if isinstance(value, ast.Attribute) and isinstance(value.value, ast.Name) and value.value.id == "self":
         return getattr(module, value.attr, None) is not None
@@ -227,7 +223,7 @@ def _hands_over(module: nn.Module, argument: str) -> bool:
 
 @cache
 def _keywords(forward: Callable[..., Any]) -> dict[str, ast.expr]:
-    """Keyword arguments of the attention function; none where the source is not there, as in a frozen program."""
+    """Keyword arguments of calls of the attention function; none without source, as in a frozen program."""
     try:
         source = inspect.getsource(forward)
     except (OSError, TypeError):
@@ -247,7 +243,7 @@ def _is_cross(name: str, module: nn.Module) -> bool:
 
 
 def _is_causal(module: Any, modules: Iterable[nn.Module]) -> bool:
-    """Whether a layer of self-attention sees no future; without SDPA a mask may be all that says so."""
+    """Whether a self-attention layer is causal; models without SDPA may say so by `is_decoder` and masks alone."""
     if getattr(module, "is_causal", False):
         return True
     return bool(getattr(module, "is_decoder", False)) and not _sdpa_holds(modules, getattr(module, "config", None))

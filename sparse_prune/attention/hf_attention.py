@@ -1,4 +1,4 @@
-"""The attention function that transformers calls for layers that were taken over, through its AttentionInterface."""
+"""The attention function that transformers calls for attached layers, through its AttentionInterface."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparse_prune.attention.found import handle_of
+from sparse_prune.attention.handles import handle_of
 from sparse_prune.attention.hf_masks import (
     boolean,
     expand,
@@ -27,13 +27,13 @@ from sparse_prune.attention.layer import PrunableAttention
 from sparse_prune.attention.masks import assert_hides_future, hides_future
 from sparse_prune.attention.packed import PackedKeys
 from sparse_prune.attention.softcap import softcapped
-from sparse_prune.attention.trial import BIAS
+from sparse_prune.attention.trial_run import BIAS
 from sparse_prune.kernels import AttentionOptions
 
 log = logging.getLogger(__name__)
 IMPLEMENTATION = "sparse_prune"
 BESIDE_EAGER = "sparse_prune_beside_eager"
-"""The same for configs of layers of which some must go on in eager attention: all get the masks of that."""
+"""The implementation for configs that attached layers share with layers in eager attention: all get eager masks."""
 REFUSED = {
     "position_bias": "an additive position bias",
     "s_aux": "learned attention sinks",
@@ -42,7 +42,7 @@ REFUSED = {
     "block_indices": "a sparse index of its own",
     "cache": "a paged cache",
 }
-"""What a layer may hand to attention that pruning cannot respect."""
+"""Arguments of attention that pruning cannot respect -> what they are."""
 _DROPPED_BY_SDPA = ("s_aux", "sinks", "indices", "block_indices")
 
 
@@ -54,13 +54,12 @@ def attention_forward(
     attention_mask: Tensor | None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """An attention function as the AttentionInterface wants it; returns (batch, q_len, num_heads, head_dim)."""
+    """Compute attention for the AttentionInterface; returns (batch, q_len, num_heads, head_dim) and None."""
     if attention_mask is not None and attention_mask.shape[-1] < key.shape[2]:  # the room of a static cache
         key, value = key[:, :, : attention_mask.shape[-1]], value[:, :, : attention_mask.shape[-1]]
     handle = handle_of(module)
     if handle is None:
         return _run_own_eagerly(module, query, key, value, attention_mask, **kwargs)
-    # What still moves, probes or measures is not for a compiler to trace.
     traceable = handle.traceable and query.shape[2] == key.shape[2] and not kwargs.get("dropout")
     traceable = traceable and not isinstance(key, PackedKeys)
     attention = _attend if traceable else _attend_eagerly
@@ -70,7 +69,7 @@ def attention_forward(
 def _run_own(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, Tensor | None]:
-    """A layer without a handle computes what it did."""
+    """Run the own attention of a layer without a handle."""
     eager = module.config._attn_implementation == BESIDE_EAGER
     _refuse_arguments(type(module).__name__, kwargs, ("indices", "block_indices") if eager else _DROPPED_BY_SDPA)
     if not eager:
@@ -86,15 +85,15 @@ _run_own_eagerly: Callable[..., tuple[Tensor, Tensor | None]] = torch.compiler.d
 
 
 def _eager_function(kind: type[nn.Module]) -> Callable[..., Any]:
-    """What the file of a layer's class has for eager attention."""
+    """The eager attention function in the file of a layer's class."""
     forward: Any = inspect.unwrap(kind.forward)
     for name in forward.__code__.co_names:
         if name.endswith("eager_attention_forward"):
             function: Callable[..., Any] = forward.__globals__[name]
             return function
     raise ValueError(
-        f"{kind.__name__} must name its eager attention `eager_attention_forward`, as transformers does, got none. Its "
-        "layers are left dense, which takes that function: prune another model."
+        f"{kind.__name__} must name its eager attention `eager_attention_forward`, as transformers does, got none. "
+        "Its layers, which stay dense, need that function. Prune another model."
     )
 
 
@@ -129,7 +128,7 @@ def _dense(
 
 
 def _for_kernels(mask: Tensor | None, window: int | None, causal: bool) -> tuple[Tensor | None, int | None]:
-    """The kernels' windows are for causal layers."""
+    """Mask and window for the kernels, whose windows are causal: others become part of the mask."""
     return (mask, window) if mask is None or window is None or causal else (expand(mask, causal), None)
 
 
@@ -179,7 +178,7 @@ def _attend(
 
 
 def _tell_of_restarts(kind: str, position_ids: Tensor | None) -> None:
-    """Say it if documents that were packed into a row see each other."""
+    """Warn if packed documents in a row see each other."""
     if position_ids is not None and position_ids.dim() == 2 and bool((position_ids.diff(dim=1) < 0).any()):
         _say_that_documents_mix(kind)
 
@@ -195,14 +194,14 @@ def _say_that_documents_mix(kind: str) -> None:
 
 
 def claims_causal(module: Any, is_causal: bool | None) -> bool:
-    """Whether a call without a mask is causal: as it says itself, else as its module does."""
+    """Whether a call without a mask is causal, by its own argument or else by its module."""
     return bool(getattr(module, "is_causal", False)) if is_causal is None else bool(is_causal)
 
 
 def _shows_no_later_key(
     handle: PrunableAttention, flag: bool, mask: Tensor | None, window: int | None, q_len: int, kv_len: int
 ) -> bool:
-    """Whether a call is causal: a flag is a claim, which holds where no mask of all pairs stands against it."""
+    """Whether a call is causal: the flag holds unless there is a mask over all pairs, which is read instead."""
     if window is not None:
         return True
     if mask is None or mask.dim() == 2:
@@ -235,7 +234,7 @@ def _options(
 
 
 def _refuse_arguments(name: str, kwargs: dict[str, Any], refused: Iterable[str]) -> None:
-    """What cannot be respected must not be dropped in silence."""
+    """Refuse arguments that would otherwise be ignored in silence."""
     for argument in refused:
         if kwargs.get(argument) is not None:
             raise ValueError(
@@ -245,7 +244,7 @@ def _refuse_arguments(name: str, kwargs: dict[str, Any], refused: Iterable[str])
 
 
 def _refuse_bias(handle: PrunableAttention, mask: Tensor | None) -> None:
-    """A layer that no call was seen of stays dense if its first one adds a bias."""
+    """Leave a layer dense if its first call adds a bias to the mask; refuse a bias in later calls."""
     if mask is None or mask.dtype == torch.bool or tells_documents(mask):
         return
     if not handle.seen and handle.pattern is None:

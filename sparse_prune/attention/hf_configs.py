@@ -1,8 +1,7 @@
-"""Configs of transformers models that were taken over: what they say while they are, and what travels in a pickle.
+"""The attention implementation that the configs of attached transformers models name, here and in their pickles.
 
-The attention functions have their names in this process alone. So a pickle of a config, as `save_hyperparameters` makes
-it, names the attention that the model had before. Layers that are pickled with it take it over again where they are
-loaded.
+The attention functions are registered in this process alone. So a pickle of a config, as `save_hyperparameters` makes
+it, names the implementation that the model had before. Layers that are pickled with it set ours again when loaded.
 """
 
 from __future__ import annotations
@@ -16,34 +15,34 @@ _BEFORE: dict[int, tuple[ref[Any], str | None]] = {}  # configs cannot be hashed
 
 
 def set_implementation(config: Any, implementation: str, before: str | None) -> None:
-    """Let a config name another attention, of which its pickles and copies say nothing.
+    """Let a config name another attention implementation; its pickles and copies name the one before.
 
     Args:
-        config: Of a transformers model.
-        implementation: The attention to name.
-        before: The one that pickles name.
+        config: Config of a transformers model.
+        implementation: The implementation to name.
+        before: The implementation that pickles name.
     """
     key = id(config)
     _BEFORE[key] = ref(config, lambda _: _BEFORE.pop(key, None)), before
     copyreg.pickle(type(config), _reduce)
-    # Not by `set_attn_implementation`, which goes on to the configs of other models inside.
+    # `set_attn_implementation` would change the configs of inner models too.
     config._attn_implementation_internal = implementation
 
 
-def give_back(config: Any, implementation: str | None) -> None:
-    """Let a config name the attention that it named before."""
+def restore_implementation(config: Any, implementation: str | None) -> None:
+    """Let a config name the attention implementation that it named before."""
     _BEFORE.pop(id(config), None)
     config._attn_implementation_internal = implementation
 
 
 class TakeOver:
-    """Takes a config over, once more where the handle that holds this was copied or loaded.
+    """Sets the implementation of a config, and again where the handle that holds this was copied or loaded.
 
     Args:
-        config: Of the handle's module.
-        implementation: The attention that it names.
-        before: The one that it named before.
-        register: Lets this process find the attention by its name.
+        config: Config of the handle's module.
+        implementation: The implementation to name.
+        before: The implementation that it named before.
+        register: Registers the implementation in this process.
     """
 
     def __init__(self, config: Any, implementation: str, before: str | None, register: Callable[[], None]) -> None:

@@ -1,8 +1,7 @@
-"""Masks between transformers, which makes one per forward pass, and the attention function that its layers call.
+"""Masks that transformers makes once per forward pass, in a form for the attention function that its layers call.
 
-What says one thing of every token stays small on the way, as nobody needs it for all pairs of tokens before a dense
-layer asks for it: which tokens are padding (boolean), or which of the documents that were packed into a row a token
-belongs to (integers), either with a causal sliding window or without.
+Masks with one value per token stay small until a dense layer needs them over all pairs of tokens: which tokens are real
+(boolean), or the number of a token's document in packed sequences (integers), with a causal sliding window or without.
 """
 
 from __future__ import annotations
@@ -33,23 +32,23 @@ def make_mask(
     whole: bool = False,
     **kwargs: Any,
 ) -> Tensor | None:
-    """The mask of a call; None hides nothing beside what causality does.
+    """Make the mask of a call; None hides nothing but what causality does.
 
-    (batch, kv_len) if it says one thing of every token; (batch, 1, window, kv_len), that repeated, if there is a causal
-    sliding window shorter than the sequence too (`window_of`); else (batch, 1, q_len, kv_len). transformers may call
-    again with the result: masks of four dimensions it takes as they are.
+    It is (batch, kv_len) with one value per token; (batch, 1, window, kv_len), the same repeated, with a causal sliding
+    window shorter than the sequence (`window_of`); else (batch, 1, q_len, kv_len). transformers may call again with the
+    result, and takes masks of four dimensions as they are.
 
-    Masks cover the keys from the first one to the latest. From their width the attention function knows how many keys
-    of a static cache count, and how many a cache with a window has dropped.
+    Masks cover the keys from the first one to the latest. Their width tells the attention function how many keys of a
+    static cache count, and how many a cache with a window has dropped.
 
-    With `whole` causality is not left to the layers: masks are those of eager attention, and None hides nothing at all.
+    With `whole`, masks are those of eager attention, causality included, and None hides nothing at all.
     """
     from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
 
     mask_function = causal_mask_function if mask_function is None else mask_function
-    # Who wants all of a causal mask may go on to change it.
+    # A caller that asks for a whole causal mask may change it.
     bidirectional = mask_function is bidirectional_mask_function
-    # Gemma 4 takes rows out of it for layers that use the keys of others.
+    # Gemma 4 takes rows out of the mask for layers that use the keys of others.
     sliced = bool(getattr(kwargs.get("config"), "num_kv_shared_layers", 0))
     each, documents = _of_documents(mask_function)
     unchanged = bidirectional or documents is not None or kwargs.get("allow_is_causal_skip", True)
@@ -74,7 +73,7 @@ def make_mask(
 
 
 def _room(q_length: int, kv_length: int, q_offset: int, kv_offset: int, mask_function: Any) -> int:
-    """Places of a static cache that wait for keys after the last query."""
+    """Places of a static cache for keys after the last query."""
     from transformers.masking_utils import bidirectional_mask_function
 
     end = q_offset + q_length
@@ -96,7 +95,7 @@ def _small_mask(
     window: int | None,
     device: Any,
 ) -> Any:
-    """What says one thing of every token, as `make_mask` returns it; `_LARGE` if the mask says more than that."""
+    """The mask with one value per token, as `make_mask` returns it; `_LARGE` if a mask over all pairs is needed."""
     from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
 
     plain = mask_function is causal_mask_function or mask_function is bidirectional_mask_function
@@ -105,7 +104,7 @@ def _small_mask(
     tokens = documents
     if tokens is None and attention_mask is not None:
         tokens = attention_mask[:, :kv_length].bool()
-        # A tracer cannot look into the mask: it takes padding that hides nothing along.
+        # A tracer cannot read the mask, so it keeps one that hides nothing.
         if not torch.compiler.is_compiling() and bool(tokens.all()):
             tokens = None
     if window and window < kv_length:
@@ -116,9 +115,9 @@ def _small_mask(
 
 
 def _of_documents(mask_function: Any) -> tuple[Any, Tensor | None]:
-    """The mask function of each document, and the document of each token, int32, (batch, length), of packed sequences.
+    """The mask function inside each document, and each token's document, int32, (batch, length), of packed sequences.
 
-    Else the mask function as it is, and None. Inside of a document positions run on, so that places may stand for them.
+    Without packed sequences, the mask function and None. Inside a document positions are consecutive.
     """
     from transformers import masking_utils
 
@@ -139,15 +138,15 @@ def _of_documents(mask_function: Any) -> tuple[Any, Tensor | None]:
 
 
 def _held(function: Any) -> dict[str, Any]:
-    """What a function has of those around it, by name."""
+    """The variables that a function captures, by name."""
     return dict(getclosurevars(function).nonlocals) if isinstance(function, FunctionType) else {}
 
 
 def _window(mask_function: Any, size: int | None) -> int | None:
-    """Tokens that a query sees back to, itself included, if the mask is that window and causality and nothing else."""
+    """The window in tokens, the query's own included, if the mask is a causal sliding window and nothing else."""
     from transformers.masking_utils import sliding_window_causal_mask_function
 
-    # Of one row a mask could be meant for all queries; and a tracer cannot compare functions.
+    # A mask of one row could stand for all queries; and a tracer cannot compare functions.
     if not isinstance(size, int) or size < 2 or torch.compiler.is_compiling():
         return None
     return size if _alike(mask_function, sliding_window_causal_mask_function(size)) else None
@@ -164,18 +163,18 @@ def _alike(one: Any, other: Any) -> bool:
 
 
 def repeated(tokens: Tensor, window: int) -> Tensor:
-    """What is said of tokens, (batch, length), with a causal sliding window: (batch, 1, window, length)."""
+    """Repeat values per token, (batch, length), to (batch, 1, window, length), which adds a causal sliding window."""
     return tokens[:, None, None].expand(-1, 1, window, -1)
 
 
 def window_of(mask: Tensor | None, q_len: int) -> int | None:
-    """The window of a mask that stands for one: its rows are fewer than the queries, which no other mask's are."""
+    """Return the window of a mask made by `repeated`, the only kind with fewer rows than queries; else None."""
     rows = 1 if mask is None or mask.dim() < 4 else mask.shape[2]
     return rows if 1 < rows < q_len else None
 
 
 def tokens_of(mask: Tensor | None, q_len: int) -> Tensor | None:
-    """What a mask of `make_mask` says of every token, (batch, kv_len); None: nothing, or something of every pair."""
+    """Return the values per token of a mask of `make_mask`, (batch, kv_len); None if it has none."""
     if mask is None or mask.dim() == 2:
         return mask
     if window_of(mask, q_len) is None or shows_all(mask, q_len):
@@ -187,24 +186,24 @@ def tokens_of(mask: Tensor | None, q_len: int) -> Tensor | None:
 
 
 def shows_all(mask: Tensor | None, q_len: int) -> bool:
-    """Whether a mask hides nothing but what is later, or outside of a window."""
+    """Whether a mask hides nothing but later keys and those outside a window."""
     return mask is None or (window_of(mask, q_len) is not None and not mask.stride(3))
 
 
 def tells_documents(mask: Tensor | None) -> bool:
-    """Whether a mask of `make_mask` tells the documents of packed sequences."""
+    """Whether a mask of `make_mask` holds the documents of packed sequences."""
     return mask is not None and mask.dtype == torch.int32
 
 
 def keep_apart(mask: Tensor | None, cu_seqlens: Tensor, batch: int, length: int, causal: bool) -> Tensor | None:
-    """The mask with documents as FlashAttention is told of them, where it does not tell them yet.
+    """Add to a mask the documents that FlashAttention's arguments tell, unless it holds documents already.
 
     Args:
-        mask: Of `make_mask`, or boolean; one that adds a bias stays as it is.
+        mask: A mask of `make_mask`, or a boolean one; one that adds a bias stays as it is.
         cu_seqlens: Integers, (documents + 1,), ascending from 0 to batch * length: rows follow each other.
         batch: Samples.
         length: Tokens of a sample.
-        causal: Whether the call is, where the mask does not say so.
+        causal: Whether the call is causal, if the mask does not say so.
     """
     if tells_documents(mask) or (mask is not None and mask.dtype != torch.bool):
         return mask
@@ -225,15 +224,15 @@ def keep_apart(mask: Tensor | None, cu_seqlens: Tensor, batch: int, length: int,
 
 
 def newest(mask: Tensor | None, kv_len: int) -> Tensor | None:
-    """A mask without the keys that a cache with a window has dropped."""
+    """Cut the keys that a cache with a window has dropped off a mask."""
     return mask if mask is None or mask.shape[-1] <= kv_len else mask[..., -kv_len:]
 
 
 def may_lack_keys(mask: Tensor | None, q_len: int, kv_len: int, window: int | None) -> bool:
     """Whether a cache may have dropped keys of a sequence before its last `kv_len`.
 
-    The width of a mask of `make_mask` tells, also where a model took a part of the mask. Others may cover the keys that
-    are left, as many as a window leaves.
+    The width of a mask of `make_mask` tells, even if the model cut it. Other masks may cover the remaining keys alone,
+    as many as a window leaves.
     """
     if q_len == kv_len:
         return False
@@ -251,7 +250,7 @@ _BOOLEAN = WeakTensorKeyDictionary()  # by the mask of a forward pass, which all
 
 
 def boolean(mask: Tensor) -> Tensor:
-    """A mask of zeros and what hides keys as a boolean one, looked at once per forward pass; others as they are."""
+    """Convert an additive mask that only hides keys to a boolean one, once per forward pass; others stay."""
     if mask.dtype == torch.bool or tells_documents(mask):
         return mask
     if torch.compiler.is_compiling():
@@ -271,14 +270,13 @@ _SMALL = WeakTensorKeyDictionary()  # by the small mask, or the lengths, of a fo
 
 
 def _made_of(small: Tensor) -> dict[Any, Tensor]:
-    """What the layers of a forward pass have made of it."""
+    """The tensors that the layers of a forward pass have derived from a small mask."""
     made: dict[Any, Tensor] = {}
     return made if torch.compiler.is_compiling() else _SMALL.setdefault(small, made)  # type: ignore[no-untyped-call, no-any-return, unused-ignore]
 
 
 def expand(mask: Tensor, causal: bool) -> Tensor:
-    """The (batch, 1, length, length) mask that transformers makes for SDPA of what is said of tokens, with a window or
-    without."""
+    """Expand a mask with one value per token, with a window or without, to (batch, 1, length, length) for SDPA."""
     known = _made_of(mask)
     if causal not in known:
         length, window = mask.shape[-1], mask.shape[2] if mask.dim() == 4 else None

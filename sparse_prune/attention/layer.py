@@ -1,4 +1,4 @@
-"""One attention layer as pruning sees it: its mode, its pattern, and what a probe collected."""
+"""The handle on one attention layer: its mode, its pattern, and the statistics of its probes."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from sparse_prune.attention.call_patterns import last_rows, opened
 from sparse_prune.attention.gradient import with_gradient
-from sparse_prune.attention.later import last_rows, opened
 from sparse_prune.attention.packed import PackedKeys, masked_attention
 from sparse_prune.kernels import (
     AttentionOptions,
@@ -32,7 +32,7 @@ Mode = Literal["dense", "masked", "sparse"]
 
 
 class CallShape(NamedTuple):
-    """Shape of an attention call, enough to time its like."""
+    """Shape of an attention call, enough to time similar ones."""
 
     batch: int
     """Samples."""
@@ -45,15 +45,15 @@ class CallShape(NamedTuple):
     dtype: torch.dtype
     """Of query, key and value."""
     device: torch.device
-    """On which they lie."""
+    """Device of query, key and value."""
     options: AttentionOptions = AttentionOptions()
-    """What else the call asked for; of its masks the shapes alone, on the meta device, and documents as they are."""
+    """Options of the call; masks are on the meta device, documents as they are."""
     value_dim: int | None = None
     """Channels of a head's values; None: as many as `head_dim`."""
 
     @property
     def channels(self) -> tuple[int, int]:
-        """Of a head's keys, and of its values."""
+        """Channels of a head's keys, and of its values."""
         return self.head_dim, self.head_dim if self.value_dim is None else self.value_dim
 
 
@@ -78,34 +78,34 @@ class PrunableAttention:
     backend: str = "sdpa"
     """Backend of the sparse mode."""
     probe_block_size: tuple[int, int] | None = None
-    """Collect statistics with these blocks; None = do not probe."""
+    """Tokens per block side of the statistics to collect; None: do not probe."""
     statistics: BlockStatistics | None = None
-    """What was collected of row mass since `take_statistics`."""
+    """Statistics of row mass since `take_statistics`."""
     score: Score | None = None
-    """A score that has sums of its own, to be collected beside those of row mass; None: there is none."""
+    """A score with sums of its own, to be collected beside row mass; None: there is none."""
     score_sums: BlockStatistics | None = None
-    """What was collected for `score` since `take_statistics`."""
+    """Statistics of `score` since `take_statistics`."""
     gradient_scale: float = 1.0
-    """What the loss is multiplied with before the backward pass; a score that sees gradients sees them without."""
+    """Factor on the loss in the backward pass; it is divided out of the gradients that a score sees."""
     last_shape: CallShape | None = None
     """The last training call."""
     sliding_window: int | None = None
-    """Tokens that a query sees back to, itself included, if the model's own mask has a window."""
+    """Sliding window in tokens, the query's own included, if the model's own mask has one."""
     repeats_keys: bool = False
-    """Whether the model's own attention repeats key heads where a shared one would get a slow kernel, as transformers
-    does; else it shares them in any case (`enable_gqa`)."""
+    """Whether the model's own attention repeats key heads where shared ones would get a slow kernel, as transformers
+    does; otherwise it always shares them (`enable_gqa`)."""
     on_load: tuple[Callable[[], None], ...] = ()
-    """Called where the handle was copied or loaded, as by `torch.load` in another process; functions of a module."""
+    """Called where the handle was copied or loaded, as by `torch.load` in another process."""
     seen: bool = False
-    """Whether a call was seen. Until then `causal` is what the module says of itself, and the first call decides."""
+    """Whether a call was seen. Until then `causal` is the module's own claim, and the first call decides."""
     aside: str | None = None
-    """Why the layer stays dense after all: its first call was of a kind that cannot be pruned. None: it may be."""
+    """Why the layer stays dense: its first call was of a kind that cannot be pruned. None: it can be pruned."""
     _pattern: BlockPattern | None = None
-    _version: str = ""  # names the pattern for torch.compile, which compiles anew when it changes
+    _version: str = ""  # name of the pattern for torch.compile, which recompiles when it changes
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        self.pattern = self._pattern  # versions count anew in every process
+        self.pattern = self._pattern  # which names it in this process
         for call in self.on_load:
             call()
 
@@ -128,12 +128,12 @@ class PrunableAttention:
 
     @property
     def idle(self) -> bool:
-        """Whether a call is the model's own: there is no pattern to apply and nothing to watch."""
+        """Whether calls go to the model's own attention: there is no pattern to apply and nothing to probe."""
         untouched = (self.mode == "dense" or self._pattern is None) and self.probe_block_size is None
         return untouched or self.aside is not None
 
     def pattern_at(self, q_len: int, kv_len: int) -> BlockPattern:
-        """The pattern for a call's lengths.
+        """Return the pattern for a call's lengths.
 
         Args:
             q_len: Query tokens.
@@ -143,10 +143,10 @@ class PrunableAttention:
         return at_lengths(self._pattern, q_len, kv_len)
 
     def take_statistics(self, kinds: tuple[str, ...] = STATISTICS) -> BlockStatistics | None:
-        """What was collected, on the CPU; the handle forgets it.
+        """Return the collected statistics, on the CPU, and drop them.
 
         Args:
-            kinds: The statistics to take, that of `score` among them or not; the others never leave the device.
+            kinds: The statistics to return; the others never leave the device.
         """
         statistics, self.statistics = self.statistics, None
         own, self.score_sums = self.score_sums, None
@@ -168,24 +168,24 @@ class PrunableAttention:
         whole: bool = True,
         causal: bool | None = None,
     ) -> Tensor:
-        """Attention in the layer's mode.
+        """Compute attention in the layer's mode.
 
         Args:
             query: (batch, num_heads, q_len, head_dim).
-            key: (batch, num_kv_heads, kv_len, head_dim), or what a `PatternCache` gave.
-            value: (batch, num_kv_heads, kv_len, value_dim), or what a `PatternCache` gave.
-            options: What the model asks for.
+            key: (batch, num_kv_heads, kv_len, head_dim), or the `PackedKeys` of a `PatternCache`.
+            value: (batch, num_kv_heads, kv_len, value_dim), or the `PackedKeys` of a `PatternCache`.
+            options: The options of the call.
             dense: The model's own attention.
-            whole: Whether the keys are known to be all of the sequence's so far, of which no cache has dropped any.
-            causal: Whether this call shows queries no key later than themselves; the call decides, not the layer. One
-                that is not causal hides what it hides by the masks among its options. None: as the layer.
+            whole: Whether the keys are all of the sequence's so far, so that no cache has dropped any.
+            causal: Whether this call hides later keys from every query. If not, the masks among its options hide what
+                is hidden. None: as the layer.
 
         Returns:
             (batch, num_heads, q_len, value_dim).
 
         Raises:
             ValueError: If the call has another number of heads than the layer, or keys that were evicted by another
-                pattern or by none.
+                pattern.
         """
         if self.aside is not None:
             return dense()
@@ -226,12 +226,12 @@ class PrunableAttention:
         return self._with_gradient(output, query, key, value, options, causal)
 
     def _pattern_of_call(self, q_len: int, kv_len: int, causal: bool) -> BlockPattern:
-        """The pattern for a call's lengths; where the call shows later keys, with all of them."""
+        """The pattern for a call's lengths; if the call shows later keys, it keeps all of these."""
         pattern = self.pattern_at(q_len, kv_len)
         return opened(pattern) if pattern.causal and not causal else pattern
 
     def _watch(self, query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions, causal: bool) -> None:
-        """Remember the shape of a training call, and probe it if asked to."""
+        """Record the shape of a training call, and probe it if probing is on."""
         # A checkpointed layer runs again inside the backward pass: it was probed and counted the first time.
         first_run = torch._C._current_graph_task_id() == -1  # type: ignore[attr-defined, unused-ignore]
         if not first_run or not (torch.is_grad_enabled() or self.probe_block_size is not None):
@@ -256,16 +256,16 @@ class PrunableAttention:
             )
 
     def _learn(self, causal: bool) -> None:
-        """The first call of a layer that no trial run has shown says whether it is causal."""
+        """Take causality from the layer's first call, unless a trial run has shown it."""
         if not self.seen and self._pattern is None and self.statistics is None:
             self.causal = causal
         self.seen = True
 
     def set_aside(self, problem: str) -> None:
-        """Leave the layer dense from now on, and say so.
+        """Leave the layer dense from now on, with a warning.
 
         Args:
-            problem: Why its connections cannot be pruned.
+            problem: Why it cannot be pruned.
         """
         self.aside, self.statistics = problem, None
         log.warning(
@@ -293,10 +293,10 @@ class PrunableAttention:
     def _with_gradient(
         self, output: Tensor, query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions, causal: bool
     ) -> Tensor:
-        """The output, whose gradient the score sees in the backward pass if it asks for it.
+        """Show the output's gradient to the score in the backward pass, if the score sees gradients.
 
-        Unlike a probe of the forward pass this looks at recomputations too: with reentrant checkpointing it is theirs
-        that have a backward pass, and without it both passes must save the same tensors. The gradient comes by once.
+        Unlike a probe of the forward pass this counts recomputations too: with reentrant checkpointing only these have
+        a backward pass, and without it both passes must save the same tensors. The gradient arrives once.
         """
         score, block_size = self.score, self.probe_block_size
         if score is None or score.sees != "gradient" or block_size is None or not output.requires_grad:
@@ -332,7 +332,7 @@ class PrunableAttention:
         self.score_sums = seen if self.score_sums is None else self.score_sums + seen
 
     def _held(self, key: Tensor | PackedKeys, value: Tensor | PackedKeys) -> PackedKeys:
-        """What a `PatternCache` of this layer's pattern holds."""
+        """The keys and values of a `PatternCache`, checked to be of this layer's pattern."""
         if not isinstance(key, PackedKeys) or value is not key:
             raise ValueError(
                 f"Layer {self.name!r} must get keys and values from one PatternCache, got others. "
@@ -348,11 +348,11 @@ class PrunableAttention:
     def _attend_cached(
         self, query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions, causal: bool
     ) -> Tensor:
-        """The last queries against a cache: few rows, so that off the GPU a mask costs little."""
+        """Attention of the last queries against a cache: by the backend's decoding, or else under a mask."""
         assert self._pattern is not None
         q_len, kv_len = query.shape[2], key.shape[2]
         decode = check_backend(self.backend).decode if self.mode == "sparse" and not torch.is_grad_enabled() else None
-        # One last query sees every key in any case.
+        # The last query sees every key in any case.
         if decode is not None and self._pattern.causal and (causal or q_len == 1):
             decoded = decode(query, key, value, self._pattern, options)
             if decoded is not None:
@@ -369,6 +369,6 @@ class PrunableAttention:
 
 
 def _causal_too(options: AttentionOptions, length: int, device: torch.device) -> AttentionOptions:
-    """The options of a causal call under a pattern that knows of no causality."""
+    """The options of a causal call under a bidirectional pattern: causality becomes a mask."""
     lower = torch.ones(length, length, dtype=torch.bool, device=device).tril()[None, None]
     return replace(options, attn_mask=lower if options.attn_mask is None else options.attn_mask & lower)

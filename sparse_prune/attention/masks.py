@@ -1,4 +1,4 @@
-"""Masks as SDPA takes them, as pruning needs them: which keys are hidden, from whom."""
+"""Reads SDPA's masks: whether they are causal, add a bias, or hide padding."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 HIDDEN = -1e4
-"""A float mask hides a key with this or less; in softmax nothing is left of it."""
+"""An additive mask hides a key with this value or less, as its softmax is then 0."""
 
 
 def visible(mask: Tensor) -> Tensor:
-    """A boolean mask, True = may attend, from a boolean or an additive one."""
+    """Convert a boolean or additive mask to a boolean one, True = may attend."""
     return mask if mask.dtype == torch.bool else mask > HIDDEN
 
 
 def is_bias(mask: Tensor) -> bool:
-    """Whether a mask does more than hide keys, or learns to. Reads its values."""
+    """Whether a mask does more than hide keys, or requires a gradient. Reads its values."""
     return mask.dtype != torch.bool and (mask.requires_grad or bool(((mask != 0) & (mask > HIDDEN)).any()))
 
 
-_HIDES = WeakTensorKeyDictionary()  # masks -> what was read in them: a forward pass gives one to many layers
+_HIDES = WeakTensorKeyDictionary()  # results by mask: the layers of a forward pass share one
 
 
 def hides_future(mask: Tensor, q_len: int, kv_len: int) -> bool:
@@ -28,10 +28,10 @@ def hides_future(mask: Tensor, q_len: int, kv_len: int) -> bool:
 
     Args:
         mask: Boolean or additive, broadcastable to (batch, num_heads, q_len, kv_len).
-        q_len: Queries, the last of the positions. A single one in the last place has nothing later.
+        q_len: Queries, at the last positions.
         kv_len: Positions.
     """
-    if q_len == 1:
+    if q_len == 1:  # nothing is later than the last query
         return True
     if mask.dim() < 2 or mask.shape[-2:] != (q_len, kv_len):
         return False  # all rows alike, or all keys
@@ -43,13 +43,13 @@ def hides_future(mask: Tensor, q_len: int, kv_len: int) -> bool:
 
 
 def assert_hides_future(mask: Tensor, q_len: int, kv_len: int, layer: str) -> None:
-    """The same as a claim that a compiled graph checks when it runs, as a tracer cannot look into the mask.
+    """Assert `hides_future` when a compiled graph runs, as a tracer cannot read the mask.
 
-    On a GPU it stops the process's kernels, as every assertion there.
+    On a GPU a failure stops the process's kernels, as every device assertion does.
 
     Args:
-        mask: As for `hides_future`, like the lengths.
-        layer: Named in the error.
+        mask: See `hides_future`, also for the lengths.
+        layer: Name of the layer for the error.
     """
     if q_len == 1 or mask.dim() < 2 or mask.shape[-2:] != (q_len, kv_len):
         return
@@ -62,12 +62,12 @@ def assert_hides_future(mask: Tensor, q_len: int, kv_len: int, layer: str) -> No
 
 
 def _version(mask: Tensor) -> int | None:
-    """Counts what was written into a tensor; tensors of inference mode do not count it, and are read each time."""
+    """The number of writes into a tensor; None in inference mode, which does not count them."""
     return None if mask.is_inference() else mask._version
 
 
 def split(mask: Tensor | None, batch: int, kv_len: int) -> tuple[Tensor | None, Tensor | None]:
-    """A mask as `AttentionOptions` has it: padding of keys apart from everything else.
+    """Split a mask into those of `AttentionOptions`: one for padding, or one for everything else.
 
     Args:
         mask: Boolean or additive, broadcastable to (batch, num_heads, q_len, kv_len).

@@ -1,4 +1,4 @@
-"""Timing a layer's attention, dense against sparse, on calls like its own."""
+"""Measures a layer's attention, dense and sparse, on calls like its own."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ def time_attention(
     tuned: bool = False,
     pattern: BlockPattern | None = None,
 ) -> dict[str, float]:
-    """Milliseconds of a forward and backward pass like the layer's last training call, with its pattern or another.
+    """Time a forward and backward pass like the layer's last training call, with its pattern or another.
 
-    On a GPU the device's time alone, without what the host takes to launch kernels (see `clock`). All take turns, and
-    of each the fastest turn counts: what else runs on a machine can only make a clock run longer, and seldom hits all
-    turns of one candidate alone. A candidate that fails, for want of memory say, is left out.
+    On a GPU this is the device's time alone, without the launching of kernels (see `clock`). Candidates take turns, and
+    each one's fastest turn counts: other programs can only prolong a measurement, and seldom hit all turns of one
+    candidate. A candidate that fails, for lack of memory say, is left out.
 
     Args:
-        layer: It has seen a training call.
-        backends: To measure beside dense attention.
-        repeats: Turns.
-        tuned: Find the backends' launch configurations first, where they have any.
-        pattern: Of the lengths of that call. None: the layer's own, which it must have.
+        layer: A layer that has seen a training call.
+        backends: Backends to measure beside dense attention.
+        repeats: Number of turns.
+        tuned: Whether to find the backends' launch configurations first.
+        pattern: A pattern of the lengths of that call. None: the layer's own.
 
     Returns:
         "dense" and every backend that can do the call -> milliseconds.
@@ -57,19 +57,19 @@ def time_attention(
 
 
 def fastest(times: Mapping[str, float]) -> str:
-    """The fastest of what `time_attention` measured; "dense", which stands first, if none is faster or none ran."""
+    """Return the fastest of `time_attention`'s candidates; "dense" if none is faster or none ran."""
     return min(times, key=times.__getitem__, default="dense")
 
 
 def in_words(times: Mapping[str, float]) -> str:
-    """What `time_attention` measured, for a log; empty if that is nothing."""
+    """Format the result of `time_attention` for a log; empty without one."""
     return ", ".join(f"{name} {ms:.3g} ms" for name, ms in times.items())
 
 
 def _each(
     layer: PrunableAttention, backends: Iterable[str], work: Callable[[PrunableAttention, str], _T]
 ) -> dict[str, _T]:
-    """What `work` gives for every backend, without those that fail: a measurement must not end a run."""
+    """The results of `work` by backend, without those that fail: a measurement must not end a run."""
     results = {}
     for backend in backends:
         try:
@@ -86,10 +86,10 @@ def _own_pattern(layer: PrunableAttention) -> BlockPattern:
 
 
 def tune(layer: PrunableAttention, backend: str, pattern: BlockPattern) -> None:
-    """Find the backend's fastest launch configurations for the layer's last training shape, where it has any.
+    """Find the backend's fastest launch configurations, if it has any, for the layer's last training call.
 
     Raises:
-        ValueError: If the backend does not take the shape.
+        ValueError: If the backend does not support the shape.
     """
     find = check_backend(backend).tune
     if find is not None:
@@ -135,9 +135,9 @@ def _attention(
 
 
 def _options(layer: PrunableAttention) -> AttentionOptions:
-    """What the last call asked for, with masks that hide nothing: time follows their shapes, not their values.
+    """The options of the last call, with masks that hide nothing: time depends on their shapes, not their values.
 
-    Documents are those of the call, for time follows their lengths.
+    Documents are those of the call, as time depends on their lengths.
     """
     assert layer.last_shape is not None
     device = layer.last_shape.device

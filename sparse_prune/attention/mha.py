@@ -1,7 +1,7 @@
 """Attention layers that are `nn.MultiheadAttention`, alone or in `nn.TransformerEncoder`.
 
-In eval mode torch computes these, and whole encoder layers, in operators that no Python sees. A layer that was taken
-over goes through its handle in every mode; nested tensors, into which an encoder packs padded batches, are off.
+In eval mode torch computes these, and whole encoder layers, in fused operators. An attached layer goes through its
+handle in every mode, and encoders do not convert padded batches to nested tensors.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparse_prune.attention.forward import replace_forward, replaced, restore_forward, routed, run_original
-from sparse_prune.attention.found import FoundLayer, handle_of, modules_of
+from sparse_prune.attention.handles import FoundLayer, handle_of, modules_of
 from sparse_prune.attention.layer import PrunableAttention
 from sparse_prune.attention.masks import is_bias, visible
 from sparse_prune.attention.sdpa import call_is_causal
-from sparse_prune.attention.trial import Call, Calls, describe, named_cross
+from sparse_prune.attention.trial_run import TrialCall, TrialCalls, describe, named_cross
 from sparse_prune.kernels import AttentionOptions
 
 KIND = "mha"
@@ -27,7 +27,7 @@ _NESTED = "_nested_tensor_before_pruning"
 
 
 def candidates(modules: Mapping[str, nn.Module]) -> Collection[str]:
-    """Modules that compute as `nn.MultiheadAttention` does."""
+    """Return the modules with the forward pass of `nn.MultiheadAttention`."""
     return [name for name, module in modules.items() if _is_one(module)]
 
 
@@ -35,8 +35,8 @@ def _is_one(module: nn.Module) -> bool:
     return isinstance(module, nn.MultiheadAttention) and type(module).forward is nn.MultiheadAttention.forward
 
 
-def find(modules: Mapping[str, nn.Module], names: Collection[str], calls: Calls | None) -> Iterator[FoundLayer]:
-    """What is known about them; without a trial run they are taken for bidirectional."""
+def find(modules: Mapping[str, nn.Module], names: Collection[str], calls: TrialCalls | None) -> Iterator[FoundLayer]:
+    """Describe layers; without a trial run they are taken for bidirectional."""
     for name in names:
         module: Any = modules[name]
         handle, heads = handle_of(module), module.num_heads
@@ -47,7 +47,7 @@ def find(modules: Mapping[str, nn.Module], names: Collection[str], calls: Calls 
 
 
 def refused(name: str, module: Any) -> str | None:
-    """Why a module cannot be pruned, by its own attributes and its name."""
+    """Return why a module cannot be pruned, by its attributes and its name."""
     if module.bias_k is not None or module.add_zero_attn:
         return "adds keys of its own (`add_bias_kv`, `add_zero_attn`)"
     if (module.kdim, module.vdim) != (module.embed_dim, module.embed_dim) or named_cross(name):
@@ -55,16 +55,16 @@ def refused(name: str, module: Any) -> str | None:
     return None
 
 
-def _call_problem(calls: list[Call] | None) -> str | None:
+def _call_problem(calls: list[TrialCall] | None) -> str | None:
     if calls is None:
         return None
     return calls[0].problem if calls else "it was not called in the trial run"
 
 
 @contextmanager
-def observing(model: nn.Module) -> Iterator[Calls]:
-    """Note the latest call of every module."""
-    calls: dict[str, list[Call]] = {}
+def observing(model: nn.Module) -> Iterator[TrialCalls]:
+    """Record the latest call of every module."""
+    calls: dict[str, list[TrialCall]] = {}
     hooks = []
     for name, module in modules_of(model).items():
         if not _is_one(module):
@@ -91,10 +91,10 @@ def _describe(
     attn_mask: Tensor | None = None,
     *args: Any,
     **kwargs: Any,
-) -> Call:
+) -> TrialCall:
     if query.is_nested:
-        return Call(1, 1, False, "attends to nested tensors")
-    # Lengths and masks tell, not what the tokens are: a position may have been added to queries and keys alone.
+        return TrialCall(1, 1, False, "attends to nested tensors")
+    # Lengths decide, not whether tensors are the same: positions may be added to queries and keys alone.
     queries, keys = (torch.empty(1, 1, _length(module, tokens), 1, device="meta") for tokens in (query, key))
     return describe(queries, keys, keys, _as_sdpa(attn_mask))
 
@@ -121,7 +121,7 @@ def attach(model: nn.Module, layers: list[FoundLayer]) -> None:
 
 
 def detach(model: nn.Module) -> None:
-    """Give the modules their own attention back, and encoders their nested tensors."""
+    """Undo `attach` for all modules and their encoders."""
     for module in model.modules():
         if _NESTED in vars(module):
             module.use_nested_tensor = vars(module).pop(_NESTED)
@@ -134,7 +134,7 @@ def detach(model: nn.Module) -> None:
 
 
 def _no_fast_path(module: nn.Module, args: Any) -> None:
-    """An encoder layer takes no fast path around a module that has a hook."""
+    """A hook without effect: an encoder layer takes no fast path around a module that has one."""
 
 
 def _forward(module: nn.Module, own: Callable[..., Any] | None, *args: Any, **kwargs: Any) -> Any:
@@ -158,9 +158,9 @@ def _attend(
     average_attn_weights: bool = True,
     is_causal: bool = False,
 ) -> tuple[Tensor, Tensor | None] | None:
-    """`nn.MultiheadAttention.forward` in the layer's mode; None if the layer stays dense from this call on.
+    """Run `nn.MultiheadAttention.forward` in the layer's mode; None if the layer stays dense from this call on.
 
-    Weights are those without dropout.
+    The returned weights are those without dropout.
     """
     if query.is_nested:
         raise ValueError(
@@ -229,7 +229,7 @@ def _project(module: nn.MultiheadAttention, query: Tensor, key: Tensor, value: T
 
 
 def _as_sdpa(mask: Tensor | None) -> Tensor | None:
-    """True means hidden in the boolean masks of `nn.MultiheadAttention`, and visible in those of SDPA."""
+    """Convert a mask to SDPA's form: in boolean masks of `nn.MultiheadAttention`, True means hidden."""
     return ~mask if mask is not None and mask.dtype == torch.bool else mask
 
 

@@ -1,4 +1,4 @@
-"""Attention over keys of which every KV head holds other blocks: what a cache that evicts has instead of tensors."""
+"""Keys and values of a cache that evicts, in which every KV head holds its own blocks, and attention over them."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Attention layers that call `F.scaled_dot_product_attention` themselves: timm, torchtune, hand-written models.
 
-Their heads and whether they are causal are not read from attributes, which every library names in its own way, but
-seen in a trial run: of the whole model on an example, or of the module alone where it takes one tensor.
+Their heads and causality are seen in a trial run of the whole model on an example, or of the module alone if it takes
+one tensor: every library names attributes for them in its own way.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from sparse_prune.attention.callers import can_call_sdpa
 from sparse_prune.attention.forward import replace_forward, replaced, restore_forward, routed, run_original
-from sparse_prune.attention.found import FoundLayer, handle_of, modules_of
+from sparse_prune.attention.handles import FoundLayer, handle_of, modules_of
 from sparse_prune.attention.layer import PrunableAttention
 from sparse_prune.attention.masks import assert_hides_future, hides_future, is_bias, split
-from sparse_prune.attention.trial import BIAS, Call, Calls, describe, run_example
+from sparse_prune.attention.sdpa_callers import can_call_sdpa
+from sparse_prune.attention.trial_run import BIAS, TrialCall, TrialCalls, describe, run_example
 from sparse_prune.kernels import AttentionOptions
 
 KIND = "sdpa"
@@ -29,20 +29,20 @@ _EXAMPLE = "Give an example input of the model (LightningModule.example_input_ar
 
 
 def candidates(modules: Mapping[str, nn.Module]) -> Collection[str]:
-    """Modules that can call SDPA, as their code says, and those whose calls are routed already."""
+    """Return the modules that can call SDPA, by their code, and those whose calls are routed already."""
     return [name for name, module in modules.items() if replaced(module, _forward) or can_call_sdpa(module)]
 
 
 def refused(name: str, module: nn.Module) -> str | None:
-    """Nothing is known before a call."""
+    """Return None: nothing is known before a call."""
     return None
 
 
 @contextmanager
-def observing(model: nn.Module) -> Iterator[Calls]:
-    """Note calls of SDPA by the innermost module that makes them. What it yields is complete at the end."""
-    calls: dict[str, list[Call]] = {}
-    running: list[tuple[str, list[Call]]] = [("", [])]
+def observing(model: nn.Module) -> Iterator[TrialCalls]:
+    """Record calls of SDPA by the innermost module that makes them, complete at the end of the block."""
+    calls: dict[str, list[TrialCall]] = {}
+    running: list[tuple[str, list[TrialCall]]] = [("", [])]
     hooks = []
     for name, module in modules_of(model).items():
 
@@ -64,7 +64,7 @@ def observing(model: nn.Module) -> Iterator[Calls]:
 
 
 class _Observer(TorchFunctionMode):
-    def __init__(self, running: list[tuple[str, list[Call]]]) -> None:
+    def __init__(self, running: list[tuple[str, list[TrialCall]]]) -> None:
         super().__init__()
         self.running = running
 
@@ -74,8 +74,8 @@ class _Observer(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def find(modules: Mapping[str, nn.Module], names: Collection[str], calls: Calls | None) -> Iterator[FoundLayer]:
-    """What is known about modules that call SDPA; without a trial run of the model each is tried alone."""
+def find(modules: Mapping[str, nn.Module], names: Collection[str], calls: TrialCalls | None) -> Iterator[FoundLayer]:
+    """Describe modules that call SDPA; without a trial run of the model each is run alone."""
     for name in names:
         module, handle = modules[name], handle_of(modules[name])
         if handle is not None:
@@ -93,7 +93,7 @@ def attach(model: nn.Module, layers: list[FoundLayer]) -> None:
 
 
 def detach(model: nn.Module) -> None:
-    """Give the modules their own attention back."""
+    """Undo `attach` for all modules."""
     for module in model.modules():
         if replaced(module, _forward):
             restore_forward(module)
@@ -113,7 +113,7 @@ def _try_alone(name: str, module: nn.Module) -> FoundLayer:
     return _found(name, module, calls.get("", []), f"it made no call of SDPA when run alone. {_EXAMPLE}", False)
 
 
-def _found(name: str, module: nn.Module, calls: list[Call], uncalled: str, seen: bool = True) -> FoundLayer:
+def _found(name: str, module: nn.Module, calls: list[TrialCall], uncalled: str, seen: bool = True) -> FoundLayer:
     if not calls:
         return FoundLayer(name, KIND, module, problem=uncalled)
     call = calls[0]
@@ -123,7 +123,7 @@ def _found(name: str, module: nn.Module, calls: list[Call], uncalled: str, seen:
 
 
 class _Route(TorchFunctionMode):
-    """Sends calls of SDPA to a layer's handle, however the module has imported the function."""
+    """Routes calls of SDPA to a layer's handle, however the module has imported the function."""
 
     def __init__(self, layer: PrunableAttention) -> None:
         super().__init__()
@@ -155,7 +155,7 @@ def attend(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """`F.scaled_dot_product_attention` in the layer's mode.
+    """Run `F.scaled_dot_product_attention` in the layer's mode.
 
     Raises:
         ValueError: If the call cannot be pruned, though others of the layer could.
@@ -178,9 +178,9 @@ def attend(
 def call_is_causal(
     layer: PrunableAttention, q_len: int, kv_len: int, attn_mask: Tensor | None, is_causal: bool
 ) -> bool:
-    """Whether a call of SDPA shows queries no later key: by its mask, which is read, or else by its flag.
+    """Whether a call of SDPA hides later keys from every query, by the values of its mask or else by its flag.
 
-    A layer that no call was seen of stays dense from here on if this one cannot be pruned.
+    A layer whose first call cannot be pruned stays dense from then on.
 
     Raises:
         ValueError: If the call cannot be pruned, though others of the layer could.

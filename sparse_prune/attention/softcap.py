@@ -9,14 +9,14 @@ from sparse_prune.pattern import BlockPattern
 
 
 def softcapped(query: Tensor, key: Tensor, value: Tensor, causal: bool, options: AttentionOptions) -> Tensor:
-    """Attention under the full pattern. A 4D mask among the options already holds causality.
+    """Compute dense attention with a soft cap. A 4D mask among the options already holds causality.
 
     Args:
         query: (batch, num_heads, q_len, head_dim).
         key: (batch, num_kv_heads, kv_len, head_dim).
         value: As the key.
-        causal: Whether queries see what lies behind them alone.
-        options: Cap, scale, dropout and masks.
+        causal: Whether queries see only keys up to themselves.
+        options: Soft cap, scale, dropout and masks.
 
     Returns:
         (batch, num_heads, q_len, head_dim).

@@ -1,4 +1,4 @@
-"""The command: which attention layers of a model can be pruned."""
+"""`sparse-prune layers`: lists the attention layers of a model, and why some cannot be pruned."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ import torch
 from torch import nn
 
 from sparse_prune.attention import FoundLayer, list_layers
-from sparse_prune.extras import with_remedy
+from sparse_prune.install_hints import with_remedy
 
 _KINDS = "a hub id or a folder of a transformers model, timm:NAME, or package.module:factory, a callable"
 COLUMNS = ("layer", "kind", "heads", "kv heads", "causal", "window", "cannot be pruned because")
 
 
 def main(args: list[str] | None = None) -> None:
-    """`sparse-prune layers MODEL`. The exit code is 1 if no layer can be pruned."""
+    """Run `sparse-prune layers MODEL`. The exit code is 1 if no layer can be pruned."""
     parser = argparse.ArgumentParser(
         prog="sparse-prune layers", description="Attention layers of a model, and why some cannot be pruned."
     )
@@ -40,14 +40,14 @@ def main(args: list[str] | None = None) -> None:
 
 
 def build(name: str) -> tuple[nn.Module, Any]:
-    """A model to look at, without its trained weights, and an example input where one is known.
+    """Build a model without its trained weights, and an example input if one is known.
 
     Args:
-        name: As on the command line.
+        name: MODEL of the command line.
 
     Raises:
         ImportError: If a package is missing.
-        ValueError: If there is no such callable, or it makes no module.
+        ValueError: If there is no such callable, or it returns no module.
     """
     kind, _, rest = name.partition(":")
     if kind == "timm":
@@ -61,7 +61,7 @@ def build(name: str) -> tuple[nn.Module, Any]:
 
 
 def table(layers: list[FoundLayer]) -> str:
-    """A line per layer, in columns."""
+    """Format the layers in columns, a line per layer."""
     rows = [COLUMNS, *(_cells(layer) for layer in layers)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
@@ -84,12 +84,12 @@ def _made(module: str, attribute: str) -> nn.Module:
     except TypeError as error:
         raise ValueError(f"{module}:{attribute} must be callable without arguments: {error}") from error
     if not isinstance(model, nn.Module):
-        raise ValueError(f"{module}:{attribute} must make an nn.Module, got {type(model).__name__}.")
+        raise ValueError(f"{module}:{attribute} must return an nn.Module, got {type(model).__name__}.")
     return model
 
 
 def _transformers(name: str) -> nn.Module:
-    """On the meta device: the configuration is enough."""
+    """A model from its configuration, on the meta device."""
     import transformers
 
     folder = Path(name).expanduser()

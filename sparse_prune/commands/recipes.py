@@ -23,17 +23,17 @@ class Recipe:
     name: str
     folder: Path
     description: str
-    """First line of the package's docstring."""
+    """The first line of the package's docstring."""
     configs: tuple[str, ...]
 
     @property
     def package(self) -> str:
-        """What `python -m` runs."""
+        """The package's name, for `python -m`."""
         return f"{_PACKAGE}.{self.name}"
 
 
 def recipes() -> dict[str, Recipe]:
-    """Name -> recipe."""
+    """Return name -> recipe."""
     found = {}
     for folder in sorted(Path(str(files(_PACKAGE))).iterdir()):
         configs = tuple(sorted(path.stem for path in folder.glob("*.yaml")))
@@ -44,23 +44,23 @@ def recipes() -> dict[str, Recipe]:
 
 
 def copy(recipe: Recipe, target: Path) -> list[Path]:
-    """Copy code and configurations into a new folder, a package of that name that imports its own modules.
+    """Copy a recipe's code and configurations into a new folder, as a package that imports its own modules.
 
     Args:
-        recipe: What to copy.
-        target: The new folder; its name is the new package's.
+        recipe: The recipe.
+        target: The new folder; its name becomes the package's.
 
     Returns:
-        The files written.
+        The files that were written.
 
     Raises:
-        FileExistsError: If the folder is there already.
+        FileExistsError: If the folder exists.
         ValueError: If its name cannot be a package's.
     """
     name = target.name
     if not name.isidentifier() or keyword.iskeyword(name) or name in sys.stdlib_module_names:
         raise ValueError(
-            f"`folder` must end in a name that Python can import and does not use itself, got {name!r}. Try my_recipe."
+            f"`folder` must end in an importable name that is not of the standard library, got {name!r}. Try my_recipe."
         )
     if target.exists():
         raise FileExistsError(f"`folder` must not exist yet, got {str(target)!r}. Name another, or remove it.")
@@ -73,7 +73,7 @@ def copy(recipe: Recipe, target: Path) -> list[Path]:
 
 
 def main(args: list[str] | None = None) -> None:
-    """`sparse-prune recipes [list | copy NAME FOLDER | run NAME ...]`."""
+    """Run `sparse-prune recipes [list | copy NAME FOLDER | run NAME ...]`."""
     known = recipes()
     parser = argparse.ArgumentParser(prog="sparse-prune recipes", description="List, copy and run recipes.")
     actions = parser.add_subparsers(dest="action", metavar="ACTION")

@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 
 from sparse_prune.attention import PrunableAttention, find_layers, handle_of
-from sparse_prune.attention.connections import unpruned
+from sparse_prune.attention.modes import unpruned
 from sparse_prune.clock import now
 from sparse_prune.evaluation.prompts import Prompt, needle_prompt, passkey_prompt, retrieves
 

@@ -208,4 +208,7 @@ windows in the configuration (`layer_types`, `sliding_window`) say all that its 
 from transformers import {kind}
 
 model = {kind}.from_pretrained("this folder, or owner/name")
-```"""
+```
+
+With its patterns and without sparse_prune: `attn_implementation="owner/name"` of a repository that
+`sparse_prune.export.save_kernels` wrote, and the `kernels` package."""

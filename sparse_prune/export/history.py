@@ -11,8 +11,8 @@ from zipfile import BadZipFile
 import numpy as np
 import torch
 
+from sparse_prune.codec import decode, encode
 from sparse_prune.files import whole_file
-from sparse_prune.packing import decode, encode
 from sparse_prune.pattern import BlockPattern
 
 FOLDER = "pattern_history"

@@ -20,7 +20,8 @@ from sparse_prune.attention.layer import Mode
 from sparse_prune.distributed import is_first_rank, on_first_rank
 from sparse_prune.export.card import CARD, PICTURE, is_own, tell_of_card, write_card
 from sparse_prune.export.loadable import check_loaded, empty_twin, loadable, model_class, quantization
-from sparse_prune.export.patterns import PATTERN_FILE, describe_pruning, read_pattern_file, save_patterns
+from sparse_prune.export.patterns import PATTERN_FILE, read_pattern_file, save_patterns
+from sparse_prune.export.provenance import describe_pruning
 from sparse_prune.export.sharded import is_sharded, plain_class, whole_weights
 from sparse_prune.files import carry_over, file_hash, obstacle, previous, whole_folder
 from sparse_prune.kernels import BACKENDS, check_backend, usable_backend

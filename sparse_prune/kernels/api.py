@@ -1,4 +1,4 @@
-"""The one entry to block-sparse attention: checks the call, then hands it to a backend."""
+"""The entry points of the kernels: check a call, then pass it to a backend."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from sparse_prune.scores import AttentionCall, BlockStatistics, Score, probe_blo
 def probe_attention(
     query: Tensor, key: Tensor, block_size: tuple[int, int], *, causal: bool, options: AttentionOptions
 ) -> BlockStatistics:
-    """Row-mass statistics of dense attention per block: by the Triton kernel on a GPU, else in torch.
+    """Collect row-mass statistics of dense attention per block: by the Triton kernel on a GPU, else in torch.
 
-    On a GPU the sums stay there and nothing waits for them. If logits were not finite, neither are the sums.
+    On a GPU the sums stay there and the host does not wait. If logits were not finite, the sums are not, either.
 
     Args:
         query: (batch, num_heads, q_len, head_dim), after position encoding.
@@ -57,7 +57,7 @@ def probe_score(
     gradient: Tensor | None = None,
     pattern: BlockPattern | None = None,
 ) -> BlockStatistics:
-    """What a score adds up over one call, in torch on any device and in full precision. Dropout is left out.
+    """Collect the sums of a score over one call, in torch on any device, in full precision, without dropout.
 
     Args:
         score: Any score.
@@ -67,11 +67,11 @@ def probe_score(
         block_size: Tokens per block side, (query, key).
         causal: Whether query i sees only keys up to i + kv_len - q_len.
         options: Masks, scale and soft cap.
-        gradient: Of the loss in the output, (batch, num_heads, q_len, head_dim), if the score sees it.
-        pattern: What the layer kept in this call, at its lengths; None: everything.
+        gradient: Gradient of the loss in the output, (batch, num_heads, q_len, head_dim), if the score sees it.
+        pattern: The connections that the layer kept in this call, at its lengths; None: all of them.
 
     Raises:
-        ValueError: If `pattern` has other blocks or lengths, or the score looks at what it does not say it sees.
+        ValueError: If `pattern` has other blocks or lengths, or the score uses more than its `sees` says.
     """
     call = AttentionCall(
         query,
@@ -91,7 +91,7 @@ def probe_score(
 
 
 def _hidden_but_padding(options: AttentionOptions, query: Tensor, key: Tensor) -> Tensor | None:
-    """Masks, documents and window as one mask; padding, which hides queries as well, is apart."""
+    """Masks, documents and window as one mask, without padding, which hides queries as well."""
     if options.documents is None and options.window is None:
         return options.attn_mask
     return replace(options, key_mask=None).token_mask(query.shape[2], key.shape[2], query.device)
@@ -106,13 +106,13 @@ def block_sparse_attention(
     *,
     backend: str = "gather",
 ) -> Tensor:
-    """Attention over the kept blocks of a pattern.
+    """Compute attention over the kept blocks of a pattern.
 
     Args:
         query: (batch, num_heads, q_len, head_dim).
         key: (batch, num_kv_heads, kv_len, head_dim); num_kv_heads divides num_heads.
         value: (batch, num_kv_heads, kv_len, value_dim).
-        pattern: The connections to keep, for exactly these lengths (see `BlockPattern.at`).
+        pattern: The connections to keep, of exactly these lengths (see `BlockPattern.at`).
         options: Masks, scale, dropout, soft cap.
         backend: One of `BACKENDS`.
 
@@ -133,9 +133,8 @@ def block_sparse_attention(
 def _check(query: Tensor, key: Tensor, value: Tensor, pattern: BlockPattern, options: AttentionOptions) -> None:
     if query.dim() != 4 or key.dim() != 4 or value.dim() != 4 or value.shape[:3] != key.shape[:3]:
         raise ValueError(
-            "`query`, `key` and `value` must have shape (batch, heads, length, head_dim) and `value` the first three "
-            "sides of `key`, "
-            f"got {tuple(query.shape)}, {tuple(key.shape)}, {tuple(value.shape)}."
+            "`query`, `key` and `value` must have shape (batch, heads, length, head_dim), `value` with the first three "
+            f"sizes of `key`, got {tuple(query.shape)}, {tuple(key.shape)}, {tuple(value.shape)}."
         )
     if not query.dtype == key.dtype == value.dtype and not torch.is_autocast_enabled(query.device.type):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""What a backend is: one record of how it attends and what it can do."""
+"""The record of a backend: how it computes attention, and its capabilities."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from sparse_prune.kernels.options import AttentionOptions
 from sparse_prune.pattern import BlockPattern
 
 Attend = Callable[[Tensor, Tensor, Tensor, BlockPattern, AttentionOptions], Tensor]
-"""Query, key, value, pattern and options to the output; shapes as in `reference.attend`."""
+"""Computes the output from query, key, value, pattern and options; shapes as in `reference.attend`."""
 
 _COUNT = count()
 _NAMED: WeakValueDictionary[str, BlockPattern] = WeakValueDictionary()
 
 
 def name_pattern(pattern: BlockPattern) -> str:
-    """A new name for a pattern, by which torch.compile knows it: it compiles anew where the name changes.
+    """Give a pattern a new name for torch.compile, which recompiles when the name changes.
 
     Args:
-        pattern: The name holds as long as it lives.
+        pattern: A pattern; the name is valid as long as the pattern lives.
     """
     name = str(next(_COUNT))
     _NAMED[name] = pattern
@@ -32,54 +32,42 @@ def name_pattern(pattern: BlockPattern) -> str:
 
 
 def named_pattern(name: str) -> BlockPattern:
-    """The pattern that `name_pattern` gave a name.
+    """Return the pattern that has a name.
 
     Args:
-        name: Of a pattern that lives.
+        name: The result of `name_pattern` for a pattern that still lives.
     """
     return _NAMED[name]
-
-
-def _everywhere(device: torch.device) -> bool:
-    return True
-
-
-def _always() -> bool:
-    return True
-
-
-def _never(query: Tensor, pattern: BlockPattern, options: AttentionOptions) -> bool:
-    return False
 
 
 @dataclass(frozen=True)
 class Backend:
     """A way to compute attention over the kept blocks of a pattern.
 
-    A file in `sparse_prune/kernels/backends/` that holds one as `BACKEND` adds it. The file must import where an
-    optional package is missing; what takes long to import is imported by the functions.
+    A file in `sparse_prune/kernels/backends/` adds one by the name `BACKEND`. The file must be importable without
+    optional packages; its functions import whatever takes long to import.
     """
 
     name: str
-    """What `backend=` calls it."""
+    """Its name in `backend=`."""
     attend: Attend
     """Computes a call."""
     skips_on: tuple[str, ...] = ()
     """Device types on which it skips pruned blocks, so that a measurement may choose it there."""
     rank: int = 100
-    """Backends of a lower rank are measured first, and asked first whether a moving pattern suits them."""
-    trains: Callable[[torch.device], bool] = _everywhere
+    """Order in which backends are measured, and asked whether a moving pattern suits them, lowest first."""
+    trains: Callable[[torch.device], bool] = lambda device: True
     """Whether it has gradients on a device."""
-    usable: Callable[[], bool] = _always
-    """Whether this machine runs it; else "gather" stands in for it."""
-    suits_moving: Callable[[Tensor, BlockPattern, AttentionOptions], bool] = _never
-    """Whether it is the one for a call (query, pattern, options) whose pattern still moves: tables that are made anew
-    must be cheap. It must follow from the call alone, so that a run that is repeated takes the same."""
+    usable: Callable[[], bool] = lambda: True
+    """Whether this machine can run it; otherwise "gather" replaces it."""
+    suits_moving: Callable[[Tensor, BlockPattern, AttentionOptions], bool] = lambda query, pattern, options: False
+    """Whether to use it for a call (query, pattern, options) whose pattern still moves, so that its tables must be
+    cheap to build. It must depend on the call alone, so that a repeated run does the same."""
     traced: Callable[[Tensor, Tensor, Tensor, str, bool, AttentionOptions], Tensor] | None = None
-    """`attend` in a form that torch.compile can follow, for query, key, value, the name of a pattern (see
-    `name_pattern`), whether it is causal, and options. None: calls break the graph."""
+    """`attend` in a form that torch.compile can trace, of query, key, value, the name of a pattern (see
+    `name_pattern`), its causality, and options. None: calls break the graph."""
     decode: Callable[[Tensor, Tensor, Tensor, BlockPattern, AttentionOptions], Tensor | None] | None = None
-    """Attention of the last few queries against a cache, without gradients; it gives None for a call that it leaves to
-    a mask. None: every such call is masked."""
+    """Computes attention of the last few queries against a cache, without gradients, or returns None to leave the call
+    to a mask. None: every such call is masked."""
     tune: Callable[[Tensor, Tensor, Tensor, BlockPattern, AttentionOptions], None] | None = None
-    """Finds the fastest launch configurations of a call. None: there are none to find."""
+    """Finds the fastest launch configurations of a call. None: it has none."""

@@ -1,4 +1,4 @@
-"""Packed sequences: several documents in one row, whose tokens do not see each other, and what follows for blocks."""
+"""Packed sequences: several documents in one row, whose tokens do not see each other."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from sparse_prune.pattern import BlockPattern, num_blocks
 from sparse_prune.scores import BlockStatistics
 
 _NEXT_TO_NOTHING = 2.0**-30
-"""Weight, per row, of a block that no document has spanned yet: it scores 0 until one does."""
+"""Weight, per row, of a block that no document has spanned yet: its score is 0 until one does."""
 
 
 def documents_from_cu_seqlens(cu_seqlens: Tensor, length: int) -> Tensor:
-    """Numbers of packed sequences from their cumulative lengths, as FlashAttention's variable-length calls take them.
+    """Number packed sequences by their cumulative lengths, as FlashAttention's variable-length calls take them.
 
     Args:
         cu_seqlens: Integers, (sequences + 1,), ascending from 0 to `length`.
@@ -32,7 +32,7 @@ def documents_from_cu_seqlens(cu_seqlens: Tensor, length: int) -> Tensor:
         ValueError: If the cumulative lengths do not ascend from 0 to `length`.
     """
     ends = cu_seqlens.long()
-    if not torch.compiler.is_compiling() and not _ascends(ends, length):  # a tracer cannot look into them
+    if not torch.compiler.is_compiling() and not _ascends(ends, length):  # a tracer cannot read them
         raise ValueError(f"`cu_seqlens` must ascend from 0 to {length}, got {cu_seqlens.tolist()}.")
     position = torch.arange(length, device=ends.device)
     return torch.searchsorted(ends[1:], position, right=True).to(torch.int32)[None]
@@ -44,23 +44,23 @@ def _ascends(ends: Tensor, length: int) -> bool:
     return bool((ends[0] == 0) & (ends[-1] == length) & (ends.diff() >= 0).all())
 
 
-_MEETS = WeakTensorKeyDictionary()  # documents -> blocks that they join: a forward pass has many layers
-_LEFT = WeakTensorKeyDictionary()  # documents -> pattern -> what is left of it
+_MEETS = WeakTensorKeyDictionary()  # documents -> blocks inside a document: the layers of a forward pass share them
+_LEFT = WeakTensorKeyDictionary()  # documents -> pattern -> its part inside documents
 
 
 def spanned(pattern: BlockPattern, options: AttentionOptions) -> BlockPattern:
-    """A call's pattern without the blocks in which no key is of a query's document: backends skip them.
+    """Remove the blocks between documents from a call's pattern, so that backends skip them.
 
     Reads the documents, once per tensor.
 
     Args:
-        pattern: For the lengths of the call.
-        options: Of the call. Its documents may come in any order; where they ascend, no such block is left.
+        pattern: The pattern at the lengths of the call.
+        options: The call's options. Documents may have any order; if they ascend, all such blocks are removed.
     """
     documents = options.documents
     if documents is None or not documents.numel():
         return pattern
-    if documents.is_inference():  # what is written into it is not counted: it is read each time
+    if documents.is_inference():  # writes into it are not counted, so it is read each time
         return _left(pattern, _meets(pattern, documents))
     kind = (documents._version, pattern.block_size, pattern.q_len)
     meets: dict[Any, Tensor] = _MEETS.setdefault(documents, {})  # type: ignore[no-untyped-call, unused-ignore]
@@ -99,16 +99,16 @@ def _range(documents: Tensor, side: int) -> tuple[Tensor, Tensor]:
 def per_document(
     statistics: BlockStatistics, options: AttentionOptions, block_size: tuple[int, int], causal: bool, *per: str
 ) -> BlockStatistics:
-    """A probe's statistics, of which every block counts those rows alone whose document reaches into it.
+    """Let every block of a probe's statistics count only the rows whose document reaches into it.
 
-    Otherwise a block that few documents are long enough for would score little, however much they give it.
+    Otherwise a block for which few documents are long enough would score low, however much attention they give it.
 
     Args:
-        statistics: Of self-attention under documents that ascend.
-        options: Of the call.
+        statistics: Statistics of self-attention under documents that ascend.
+        options: The call's options.
         block_size: Tokens per block side, (query, key).
-        causal: Whether queries see no later key.
-        per: What every row of `statistics.counts` counts: "row", "sample" or "call".
+        causal: Whether queries see only keys up to themselves.
+        per: The unit of each row of `statistics.counts`: "row", "sample" or "call".
     """
     documents = options.documents
     if documents is None or not documents.numel():
@@ -131,7 +131,7 @@ def _rows_that_reach(documents: Tensor, real: Tensor | None, block_size: tuple[i
     if not causal:
         ends = F.pad(begins[:, 1:], (0, 1), value=True)
         last = torch.where(ends, place, length).flip(1).cummin(1).values.flip(1)
-    # One up where a row's keys begin, one down behind their end; the sum along a row of blocks is the count.
+    # Plus one where a row's keys begin, minus one after their end; the sum along a row of blocks is the count.
     steps = torch.zeros(batch, rows, cols + 1, dtype=torch.float64, device=device)
     one = torch.ones_like(place, dtype=torch.float64) if real is None else real.double()
     line = place // block_q * (cols + 1)

@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 _LOW = 0xFFFFFFFF
-_AT_ONCE = 2**15  # numbers: what a round works on then stays in a core's cache
+_AT_ONCE = 2**15  # numbers: few enough to stay in a core's cache
 
 
 def dropout_uniform(seed: int, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-    """Uniform numbers in [0, 1) that depend only on the seed and on the weight's coordinates.
+    """Draw uniform numbers in [0, 1) that depend only on the seed and on the weight's coordinates.
 
     Philox4x32-10 (Salmon et al., SC 2011), keyed by the seed, with counter (key, query, head, 0); the first of
     the four outputs is used. Integers are kept in int64, whose products wrap modulo 2**64.
@@ -37,7 +37,7 @@ def dropout_uniform(seed: int, head: Tensor, query: Tensor, key: Tensor) -> Tens
 
 
 def _philox(seed: int, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-    """The same at once; the first rounds are worked out before their inputs are broadcast."""
+    """All numbers at once; the first rounds are computed before their inputs are broadcast."""
     c0, c1, c2, c3 = key & _LOW, query & _LOW, head & _LOW, torch.zeros_like(key)
     k0, k1 = seed & _LOW, (seed >> 32) & _LOW
     for _ in range(10):

@@ -1,4 +1,4 @@
-"""FlexAttention with the pattern as its block mask: what a user would pick instead, and an oracle for our kernels."""
+"""FlexAttention with the pattern as its block mask: an alternative to our kernels, and an oracle for them."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ _LONGEST_TILE = 128  # of torch's default launch configurations; a tile must div
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, pattern: BlockPattern, options: AttentionOptions) -> Tensor:
-    """Shapes as in `reference.attend`. Compiled and skipping pruned blocks on a GPU; on a CPU plain torch operations.
+    """Compute as `reference.attend`, compiled and skipping pruned blocks on a GPU, in plain torch on a CPU.
 
     Raises:
-        ValueError: If dropout is asked for, which FlexAttention has not, or gradients on a CPU.
+        ValueError: If dropout is asked for, or gradients on a CPU, which FlexAttention does not support.
     """
     if options.dropout_p:
         raise ValueError(
@@ -34,7 +34,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, pattern: BlockPattern, opt
     if device.type == "cpu":
         if wants_grad:
             raise ValueError("Backend 'flex' has no gradients on a CPU. Use 'gather', or torch.no_grad().")
-        query, key, value = query.detach(), key.detach(), value.detach()  # it looks at the flag alone
+        query, key, value = query.detach(), key.detach(), value.detach()  # it refuses `requires_grad` alone
     visible = options.token_mask(pattern.q_len, pattern.kv_len, device)
     masked = None if visible is None else visible.shape
     shapes = (query.shape, key.shape, value.shape, query.dtype, device, masked)
@@ -51,17 +51,17 @@ def attend(query: Tensor, key: Tensor, value: Tensor, pattern: BlockPattern, opt
 
 
 def _tiles(block_size: tuple[int, int]) -> dict[str, Any] | None:
-    """Kernel options under which tiles of the forward pass divide the blocks; None where the defaults do.
+    """Kernel options whose tiles divide the blocks in the forward pass; None if the default ones do.
 
     Raises:
-        ValueError: If a side has not the factor 16, the least side of a tile.
+        ValueError: If a side is no multiple of 16, the least side of a tile.
     """
     if all(side % _LONGEST_TILE == 0 for side in block_size):
         return None
     rows, cols = (min(side & -side, _LONGEST_TILE) for side in block_size)
     if min(rows, cols) < 16:
         raise ValueError(f"Backend 'flex' needs blocks with a factor of 16 on a GPU, got {block_size}. Use 'triton'.")
-    # The decoding kernel, which few queries would get, chooses its tiles itself.
+    # The decoding kernel, used for few queries, would choose its own tiles.
     return {"fwd_BLOCK_M": rows, "fwd_BLOCK_N": cols, "fwd_num_warps": 4, "FORCE_USE_FLEX_ATTENTION": True}
 
 
@@ -91,16 +91,16 @@ def _call(
 
 @lru_cache(_KINDS_KEPT)
 def _compiled(compiler: str, tuned: bool, kind: tuple[Any, ...]) -> Any:
-    """`_call` for one kind of call, with a code object of its own.
+    """Compile `_call` for one kind of call, with a code object of its own.
 
-    torch.compile counts recompilations per code object: under one for all, calls of the ninth kind would run
-    uncompiled, with all scores materialised. With `fullgraph` it fails in place of that.
+    torch.compile counts recompilations per code object: with a common one, calls of the ninth kind would run
+    uncompiled, with all scores materialised. With `fullgraph` it fails instead.
 
     Args:
         compiler: Name of torch.compile's backend.
-        tuned: Let Inductor choose among its launch configurations. Of the backward pass it takes a default only if
-            that one's own tiles divide the blocks, whatever `kernel_options` say.
-        kind: All that torch.compile would compile anew for.
+        tuned: Let Inductor choose among its launch configurations. In the backward pass its default works only if
+            that one's tiles divide the blocks, whatever `kernel_options` say.
+        kind: Everything that torch.compile would recompile for.
     """
     function = FunctionType(_call.__code__.replace(), _call.__globals__)
     return torch.compile(
@@ -113,14 +113,14 @@ def _compiled(compiler: str, tuned: bool, kind: tuple[Any, ...]) -> Any:
 
 
 def _block_mask(pattern: BlockPattern, visible: Tensor | None, device: torch.device) -> BlockMask:
-    """Built once per pattern, unless masks come with the call."""
+    """The block mask, built once per pattern unless the call has masks."""
     if visible is not None:
         return _build(pattern, visible.expand(-1, -1, pattern.q_len, pattern.kv_len), device)
     return derived(pattern, ("flex", device), lambda: _build(pattern, None, device))
 
 
 def _build(pattern: BlockPattern, visible: Tensor | None, device: torch.device) -> BlockMask:
-    # The mask outlives no pattern: what it calls must not hold one.
+    # The mask is kept with the pattern, so `mask_mod` must not refer to the pattern.
     (block_q, block_kv), causal = pattern.block_size, pattern.causal
     q_len, kv_len = pattern.q_len, pattern.kv_len
     keep, offset = pattern.keep.to(device, copy=True), kv_len - q_len

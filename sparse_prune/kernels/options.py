@@ -1,4 +1,4 @@
-"""What an attention call asks for besides query, key, value and pattern."""
+"""The options of an attention call: everything but query, key, value and pattern."""
 
 from __future__ import annotations
 
@@ -55,10 +55,10 @@ class AttentionOptions:
             raise ValueError(f"`window` must be at least 1 token, got {self.window}. Leave it out for no window.")
 
     def with_masks(self, change: Callable[[Tensor], Tensor]) -> AttentionOptions:
-        """The same options with changed masks.
+        """Return the same options with changed masks.
 
         Args:
-            change: Gives another tensor of the same shape for each of `key_mask`, `attn_mask` and `documents`.
+            change: Returns a tensor of the same shape for each of `key_mask`, `attn_mask` and `documents`.
         """
 
         def changed(mask: Tensor | None) -> Tensor | None:
@@ -68,7 +68,7 @@ class AttentionOptions:
         return replace(self, key_mask=key_mask, attn_mask=attn_mask, documents=documents)
 
     def token_mask(self, q_len: int, kv_len: int, device: torch.device) -> Tensor | None:
-        """All masks as one, boolean, broadcastable to (batch, num_heads, q_len, kv_len); None if nothing is hidden.
+        """Combine all masks into a boolean one, broadcastable to (batch, num_heads, q_len, kv_len); None without any.
 
         The queries are the last `q_len` of the `kv_len` positions.
         """

@@ -1,4 +1,4 @@
-"""Pattern-masked attention in plain torch operations: what every other backend is held against."""
+"""Pattern-masked attention in plain torch operations, the reference for every other backend."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from sparse_prune.pattern import BlockPattern
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, pattern: BlockPattern, options: AttentionOptions) -> Tensor:
-    """Masked softmax attention with all weights materialised; any float dtype, differentiable.
+    """Compute masked softmax attention with all weights materialised, in any float dtype, differentiably.
 
     Rows that may attend to nothing give zeros and zero gradients.
 
@@ -19,7 +19,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, pattern: BlockPattern, opt
         query: (batch, num_heads, q_len, head_dim).
         key: (batch, num_kv_heads, kv_len, head_dim); num_kv_heads divides num_heads.
         value: (batch, num_kv_heads, kv_len, value_dim).
-        pattern: The connections to keep, for these lengths.
+        pattern: The connections to keep, of these lengths.
         options: Masks, scale, dropout, soft cap.
 
     Returns:
@@ -30,7 +30,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, pattern: BlockPattern, opt
 
 
 def masked_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, options: AttentionOptions) -> Tensor:
-    """As `attend`, by any boolean mask broadcastable to (batch, num_heads, q_len, kv_len), True = may attend."""
+    """Compute as `attend`, by a boolean mask broadcastable to (batch, num_heads, q_len, kv_len), True = may attend."""
     batch, heads, q_len, head_dim = query.shape
     kv_len, group = key.shape[2], heads // max(key.shape[1], 1)
     key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)

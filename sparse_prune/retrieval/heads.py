@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_prune.attention import PrunableAttention
-from sparse_prune.attention.connections import evaluating
+from sparse_prune.attention.modes import evaluating
 from sparse_prune.retrieval.probes import LEAST_LENGTH, RetrievalProbe
 from sparse_prune.scores import FarField, Score
 

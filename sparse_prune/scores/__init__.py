@@ -1,4 +1,4 @@
-"""What a block is worth: the seam, the project's own scores, and their running average."""
+"""Scores of blocks: the base class, the project's own scores, and their running average."""
 
 from sparse_prune.scores.average import ScoreAverage
 from sparse_prune.scores.call import AttentionCall, Tile

@@ -1,4 +1,4 @@
-"""The running average that decisions look at."""
+"""The running average of scores that decisions use."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sparse_prune.packing import pack, unpack
+from sparse_prune.codec import compress, decompress
 from sparse_prune.scores.statistics import BlockStatistics
 
 
 class ScoreAverage:
     """Exponential moving average of one kind of block statistics: decayed sums over decayed weights.
 
-    The ratio needs no bias correction. Blocks that a shorter batch does not reach keep what they had; blocks
+    The ratio needs no bias correction. Blocks that a shorter batch does not reach keep their average; blocks
     never seen score infinity, so that nothing unknown is pruned.
 
     Raises:
@@ -31,7 +31,7 @@ class ScoreAverage:
         self._weight: Tensor | None = None
 
     def update(self, statistics: BlockStatistics) -> None:
-        """Take the probe of one optimizer step."""
+        """Add the statistics of one optimizer step."""
         total, weight = statistics.of(self.kind)
         if self._sum is None or self._weight is None:
             self._sum, self._weight = total.clone(), weight.expand(total.shape[1:]).clone()
@@ -41,7 +41,7 @@ class ScoreAverage:
             grow = (0, cols - self._sum.shape[2], 0, rows - self._sum.shape[1])
             self._sum, self._weight = F.pad(self._sum, grow), F.pad(self._weight, grow)
         corner = (slice(total.shape[1]), slice(total.shape[2]))
-        # Rows that were not seen keep what they had: they have nothing to add, either.
+        # Rows that were not seen keep their sums: they add nothing, either.
         fade = torch.full_like(weight, self.decay).masked_fill_(weight <= 0, 1.0)
         self._weight[corner].mul_(fade).add_(weight)
         self._sum[(slice(None), *corner)].mul_(fade).add_(total)
@@ -53,7 +53,7 @@ class ScoreAverage:
 
     @property
     def shape(self) -> torch.Size:
-        """Of the scores, (num_heads, q_blocks, kv_blocks).
+        """Shape of the scores, (num_heads, q_blocks, kv_blocks).
 
         Raises:
             RuntimeError: If nothing was probed yet.
@@ -61,7 +61,7 @@ class ScoreAverage:
         return self._known()[0].shape
 
     def value(self) -> Tensor:
-        """Scores, float32, (num_heads, q_blocks, kv_blocks).
+        """Return the scores, float32, (num_heads, q_blocks, kv_blocks).
 
         Raises:
             RuntimeError: If nothing was probed yet.
@@ -75,13 +75,13 @@ class ScoreAverage:
         return self._sum, self._weight
 
     def state_dict(self) -> dict[str, Any]:
-        """What to save: the sums, packed, and the weights, (q_blocks, kv_blocks). Later updates do not change it."""
+        """Return the sums, compressed, and the weights, (q_blocks, kv_blocks). Later updates do not change them."""
         if self._sum is None or self._weight is None:
             return {"sum": None, "weight": None}
-        return {"sum": pack(self._sum), "weight": self._weight.clone()}
+        return {"sum": compress(self._sum), "weight": self._weight.clone()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue where `state_dict` was taken."""
+        """Restore the state that `state_dict` returned."""
         total, weight = state["sum"], state["weight"]
-        self._sum = None if total is None else unpack(total).clone()
+        self._sum = None if total is None else decompress(total).clone()
         self._weight = None if weight is None else weight.clone()

@@ -1,4 +1,4 @@
-"""An attention call as scores see it: one block of queries at a time, so that no (q_len, kv_len) is held for all."""
+"""An attention call as scores see it: one block of queries at a time, to hold no (q_len, kv_len) of all heads."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sparse_prune.pattern import BlockPattern, num_blocks
 
 @dataclass(frozen=True, eq=False)
 class AttentionCall:
-    """What a layer was called with. A score walks over its `tiles`.
+    """The inputs of a layer's call. A score iterates over its `tiles`.
 
     Raises:
         ValueError: If `pattern` has other blocks or other lengths than the call.
@@ -30,10 +30,9 @@ class AttentionCall:
     causal: bool
     """Whether query i sees only keys up to i + kv_len - q_len."""
     value: Tensor | None = None
-    """(batch, num_kv_heads, kv_len, head_dim); None if the score looks at queries and keys alone."""
+    """(batch, num_kv_heads, kv_len, head_dim); None if the score sees queries and keys alone."""
     gradient: Tensor | None = None
-    """Gradient of the loss in the output, (batch, num_heads, q_len, head_dim); None if the score does not look at
-    it."""
+    """Gradient of the loss in the output, (batch, num_heads, q_len, head_dim); None if the score does not see it."""
     scale: float | None = None
     """Factor on products; None means head_dim ** -0.5."""
     key_mask: Tensor | None = None
@@ -43,7 +42,7 @@ class AttentionCall:
     softcap: float | None = None
     """Logits become softcap * tanh(logits / softcap)."""
     pattern: BlockPattern | None = None
-    """The connections that the layer kept in this call; None: all."""
+    """The connections that the layer kept in this call; None: all of them."""
 
     def __post_init__(self) -> None:
         if self.pattern is None:
@@ -67,11 +66,11 @@ class AttentionCall:
         return num_blocks(self.key.shape[2], self.block_size[1])
 
     def tiles(self) -> Iterator[Tile]:
-        """The blocks of queries that may see a key, from the first to the last."""
+        """Iterate over the blocks of queries that may see a key, from the first to the last."""
         q_len, kv_len = self.query.shape[2], self.key.shape[2]
         for row in range(self.q_blocks):
             start, stop = row * self.block_size[0], min((row + 1) * self.block_size[0], q_len)
-            # Keys behind the last query of a causal row hold no mass: leave them out of the product.
+            # Keys after the last query of a causal row hold no mass: leave them out of the product.
             seen = max(0, min(stop + kv_len - q_len, kv_len)) if self.causal else kv_len
             if seen:
                 yield Tile(self, row, start, stop, seen)
@@ -84,7 +83,7 @@ class AttentionCall:
     def _values(self) -> Tensor:
         if self.value is None:
             raise ValueError(
-                'This score looks at values and must say so, got `sees = "keys"`. Write `sees = "values"` in its class.'
+                'A score that uses values must say so, got `sees = "keys"`. Write `sees = "values"` in its class.'
             )
         return self.value.float()
 
@@ -92,7 +91,7 @@ class AttentionCall:
     def _gradient(self) -> Tensor:
         if self.gradient is None:
             raise ValueError(
-                "This score looks at the gradient and must say so, got a score that sees the forward pass alone. "
+                "A score that uses the gradient must say so, got one that sees the forward pass alone. "
                 'Write `sees = "gradient"` in its class.'
             )
         return self.gradient.float()
@@ -104,27 +103,27 @@ class AttentionCall:
 
 @dataclass(frozen=True, eq=False)
 class Tile:
-    """One block of queries and the keys that it may see. Everything here is float32 unless it says otherwise."""
+    """One block of queries and the keys that it may see. Tensors are float32 unless they say otherwise."""
 
     call: AttentionCall
-    """The call of which it is a part."""
+    """The call that it is part of."""
     row: int
-    """Its number among the blocks of queries."""
+    """Number of the block of queries."""
     start: int
-    """Its first query."""
+    """First query."""
     stop: int
-    """The query behind its last one."""
+    """The query after the last one."""
     seen: int
-    """Keys up to the last one that it may see."""
+    """Number of keys up to the last one that it may see."""
 
     @property
     def kv_blocks(self) -> int:
-        """Blocks in which these keys lie."""
+        """Number of blocks of these keys."""
         return num_blocks(self.seen, self.call.block_size[1])
 
     @cached_property
     def mask(self) -> Tensor:
-        """Which keys a query may attend to: boolean, broadcastable to (batch, num_heads, rows, seen)."""
+        """Keys that each query may attend to: boolean, broadcastable to (batch, num_heads, rows, seen)."""
         call, start, stop, seen = self.call, self.start, self.stop, self.seen
         q_len, kv_len = call.query.shape[2], call.key.shape[2]
         mask = torch.ones(1, 1, stop - start, seen, dtype=torch.bool, device=call.query.device)
@@ -141,12 +140,12 @@ class Tile:
 
     @cached_property
     def valid(self) -> Tensor:
-        """Which queries are real and may see a key: boolean, (batch, rows)."""
+        """Queries that are real and may see a key: boolean, (batch, rows)."""
         return self.mask.any(-1).any(1).expand(len(self.call.query), -1)
 
     @cached_property
     def logits(self) -> Tensor:
-        """(batch, num_heads, rows, seen); the least number of float32 where a query may not attend."""
+        """(batch, num_heads, rows, seen); the lowest float32 number where a query may not attend."""
         call = self.call
         scale = call.query.shape[-1] ** -0.5 if call.scale is None else call.scale
         logits = self._products(call.query[:, :, self.start : self.stop].float() * scale, call._keys)
@@ -156,8 +155,7 @@ class Tile:
 
     @cached_property
     def weights(self) -> Tensor:
-        """Attention probability over all keys that a query may see, pruned ones included: as `logits`, rows sum to
-        1."""
+        """Attention probability over all keys that a query may see, pruned ones included, shaped as `logits`."""
         return torch.softmax(self.logits, -1) * self.mask
 
     @cached_property
@@ -172,19 +170,19 @@ class Tile:
 
     @cached_property
     def gradient_by_key(self) -> Tensor:
-        """Product of the gradient in the output and a key's value, as `logits`: that of attention probabilities."""
+        """Gradient of the loss in the attention probabilities, shaped as `logits`."""
         return self._products(self.gradient, self.values.transpose(-1, -2)[:, :, None])
 
     @cached_property
     def kept(self) -> Tensor:
-        """Which blocks the layer kept in this call: boolean, (num_heads, kv_blocks of the tile)."""
+        """Blocks that the layer kept in this call: boolean, (num_heads, kv_blocks of the tile)."""
         if self.call._keep is None:
             heads, device = self.call.query.shape[1], self.call.query.device
             return torch.ones(heads, self.kv_blocks, dtype=torch.bool, device=device)
         return self.call._keep[:, self.row, : self.kv_blocks]
 
     def per_block(self, numbers: Tensor) -> Tensor:
-        """Sums over the keys of each block.
+        """Sum over the keys of each block.
 
         Args:
             numbers: (batch, num_heads, rows, seen).
@@ -194,11 +192,11 @@ class Tile:
         """
         width, side = self.kv_blocks, self.call.block_size[1]
         padded = F.pad(numbers, (0, width * side - self.seen))
-        # Every size is given, for a batch may be empty.
+        # Every size is given, because a batch may be empty.
         return padded.view(*numbers.shape[:3], width, side).sum(-1)
 
     def per_key(self, blocks: Tensor) -> Tensor:
-        """The number of a key's block for every key.
+        """Repeat the number of each block for all its keys.
 
         Args:
             blocks: (..., kv_blocks of the tile).

@@ -1,4 +1,4 @@
-"""Influence: by how much the loss rises when a block is taken away."""
+"""Influence: the rise of the loss when a block is pruned."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from torch import Tensor
 from sparse_prune.scores.call import Tile
 from sparse_prune.scores.score import Per, Score, Sees
 
-_LEAST_REST = 1e-3  # of a row's mass outside a block: below, the quotient would be of rounding errors
+_LEAST_REST = 1e-3  # of a row's mass outside a block: below it, rounding errors would dominate the quotient
 _LARGEST_LOGIT = 60.0  # above those of the kept keys: its exponential still adds up in float32
 
 
 class Influence(Score):
-    """Rise of the loss when a block is taken away from all its rows, to first order in the output; signed.
+    """Rise of the loss when a block is pruned for all its rows, to first order in the output; signed.
 
-    With P the attention over what a row keeps, g the gradient of the loss in the output o, and dS = P * (g.v - g.o),
-    taking block B away changes the output to (o - sum over B of P v) / (1 - m) where m is the row's mass in B, and so
-    the loss by -sum over B of dS / (1 - m). A block that is pruned at present scores by how much the loss would fall
-    if it were given back, with the same sum over 1 + m, where P = exp(logit - lse of what is kept). Both are exact
-    where the loss is linear in the output.
+    Let P be the attention over the keys that a row keeps, g the gradient of the loss in the output o, and
+    dS = P * (g.v - g.o). Pruning block B changes the output to (o - sum over B of P v) / (1 - m), where m is the row's
+    mass in B, and so the loss by -sum over B of dS / (1 - m). The score of a pruned block is the fall of the loss if it
+    came back: the same sum over 1 + m, with P = exp(logit - lse of the kept keys). Both are exact if the loss is linear
+    in the output.
 
-    Scores are sums over the rows and samples of one call and averages over calls: they compare over layers and heads,
-    and the threshold is the rise of the batch's loss, in its unit, at which a block is worth keeping.
+    Scores are sums over the rows and samples of a call, averaged over calls. They are comparable between layers and
+    heads, and the threshold is the rise of the batch's loss, in its unit, from which on a block is kept.
     """
 
     sees: ClassVar[Sees] = "gradient"
@@ -37,7 +37,7 @@ class Influence(Score):
         kept_keys = tile.per_key(kept) & tile.mask
         lse = tile.logits.masked_fill(~kept_keys, -torch.inf).logsumexp(-1, keepdim=True)
         holds = tile.per_block(kept_keys.float()) > 0
-        # A row that keeps nothing, or nothing else, has no softmax without the block: there the change has no meaning.
+        # A row that keeps no other block has no softmax without this one, so that its change is not defined.
         stays = holds.sum(-1, keepdim=True) > holds.int()
         weights = (tile.logits - lse).clamp(max=_LARGEST_LOGIT).exp() * tile.mask
         expected = (weights * tile.gradient_by_key).masked_fill(~kept_keys, 0.0).sum(-1, keepdim=True)

@@ -1,4 +1,4 @@
-"""The share of its row that a block and all weaker ones hold."""
+"""Mass share: the share of a row's mass in a block and all weaker ones."""
 
 from __future__ import annotations
 
@@ -15,15 +15,14 @@ class MassShare(Mean):
     """
 
     def value(self, average: Tensor) -> Tensor:
-        """The shares, of the mean masses."""
+        """Convert mean masses to shares."""
         return row_mass(average)
 
 
 def row_mass(scores: Tensor) -> Tensor:
-    """Share of its row's score that a block and all weaker blocks hold, in [0, 1].
+    """Convert scores to the share of its row's score that a block and all weaker blocks hold, in [0, 1].
 
-    Keeping blocks whose row mass is at least t keeps the fewest blocks that hold more than 1 - t of each row:
-    the per-row cumulative-mass criterion, as a transform of scores.
+    This is the per-row cumulative-mass criterion as a transform of scores.
 
     Args:
         scores: (num_heads, q_blocks, kv_blocks), non-negative.

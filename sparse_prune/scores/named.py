@@ -1,4 +1,4 @@
-"""Scores by the names that `statistic` and `criterion` had before there were classes."""
+"""The scores that `statistic` and `criterion` name."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ Criterion = Literal["score", "row_mass"]
 
 
 def score_of(statistic: Statistic, criterion: Criterion = "score") -> Score:
-    """The score that a statistic of row mass and a criterion stand for.
+    """Return the score that a statistic of row mass and a criterion name.
 
     Args:
         statistic: "mean", "mean_square" or "max".
         criterion: "score"; or "row_mass" for `MassShare`, whatever the statistic.
 
     Raises:
-        ValueError: If there is none of that name.
+        ValueError: If a name is unknown.
     """
     if statistic not in STATISTICS:
         raise ValueError(f"`statistic` must be one of {STATISTICS}, got {statistic!r}.")

@@ -1,4 +1,4 @@
-"""Output change: how far a head's output moves without a block."""
+"""Output change: the distance by which a head's output moves without a block."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from sparse_prune.scores.score import Per, Score, Sees
 
 
 class OutputChange(Score):
-    """How far a row's output moves if the block is dropped, to first order in its mass: the largest of a sample's rows,
-    averaged over samples. In units of values."""
+    """Distance by which a row's output moves without the block, to first order in its mass: the largest of a sample's
+    rows, averaged over samples. In units of values."""
 
     sees: ClassVar[Sees] = "values"
     per: ClassVar[Per] = "sample"
@@ -29,7 +29,7 @@ class OutputChange(Score):
         values = torch.nn.functional.pad(tile.values, (0, 0, 0, padding))
         weights = weights.view(batch, kv_heads, heads // kv_heads, rows, width, side)
         parts = torch.einsum("bkgrws,bkwsd->bkgrwd", weights, values.view(batch, kv_heads, width, side, head_dim))
-        held = parts.reshape(batch, heads, rows, width, head_dim)  # what each block gives to the output
+        held = parts.reshape(batch, heads, rows, width, head_dim)  # each block's part of the output
         moved = (row_masses(tile).float()[..., None] * held.sum(3, keepdim=True) - held).norm(dim=-1)
         changes: Tensor = moved.amax(2).sum(0)
         return changes

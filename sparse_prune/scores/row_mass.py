@@ -1,4 +1,4 @@
-"""Row mass, the attention probability that a query gives to a key block, and the scores that are averages of it."""
+"""Row mass, a query's attention probability in a key block, and the scores that are averages of it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sparse_prune.scores.statistics import BlockStatistics, Statistic
 
 
 class Mean(Score):
-    """Mean of the mass that a block's rows give it, in [0, 1]."""
+    """Mean of the row mass in a block, in [0, 1]."""
 
     statistic: ClassVar[Statistic | None] = "mean"
 
@@ -23,7 +23,7 @@ class Mean(Score):
 
 
 class MeanSquare(Score):
-    """Mean square of the mass that a block's rows give it, in [0, 1]."""
+    """Mean square of the row mass in a block, in [0, 1]."""
 
     statistic: ClassVar[Statistic | None] = "mean_square"
 
@@ -33,8 +33,8 @@ class MeanSquare(Score):
 
 
 class Max(Score):
-    """Largest mass that a row of the block gives it, averaged over samples, in [0, 1]: it spares heads that look up
-    single tokens (docs/score_statistics.md)."""
+    """Largest row mass in a block, averaged over samples, in [0, 1]: it spares heads that look up single tokens
+    (docs/score_statistics.md)."""
 
     statistic: ClassVar[Statistic | None] = "max"
     per: ClassVar[Per] = "sample"
@@ -45,7 +45,7 @@ class Max(Score):
 
 
 def row_masses(tile: Tile) -> Tensor:
-    """The mass that every row gives to every block, float64, (batch, num_heads, rows, kv_blocks of the tile).
+    """Return the mass of every row in every block, float64, (batch, num_heads, rows, kv_blocks of the tile).
 
     Args:
         tile: A block of queries.
@@ -65,7 +65,7 @@ def probe_blocks(
     attn_mask: Tensor | None = None,
     softcap: float | None = None,
 ) -> BlockStatistics:
-    """Row-mass statistics of dense attention, one block of queries at a time.
+    """Collect row-mass statistics of dense attention, one block of queries at a time.
 
     Args:
         query: (batch, num_heads, q_len, head_dim), after position encoding.
@@ -78,7 +78,7 @@ def probe_blocks(
         softcap: Logits become softcap * tanh(logits / softcap).
 
     Returns:
-        NaN where a query or key is NaN or infinite.
+        Sums and counts; sums are NaN where a query or key is NaN or infinite.
     """
     call = AttentionCall(
         query, key, block_size, causal, scale=scale, key_mask=key_mask, attn_mask=attn_mask, softcap=softcap

@@ -1,4 +1,4 @@
-"""What a block is worth: the seam for everyone's own idea of it."""
+"""The base class of scores."""
 
 from __future__ import annotations
 
@@ -16,32 +16,32 @@ Per = Literal["row", "sample", "call"]
 
 
 class Score(ABC):
-    """Says what a block of queries and keys is worth: the higher, the rather it stays.
+    """Score of blocks of queries and keys: blocks with lower scores are pruned first.
 
-    A subclass writes `add`, in torch, and sets what differs from the defaults below. That suffices for every backend
-    and every device. Sums and counts of all micro-batches and ranks are added up before they are divided, and averaged
-    over decisions.
+    A subclass implements `add` in torch and sets the class variables below; it then works with every backend on every
+    device. Sums and counts of all micro-batches and ranks are added up before they are divided, and averaged over
+    decisions.
     """
 
     sees: ClassVar[Sees] = "keys"
-    """What a probe is given: queries and "keys"; "values" too; or also the "gradient" of the loss in the output, for
-    which it waits for the backward pass."""
+    """Inputs of a probe: queries and "keys"; "values" too; or also the "gradient" of the loss in the output, which is
+    known after the backward pass."""
     per: ClassVar[Per] = "row"
-    """Over what the average goes: query rows, samples, or calls of the layer."""
+    """The unit to average over: query rows, samples, or calls of the layer."""
     signed: ClassVar[bool] = False
-    """Whether scores may be negative. Selection then shares them by sums and means where it has maxima and geometric
-    means else (see `select`)."""
+    """Whether scores may be negative. Selection then shares them by sums and means instead of maxima and geometric
+    means (see `select`)."""
     statistic: ClassVar[Statistic | None] = None
-    """The statistic of row mass that the score is the average of, which is collected in any case; None: another."""
+    """The statistic of row mass whose average is the score; these are always collected. None: sums of its own."""
 
     @property
     def kind(self) -> str:
-        """Name of its sums in `BlockStatistics` and in checkpoints."""
+        """Name of the sums in `BlockStatistics` and in checkpoints."""
         return self.statistic or type(self).__name__
 
     @abstractmethod
     def add(self, tile: Tile) -> Tensor:
-        """What a block of queries adds to the sums.
+        """Compute what a block of queries adds to the sums.
 
         Args:
             tile: The queries, and the keys that they may see.
@@ -51,25 +51,25 @@ class Score(ABC):
         """
 
     def value(self, average: Tensor) -> Tensor:
-        """The score, of the average.
+        """Convert the average to the score.
 
         Args:
-            average: float32, (num_heads, q_blocks, kv_blocks); infinite where nothing was seen, which stays so.
+            average: float32, (num_heads, q_blocks, kv_blocks); infinite where nothing was seen, which stays infinite.
 
         Returns:
-            The same shape.
+            The score, of the same shape.
         """
         return average
 
     @torch.no_grad()
     def probe(self, call: AttentionCall) -> BlockStatistics:
-        """Sums and counts of one call of a layer.
+        """Return sums and counts of one call of a layer.
 
         Args:
-            call: What the layer was called with.
+            call: The call.
 
         Raises:
-            ValueError: If `add` returns another shape than it must.
+            ValueError: If `add` returns a wrong shape.
         """
         device, heads = call.query.device, call.query.shape[1]
         sums = torch.zeros(1, heads, call.q_blocks, call.kv_blocks, dtype=torch.float64, device=device)

@@ -1,4 +1,4 @@
-"""What probes add up: sums per block and how much they are sums of."""
+"""The statistics of probes: sums per block, and the counts that they are divided by."""
 
 from __future__ import annotations
 
@@ -13,34 +13,33 @@ from sparse_prune.pattern import num_blocks
 
 Statistic = Literal["mean", "mean_square", "max"]
 STATISTICS: tuple[Statistic, ...] = ("mean", "mean_square", "max")
-_COUNTS = {"mean": 0, "mean_square": 0, "max": 1}  # row of `counts`; the last one for any other kind
+_COUNTS = {"mean": 0, "mean_square": 0, "max": 1}  # kind -> its row of `counts`; other kinds have the last one
 
 
 @dataclass
 class BlockStatistics:
-    """Sums over rows and samples of what a score is the average of; additive over batches and ranks.
+    """Sums over rows and samples, and counts, whose ratio is the average of a score; additive over batches and ranks.
 
     Row mass is the attention probability that one query gives to one key block; a query's masses sum to 1.
     """
 
     sums: Tensor
     """float64, (kinds, num_heads, q_blocks, kv_blocks): mass, squared mass, largest mass of each sample. Rows that were
-    not seen have none."""
+    not seen are 0."""
     counts: Tensor
-    """float64, (2, q_blocks): query rows seen, samples seen; a third row counts for a score that has its own sums, and
-    is the only one where there are no sums but its own. Of packed sequences (2, q_blocks, kv_blocks): those whose
-    document reaches into the block."""
+    """float64, (2, q_blocks): query rows seen, samples seen. A score with sums of its own has a row of its own, the
+    last or the only one. For packed sequences (2, q_blocks, kv_blocks): those whose document reaches into the block."""
     kinds: tuple[str, ...] = STATISTICS
-    """What `sums` holds, in order."""
+    """Names of the parts of `sums`, in order."""
 
     def __add__(self, other: BlockStatistics) -> BlockStatistics:
-        """Pool two probes; the shorter one fills the top-left corner."""
+        """Add two probes; the shorter one fills the top-left corner."""
         mine, theirs = self._alike(other)
         sums, counts = (a + b.to(a.device) for a, b in ((mine.sums, theirs.sums), (mine.counts, theirs.counts)))
         return BlockStatistics(sums, counts, self.kinds)
 
     def _alike(self, other: BlockStatistics) -> tuple[BlockStatistics, BlockStatistics]:
-        """Both of as many blocks, with counts of the same shape."""
+        """Both with equally many blocks, and counts of the same shape."""
         rows, cols = (max(self.sums.shape[i], other.sums.shape[i]) for i in (2, 3))
         both = self.grown(rows, cols), other.grown(rows, cols)
         if self.counts.dim() != other.counts.dim():
@@ -48,14 +47,14 @@ class BlockStatistics:
         return both
 
     def of_blocks(self) -> BlockStatistics:
-        """The same with counts of every block."""
+        """Return the same with counts per block."""
         if self.counts.dim() == 3:
             return self
         counts = self.counts[:, :, None].expand(-1, -1, self.sums.shape[3])
         return BlockStatistics(self.sums, counts, self.kinds)
 
     def grown(self, rows: int, cols: int) -> BlockStatistics:
-        """The same in the top-left corner of more blocks, of which nothing was seen; itself if there are no more.
+        """Extend to more blocks, of which nothing was seen, at the bottom right.
 
         Args:
             rows: Query blocks, at least as many as there are.
@@ -69,7 +68,7 @@ class BlockStatistics:
         return BlockStatistics(sums, counts, self.kinds)
 
     def trimmed(self, block_size: tuple[int, int]) -> BlockStatistics:
-        """The same without the end of self-attention in which no query was seen, for it was padding in all samples.
+        """Cut the end of self-attention in which no query was seen, because it was padding in all samples.
 
         Args:
             block_size: Tokens per block side, (query, key).
@@ -81,10 +80,10 @@ class BlockStatistics:
         return BlockStatistics(self.sums[:, :, :rows, :cols], counts, self.kinds)
 
     def beside(self, own: BlockStatistics | None, kind: str) -> BlockStatistics:
-        """The same with the sums of a score that has its own, zeros if it saw nothing.
+        """Append the sums and counts of a score with its own, or zeros.
 
         Args:
-            own: Sums and counts of that score alone; None: it saw nothing.
+            own: Sums and counts of that score alone; None: zeros.
             kind: Their name.
         """
         if own is None:
@@ -94,17 +93,17 @@ class BlockStatistics:
         return BlockStatistics(sums, counts, (*self.kinds, kind))
 
     def only(self, kinds: tuple[str, ...]) -> BlockStatistics:
-        """Some of the statistics.
+        """Select some of the statistics.
 
         Args:
-            kinds: Which ones, in the order in which they shall stand.
+            kinds: Names, in the wanted order.
         """
         if kinds == self.kinds:
             return self
         return BlockStatistics(self.sums[[self.kinds.index(kind) for kind in kinds]], self.counts, kinds)
 
     def of(self, kind: str) -> tuple[Tensor, Tensor]:
-        """Sum (num_heads, q_blocks, kv_blocks) and weight, (q_blocks, 1) or (q_blocks, kv_blocks), of one kind.
+        """Return a kind's sum, (num_heads, q_blocks, kv_blocks), and count, (q_blocks, 1) or (q_blocks, kv_blocks).
 
         Args:
             kind: One of `kinds`.

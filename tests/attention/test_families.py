@@ -9,8 +9,8 @@ from torch import nn
 from sparse_prune import AttentionPruner, BlockPattern, ConstantSchedule
 from sparse_prune.attention import access, attach, detach, handle_of, list_layers
 from sparse_prune.attention.families import FAMILIES
-from sparse_prune.attention.found import FoundLayer
-from sparse_prune.attention.trial import describe
+from sparse_prune.attention.handles import FoundLayer
+from sparse_prune.attention.trial_run import describe
 from sparse_prune.kernels import AttentionOptions
 from support.nano import CausalSelfAttention
 

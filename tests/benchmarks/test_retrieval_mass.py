@@ -1,18 +1,14 @@
 import re
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from retrieval_mass import retrieval_heads, retrieval_scores
 
 from sparse_prune import AttentionPruner, ConstantSchedule, Constraints
 from sparse_prune.attention import attach, detach, handle_of
 from sparse_prune.evaluation.prompts import passkey_prompt
 from sparse_prune.recipes.base.pretrained import load_tokenizer
 from sparse_prune.recipes.causal_lm.pretrained import load_model
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-from retrieval_mass import retrieval_heads, retrieval_scores  # noqa: E402
 
 
 class Merging:

@@ -43,7 +43,7 @@ def test_one_callback_brings_the_others_and_swaps_every_layer(tmp_path):
     assert {event.layer for event in events} == set(callback.pruner.layers)
     for event in events:
         assert (event.backend == "dense") == (event.sparse_ms >= event.dense_ms)
-        assert callback.pruner.layers[event.layer].restored == (event.backend == "dense")
+        assert callback.pruner.layers[event.layer].reverted == (event.backend == "dense")
     assert {name: id(parameter) for name, parameter in module.named_parameters()} == before
 
 
@@ -360,7 +360,7 @@ def test_a_module_that_is_fitted_again_from_the_start_is_pruned_anew(tmp_path, c
     assert [event.step for event in swap.events] == [7, 7]
     assert callback.report.step == 7
     assert {state.layer.mode for state in callback.pruner.layers.values()} == {"sparse"}
-    assert "The fit starts at step 0, pruning was at step 12: it starts anew" in caplog.text
+    assert "The fit starts at step 0, but pruning was at step 12: it starts anew" in caplog.text
 
 
 def test_a_fit_after_the_validation_of_a_checkpoint_starts_anew(tmp_path):
@@ -416,12 +416,12 @@ def test_the_others_lose_no_more_when_the_swap_gives_a_layer_back():
     given_back = list(before)[:2]
     for name in given_back:
         pruner.layers[name].settled_at = 1
-        pruner.restore(name)
+        pruner.revert(name)
     after = decide(pruner, 2).layer_sparsity
     assert after == {name: 0.0 if name in given_back else before[name] for name in before}
     again.attach(model)
     again.load_state_dict(pruner.state_dict())
-    assert [state.restored for state in again.layers.values()] == [True, True, False, False]
+    assert [state.reverted for state in again.layers.values()] == [True, True, False, False]
     assert decide(again, 3).layer_sparsity == after
 
 
@@ -673,7 +673,7 @@ def test_without_a_block_size_the_first_training_call_chooses(tmp_path, caplog, 
     assert callback.pruner.block_size == (16, 16)
     assert [step for step in seen if step][0] == first
     told = [text for text in caplog.messages if "chosen for sequences of 64 tokens" in text]
-    assert told == ["Blocks of 16 x 16 tokens, chosen for sequences of 64 tokens (`block_size` sets others)."]
+    assert told == ["Blocks of 16 x 16 tokens were chosen for sequences of 64 tokens (`block_size` sets others)."]
     assert not any("ran none of the layers" in text for text in caplog.messages)
 
 

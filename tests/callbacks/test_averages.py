@@ -112,7 +112,9 @@ def test_a_plain_copy_that_stays_dense_is_said_once(tmp_path, caplog):
     trainer(tmp_path, [pruning()], steps=4).fit(module, batches(), batches(8))
     (record,) = [r for r in caplog.records if "No training step runs the 2 layers" in r.getMessage()]
     assert record.levelno == logging.WARNING
-    assert "'ema.model.layers.0.self_attn', which are called as 'model.model.layers.0.self_attn'" in record.getMessage()
+    assert (
+        "'ema.model.layers.0.self_attn', which have names like 'model.model.layers.0.self_attn'" in record.getMessage()
+    )
     assert "AveragedModel" in record.getMessage()
 
 

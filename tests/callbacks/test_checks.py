@@ -37,7 +37,7 @@ class Pruning(type(pruning())):
 def test_a_second_pruning_callback_is_refused(tmp_path):
     second = Pruning(pruning().pruner.sparsity, block_size=8)
     with pytest.raises(
-        ValueError, match="must hold one AttentionPruning, got 2. Its `module` may name a common parent"
+        ValueError, match="must hold one AttentionPruning, got 2. Its `module` may name the common parent"
     ):
         trainer(tmp_path, [pruning(), second]).fit(TinyModule(), batches())
     with pytest.raises(RuntimeError, match="more than one stateful callback of type `AttentionPruning`"):
@@ -132,7 +132,7 @@ class ByHand(TinyModule):
 @pytest.mark.parametrize(("module", "data"), [(TinyModule, DataLoader(Stream(), batch_size=2)), (ByHand, batches())])
 def test_a_share_of_a_run_of_unknown_length_is_refused(tmp_path, module, data):
     fit = trainer(tmp_path, [in_shares()], steps=-1, max_epochs=1)
-    with pytest.raises(ValueError, match=r"nobody knows how many this run takes.*got 0 and 0\.5.*max_steps"):
+    with pytest.raises(ValueError, match=r"in a run of unknown length.*got 0 and 0\.5.*max_steps"):
         fit.fit(module(), data)
 
 
@@ -181,7 +181,7 @@ def test_a_ramp_that_lies_behind_a_resumed_dense_run_warns(tmp_path, caplog, sch
         TinyModule(), batches(), ckpt_path=tmp_path / "dense.ckpt"
     )
     assert callback.report.step == 6
-    assert ("goes on at step 4 without pruning so far" in caplog.text) == (warned is not None)
+    assert ("resumes at step 4 without pruning so far" in caplog.text) == (warned is not None)
     assert warned is None or warned in caplog.text
 
 

@@ -55,7 +55,7 @@ def test_a_run_that_gained_nothing_keeps_what_it_learned(tmp_path, told, monkeyp
     (message,) = told
     assert "Pruning: 0.0% of the attention of 2 layers is pruned" in message
     assert "Swapped" not in message
-    assert f"Given back: 2 of 2 layers got all their connections back, for {NO_GAIN}: at 4" in message, (
+    assert f"Reverted: 2 of 2 layers got all their connections back, because {NO_GAIN}: at 4" in message, (
         "the pattern's sparsity is about 40 %"
     )
     assert "attention like that of model.model.layers.0.self_attn measures dense 1 ms, gather 2 ms" in message
@@ -63,7 +63,7 @@ def test_a_run_that_gained_nothing_keeps_what_it_learned(tmp_path, told, monkeyp
     assert NO_GAIN_REMEDY in message
     # The forecast said the same in the same words.
     forecast = next(text for text in caplog.messages if "not expected" in text)
-    assert f"for {NO_GAIN}: at 40% sparsity and 64 tokens, attention like that of" in forecast
+    assert f"because {NO_GAIN}: at 40% sparsity and 64 tokens, attention like that of" in forecast
     assert NO_GAIN_REMEDY in forecast
     # A machine that gains by the patterns has them.
     path = tmp_path / "attention_pattern.safetensors"
@@ -71,7 +71,7 @@ def test_a_run_that_gained_nothing_keeps_what_it_learned(tmp_path, told, monkeyp
     assert {pattern.sparsity for pattern in load_patterns(path).values()} == {0.0}
     learned = load_patterns(path, unused=True)
     for name, state in callback.pruner.layers.items():
-        assert learned[name].keep.equal(state.given_back.keep)
+        assert learned[name].keep.equal(state.unused_pattern.keep)
         assert learned[name].sparsity > 0.3
 
 
@@ -106,7 +106,7 @@ def test_a_fit_that_is_refused_has_none(tmp_path, told):
 
 def test_without_files_and_without_decisions(tmp_path, told, monkeypatch):
     trainer(tmp_path, [pruning()], fast_dev_run=2).fit(TinyModule(), batches())
-    assert "Patterns: not kept in a file." in told[0]
+    assert "Patterns: not written to a file." in told[0]
     assert "Next" not in told[0]
     assert closing(pruning().pruner, None, [], None, False).startswith("Pruning: no decision was made")
 
@@ -136,11 +136,11 @@ def test_sequences_too_short_are_told_what_would_do(tmp_path, caplog):
 
     (found,) = short(block_size=64)
     assert "At most 0.0 % of the attention" in found
-    assert "(1 blocks of 64 keys), 30.0 % is asked for" in found
-    assert "What would do: `block_size=16` or sequences of 256 tokens; else lower `sink_blocks`" in found
+    assert "(1 blocks of 64 keys), but 30.0 % is asked for" in found
+    assert "Use `block_size=16` or sequences of 256 tokens; or lower `sink_blocks`" in found
     assert not short(block_size=16)  # it does
     (found,) = short(block_size=64, constraints=Constraints(protected_layers=LAYERS))
-    assert "the rest must stay. Lower `sink_blocks`" in found
+    assert "% is asked for. Lower `sink_blocks`" in found
 
 
 LAYERS = tuple(f"model.model.layers.{number}.self_attn" for number in (0, 1))

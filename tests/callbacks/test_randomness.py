@@ -163,5 +163,5 @@ def test_every_process_gets_its_own_and_another_number_of_them_is_said(monkeypat
     mine.begin_fit()
     mine.begin_training()
     (record,) = caplog.records
-    assert "random state of 2 processes, this run has 3" in record.getMessage()
+    assert "random state of 2 processes, but this run has 3" in record.getMessage()
     assert distributed.from_all_ranks("alone") == ["alone"]

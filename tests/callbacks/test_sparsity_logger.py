@@ -18,13 +18,12 @@ from sparse_prune.callbacks import (
     KernelSwap,
     SparsityLogger,
     kernel_swap,
-    logger_extras,
+    logger_kinds,
     sparsity_logger,
 )
 from sparse_prune.export import load_patterns
 from sparse_prune.export.history import FOLDER
 from sparse_prune.metrics import HEAD_COLUMNS, head_table, savings
-from sparse_prune.pruner import attention_flops, kv_blocks_droppable
 from support.logs import EXPECTED, read_csv, read_leveldb_log
 from support.tiny import TinyModule, batches, load_frames, pruning, tiny_llama, trainer
 
@@ -102,7 +101,7 @@ def test_savings_are_those_of_the_patterns(tmp_path):
         # Two products of 8 x 8 blocks and 8 channels, times two, for two sequences.
         kept += int(pattern.keep.sum()) * 2 * 2 * 8 * 8 * 8 * 2
         possible += 4 * 36 * 2 * 2 * 8 * 8 * 8 * 2
-        cache += kv_blocks_droppable(pattern, 2) * 2 * 2 * 2 * 64 * 8 * 4
+        cache += pattern.droppable_share(2) * 2 * 2 * 2 * 64 * 8 * 4
     wanted = {
         "savings/attention_flops": possible - kept,
         "savings/attention_flops_share": 1 - kept / possible,
@@ -185,7 +184,7 @@ def test_offline_wandb_run_holds_metrics_pictures_artifact_and_summary(tmp_path,
     assert artifacts[-1] == {"latest", "final"}
     assert all(aliases == {"latest"} for aliases in artifacts[:-1])
     assert len(artifacts) >= 2
-    for key, wanted in logger_extras.SUMMARIES.items():
+    for key, wanted in logger_kinds.SUMMARIES.items():
         summaries = {name for name in ("min", "max", "mean", "last") if getattr(metrics[key].summary, name)}
         assert summaries == set(wanted.split(","))
         assert metrics[key].step_metric == "trainer/global_step"
@@ -456,7 +455,7 @@ def test_history_goes_with_the_metrics_and_the_artifact_to_wandb(tmp_path, monke
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_SILENT", "true")
     uploaded = []
-    monkeypatch.setattr(logger_extras, "version_of", lambda logger, path, *args: lambda: uploaded.append(path))
+    monkeypatch.setattr(logger_kinds, "version_of", lambda logger, path, *args: lambda: uploaded.append(path))
     wandb_logger = WandbLogger(project="test", id="abc", save_dir=tmp_path, offline=True)
     fit(tmp_path, [wandb_logger, CSVLogger(tmp_path, name="csv", version="")])
     wandb_logger.experiment.finish()
@@ -497,7 +496,7 @@ def test_a_logger_that_failed_in_one_fit_is_used_in_the_next(tmp_path, monkeypat
         raise ConnectionError("no way")
 
     for number, upload in enumerate((fail, lambda: uploaded.append(1))):
-        monkeypatch.setattr(logger_extras, "version_of", lambda *args, upload=upload: upload)
+        monkeypatch.setattr(logger_kinds, "version_of", lambda *args, upload=upload: upload)
         logger = WandbLogger(project="test", id=f"run{number}", save_dir=tmp_path, offline=True)
         trainer(tmp_path, [callback], logger=[logger, broken]).fit(TinyModule(), batches())
         logger.experiment.finish()
@@ -569,9 +568,9 @@ def test_savings_follow_from_the_pattern():
     keep[:, :, 0] = True
     pattern = BlockPattern(keep, (8, 8), True, 32, 32)
     # Seven of ten possible blocks are kept in each of four heads; a product of 8 x 8 x 16 twice, times two.
-    assert attention_flops(pattern, head_dim=16) == (28 * 4 * 64 * 16, 40 * 4 * 64 * 16)
+    assert pattern.flops(head_dim=16) == (28 * 4 * 64 * 16, 40 * 4 * 64 * 16)
     # A later query reaches the sink block and, one block on, only itself: three of four blocks can go.
-    assert kv_blocks_droppable(pattern, num_kv_heads=2) == pytest.approx(0.75)
+    assert pattern.droppable_share(num_kv_heads=2) == pytest.approx(0.75)
 
 
 def test_importing_needs_no_wandb():

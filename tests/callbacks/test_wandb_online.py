@@ -10,8 +10,9 @@ from pathlib import Path
 from threading import Thread
 
 import pytest
+from lightning_utilities.core.imports import RequirementCache
 
-from sparse_prune.callbacks import FallbackWandbLogger
+from sparse_prune.callbacks import FallbackWandbLogger, wandb_logger
 from support.logs import EXPECTED, read_leveldb_log
 from support.wandb_server import wandb_server
 
@@ -179,3 +180,9 @@ def test_two_processes_log_one_run(tmp_path):
 def test_bad_timeouts_are_refused():
     with pytest.raises(ValueError, match="`init_timeout` must be a positive number of seconds, got 0"):
         FallbackWandbLogger(init_timeout=0)
+
+
+def test_a_client_that_is_too_old_is_refused_by_name(monkeypatch):
+    monkeypatch.setattr(wandb_logger, "_CLIENT", RequirementCache("wandb>=1000"))
+    with pytest.raises(ModuleNotFoundError, match="needs the client of W&B: .*'wandb>=1000' not met.*pip install"):
+        FallbackWandbLogger()

@@ -66,9 +66,9 @@ def test_a_copy_overwrites_nothing(tmp_path, capsys):
     (tmp_path / "there").mkdir()
     with pytest.raises(FileExistsError, match="must not exist yet"):
         copy(recipe, tmp_path / "there")
-    with pytest.raises(ValueError, match="does not use itself, got 'json'"):
+    with pytest.raises(ValueError, match="not of the standard library, got 'json'"):
         copy(recipe, tmp_path / "json")
-    with pytest.raises(ValueError, match="a name that Python can import and does not use itself, got 'my-recipe'"):
+    with pytest.raises(ValueError, match="an importable name that is not of the standard library, got 'my-recipe'"):
         copy(recipe, tmp_path / "my-recipe")
     with pytest.raises(SystemExit):
         main(["recipes", "copy", "vision", str(tmp_path / "there")])

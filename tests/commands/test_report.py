@@ -18,6 +18,7 @@ from sparse_prune.callbacks import KernelSwap, SparsityLogger
 from sparse_prune.commands.report import animation
 from sparse_prune.commands.report.animation import MOST_BYTES, MOST_FRAMES, blocks_per_cell, packed
 from sparse_prune.commands.report.cli import main
+from sparse_prune.commands.report.compare import describe as describe_runs
 from sparse_prune.commands.report.heads import describe_heads
 from sparse_prune.commands.report.logs import read_run
 from sparse_prune.commands.report.page import describe, render
@@ -105,7 +106,7 @@ LINES = {
 
 
 def logged(folder, text, twin=None):
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / "metrics.csv").write_text(text)
     if twin is not None:
         (folder / "dense").mkdir()
@@ -204,7 +205,23 @@ def test_several_runs_stand_on_one_page(tmp_path, capsys):
     data = data_of(page.read_text())
     assert [(row["name"], row["sparsity"], row["loss"]) for row in data["rows"]] == [("a", 0.3, 1.3), ("b", 0.7, 1.7)]
     assert {figure["value"] for row in data["rows"] for figure in row["figures"]} == {"not compared"}
-    assert [(point["x"], point["y"]) for point in data["charts"][0]["points"]] == [(0.3, 1.3), (0.7, 1.7)]
+    points = data["charts"][0]["points"]
+    assert [(point["run"], point["x"], point["y"]) for point in points] == [(0, 0.3, 1.3), (1, 0.7, 1.7)]
+
+
+@pytest.mark.parametrize(
+    ("folders", "names"),
+    [
+        (["one/csv/version_0", "two/csv/version_0"], ["one", "two"]),
+        (["csv/version_0", "csv/version_1"], ["version_0", "version_1"]),
+        (["run", "more/run"], ["run", "more/run"]),
+    ],
+)
+def test_runs_are_named_by_what_tells_them_apart(tmp_path, folders, names):
+    for folder in folders:
+        logged(tmp_path / folder, "step,sparsity/total\n0,0.5\n")
+    data = describe_runs([read_run(tmp_path / folder) for folder in folders])
+    assert [row["name"] for row in data["rows"]] == names
 
 
 def test_nothing_is_fetched_and_nothing_is_executed_from_the_data(run, tmp_path):
@@ -375,23 +392,53 @@ def test_a_browser_draws_it(run, tmp_path):
     assert blue > 0.001  # kept blocks and lines
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(BROWSER is None and os.environ.get("CI") != "true", reason="needs Chromium")
-def test_a_page_of_eighty_layers_and_sixty_four_heads_is_there_in_two_seconds(tmp_path):
-    (tmp_path / "metrics.csv").write_text("step,sparsity/total\n0,0.5\n1,0.6\n")
+@pytest.fixture(scope="module")
+def large(tmp_path_factory):
+    """The page of a run with eighty layers of sixty-four heads."""
+    folder = tmp_path_factory.mktemp("large")
+    (folder / "metrics.csv").write_text("step,sparsity/total\n0,0.5\n1,0.6\n")
     keep = torch.rand(64, 32, 32, generator=torch.Generator().manual_seed(0)).tril() > 0.5
     for step in (1, 2):
         patterns = {f"layer {n}": BlockPattern(keep, (64, 64), True, 2048, 2048) for n in range(80)}
-        save_frame(patterns, tmp_path, step)
-    page = tmp_path / "page.html"
-    main([str(tmp_path), "--output", str(page)])
-    headless = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--dump-dom"]
-    done = subprocess.run(
-        [*headless, f"--user-data-dir={tmp_path / 'profile'}", page.as_uri()],
-        capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
-    assert done.stdout.count('<tr id="layer-') == 80
-    assert int(re.search(r'data-ready="(\d+)"', done.stdout)[1]) < 2000
+        save_frame(patterns, folder, step)
+    main([str(folder), "--output", str(folder / "page.html")])
+    return folder / "page.html"
+
+
+def dom(page, *options):
+    headless = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--dump-dom", *options]
+    command = [*headless, f"--user-data-dir={page.parent / 'profile'}", page.as_uri()]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120).stdout
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(BROWSER is None and os.environ.get("CI") != "true", reason="needs Chromium")
+def test_a_page_of_eighty_layers_and_sixty_four_heads_is_there_in_two_seconds(large):
+    drawn = dom(large)
+    assert drawn.count('<tr id="layer-') == 80
+    assert int(re.search(r'data-ready="(\d+)"', drawn)[1]) < 2000
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(BROWSER is None and os.environ.get("CI") != "true", reason="needs Chromium")
+def test_paper_holds_all_layers_that_a_narrow_screen_scrolls(large):
+    """As wide as A4, with the rules for paper on the screen: nothing is cut off, nothing that is folded shows."""
+    measure = """<script>
+const scroll = document.querySelector("canvas").parentElement;
+document.body.dataset.hidden = scroll.scrollWidth - scroll.clientWidth;
+document.body.dataset.folded = [...document.querySelectorAll("details")].filter(d => d.offsetHeight).length;
+</script></body>"""
+    found = {}
+    for media in ("print", "screen"):
+        page = large.with_name(f"{media}.html")
+        text = large.read_text().replace("</body>", measure)
+        page.write_text(text.replace("@media print", "@media all") if media == "print" else text)
+        drawn = dom(page, "--window-size=718,1000")
+        found[media] = [int(re.search(rf'data-{name}="(\d+)"', drawn)[1]) for name in ("hidden", "folded")]
+        assert ("Scroll sideways to see all 80 layers." in drawn) == (media == "screen")
+    assert found["print"] == [0, 0]
+    assert found["screen"][0] > 100
+    assert found["screen"][1] >= 1
 
 
 def test_the_history_of_a_recipe_tells_which_steps_were_probed(tmp_path):

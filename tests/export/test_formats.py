@@ -1,6 +1,14 @@
 """Heads in the files of other programs: written, read, and held against masks that are made here."""
 
 import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -81,6 +89,48 @@ def test_files_are_those_that_the_programs_read(tmp_path):
     KVPress().write(pruned(), tmp_path)
     held = json.loads((tmp_path / "kvpress.json").read_text())
     assert held == {"sink_size": 8, "recent_size": 16, "streaming_mask": [[0, 1], [1, 1]]}
+
+
+@pytest.mark.parametrize("full", [[[True, False], [False, False]], [[True, True], [False, True]]])
+def test_duo_attention_takes_these_heads_for_full_at_the_share_that_streams(full, tmp_path):
+    """Its programs break ties by noise, and cut at a quantile (`duo_attn.utils.sparsify_attention_heads`)."""
+    model = llama()
+    apply_patterns(model, {name: heads(row) for name, row in zip(LAYERS, full, strict=True)})
+    DuoAttention().write(model, tmp_path)
+    values = np.loadtxt(tmp_path / "full_attention_heads.tsv", dtype=float, delimiter="\t").clip(0, 1)
+    noisy = values + np.random.default_rng(0).uniform(0, 1e-6, values.shape)
+    assert (noisy >= np.quantile(noisy, 1 - values.mean())).tolist() == full
+
+
+def test_the_documented_press_takes_the_file(tmp_path, monkeypatch):
+    """kvpress 0.5.5 asks a press for its heads by `post_init_from_model`, when it is put around a model."""
+
+    @dataclass
+    class DuoAttentionPress:
+        head_compression_ratio: float = 0.0
+
+    kvpress = ModuleType("kvpress")
+    kvpress.DuoAttentionPress = DuoAttentionPress
+    monkeypatch.setitem(sys.modules, "kvpress", kvpress)
+    text = (Path(__file__).parents[2] / "docs" / "serving.md").read_text()
+    names = {}
+    exec(re.search(r"```py\n((?:(?!```).)*DuoAttentionPress.*?)```", text, re.DOTALL)[1], names)
+    KVPress().write(pruned(), tmp_path)
+    press = names["PrunedHeads"](path=str(tmp_path / "kvpress.json"))
+    press.post_init_from_model(llama())
+    assert (press.sink_size, press.recent_size) == (8, 16)
+    assert press.streaming_mask.tolist() == [[False, True], [True, True]]
+
+
+@pytest.mark.skipif("KVPRESS_PYTHON" not in os.environ, reason="kvpress excludes our transformers: name its Python")
+def test_kvpress_itself_computes_what_the_heads_say(tmp_path):
+    KVPress().write(pruned(), tmp_path)
+    llama().float().save_pretrained(tmp_path)
+    script = Path(__file__).parents[1] / "scenarios" / "kvpress_run.py"
+    command = [*shlex.split(os.environ["KVPRESS_PYTHON"]), script, tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    difference, effect = map(float, done.stdout.split()[-3::2])
+    assert difference < 1e-4 < 1.0 < effect
 
 
 def scattered():

@@ -228,6 +228,10 @@ def test_fit_ends_with_a_report(config, tmp_path, monkeypatch, capsys, precision
     assert (run / "report.png").read_bytes().startswith(b"\x89PNG")
     with open(run / "metrics.csv", newline="") as file:
         rows = list(csv.DictReader(file))
+    asked = {record["requested"] for record in report["records"]} - {None}
+    assert sorted(asked) == pytest.approx(
+        sorted({float(row["prune/requested"]) for row in rows if row["prune/requested"]})
+    )
     twin = {int(row["step"]): float(row["dense/train/loss"]) for row in rows if row["dense/train/loss"]}
     seconds = [float(row["dense/time/step_seconds"]) for row in rows if row["dense/time/step_seconds"]]
     assert seconds == pytest.approx([r["seconds"] for r in report["dense"]["records"]])
@@ -298,7 +302,7 @@ def test_what_would_fail_after_the_training_is_refused_before_it(config, tmp_pat
         fit(config, monkeypatch, "--export", str(tmp_path / "foreign"), *processes)
     for logs in ("new", "new/logs"):
         options = ["--trainer.logger.init_args.save_dir", str(tmp_path / logs), "--export", str(tmp_path / "new")]
-        with refusal(capsys, rf"`export` must .* not fill itself, .* go to '.*/{logs}'\. Name another"):
+        with refusal(capsys, rf"`export` must .* without the run's own files, .* go to '.*/{logs}'\. Name another"):
             fit(config, monkeypatch, *options, *processes)
     settings = yaml.safe_load(config.read_text())
     callbacks = settings["trainer"]["callbacks"]
@@ -338,7 +342,7 @@ def test_a_failed_measurement_leaves_the_rest_of_the_report(config, monkeypatch,
     assert report["dense"] is None
     assert report["loss"] > 0
     for what in ("the KV cache", "the dense run"):
-        assert f"The report goes without {what}, because measuring it failed." in caplog.text
+        assert f"The report lacks {what}, because measuring it failed." in caplog.text
     assert "RuntimeError: no room" in caplog.text
 
 

@@ -154,7 +154,7 @@ def test_a_tokenizer_without_padding_pads_by_its_end(tiny_gpt2, table, tmp_path)
     tokenizer = Tokenizer(models.WordLevel({"a": 0}, unk_token=None))
     PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(tmp_path / "bare")
     assert load_tokenizer(str(tmp_path / "bare")).pad_token is None
-    with pytest.raises(ValueError, match="`model` must have a tokenizer with a token for padding, got none"):
+    with pytest.raises(ValueError, match="`model` must have a tokenizer with a padding token, got none"):
         load_tokenizer(str(tmp_path / "bare"), padding=True)
 
 
@@ -187,7 +187,7 @@ def test_a_pretrained_head_that_fits_is_kept_and_named(tmp_path):
 
 def test_texts_longer_than_the_model_are_refused(tiny_bert):
     module = TextClassificationModule(tiny_bert, ["x", "y"])
-    with pytest.raises(ValueError, match=r"`data.max_length` must be at most 64, the model's own, got 65"):
+    with pytest.raises(ValueError, match=r"`data.max_length` must be at most 64, the model's positions, got 65"):
         module.training_step({"input_ids": torch.zeros(1, 65, dtype=torch.long), "labels": torch.zeros(1)}, 0)
 
 
@@ -198,7 +198,7 @@ def test_positions_that_the_padding_takes_are_no_room_for_text(tmp_path):
     module = TextClassificationModule(str(tmp_path), ["x", "y"])
     labels = torch.zeros(1, dtype=torch.long)
     module.logits({"input_ids": torch.full((1, 32), 5)})
-    with pytest.raises(ValueError, match=r"`data.max_length` must be at most 32, the model's own, got 33"):
+    with pytest.raises(ValueError, match=r"`data.max_length` must be at most 32, the model's positions, got 33"):
         module.training_step({"input_ids": torch.full((1, 33), 5), "labels": labels}, 0)
 
 

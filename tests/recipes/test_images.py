@@ -81,8 +81,8 @@ def test_classes_are_the_first_folders_of_the_training_split(tmp_path, caplog):
             found = load_images(place)
             assert (found.classes, found.numbers) == (["cat", "dog"], [0, 0, 1])
     assert "Hidden files are left out: 3 in" in caplog.text
-    assert "split, train is taken, of which a share is held out; left out: val." in caplog.text
-    assert "no images by their names are left out: 1 in" in caplog.text
+    assert "split, train is read, of which a share is held out; left out: val." in caplog.text
+    assert "Files without a suffix of images are left out: 1 in" in caplog.text
 
 
 def test_a_table_beside_images_says_their_classes(tmp_path):

@@ -47,7 +47,7 @@ def test_what_looks_like_a_list_is_refused(label):
 )
 def test_classes_that_are_written_otherwise_alone_are_said(caplog, labels, told):
     assert len(numbered(labels, "data")[0]) == len(labels)
-    assert f"differ by how they are written alone are classes of their own: {told}." in caplog.text
+    assert f"differ by their writing alone stay apart: {told}." in caplog.text
     caplog.clear()
     numbered(["1", "2", "10", "nan", "a b", "ab"], "data")
     assert not caplog.records

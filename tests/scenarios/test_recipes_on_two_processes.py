@@ -136,7 +136,7 @@ def test_two_processes_report_compare_and_export(choices, tmp_path, strategy, la
     assert found["records"][0]["loss"] == pytest.approx(found["dense"]["records"][0]["loss"], rel=1e-5)
     assert found["setup"]["processes"] == 2
     assert found["setup"]["effective batch"].startswith("2 examples per optimizer step")
-    left_out = "The KV cache and decoding were not measured, because FSDP2 keeps the model in parts"
+    left_out = "The KV cache and decoding were not measured, because FSDP2 shards the model"
     assert (found["cache"] is None) == (left_out in report(folder, "md")) == (strategy is SHARDED)
     assert output.count(f"Report: {folder / 'report.md'}") == 1
 
@@ -163,7 +163,7 @@ def test_an_export_that_fails_on_rank_0_ends_both(choices, tmp_path):
     export = f"--export={tmp_path / 'export'}"
     done = start(tmp_path / "two", *choices, *DDP, export, program=[str(program)], max_steps=2)
     assert done.returncode != 0
-    assert "Rank 1 ends because rank 0 failed, whose log tells more: OSError: [Errno 28]" in done.stderr
+    assert "Rank 1 stops because rank 0 failed (see its log): OSError: [Errno 28]" in done.stderr
     assert not (tmp_path / "export").exists()
     assert not (tmp_path / "two" / "report.md").exists()
 
@@ -172,7 +172,7 @@ def test_an_export_that_fails_on_rank_0_ends_both(choices, tmp_path):
 def test_what_fails_on_one_rank_leaves_a_report_and_no_rank_waiting(choices, tmp_path):
     done = start(tmp_path / "two", *choices, *DDP, "--compare_dense=true", program=FAILING, max_steps=2)
     assert done.returncode != 0
-    assert "The report goes without the KV cache, because measuring it failed." in done.stderr
+    assert "The report lacks the KV cache, because measuring it failed." in done.stderr
     assert "RuntimeError: no room on rank 1" in done.stderr
     found = report(tmp_path / "two")
     assert found["loss"] > 0

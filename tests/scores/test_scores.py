@@ -184,9 +184,9 @@ def test_a_score_that_looks_at_what_it_does_not_see_is_told_so():
         sees = "values"
 
     arguments = {"causal": True, "options": AttentionOptions(), "gradient": gradient}
-    with pytest.raises(ValueError, match='looks at the gradient.*Write `sees = "gradient"`'):
+    with pytest.raises(ValueError, match='uses the gradient.*Write `sees = "gradient"`'):
         probe_score(Blind(), query, key, value, SIDES, **arguments)
-    with pytest.raises(ValueError, match='looks at the gradient.*Write `sees = "gradient"`'):
+    with pytest.raises(ValueError, match='uses the gradient.*Write `sees = "gradient"`'):
         probe_score(HalfBlind(), query, key, value, SIDES, **arguments)
 
     class Flat(Pull):

@@ -1,1 +1,1 @@
-"""A W&B workspace and a report for pruning runs."""
+"""`sparse-prune dashboard`: a W&B workspace and a W&B report for pruning runs."""

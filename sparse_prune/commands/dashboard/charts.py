@@ -1,4 +1,4 @@
-"""Which charts a pruning run deserves, in the order and words of `sparse-prune report`. Of W&B speaks `views`."""
+"""The charts of a dashboard, in the order and words of `sparse-prune report`; `views` makes W&B panels of them."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ class Chart:
     """End of the y axis, which then starts at 0."""
     log: bool = False
     marks: tuple[str, ...] = ()
-    """Those of `keys` that are events: points instead of lines."""
+    """Those of `keys` that are events, drawn as points."""
     settings: tuple[str, ...] = ()
-    """Hyperparameters, before `keys`, which are the runs' last values: where a line per run meets all of them."""
+    """Hyperparameters, the first axes of a "parallel" chart; `keys` are then the runs' last values."""
 
 
 @dataclass(frozen=True)
 class Section:
-    """Charts that answer one question."""
+    """A section of charts that answer one question."""
 
     name: str
     question: str
@@ -42,11 +42,11 @@ class Section:
 
 
 _OF_TWIN = (metrics.STEP_SECONDS,)
-"""Metrics that a recipe logs of the dense twin as well, under `TWIN`."""
+"""Metrics that a recipe also logs for the dense twin, under `TWIN`."""
 
 
 def _loss(title: str, stage: str) -> Chart:
-    """The pruned run's and the dense twin's in one chart."""
+    """The losses of the pruned run and the dense twin in one chart."""
     keys = loss_keys(stage)
     return Chart(title, (*keys, *(TWIN + key for key in keys)), unit="loss")
 
@@ -56,7 +56,7 @@ def _number(title: str, metric: Metric) -> Chart:
 
 
 def _charts(section: str) -> tuple[Chart, ...]:
-    """The charts of a section, as the registry of metrics describes them."""
+    """The charts of a section, from the registry of metrics."""
     return tuple(_chart(chart, shown) for chart, shown in metrics.charts().items() if chart.section == section)
 
 
@@ -106,7 +106,7 @@ SECTIONS = (
         _charts("Speed and savings"),
     ),
 )
-"""The dashboard, top to bottom."""
+"""The sections of the dashboard, top to bottom."""
 
 SWEEP = Section(
     "How sparse can I go?",
@@ -120,8 +120,8 @@ SWEEP = Section(
         ),
     ),
 )
-"""Stands before the others where several runs are shown."""
+"""The first section if several runs are shown."""
 
 AXIS = "trainer/global_step"
 COLUMNS = ("final/sparsity", "val/loss.last", "val_loss.last", "final/sparse_layers", "final/settled_layers")
-"""Summary values beside the names of runs."""
+"""Summary values in the list of runs."""

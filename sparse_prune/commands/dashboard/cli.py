@@ -1,4 +1,4 @@
-"""The command: make a workspace and a report on a W&B server, or write down what they would be."""
+"""Makes a workspace and a report on a W&B server, or writes their specification to a file."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import json
 import re
 from typing import TYPE_CHECKING, Any
 
-from sparse_prune.extras import with_remedy
 from sparse_prune.files import user_path, write_output
+from sparse_prune.install_hints import with_remedy
 
 if TYPE_CHECKING:
     from sparse_prune.commands.dashboard.views import Target
@@ -17,7 +17,7 @@ _PATH = re.compile(r"^(?:https?://[^/]+/)?(?:([^/]+)/)?([^/]+?)(?:/(?:runs/)?([^
 
 
 def main(args: list[str] | None = None) -> None:
-    """`sparse-prune dashboard ENTITY/PROJECT[/RUN] [--baseline RUN] [--output FILE]`."""
+    """Run `sparse-prune dashboard ENTITY/PROJECT[/RUN] [--baseline RUN] [--output FILE]`."""
     parser = argparse.ArgumentParser(
         prog="sparse-prune dashboard", description="A W&B workspace and a report for pruning runs, charts laid out."
     )
@@ -43,13 +43,13 @@ def main(args: list[str] | None = None) -> None:
     for made in (view, page):
         try:
             made.save()
-        except Exception as error:  # W&B's client raises its own kinds, one per way of failing
+        except Exception as error:  # W&B's client has many kinds of errors
             parser.exit(1, f"{type(made).__name__} not saved: {error}\nLog in with `wandb login`, or use --output.\n")
         print(made.url)
 
 
 def parse_target(target: str, runs: list[str], baseline: str | None) -> Target:
-    """A path or an address as W&B prints it.
+    """Parse a path or an address as W&B prints it.
 
     Raises:
         ValueError: If it does not name an entity and a project.
@@ -64,7 +64,7 @@ def parse_target(target: str, runs: list[str], baseline: str | None) -> Target:
 
 
 def specification(view: Any, page: Any) -> dict[str, Any]:
-    """What the server would be sent."""
+    """Return what would be sent to the server."""
     return {
         "workspace": view._to_model().model_dump(mode="json", by_alias=True, exclude_none=True),
         "report": page._to_model().model_dump(mode="json", by_alias=True, exclude_none=True),

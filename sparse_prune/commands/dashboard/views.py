@@ -1,4 +1,4 @@
-"""The charts as a W&B workspace and as a W&B report."""
+"""Makes a W&B workspace and a W&B report of the charts."""
 
 from __future__ import annotations
 
@@ -19,34 +19,34 @@ _WIDE = ("pictures", "table", "parallel")
 
 @dataclass(frozen=True)
 class Target:
-    """What a dashboard is about."""
+    """The project and runs of a dashboard."""
 
     entity: str
     project: str
     runs: tuple[str, ...] = ()
-    """Ids of the runs to show; none: all of the project."""
+    """Ids of the runs to show; empty: all runs of the project."""
     baseline: str | None = None
     """Id of the run without pruning, shown beside the others."""
 
     @property
     def shown(self) -> tuple[str, ...]:
-        """Ids to filter by; none: no filter."""
+        """Ids to filter by; empty: no filter."""
         both = (*self.runs, *([self.baseline] if self.baseline and self.runs else []))
         return tuple(dict.fromkeys(both))
 
     @property
     def sections(self) -> tuple[Section, ...]:
-        """Of the dashboard, top to bottom; runs are compared where there may be several."""
+        """Sections of the dashboard, top to bottom, with `SWEEP` if there may be several runs."""
         return SECTIONS if len(self.shown) == 1 else (SWEEP, *SECTIONS)
 
     @property
     def filters(self) -> Any:
-        """`shown` as W&B filters runs."""
+        """W&B's filter for `shown`."""
         return expr.And(expr.Metric("ID").isin(list(self.shown))) if self.shown else ""
 
 
 def workspace(target: Target, name: str) -> ws.Workspace:
-    """The dashboard as a saved view of the project."""
+    """Make the dashboard as a saved view of the project."""
     runs = ws.RunsetSettings(
         filters=target.filters,
         pinned_columns=[f"summary:{column}" for column in COLUMNS],
@@ -74,13 +74,13 @@ def workspace(target: Target, name: str) -> ws.Workspace:
 
 
 def report(target: Target, title: str, online: bool = True) -> wr.Report:
-    """The dashboard as a page to hand around: every section with its question.
+    """Make the dashboard as a report to share: every section with its question.
 
     Args:
-        target: What it is about.
-        title: At the top of the page.
-        online: Name the project in every set of runs; W&B's client then asks the server for the project's number.
-            Without, runs are those of the project that the report stands in.
+        target: Project and runs.
+        title: Title of the report.
+        online: Name the project in every set of runs, for which W&B's client asks the server. Otherwise runs are those
+            of the report's own project.
     """
     where = {"entity": target.entity, "project": target.project} if online else {}
     blocks: list[Any] = [wr.TableOfContents()]
@@ -99,7 +99,7 @@ def report(target: Target, title: str, online: bool = True) -> wr.Report:
 
 
 def panel(chart: Chart, runs: Sequence[str] = ()) -> Any:
-    """A chart as W&B's panel; W&B styles a line per run, so marks are points only for `runs` that are named."""
+    """Make W&B's panel of a chart. W&B styles lines per run, so marks are points only for the named `runs`."""
     if chart.kind == "number":
         return wr.ScalarChart(title=chart.title, metric=wr.SummaryMetric(chart.keys[0]))
     if chart.kind == "pictures":
@@ -124,7 +124,7 @@ def panel(chart: Chart, runs: Sequence[str] = ()) -> Any:
 
 
 def _laid_out(charts: Sequence[Chart], runs: Sequence[str]) -> Iterator[Any]:
-    """Panels with their places: three to a row, pictures and tables over the whole width."""
+    """Lay panels out: three per row, pictures and tables over the whole width."""
     x = y = 0
     for chart in charts:
         wide = chart.kind in _WIDE

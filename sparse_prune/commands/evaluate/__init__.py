@@ -1,1 +1,1 @@
-"""Evaluate a pruned model beside the dense one."""
+"""`sparse-prune evaluate`: measures a pruned model beside the dense one."""

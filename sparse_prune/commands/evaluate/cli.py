@@ -1,4 +1,4 @@
-"""The command line: measure dense and pruned, write the report."""
+"""Measures loss, retrieval, KV cache and speed of a pruned model beside the dense one, and writes a report."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ from sparse_prune.evaluation import (
     retrieval_prompts,
 )
 from sparse_prune.export import export_header, load
-from sparse_prune.extras import with_remedy
 from sparse_prune.files import user_path
+from sparse_prune.install_hints import with_remedy
 from sparse_prune.machine import describe_machine
 from sparse_prune.precision import fast_dtype
 from sparse_prune.recipes.base.pretrained import load_tokenizer
@@ -48,12 +48,12 @@ def evaluate(
     decode: int = 32,
     chunk: int = 1024,
 ) -> list[LengthResult]:
-    """Everything at every length, for a model as it stands.
+    """Measure a model at every length.
 
     Args:
         model: A transformers causal language model; with patterns, its cache evicts by them.
         tokenizer: Its tokenizer.
-        tokens: Held-out text, (sequences, longest length); cut for shorter lengths, so that all see the same text.
+        tokens: Held-out text, (sequences, longest length); shorter lengths cut it, so that all use the same text.
         lengths: Tokens.
         depths: Where needles lie, in [0, 1].
         prompts: Keys per depth; 0 leaves retrieval out.
@@ -61,7 +61,7 @@ def evaluate(
         chunk: Tokens per forward pass.
 
     Raises:
-        ValueError: If something is out of range; nothing was measured then.
+        ValueError: If an argument is out of range, before anything is measured.
     """
     check(model, tokenizer, tokens, lengths, depths, prompts, decode)
     text, make_cache = tokens[0].tolist(), partial(fresh_cache, model)
@@ -87,14 +87,14 @@ def check(
     prompts: int,
     decode: int,
 ) -> None:
-    """Refuse what `evaluate` cannot measure; arguments as there.
+    """Refuse arguments that `evaluate` cannot measure; see there.
 
     Raises:
-        ValueError: If the model is no causal language model, or something is out of range.
+        ValueError: If the model is no causal language model, or an argument is out of range.
     """
     if not model.can_generate():
         raise ValueError(f"`model` must be a causal language model, got {type(model).__name__}. Name another.")
-    fresh_cache(model)  # which not every model has
+    fresh_cache(model)  # raises if the model has none
     check_lengths(model, lengths, decode)
     if prompts:
         for haystack in (None, tokens[0].tolist()):
@@ -102,7 +102,7 @@ def check(
 
 
 def main(args: list[str] | None = None) -> None:
-    """Parse arguments, measure, write evaluation.md, .json and .png, print the table."""
+    """Run `sparse-prune evaluate`: measure, write evaluation.md, .json and .png, print the table."""
     parser = _parser()
     given = parser.parse_args(args)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -134,11 +134,8 @@ def main(args: list[str] | None = None) -> None:
 
 
 def _prepare(given: argparse.Namespace) -> tuple[Any, Any, dict[str, Any], str]:
-    """Pruned model, dense twin or None, what `evaluate` shall measure of both, and which part of the text that is.
-
-    All that can be refused is.
-    """
-    import matplotlib  # noqa: F401 - the report draws with it; better missed now than after the measurement
+    """Pruned model, dense twin or None, the other arguments of `evaluate`, all checked, and which part of the text."""
+    import matplotlib  # noqa: F401 - the report needs it: fail now rather than after the measurement
 
     options = {"dtype": getattr(torch, given.dtype)} if given.dtype else {}
     model = load(given.model, **options)
@@ -160,7 +157,7 @@ def _prepare(given: argparse.Namespace) -> tuple[Any, Any, dict[str, Any], str]:
 
 
 def _asking(given: argparse.Namespace, measure: dict[str, Any]) -> Asking:
-    """What to ask of the tasks; raises ValueError if a task does not fit."""
+    """The tasks to ask; raises ValueError if one does not fit."""
     names = list(TASKS) if given.tasks == ["all"] else given.tasks
     length = given.task_length or max(measure["lengths"])
     filler = measure["tokens"][0].tolist() if names else [0]
@@ -187,7 +184,7 @@ def _check_output(folder: Path) -> None:
 
 
 def sparsity_of(model: Any) -> float:
-    """Share of possible blocks that is pruned, over all layers with a pattern in force, in [0, 1]."""
+    """Share of possible blocks that is pruned, over all layers with a pattern, in [0, 1]."""
     handles = [handle for handle in handles_of(model) if handle.pattern is not None]
     patterns = [handle.pattern for handle in handles if handle.pattern is not None]
     possible = sum(pattern.possible_count for pattern in patterns)

@@ -1,4 +1,4 @@
-"""The lengths to evaluate at: which to take, and which a model can do."""
+"""The lengths to evaluate at: the default ones, and those that a model supports."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from sparse_prune.recipes.base.pretrained import longest_prompt
 
 
 def lengths_around(model: Any, decode: int = 32) -> list[int]:
-    """Half, once, twice and four times the length that the patterns were learned at, as far as positions reach.
+    """Return half, once, twice and four times the length that the patterns were learned at, as far as positions reach.
 
-    Where the model has a table of positions, what is decoded behind the longest length has its place in it.
+    If the model has a table of positions, it also holds the tokens that are decoded after the longest length.
 
     Args:
         model: A transformers causal language model with patterns.
@@ -31,7 +31,7 @@ def lengths_around(model: Any, decode: int = 32) -> list[int]:
 
 
 def check_lengths(model: Any, lengths: Sequence[int], decode: int) -> None:
-    """Refuse lengths that a model has no positions for, and those without a token to predict.
+    """Refuse lengths that a model has no positions for, and lengths without a token to predict.
 
     Args:
         model: A transformers causal language model.

@@ -1,4 +1,4 @@
-"""Dense and pruned side by side: as a table, as data and as a picture."""
+"""The report of an evaluation, dense and pruned side by side: as text, data and a picture."""
 
 from __future__ import annotations
 
@@ -19,27 +19,27 @@ _DENSE, _PRUNED = "#9aa3b2", "#1d4e89"
 
 @dataclass(frozen=True)
 class LengthResult:
-    """What was measured at one length."""
+    """The measurements at one length."""
 
     length: int
     """Tokens."""
     loss: float
     """Nats per token, through the cache."""
     passkey: list[float]
-    """Share of right answers per depth, in [0, 1]; empty if not asked for."""
+    """Share of right answers per depth, in [0, 1]; empty if there were no prompts."""
     needle: list[float]
     """The same for a fact in real text."""
     cost: CacheCost
 
     @property
     def perplexity(self) -> float:
-        """exp of the loss."""
+        """The exponential of the loss."""
         return math.exp(self.loss)
 
 
 @dataclass(frozen=True)
 class TaskResult:
-    """How both models did in one retrieval task."""
+    """The scores of both models in one retrieval task."""
 
     name: str
     length: int
@@ -50,12 +50,12 @@ class TaskResult:
 
 @dataclass(frozen=True)
 class EvaluationReport:
-    """Two models at the same lengths on the same text."""
+    """The report of two models at the same lengths on the same text."""
 
     setup: Mapping[str, Any]
     """Model, text, versions, machine."""
     sparsity: float
-    """Share of possible blocks that the second model does without, in [0, 1]."""
+    """Share of possible blocks that the pruned model lacks, in [0, 1]."""
     depths: tuple[float, ...]
     dense: list[LengthResult]
     pruned: list[LengthResult]
@@ -74,7 +74,7 @@ class EvaluationReport:
         return target / "evaluation.md"
 
     def as_dict(self) -> dict[str, Any]:
-        """As JSON types."""
+        """Return the report as JSON types."""
         tasks = [
             {"task": task.name, "length": task.length, "dense": _score(task.dense), "pruned": _score(task.pruned)}
             for task in self.tasks
@@ -82,7 +82,7 @@ class EvaluationReport:
         return asdict(replace(self, tasks=())) | {"ratios": self.ratios(), "tasks": tasks}
 
     def ratios(self) -> list[dict[str, float]]:
-        """Per length: rise of the perplexity, and how many times smaller the cache and faster the model is."""
+        """Return, per length, the rise of the perplexity and the factors of cache size and speed."""
         return [
             {
                 "length": d.length,
@@ -95,7 +95,7 @@ class EvaluationReport:
         ]
 
     def table(self) -> str:
-        """Markdown, a row per length; dense / pruned in every cell."""
+        """Return a Markdown table with a row per length and dense / pruned in every cell."""
         rows = [
             "| tokens | perplexity | passkey | needle | KV cache, MiB | prefill, tokens/s | decode, tokens/s |",
             "| ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
@@ -111,7 +111,7 @@ class EvaluationReport:
         return "\n".join(rows)
 
     def text(self) -> str:
-        """The report as Markdown."""
+        """Return the report as Markdown."""
         setup = "\n".join(f"| {key} | {value} |" for key, value in self.setup.items())
         depths = ""
         if self.dense and self.dense[0].passkey:

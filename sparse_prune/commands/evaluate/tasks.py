@@ -1,4 +1,4 @@
-"""The retrieval tasks that `sparse-prune evaluate` asks dense and pruned."""
+"""The retrieval tasks that `sparse-prune evaluate` asks both models."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Asking:
-    """Which tasks to ask, and how often.
+    """Retrieval tasks to ask, and the number of questions.
 
     Raises:
         ValueError: If `questions` is not positive, or a task does not fit into `length` tokens.
     """
 
     tokenizer: Any
-    """The model's."""
+    """The model's tokenizer."""
     filler: Sequence[int]
     """Tokens of a text to hide facts in."""
     names: Sequence[str]
-    """Of `TASKS`."""
+    """Keys of `TASKS`."""
     length: int
     """Tokens of a prompt with its answer."""
     questions: int
-    """Of each task, at least."""
+    """Least questions of each task."""
     depths: Sequence[float]
-    """Where facts lie, in [0, 1], in turn."""
+    """Positions of facts, in [0, 1], in turn."""
 
     def __post_init__(self) -> None:
         if self.questions < 1:
@@ -43,10 +43,10 @@ class Asking:
             build(TASKS[name], self.tokenizer, self.filler, self.length, 0.5, 0)
 
     def ask(self, model: Any) -> dict[str, TaskScore]:
-        """How a model does in every task, through its cache.
+        """Score a model in every task, through its cache.
 
         Args:
-            model: A transformers causal language model, as it stands.
+            model: A transformers causal language model.
         """
         scores = {}
         for name in self.names:

@@ -8,8 +8,8 @@ import sys
 from sparse_prune.commands.report import compare, page
 from sparse_prune.commands.report.logs import read_run
 from sparse_prune.export.history import FOLDER
-from sparse_prune.extras import with_remedy
 from sparse_prune.files import user_path, write_output
+from sparse_prune.install_hints import with_remedy
 
 
 def main(args: list[str] | None = None) -> None:

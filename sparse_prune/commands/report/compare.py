@@ -23,7 +23,7 @@ def describe(runs: Sequence[RunLogs]) -> dict[str, Any]:
         runs: Two or more.
     """
     shared = os.path.commonpath([run.folder for run in runs])
-    names = [os.path.relpath(run.folder, shared) for run in runs]
+    names = _names([os.path.relpath(run.folder, shared) for run in runs])
     found = [numbers(run) for run in runs]
     loss = " and ".join(sorted({run.loss_key for run in found if run.loss_key}))
     quality = " and ".join(sorted({run.quality_name for run in found if run.quality_name}))
@@ -33,9 +33,9 @@ def describe(runs: Sequence[RunLogs]) -> dict[str, Any]:
         "limits": LIMITS_TOLD,
         "rows": [_row(name, run) for name, run in zip(names, found, strict=True)],
         "charts": [
-            _chart("Loss against sparsity", f"{loss}, as logged", names, found, "loss"),
-            _chart("Retrieval against sparsity", f"{quality}, share", names, found, "quality"),
-            _chart("Step time against sparsity", "seconds, median", names, found, "seconds"),
+            _chart("Loss against sparsity", f"{loss} as logged, nats for cross-entropy", found, "loss"),
+            _chart("Retrieval against sparsity", f"{quality}, share", found, "quality"),
+            _chart("Step time against sparsity", "seconds, median", found, "seconds"),
         ],
     }
 
@@ -49,12 +49,19 @@ def _row(name: str, run: Numbers) -> dict[str, Any]:
     return plain | {"finished": run.finished, "step": run.step, "figures": judged}
 
 
-def _chart(title: str, unit: str, names: Sequence[str], found: Sequence[Numbers], what: str) -> dict[str, Any]:
+def _names(folders: Sequence[str]) -> list[str]:
+    """Folders without the end that all of them share."""
+    parts = [folder.split(os.sep) for folder in folders]
+    while len({each[-1] for each in parts}) == 1 and min(map(len, parts)) > 1:
+        parts = [each[:-1] for each in parts]
+    return [os.sep.join(each) for each in parts]
+
+
+def _chart(title: str, unit: str, found: Sequence[Numbers], what: str) -> dict[str, Any]:
     """Points of the runs; their dense twins stand at sparsity 0."""
-    pairs = zip(names, found, strict=True)
     points = [
-        {"name": name, "twin": twin, "x": 0.0 if twin else run.sparsity, "y": value}
-        for name, run in pairs
+        {"run": number, "twin": twin, "x": 0.0 if twin else run.sparsity, "y": value}
+        for number, run in enumerate(found)
         for twin in (False, True)
         if (value := getattr(run, f"dense_{what}" if twin else what)) is not None and run.sparsity is not None
     ]

@@ -76,7 +76,7 @@ function showAtlas() {
     const rgb = name => { const hex = style.getPropertyValue("--" + name).trim().replace(/^#(.)(.)(.)$/, "#$1$1$2$2$3$3"); return [1, 3, 5].map(i => parseInt(hex.slice(i, i + 2), 16)); };
     const paint = Object.fromEntries(["main", "pruned", "regrown", "lost"].map(name => [name, rgb(name)]));
     canvas.style.minWidth = label + across * least + "px";
-    const scale = devicePixelRatio || 1, room = canvas.clientWidth || 1100, gap = across > 40 ? 2 : 4;
+    const scale = matchMedia("print").matches ? 4 : devicePixelRatio || 1, room = canvas.clientWidth || 1100, gap = across > 40 ? 2 : 4;
     const side = Math.min((room - label) / across - gap, Math.max(24, 560 / down) * wide / high * 1.4);
     tile = { w: side + gap, h: side * high / wide + gap, label };
     canvas.width = room * scale; canvas.height = (label + down * tile.h) * scale;
@@ -126,7 +126,12 @@ function showAtlas() {
     return x < 0 || y < 0 || x >= across || y >= down ? null : turned ? [y, x] : [x, y];
   };
   canvas.addEventListener("pointermove", event => { const found = under(event); if (found) tell(...found); });
-  canvas.addEventListener("click", event => { const found = under(event); if (found) openRow(found[0]); });
+  canvas.addEventListener("click", event => {
+    const found = under(event);
+    if (!found) return;
+    tell(...found);
+    if (event.pointerType !== "touch") openRow(found[0]);  // a finger cannot point without a click
+  });
   canvas.addEventListener("keydown", event => {
     if (event.key === "Enter" && chosen) return openRow(chosen[0]);
     const by = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] }[event.key];
@@ -151,6 +156,8 @@ function showAtlas() {
   });
   for (const event of ["resize", "beforeprint", "afterprint"]) addEventListener(event, draw);
   for (const query of ["(prefers-color-scheme: dark)", "print"]) matchMedia(query).addEventListener("change", draw);
-  told.append("Point at a head, or move with the arrow keys: density, reach, and why its blocks were kept.");
   draw();
+  const around = canvas.parentElement, hidden = around.scrollWidth > around.clientWidth;
+  told.append("Point at a head, or move with the arrow keys: density, reach, and why its blocks were kept."
+    + (hidden ? ` Scroll sideways to see all ${across} ${turned ? "heads" : "layers"}.` : ""));
 }

@@ -1,4 +1,4 @@
-"""The backends, one in every module of this folder, and which of them serves a call."""
+"""The backends, one per module of this folder, and the choice between them."""
 
 from importlib import import_module
 from pkgutil import iter_modules
@@ -12,7 +12,7 @@ from sparse_prune.kernels.options import AttentionOptions
 from sparse_prune.pattern import BlockPattern
 
 BACKENDS: dict[str, Backend] = {}
-"""Name -> backend, by rank. "gather" takes every call on every device."""
+"""Name -> backend, by rank. "gather" supports every call on every device."""
 
 for _record in sorted(
     (import_module(f"{__name__}.{module.name}").BACKEND for module in iter_modules(__path__)),
@@ -24,10 +24,10 @@ _ANYWHERE = "gather"
 
 
 def check_backend(backend: str) -> Backend:
-    """The record of a backend.
+    """Return the record of a backend.
 
     Args:
-        backend: A name.
+        backend: Name of the backend.
 
     Raises:
         ValueError: If no backend has that name.
@@ -38,20 +38,20 @@ def check_backend(backend: str) -> Backend:
 
 
 def skipping_backends(device: torch.device) -> tuple[str, ...]:
-    """Backends that skip pruned blocks on a device, for a measurement to choose from.
+    """Return the backends that skip pruned blocks on a device, for a measurement to choose from.
 
     Args:
-        device: Where the layer runs.
+        device: The layer's device.
     """
     found = tuple(name for name, backend in BACKENDS.items() if device.type in backend.skips_on)
     return found or (_ANYWHERE,)
 
 
 def usable_backend(backend: str) -> str:
-    """The backend itself, or "gather" in the place of one that this machine does not run, as "triton" without a GPU.
+    """Return the backend, or "gather" if this machine cannot run it, such as "triton" without a GPU.
 
     Args:
-        backend: A name; one that is no backend is given back as it is, for `check_backend` to refuse.
+        backend: Name of the backend; an unknown one is returned as it is, for `check_backend` to refuse.
     """
     return backend if backend not in BACKENDS or BACKENDS[backend].usable() else _ANYWHERE
 
@@ -61,7 +61,7 @@ def check_trains(backend: str, device: torch.device) -> None:
 
     Args:
         backend: One of `BACKENDS`.
-        device: Where the layers run.
+        device: The layers' device.
 
     Raises:
         ValueError: If it cannot, or there is no such backend.
@@ -71,14 +71,14 @@ def check_trains(backend: str, device: torch.device) -> None:
 
 
 def moving_backend(query: Tensor, pattern: BlockPattern, options: AttentionOptions) -> str:
-    """The backend for a pattern that still moves: its tables must be cheap to rebuild.
+    """Choose the backend for a pattern that still moves: its tables must be cheap to rebuild.
 
-    It follows from the call alone, no clock is asked: a run that is repeated or resumed takes the same.
+    The choice depends on the call alone, not on a measurement, so that a repeated or resumed run makes the same.
 
     Args:
         query: (batch, num_heads, q_len, head_dim).
-        pattern: For the lengths of the call.
-        options: Of the call.
+        pattern: The pattern at the lengths of the call.
+        options: The call's options.
     """
     pattern = spanned(pattern, options)
     return next((name for name, each in BACKENDS.items() if each.suits_moving(query, pattern, options)), _ANYWHERE)

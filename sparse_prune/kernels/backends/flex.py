@@ -1,4 +1,4 @@
-"""FlexAttention: skips pruned blocks on a GPU, and has gradients there alone."""
+"""The FlexAttention backend: it skips pruned blocks and has gradients on a GPU only."""
 
 from __future__ import annotations
 

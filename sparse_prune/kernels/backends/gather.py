@@ -1,4 +1,4 @@
-"""Gathered attention: the kept blocks of each query block as dense batched products; pruned blocks cost nothing."""
+"""The gather backend: computes each query block's kept blocks as dense batched products; pruned blocks cost nothing."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ _CHUNK = 2**20
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, pattern: BlockPattern, options: AttentionOptions) -> Tensor:
-    """Shapes as in `reference.attend`. Time and memory follow the kept blocks, forward and backward.
+    """Compute as `reference.attend`, with time and memory in proportion to the kept blocks, forward and backward.
 
-    On the CPU the same inputs give the same bits, gradients too. Gradients of gradients are refused.
+    On the CPU equal inputs give equal bits, also of gradients. Gradients of gradients are refused.
     """
     kind = query.device.type
     if torch.is_autocast_enabled(kind) and query.dtype != torch.float64:
@@ -47,10 +47,6 @@ class _Bucket:
     """Kept key blocks, (tiles, blocks); those that need an element mask come last."""
     hidden: Tensor | None
     """Boolean, (block_q, tokens), True = hidden, for the last `tokens` keys of each tile. None: all are visible."""
-
-
-def _buckets(pattern: BlockPattern, device: torch.device) -> list[_Bucket]:
-    return derived(pattern, ("gather", device), lambda: _build_buckets(pattern, device))
 
 
 def _build_buckets(pattern: BlockPattern, device: torch.device) -> list[_Bucket]:
@@ -121,7 +117,8 @@ class _Call:
         heads, rows, cols = self.pattern.keep.shape
         block_q, block_kv = self.pattern.block_size
         in_q, in_kv = torch.arange(block_q, device=self.device), torch.arange(block_kv, device=self.device)
-        for bucket in _buckets(self.pattern, self.device):
+        buckets = derived(self.pattern, ("gather", self.device), lambda: _build_buckets(self.pattern, self.device))
+        for bucket in buckets:
             tiles, blocks = bucket.cols.shape
             count, size = self.batch * tiles, max(1, _CHUNK // (block_q * block_kv * blocks))
             for start in range(0, count, size):
@@ -140,7 +137,7 @@ class _Call:
                 )
 
     def in_blocks(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Query, key and value as blocks, in the dtypes of the products that they enter."""
+        """Query, key and value as blocks, in the dtypes of their products."""
         (block_q, block_kv), (exact, fast) = self.pattern.block_size, _dtypes(query.dtype)
         q, k = _to_blocks(query.to(exact), block_q), _to_blocks(key.to(exact), block_kv)
         return q, k, _to_blocks(value.to(fast), block_kv)
@@ -202,16 +199,16 @@ def _pick(x: Tensor, index: Tensor, tiles: int) -> Tensor:
 
 
 def _dtypes(dtype: torch.dtype) -> tuple[torch.dtype, torch.dtype]:
-    """Of logits and sums, and of the other products."""
+    """The dtype of logits and sums, and that of the other products."""
     exact = torch.float64 if dtype == torch.float64 else torch.float32
-    # float16 is left out for its range: sums of weights times values may leave it.
+    # Not float16: sums of weights times values may leave its range.
     return exact, dtype if dtype == torch.bfloat16 else exact
 
 
 class _GatheredAttention(torch.autograd.Function):
     """Keeps the inputs, the output and the log-sum-exp of each row; the backward pass recomputes the weights.
 
-    It can be differentiated once: the backward pass takes the log-sum-exp for a constant.
+    It can be differentiated once: the backward pass treats the log-sum-exp as a constant.
     """
 
     @staticmethod
@@ -254,7 +251,7 @@ class _GatheredAttention(torch.autograd.Function):
         block_q, (exact, fast) = call.pattern.block_size[0], _dtypes(query.dtype)
         q, k, v = call.in_blocks(query, key, value)
         g = _to_blocks(grad.to(fast), block_q)
-        # What the softmax takes off every logit's gradient: sum over keys of weight * gradient of the weight.
+        # The softmax subtracts this from every logit's gradient: sum over keys of weight * gradient of the weight.
         shift = _to_blocks((grad.to(exact) * output).sum(-1, keepdim=True), block_q)
         grad_q, grad_k, grad_v = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v, dtype=exact)
         with torch.autocast(query.device.type, enabled=False):

@@ -1,4 +1,4 @@
-"""The reference: every weight materialised, masked by the pattern."""
+"""The reference backend: materialises all weights and masks them by the pattern."""
 
 from sparse_prune.kernels.backend import Backend
 from sparse_prune.kernels.reference import attend

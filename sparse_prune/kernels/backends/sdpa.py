@@ -1,4 +1,4 @@
-"""SDPA with the pattern as a boolean mask: skips nothing, and is the faster one where a CPU's pattern is dense."""
+"""The SDPA backend: takes the pattern as a boolean mask, skips nothing, and is fastest for dense patterns on a CPU."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from sparse_prune.kernels.options import AttentionOptions
 from sparse_prune.pattern import BlockPattern
 
 _LARGEST_MASK = 2**24
-"""Elements of a token mask, 5 bytes each, that every layer may keep for its backward pass."""
+"""Most elements of a token mask, 5 bytes each, that every layer keeps for its backward pass."""
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, pattern: BlockPattern, options: AttentionOptions) -> Tensor:
-    """Shapes as in `reference.attend`. Dropout draws from torch's generator; `seed` does not apply.
+    """Compute as `reference.attend`. Dropout draws from torch's generator and ignores `seed`.
 
     Raises:
-        ValueError: If a soft cap is asked for, which SDPA has not.
+        ValueError: If a soft cap is asked for, which SDPA does not support.
     """
     if options.softcap is not None:
         raise ValueError("Backend 'sdpa' has no `softcap`. Use 'reference', which has.")
@@ -45,19 +45,19 @@ def _suits_moving(query: Tensor, pattern: BlockPattern, options: AttentionOption
 def _masking_pays(query: Tensor, pattern: BlockPattern, options: AttentionOptions) -> bool:
     """Whether a CPU is faster with a token mask over all pairs than with the kept blocks alone.
 
-    Costs are in units of what SDPA takes for one query-key pair, forward and backward; `benchmarks/moving_backend.py`
-    measures what they were fitted to, on one thread of an Intel Xeon.
+    The unit of costs is SDPA's time for one query-key pair, forward and backward; they were fitted to measurements of
+    `benchmarks/moving_backend.py` on one thread of an Intel Xeon.
     """
     pairs = query.shape[0] * pattern.num_heads * pattern.q_len * pattern.kv_len
     masks = (options.key_mask, options.attn_mask, options.documents)
-    own = any(mask is not None and mask.shape[0] > 1 for mask in masks)  # each sample has a mask of its own
+    own = any(mask is not None and mask.shape[0] > 1 for mask in masks)  # each sample has its own mask
     elements = pairs if own else pairs // max(query.shape[0], 1)
     if elements > _LARGEST_MASK and not options.dropout_p:  # with dropout SDPA keeps every weight in any case
         return False
     pair, kept_pair = 1.0, 1.0 + 48 / min(pattern.block_size)
     if query.dtype == torch.bfloat16:
         kept_pair *= 1.6
-    if options.dropout_p:  # gather's numbers can be drawn again, which takes longer
+    if options.dropout_p:  # "gather" can recompute its random numbers, which takes longer
         pair, kept_pair = 4.0 * pair, 8.0 * kept_pair
     kept = pattern.kept_blocks / pattern.keep.numel()
     return pair * pairs + 0.55 * elements < kept_pair * kept * pairs

@@ -1,4 +1,4 @@
-"""The Triton kernels: skip pruned blocks on a GPU, are followed by torch.compile, decode, and can be tuned."""
+"""The Triton backend: skips pruned blocks on a GPU, can be traced by torch.compile, decodes, and can be tuned."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sparse_prune.pattern import BlockPattern
 
 
 def triton_kernels() -> ModuleType | None:
-    """The Triton kernels; None without the triton package."""
+    """Import the Triton kernels; None without the triton package."""
     try:
         from sparse_prune.kernels.triton import attend
     except ImportError:

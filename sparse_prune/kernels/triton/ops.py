@@ -14,6 +14,7 @@ from sparse_prune.kernels.triton.launch import launch_dkdv, launch_dq, launch_fo
 from sparse_prune.kernels.triton.memory import within_memory
 from sparse_prune.kernels.triton.tables import check_tables
 
+_NAMESPACE = __name__.partition(".")[0]  # a copy of this package (`save_kernels`) has operators of its own
 _OPTIONS = {
     "key_mask": "Tensor?", "attn_mask": "Tensor?", "documents": "Tensor?", "scale": "float?", "softcap": "float?",
     "dropout_p": "float", "seed": "SymInt?", "window": "SymInt?",
@@ -32,7 +33,7 @@ def _options(arguments: tuple[Any, ...]) -> AttentionOptions:
 
 
 @torch.library.custom_op(
-    "sparse_prune::block_sparse_attention",
+    f"{_NAMESPACE}::block_sparse_attention",
     mutates_args=(),
     schema=f"(Tensor query, Tensor key, Tensor value, {_SCHEMA}) -> (Tensor, Tensor)",
 )
@@ -65,7 +66,7 @@ def block_sparse_attention(
 
 
 @torch.library.custom_op(
-    "sparse_prune::block_sparse_attention_backward",
+    f"{_NAMESPACE}::block_sparse_attention_backward",
     mutates_args=(),
     schema="(Tensor grad, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, Tensor output, Tensor lse, "
     f"{_SCHEMA}) -> (Tensor, Tensor, Tensor)",

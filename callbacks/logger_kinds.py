@@ -1,4 +1,4 @@
-"""What only some loggers take beside numbers: pictures, tables, versions of files, summaries."""
+"""Logging of pictures, tables, artifacts, settings and summaries, as each kind of logger supports it."""
 
 from __future__ import annotations
 
@@ -22,26 +22,26 @@ SUMMARIES = {
     **dict.fromkeys((*loss_keys("training"), *loss_keys("validation")), "min,last"),
     TOKENS_PER_SECOND.key: "mean,last",
 }
-"""What W&B's summary holds of a key, where the last value is not what one wants to know."""
+"""Key -> the values that W&B's summary holds, if not the last one alone."""
 
 
 def is_wandb(logger: Logger) -> TypeGuard[WandbLogger]:
-    """Whether a logger is Lightning's of W&B."""
+    """Whether a logger is a WandbLogger of Lightning."""
     return isinstance(logger, classes("loggers.WandbLogger"))
 
 
 def is_tensorboard(logger: Logger) -> TypeGuard[TensorBoardLogger]:
-    """Whether a logger is Lightning's of TensorBoard."""
+    """Whether a logger is a TensorBoardLogger of Lightning."""
     return isinstance(logger, classes("loggers.TensorBoardLogger"))
 
 
 def takes_pictures(logger: Logger) -> bool:
-    """Whether a logger shows pictures."""
+    """Whether a logger supports pictures."""
     return is_wandb(logger) or is_tensorboard(logger)
 
 
 def log_picture(logger: Logger, key: str, picture: Picture, step: int, caption: str) -> None:
-    """A picture, for loggers that show them."""
+    """Log a picture, if the logger supports pictures."""
     if is_wandb(logger):
         logger.log_image(key, [picture], step=step, caption=[caption])
     elif is_tensorboard(logger):
@@ -49,18 +49,18 @@ def log_picture(logger: Logger, key: str, picture: Picture, step: int, caption: 
 
 
 def log_atlas(logger: Logger, layers: Sequence[LayerView], step: int) -> None:
-    """The atlas, drawn where a logger shows pictures."""
+    """Draw and log the atlas, if the logger supports pictures."""
     if takes_pictures(logger):
         log_picture(logger, "patterns/atlas", framed_atlas(layers), step, LEGEND)
 
 
 def log_table(logger: WandbLogger, table: list[list[Any]], step: int) -> None:
-    """The table of heads; W&B's client asks the server before it goes on."""
+    """Log the table of heads. W&B's client waits for the server."""
     logger.log_table("patterns/heads", columns=list(HEAD_COLUMNS), data=table, step=step)
 
 
 def version_of(logger: WandbLogger, path: Path, aliases: list[str], metadata: dict[str, float]) -> Callable[[], object]:
-    """What uploads the file as it is now, as a version of the run's artifact."""
+    """Make a function that uploads the file, as it is now, as a version of the run's artifact."""
     import wandb
 
     run = logger.experiment
@@ -70,36 +70,36 @@ def version_of(logger: WandbLogger, path: Path, aliases: list[str], metadata: di
 
 
 def describe_metrics(logger: Logger) -> None:
-    """Summaries for W&B; Lightning's logger already makes trainer/global_step the axis of every key."""
+    """Define W&B's summaries; Lightning's logger already makes trainer/global_step the axis of every key."""
     if is_wandb(logger):
         for key, summary in SUMMARIES.items():
             logger.experiment.define_metric(key, step_metric="trainer/global_step", summary=summary)
 
 
 def log_settings(logger: Logger, trainer: pl.Trainer, settings: dict[str, Any]) -> None:
-    """How the run is pruned, beside the hyperparameters that Lightning logs; a logger that refuses keeps the rest.
+    """Log the settings of pruning as hyperparameters, with a warning if the logger refuses them.
 
     Args:
-        logger: One of the Trainer's.
-        trainer: It has not logged the module's hyperparameters yet.
+        logger: A logger of the Trainer.
+        trainer: The Trainer, before it logs the module's hyperparameters.
         settings: Flat names -> plain values.
     """
-    if is_tensorboard(logger):  # shows what comes first, and only that
+    if is_tensorboard(logger):  # it shows only the hyperparameters of the first call
         parts = (trainer.lightning_module, trainer.datamodule)  # type: ignore[attr-defined]
         settings = {key: value for part in parts for key, value in _hyperparameters(part).items()} | settings
     try:
         logger.log_hyperparams(settings)
-    except Exception as error:  # a resumed run may not change what some loggers hold, MLflow's for one
+    except Exception as error:  # some loggers, such as MLflow's, refuse changes by a resumed run
         log.warning("%s takes no pruning settings as hyperparameters: %r", type(logger).__name__, error)
 
 
 def _hyperparameters(part: Any) -> dict[str, Any]:
-    """Those of a module or data module that Lightning will log."""
+    """The hyperparameters of a module or data module that Lightning will log."""
     return dict(part.hparams_initial) if getattr(part, "_log_hyperparams", False) else {}
 
 
 def log_summary(logger: Logger, summary: dict[str, float], step: int) -> None:
-    """The end of a run: in W&B's list of runs, elsewhere among the metrics. Runs without it did not end."""
+    """Log the summary of a finished run: in W&B's list of runs, or else among the metrics."""
     if is_wandb(logger):
         logger.experiment.summary.update(summary)
     else:

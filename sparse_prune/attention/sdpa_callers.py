@@ -1,4 +1,4 @@
-"""Which modules can call SDPA, read from the code of their class without running it."""
+"""Finds the modules that can call SDPA in the code of their classes, without running it."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ _NAME = "scaled_dot_product_attention"
 def can_call_sdpa(module: nn.Module) -> bool:
     """Whether the module's forward, or a function or method that it uses, mentions SDPA, under whatever name.
 
-    Attributes of the instance that are SDPA, wrap it or list it count too. Functions of torch and of this package are
-    not looked at, nor modules that the module calls.
+    Attributes of the instance that are SDPA, wrap it or list it count too. Functions of torch and of this package do
+    not count, nor do modules that the module calls.
     """
     forward = type(module).forward
     # The module of the function, not of the class: `fully_shard` puts modules into classes of its own.
@@ -41,7 +41,7 @@ def _is(value: Any, owner: type[nn.Module], seen: set[CodeType]) -> bool:
 
 
 def _mentions(function: FunctionType, owner: type[nn.Module], seen: set[CodeType]) -> bool:
-    # Our own functions are in registries that models name.
+    # Our own functions stand in registries that models refer to.
     if function.__code__ in seen or function.__module__.startswith(("torch.", "sparse_prune.")):
         return False
     seen.add(function.__code__)
@@ -56,7 +56,7 @@ def _mentions(function: FunctionType, owner: type[nn.Module], seen: set[CodeType
 
 
 def _names(code: CodeType) -> Iterator[str]:
-    """Globals and attributes that code uses, functions inside it included."""
+    """Names of globals and attributes that code uses, inner functions included."""
     yield from code.co_names
     for constant in code.co_consts:
         if isinstance(constant, CodeType):

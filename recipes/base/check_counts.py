@@ -1,4 +1,4 @@
-"""Counts that users give."""
+"""A check of counts that users give."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ def check_counts(**counts: int) -> None:
     """Refuse counts that are not positive.
 
     Args:
-        **counts: By the name that the error says.
+        **counts: Name in the error -> count.
 
     Raises:
         ValueError: If one is below 1.

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from sparse_prune import BlockPattern
+from sparse_prune.codec import compress, decode, decompress, encode
 from sparse_prune.export import load_patterns, read_pattern_file, save_patterns
 from sparse_prune.export.history import load_frame, save_frame
-from sparse_prune.packing import decode, encode, pack, unpack
 from support.fed import feed, pruner
 
 BEFORE = Path(__file__).parent / "files_of_before"
@@ -24,22 +24,22 @@ BLOCKS = 6
 
 @given(st.lists(st.integers(0, 5), max_size=3), st.sampled_from([torch.bool, torch.float32, torch.float64]), st.data())
 @settings(deadline=None)
-def test_what_is_packed_comes_back_to_the_bit(shape, dtype, data):
+def test_what_is_compressed_comes_back_to_the_bit(shape, dtype, data):
     seed = data.draw(st.integers(0, 2**31))
     drawn = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     tensor = (drawn.clamp(min=0) * 1e-300).to(dtype) if dtype != torch.bool else drawn > 0
-    back = unpack(pack(tensor))
+    back = decompress(compress(tensor))
     assert back.dtype == dtype
     assert torch.equal(back, tensor)
-    assert unpack(tensor) is tensor
+    assert decompress(tensor) is tensor
 
 
-def test_bits_and_numbers_are_all_that_is_packed():
+def test_bits_and_numbers_are_all_that_is_compressed():
     numbers = torch.rand(3, 8, 8).add(1.0).tril()
-    packed = pack(numbers)
-    assert packed["bits"].nbytes == 3 * 8 * 8 // 8
-    assert packed["values"].nbytes == 3 * 36 * 4
-    assert pack(numbers > 0).keys() == {"shape", "bits"}
+    compressed = compress(numbers)
+    assert compressed["bits"].nbytes == 3 * 8 * 8 // 8
+    assert compressed["values"].nbytes == 3 * 36 * 4
+    assert compress(numbers > 0).keys() == {"shape", "bits"}
 
 
 @given(
@@ -83,7 +83,7 @@ def unbroken(until):
     for step in range(1, until + 1):
         feed(made, step, BLOCKS).update(step)
         if step == 4:
-            made.restore("a")
+            made.revert("a")
     return made
 
 
@@ -91,7 +91,7 @@ def unbroken(until):
 def test_pruning_state_of_before_goes_on(version):
     whole, again = unbroken(until=5), pruner()
     again.load_state_dict(torch.load(BEFORE / f"pruner_version_{version}.pt"))  # probed for step 6, not decided
-    assert again.layers["a"].given_back.equals(whole.layers["a"].given_back)
+    assert again.layers["a"].unused_pattern.equals(whole.layers["a"].unused_pattern)
     assert again.update(6) == feed(whole, 6, BLOCKS).update(6)
     assert feed(again, 7, BLOCKS).update(7) == feed(whole, 7, BLOCKS).update(7)
     assert all(again.patterns[name].equals(pattern) for name, pattern in whole.patterns.items())
@@ -102,7 +102,7 @@ def test_a_pattern_file_of_before_is_read():
     found, header = read_pattern_file(path)
     assert found.keys() == header["layers"].keys() == {"a", "b"}
     assert all(found[name].equals(pattern) for name, pattern in whole.patterns.items())
-    assert load_patterns(path, unused=True)["a"].equals(whole.layers["a"].given_back)
+    assert load_patterns(path, unused=True)["a"].equals(whole.layers["a"].unused_pattern)
 
 
 def test_a_frame_of_before_is_read_and_written_alike(tmp_path):

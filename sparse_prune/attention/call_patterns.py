@@ -1,4 +1,4 @@
-"""Calls that show keys later than causality does, as a mask of a prefix or of an image's tokens: what patterns hold."""
+"""The pattern of one call: with later keys, which a prefix's or image's mask may show, or for the last queries."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from sparse_prune.pattern import BlockPattern, num_blocks
 
 
 def opened(pattern: BlockPattern) -> BlockPattern:
-    """A causal pattern of self-attention without its causality: what it does not speak of, later keys, is kept.
+    """Make a causal pattern bidirectional: it keeps every block with a later key for any of its queries.
 
-    Blocks that hold a later key for any of their queries are kept whole. The call's mask must hide what is hidden.
+    The call's mask must hide the later keys that are hidden.
 
     Args:
-        pattern: Causal, of as many queries as keys.
+        pattern: A causal pattern of equally many queries and keys.
     """
 
     def make() -> BlockPattern:
@@ -27,14 +27,14 @@ def opened(pattern: BlockPattern) -> BlockPattern:
 
 
 def last_rows(pattern: BlockPattern, q_len: int, kv_len: int, causal: bool, device: torch.device) -> Tensor:
-    """The token mask of the last queries of a sequence.
+    """Return the token mask of the last queries of a sequence.
 
     Args:
         pattern: Causal or not.
-        q_len: Queries, the last of the positions.
+        q_len: Queries, at the last positions.
         kv_len: Positions.
-        causal: Whether the call shows no later keys; if it does, those that the pattern does not speak of are kept.
-        device: Of the mask.
+        causal: Whether the call hides later keys. If not, a causal pattern keeps all of them.
+        device: Device of the mask.
 
     Returns:
         Boolean, (num_heads, q_len, kv_len), True = may attend.
@@ -52,6 +52,6 @@ def last_rows(pattern: BlockPattern, q_len: int, kv_len: int, causal: bool, devi
 
 
 def _later(first: int, end: int, cols: int, block_size: tuple[int, int]) -> Tensor:
-    """Blocks in which any key is later than any query, (end - first, cols)."""
+    """Blocks in which some key is later than some query, (end - first, cols)."""
     block_q, block_kv = block_size
     return (torch.arange(cols) + 1) * block_kv - 1 > torch.arange(first, end)[:, None] * block_q

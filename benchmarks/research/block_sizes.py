@@ -1,6 +1,6 @@
 """Which block size: loss, passkeys and time of attention after one-shot pruning, no fine-tuning.
 
-    python benchmarks/block_sizes.py --output benchmarks/results/block_sizes.json
+    python benchmarks/research/block_sizes.py --output benchmarks/results/block_sizes.json
 
 Scores come from training documents; loss is on validation documents, so the recipe's test documents stay unseen. Time
 is that of attention alone, forward and backward, summed over the model's layers, each with its own pattern.

@@ -1,6 +1,7 @@
 """What whole retrieval heads keep and cost: loss and retrieval tasks after one-shot pruning, no fine-tuning.
 
-    python benchmarks/retrieval.py --length 1024 --block-size 16 --output benchmarks/results/retrieval_1024.json
+    python benchmarks/research/retrieval.py --length 1024 --block-size 16 \
+        --output benchmarks/results/retrieval_1024.json
 
 Blocks are scored, and heads sought, on training documents; heads by questions in the wordings for choosing, or by the
 tokens of the documents alone. Loss and tasks are of validation documents, in the wordings for testing. Each row is

@@ -1,4 +1,4 @@
-"""What to install when a package is missing."""
+"""The command that installs a missing package, for error messages."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ REQUIREMENTS = {
     "wandb": "sparse_prune[wandb]",
     "wandb_workspaces": "sparse_prune[wandb]",
 }
-"""Package -> what brings it: an extra of sparse_prune, or the package itself."""
+"""Module -> requirement that installs it: an extra of sparse_prune, or a package."""
 
 
 def with_remedy(error: ImportError) -> str:
-    """What an error says, and the command that installs what is missing, where it is one of `REQUIREMENTS`."""
+    """An import error's message, with the command that installs the package if it is one of `REQUIREMENTS`."""
     wanted = REQUIREMENTS.get((error.name or "").partition(".")[0])
     return str(error) if wanted is None else f"{error}. Run `pip install '{wanted}'`."

@@ -1,4 +1,4 @@
-"""A trial run of a model, and what an attention call shows of its layer."""
+"""A trial run of a model, and the description of its attention calls."""
 
 from __future__ import annotations
 
@@ -23,30 +23,30 @@ _CROSS = re.compile(r"cross_?att(n|ention)|encoder_attn|encoder_decoder_attentio
 
 
 def named_cross(name: str) -> bool:
-    """Whether a module's name says that it attends to the tokens of others, as transformers and torch name such."""
+    """Whether a module's name is one that transformers or torch use for cross-attention."""
     return _CROSS.search(name) is not None
 
 
 @dataclass(frozen=True)
-class Call:
-    """One attention call."""
+class TrialCall:
+    """Describes one attention call."""
 
     num_heads: int
     num_kv_heads: int
     causal: bool
     problem: str | None = None
-    """Why it cannot be pruned; None: it can."""
+    """Why the call cannot be pruned; None: it can."""
 
 
-Calls = Mapping[str, list[Call]]
-"""Module -> attention calls of its latest forward pass; calls of modules inside it are theirs."""
+TrialCalls = Mapping[str, list[TrialCall]]
+"""Module -> attention calls of its latest forward pass, without those of modules inside it."""
 
 
 def run_example(model: nn.Module, example: Any) -> None:
-    """Run the model once in eval mode, outside of torch.compile, and leave it as it was.
+    """Run the model once in eval mode, without torch.compile, and leave it as it was.
 
-    Gradients are on, for what requires them tells a learned bias from a mask while all its values are still zero.
-    Nothing is kept for a backward pass.
+    Gradients are on, because they tell a learned bias whose values are still zero from a mask. Nothing is saved for a
+    backward pass.
 
     Args:
         model: Any module.
@@ -96,8 +96,8 @@ def describe(
     dropout_p: float = 0.0,
     is_causal: bool = False,
     **kwargs: Any,
-) -> Call:
-    """What a call of SDPA with these arguments shows of its layer."""
+) -> TrialCall:
+    """Describe a call of SDPA with these arguments."""
     causal = is_causal
     problem = _shape_problem(query, key, value)
     if problem is None and attn_mask is not None:
@@ -108,7 +108,7 @@ def describe(
         else:
             causal = hides_future(attn_mask, query.shape[2], key.shape[2])
     heads = (query.shape[1], key.shape[1]) if query.dim() == key.dim() == 4 else (1, 1)
-    return Call(*heads, causal, problem)
+    return TrialCall(*heads, causal, problem)
 
 
 def _shape_problem(query: Tensor, key: Tensor, value: Tensor) -> str | None:

@@ -1,6 +1,6 @@
 """Which score to prune by, beyond row mass: what the loss and the output of a head say about each block.
 
-    python benchmarks/score_candidates.py --output benchmarks/results/score_candidates.json
+    python benchmarks/research/score_candidates.py --output benchmarks/results/score_candidates.json
 
 Every candidate is taken from the same forward and backward passes over training documents, pruned by once without any
 fine-tuning, and judged by loss on validation documents and by passkeys. One forward pass suffices for "mass" and

@@ -1,4 +1,4 @@
-"""The same weights with every connection, or without dropout, for a while."""
+"""Context managers that switch a model to all its connections, or to eval mode, for a while."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sparse_prune.attention.layer import PrunableAttention
 
 @contextmanager
 def unpruned(handles: Iterable[PrunableAttention]) -> Iterator[None]:
-    """Inside, the layers apply no pattern and are not probed."""
+    """Let layers apply no pattern inside the block, and probe nothing."""
     layers = list(handles)
     before = [(layer.mode, layer.probe_block_size) for layer in layers]
     try:
@@ -26,7 +26,7 @@ def unpruned(handles: Iterable[PrunableAttention]) -> Iterator[None]:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Inside, a model is in eval mode; after it, each of its modules is in the mode that it was in."""
+    """Put a model into eval mode inside the block; afterwards each of its modules has its former mode."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:

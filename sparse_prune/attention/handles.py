@@ -1,4 +1,4 @@
-"""What was found out about an attention layer of a model, and the handle that it gets."""
+"""Handles on the attention layers of a model, and the description of a layer."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ _HANDLE = "_prunable_attention"
 
 @dataclass(frozen=True, eq=False)
 class FoundLayer:
-    """An attention layer, and whether its connections can be pruned. None stands for what is not known."""
+    """Describes an attention layer, and whether it can be pruned. None: not known."""
 
     name: str
     """Qualified name of the module in the model."""
     kind: str
-    """How it is reached: transformers' AttentionInterface ("transformers"), `nn.MultiheadAttention` ("mha"), a call of
-    SDPA ("sdpa"), as another family says, or not at all ("unknown")."""
+    """Family: transformers' AttentionInterface ("transformers"), `nn.MultiheadAttention` ("mha"), a call of SDPA
+    ("sdpa"), or none ("unknown")."""
     module: nn.Module = field(repr=False)
-    """The module itself."""
+    """The module."""
     num_heads: int | None = None
     """Query heads."""
     num_kv_heads: int | None = None
@@ -29,15 +29,15 @@ class FoundLayer:
     causal: bool | None = None
     """Whether queries see only keys up to themselves."""
     window: int | None = None
-    """Tokens that a query sees back to, itself included, where the model says so."""
+    """Sliding window in tokens, the query's own included, if the model says so."""
     problem: str | None = None
-    """Why it cannot be pruned; None: it can."""
+    """Why the layer cannot be pruned; None: it can."""
     seen: bool = False
-    """Whether a trial run has shown its calls; else they are taken for what the module says, and the first decides."""
+    """Whether a trial run has shown its calls. Otherwise the module's own claims hold until its first call."""
 
 
 def handle_of(module: nn.Module) -> PrunableAttention | None:
-    """The handle on an attention module, if it was taken over.
+    """Return the handle of an attention module; None if it is not attached.
 
     Args:
         module: The attention module, not the model around it.
@@ -46,7 +46,7 @@ def handle_of(module: nn.Module) -> PrunableAttention | None:
 
 
 def give_handle(layer: FoundLayer) -> PrunableAttention:
-    """The module's handle, which stays on it until `drop_handle`."""
+    """Return the module's handle, made if it has none; it stays on the module until `drop_handle`."""
     handle = handle_of(layer.module)
     if handle is None:
         assert layer.num_heads is not None
@@ -59,7 +59,7 @@ def give_handle(layer: FoundLayer) -> PrunableAttention:
 
 
 def share_handle(own: nn.Module, copy: nn.Module) -> None:
-    """Let a copy of an attached module have its handle: both are pruned as one.
+    """Give a copy of an attached module the module's own handle: both are pruned as one.
 
     Args:
         own: The module.
@@ -73,15 +73,15 @@ def share_handle(own: nn.Module, copy: nn.Module) -> None:
 
 
 def drop_handle(module: nn.Module) -> None:
-    """Forget the module's handle, if it has one."""
+    """Remove the module's handle, if it has one."""
     vars(module).pop(_HANDLE, None)
 
 
 def modules_of(model: nn.Module) -> dict[str, nn.Module]:
-    """All modules by qualified name, as they are called without torch.compile."""
+    """Return all modules by qualified name, without the prefixes of torch.compile."""
     return {".".join(part for part in name.split(".") if part != "_orig_mod"): m for name, m in model.named_modules()}
 
 
 def holds(outer: str, inner: str) -> bool:
-    """Whether a module holds another, or is it, by their qualified names; the name of a whole model is empty."""
+    """Whether one qualified name is the other or a parent of it; the empty name is the whole model."""
     return outer == inner or not outer or inner.startswith(f"{outer}.")

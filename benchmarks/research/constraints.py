@@ -1,6 +1,6 @@
 """What constraints cost and what they save: loss, passkey accuracy and KV cache after one-shot pruning, no fine-tuning.
 
-    python benchmarks/constraints.py --output benchmarks/results/constraints.json
+    python benchmarks/research/constraints.py --output benchmarks/results/constraints.json
 
 Scores come from training documents, loss from validation documents. The size of the KV cache is what `PatternCache`
 holds after the prompt, a share of all key blocks per KV head.

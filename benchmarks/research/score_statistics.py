@@ -1,6 +1,6 @@
 """Which statistic of row mass to prune by: loss and passkey accuracy after one-shot pruning, no fine-tuning.
 
-    python benchmarks/score_statistics.py --output benchmarks/results/score_statistics.json
+    python benchmarks/research/score_statistics.py --output benchmarks/results/score_statistics.json
 
 Scores come from training documents; loss is on validation documents, so the recipe's test documents stay unseen.
 """
