@@ -27,9 +27,9 @@ _ANSWERED = (
     ("instruction", "input", "output"),
     ("instruction", "output"),
 )
-"""Columns of prompts and their answers, as trl and Alpaca call them; of those that begin alike the longer one first."""
+"""Columns of prompts and their answers, by the names of trl and Alpaca."""
 PARTS = ("prompt", "input", "answer")
-"""What the columns of a document hold, at most."""
+"""Contents of the columns of a document, of which there are at most so many."""
 _USUAL = {
     "text": _TEXT,
     "document": _TEXT + _MESSAGES,
@@ -87,7 +87,7 @@ def find_columns(
 def find_document_columns(
     known: Sequence[str], features: Mapping[str, Any], given: Sequence[str], argument: str, name: str
 ) -> list[str]:
-    """The column of text or chats of a data set, or those of prompts, in one part or two, and of their answers.
+    """Find the column of text or chats of a data set, or the columns of prompts (one or two parts) and answers.
 
     Args:
         known: As for `find_columns`, like all others.
@@ -124,7 +124,7 @@ def find_document_columns(
 
 
 def _answered(known: Sequence[str]) -> list[list[str]]:
-    """The columns of prompts and answers that a data set may be meant to have."""
+    """Columns of prompts and answers by their usual names; several if the names are ambiguous."""
     names = {column.strip().lower(): column for column in reversed(known)}
     found = [[names[column] for column in columns] for columns in _ANSWERED if names.keys() >= set(columns)]
     return [columns for columns in found if not any(set(columns) < set(other) for other in found)]

@@ -38,7 +38,7 @@ class Rows:
     argument: str
     """What errors call it."""
     parts: int = 1
-    """How many of the columns, from the first on, make up a document (`document_of`)."""
+    """Number of columns, from the first on, that make up a document (`document_of`)."""
     _told: set[str] = field(default_factory=set)
 
     def documents(self) -> Iterator[tuple[int, Document]]:
@@ -109,7 +109,7 @@ def data_rows(name: str, kinds: Sequence[str], argument: str, stream: bool = Fal
 
 
 def document_rows(name: str, argument: str) -> Rows:
-    """The training split of a data set for a language model, streamed: text, chats, or prompts and their answers.
+    """Open the training split of a data set for a language model, streamed: text, chats, or prompts and their answers.
 
     Args:
         name: As `data_rows` takes it; the columns of prompts and answers, if any, as `find_document_columns` does.
@@ -124,7 +124,7 @@ def document_rows(name: str, argument: str) -> Rows:
 
 
 def _opened(name: str, parts: Sequence[str], argument: str, stream: bool) -> tuple[str, list[str], Any, list[str]]:
-    """Where a data set is, the columns that its name names, of so many at most, the data, and all columns."""
+    """Open a data set: its place, the columns that `name` names (at most one a part), the data, the names of all."""
     place, rest = _place(name)
     config, columns = "".join(rest[:1]) or None, rest[1:]
     if not place or len(columns) > len(parts):
@@ -142,7 +142,7 @@ def _opened(name: str, parts: Sequence[str], argument: str, stream: bool) -> tup
 
 
 def place_of(name: str) -> str:
-    """What a name names without configuration and columns, behind `hub:` what is not on this machine."""
+    """Strip configuration and columns from a name, and `hub:` from a place on this machine."""
     place = _place(name)[0]
     return place if files_at(place) or not name.startswith(PREFIX) else PREFIX + place
 

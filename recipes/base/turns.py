@@ -1,4 +1,4 @@
-"""What rows hold for a language model: text, chats, or prompts and their answers, in the shapes of trl and axolotl."""
+"""Documents for language models from rows: text, chats, or prompts with answers, in the shapes of trl and axolotl."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 Chat = list[dict[str, Any]]
-"""Messages, each with `role` and `content`; "assistant" gives the answers."""
+"""Messages, each with `role` and `content`; those of the role "assistant" are the answers."""
 _ROLES = {"human": "user", "gpt": "assistant"} | {role: role for role in ("user", "assistant", "system", "tool")}
-"""Who speaks in ShareGPT's `from` -> the role in a chat template, by axolotl's default."""
+"""ShareGPT's `from` -> role of the chat template, as axolotl maps them by default."""
 _CONTINUED = {("prompt", "completion"), ("prompt", "chosen")}
-"""Columns whose text goes on from one to the other, as trl has it; text of others is what user and assistant say."""
+"""Columns whose texts are joined, as trl joins them; texts of other columns become turns of user and assistant."""
 _SHOWN = re.compile(r"""\s*[\[{(]\s*\{\s*["'](role|content|from|value)["']\s*:""")
-"""How a chat begins that somebody has saved as text, by Python, NumPy or JSON."""
+"""Begin of a chat that was saved as text by Python, NumPy or JSON."""
 
 
 class Exchange(NamedTuple):
-    """An answer, and the text that it goes on from."""
+    """A prompt and the answer that continues it."""
 
     prompt: str
     answer: str
@@ -27,14 +27,14 @@ Document = str | Chat | Exchange
 
 
 def document_of(columns: Sequence[str], cells: Sequence[Any]) -> Document | None:
-    """The document of a row; None if it holds none.
+    """Return the document of a row; None if there is none.
 
     Args:
-        columns: Their names: one that holds text or chats, or those of a prompt, in parts, and last of its answer.
-        cells: What the row has in them.
+        columns: Names of the columns: one of text or chats, or those of the prompt's parts, then that of the answer.
+        cells: The row's values in these columns.
 
     Raises:
-        ValueError: If they hold anything else; the message says what.
+        ValueError: If the values are anything else; the message tells what.
     """
     *asked, last = map(_read, cells)
     if last is None or not asked:
@@ -49,14 +49,14 @@ def document_of(columns: Sequence[str], cells: Sequence[Any]) -> Document | None
     answer = _turns("assistant", last)
     if answer[0]["role"] == "assistant" or not all(isinstance(part, str) for part in parts):
         return turns + answer
-    # The whole chat once more, as preferences are often saved.
+    # Preferences are often saved with the whole chat in the answer.
     if all(turn["content"] in [other.get("content") for other in answer] for turn in turns):
         return answer
     raise ValueError(f"a chat without its prompt {str(parts[0])[:60]!r}")
 
 
 def _read(cell: Any) -> str | Chat | None:
-    """Text or the messages of a chat; None if there is neither."""
+    """Return text or the messages of a chat; None for an empty value."""
     if cell is None or (isinstance(cell, str) and not cell.strip()):
         return None
     if isinstance(cell, str) and not _SHOWN.match(cell):
@@ -71,7 +71,7 @@ def _is_turn(value: Any) -> bool:
 
 
 def _message(turn: Mapping[str, Any]) -> dict[str, Any]:
-    """A turn with `role` and `content`, whatever else it holds."""
+    """Return a turn with `role` and `content`; its other keys stay."""
     named = dict(turn)
     if "role" not in named:
         speaker = named.pop("from")

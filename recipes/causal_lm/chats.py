@@ -47,14 +47,14 @@ def chat_tokens(tokenizer: Any, messages: Messages) -> tuple[list[int], list[int
 
 
 def exchange_tokens(tokenizer: Any, exchange: Exchange, end: Sequence[int]) -> tuple[list[int], list[int]]:
-    """Tokens of a text that goes on from a prompt, and labels: those of the answer and of its end.
+    """Return the tokens of prompt and answer, and labels: those of the answer and its end, `IGNORED` for the prompt.
 
-    A token that holds characters of both belongs to the answer.
+    A token with characters of both belongs to the answer.
 
     Args:
         tokenizer: Of transformers.
-        exchange: Prompt and answer, which no template puts apart.
-        end: Tokens that stand behind the answer.
+        exchange: Prompt and answer, which are joined without a chat template.
+        end: Tokens behind the answer.
 
     Raises:
         ValueError: If the tokenizer is slow.
@@ -71,7 +71,7 @@ def exchange_tokens(tokenizer: Any, exchange: Exchange, end: Sequence[int]) -> t
 def _places(
     tokenizer: Any, text: str, passages: Sequence[tuple[int, int]], add_special_tokens: bool
 ) -> tuple[list[int], list[list[int]]]:
-    """The tokens of a text, and the places of those that reach into each passage, given as start and end."""
+    """Tokens of a text, and for each passage (start and end in the text) the places of its tokens."""
     encoded = tokenizer(text, add_special_tokens=add_special_tokens, return_offsets_mapping=True, verbose=False)
     offsets = encoded["offset_mapping"]
     inside = [

@@ -1,4 +1,4 @@
-"""What an export tells of the text that it was trained on, so that an evaluation takes what was held out."""
+"""A record of how the training text was split, kept in the export, by which an evaluation finds the held-out part."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from sparse_prune.recipes.causal_lm.documents import STDLIB, all_documents, spli
 
 
 def describe_split(text: str | list[str], held_out_share: float, seed: int) -> dict[str, Any]:
-    """How text was split, as JSON types; of places on this machine digests alone.
+    """Describe how text was split, as JSON types; places on this machine are given as digests.
 
     Args:
         text: As for `TextDataModule`, like all others.
         held_out_share: Share of documents in validation and in test, each.
-        seed: Order of the documents.
+        seed: Seed of the documents' order.
     """
     return {
         "places": sorted(map(_digest, _places([text] if isinstance(text, str) else text))),
@@ -31,17 +31,17 @@ def describe_split(text: str | list[str], held_out_share: float, seed: int) -> d
 
 
 def unseen_documents(text: str | list[str], told: Mapping[str, Any] | None) -> tuple[Iterable[Document], str]:
-    """Documents that a model was not trained on, and in words which part of the text they are.
+    """Return documents that a model was not trained on, and a description of which part of the text they are.
 
-    Of the text that it was trained on, and of stdlib and `hub:NAME` in any case, that is what the training held out as
-    test; of other text, all. Files are known by where they lie: a copy of them is other text.
+    Of the training text these are the test documents that the training held out, of stdlib and `hub:NAME` those that
+    causal_lm holds out, and of other text all. Files are recognised by their paths: copies count as other text.
 
     Args:
         text: As for `TextDataModule`.
-        told: What `describe_split` told; None: nothing is known of the training.
+        told: The result of `describe_split` for the training; None: unknown.
 
     Raises:
-        ValueError: If a part of the text was trained on, so that nobody knows what of it was held out.
+        ValueError: If the text overlaps with the training text, but is not the same.
     """
     names = [text] if isinstance(text, str) else text
     places = {*map(_digest, _places(names))}
@@ -62,14 +62,14 @@ def unseen_documents(text: str | list[str], told: Mapping[str, Any] | None) -> t
 
 
 def _places(names: Iterable[str]) -> set[str]:
-    """Files, folders and data sets; what lies on this machine by its whole path."""
+    """Files and folders by their absolute paths, data sets by their names."""
     places = [name if name == STDLIB else place_of(name) for name in names]
     found = [(place, files_at(place.removeprefix(PREFIX))) for place in places]
     return {path for place, files in found for path in ([str(file.resolve()) for file in files] or [place])}
 
 
 def _around(place: str) -> Iterator[str]:
-    """A place, what it lies in, and what lies in it."""
+    """A place, the folders around it, and the files inside it."""
     path = Path(place)
     yield place
     if path.is_absolute():
