@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -31,8 +31,8 @@ from typing_extensions import override
 
 import sparse_prune as sp
 from sparse_prune.attention import attach
-from sparse_prune.callbacks import AttentionPruning, Distillation, KernelSwap
-from sparse_prune.evaluation import retrieval
+from sparse_prune.callbacks import AttentionPruning, KernelSwap, RetrievalHeads
+from sparse_prune.evaluation import TASKS, fresh_cache, measure_task
 from sparse_prune.fixed_patterns import FixedKind, fixed_pattern
 from sparse_prune.layer_state import LayerState
 from sparse_prune.machine import describe_machine
@@ -49,7 +49,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "seeds": [0, 1],
         "sparsities": [0.7],
         "tests": 4,
-        "prompts": 1,
+        "prompts": 60,
     },
     "gpu": {
         "length": 8192,
@@ -58,10 +58,10 @@ PRESETS: dict[str, dict[str, Any]] = {
         "seeds": [0, 1, 2],
         "sparsities": [0.5, 0.7, 0.8, 0.9],
         "tests": 32,
-        "prompts": 8,
+        "prompts": 60,
     },
 }
-DEPTHS = (0.1, 0.5, 0.9)
+TESTED = ("passkey", "needle")
 
 
 @dataclass(frozen=True)
@@ -100,8 +100,8 @@ class Method:
     module: type[CausalLMModule] = CausalLMModule
     rate: float = 1.0
     """Learning rate as a multiple of the plan's."""
-    repeat_every: int = 0
-    """Of the training text, as in `TextDataModule`."""
+    question_share: float = 0.0
+    """Of the training sequences, as in `TextDataModule`."""
 
 
 def alone(**changes: Any) -> sp.Constraints:
@@ -116,6 +116,17 @@ def gradual(
 
     def make(plan: Plan, sparsity: float, seed: int) -> list[pl.Callback]:
         return _pruning(plan, schedule(final=sparsity, end_step=round(ramp * plan.steps)), **changes)
+
+    return make
+
+
+def heads_whole(whole: bool = True) -> Callable[[Plan, float, int], list[pl.Callback]]:
+    """A ramp over two fifths of the run, then frozen at once; half of what is left belongs to retrieval heads."""
+
+    def make(plan: Plan, sparsity: float, seed: int) -> list[pl.Callback]:
+        heads = RetrievalHeads(share=(1.0 - sparsity) / 2, probes=4) if whole else None
+        frozen = {"min_delta": 1.0, "patience": 1, "constraints": sp.Constraints()}
+        return gradual(ramp=0.4, retrieval=heads, **frozen)(plan, sparsity, seed)
 
     return make
 
@@ -211,7 +222,7 @@ def nothing(plan: Plan, sparsity: float, seed: int) -> list[pl.Callback]:
 METHODS = {
     "dense": Method(nothing),
     "dense, 3x learning rate": Method(nothing, rate=3.0),
-    "dense, passages repeated": Method(nothing, repeat_every=3),
+    "dense, questions": Method(nothing, question_share=0.25),
     "at once, then fine-tuned": Method(at_once(last=False)),
     "fine-tuned, then at once": Method(at_once(last=True)),
     "gradual, cubic": Method(gradual()),
@@ -229,13 +240,14 @@ METHODS = {
     "gradual, strong hysteresis": Method(gradual(constraints=alone(hysteresis=0.5))),
     "gradual, diagonals shared": Method(gradual(constraints=sp.Constraints(share_diagonals=1.0))),
     "gradual, diagonals half shared": Method(gradual(constraints=sp.Constraints(share_diagonals=0.5))),
-    "gradual, passages repeated": Method(gradual(constraints=sp.Constraints(share_diagonals=0.5)), repeat_every=3),
+    "short ramp": Method(heads_whole(whole=False)),
+    "short ramp, questions": Method(heads_whole(whole=False), question_share=0.25),
+    "short ramp, heads whole": Method(heads_whole()),
+    "short ramp, heads whole, questions": Method(heads_whole(), question_share=0.25),
     "gradual, row mass": Method(gradual(criterion="row_mass")),
     "gradual, 3x learning rate": Method(gradual(), rate=3.0),
     "gradual, same sparsity in every layer": Method(layerwise(lead=0.0)),
     "gradual, last layers first": Method(layerwise(lead=1.0)),
-    "gradual, distilled during the ramp": Method(gradual(distillation=Distillation())),
-    "gradual, distilled throughout": Method(gradual(distillation=Distillation(after_ramp=True))),
     "gradual, attention concentrated": Method(gradual(), module=ConcentratedModule),
     "gradual, at least 10 % per head": Method(gradual(constraints=alone(min_density=0.1))),
     "sink and window": Method(fixed("sink_and_window")),
@@ -299,7 +311,7 @@ def run(plan: Plan, method: Method, sparsity: float, seed: int, data: Data) -> d
             default_root_dir=folder,
         )
         start = time.perf_counter()
-        trainer.fit(module, datamodule=data.train(seed, method.repeat_every))
+        trainer.fit(module, datamodule=data.train(seed, method.question_share))
     seconds = time.perf_counter() - start
     handles = attach(module)
     possible = sum(h.pattern.possible_count for h in handles if h.pattern is not None)
@@ -309,35 +321,42 @@ def run(plan: Plan, method: Method, sparsity: float, seed: int, data: Data) -> d
         losses = [
             float(model(input_ids=s[None], labels=s[None], use_cache=False).loss) for s in data.tests.to(plan.device)
         ]
-        passkey = retrieval(model, data.tokenizer, plan.length, DEPTHS, data.prompts)
-        needle = retrieval(model, data.tokenizer, plan.length, DEPTHS, data.prompts, data.tests[0].tolist())
+        tasks = {task: _asked(model, data, plan.length, task) for task in data.tasks}
     return {
         "achieved": 1.0 - kept / possible if possible else 0.0,
         "loss": sum(losses) / len(losses),
-        "passkey": sum(passkey) / len(passkey),
-        "needle": sum(needle) / len(needle),
+        "tasks": tasks,
         "fit_seconds": seconds,
     }
+
+
+def _asked(model: Any, data: Data, length: int, task: str) -> dict[str, float]:
+    """How much of a task the model solves, in the wordings for testing."""
+    filler = data.tests.flatten().tolist()
+    cache = partial(fresh_cache, model)
+    score = measure_task(model, data.tokenizer, TASKS[task], filler, length, cache, data.prompts)
+    low, high = score.interval
+    return {"accuracy": score.accuracy, "low": low, "high": high, "log_prob": score.log_prob}
 
 
 class Data:
     """Training documents by seed; test documents that never change."""
 
-    def __init__(self, plan: Plan, tests: int, prompts: int) -> None:
-        self.plan, self.prompts = plan, prompts
+    def __init__(self, plan: Plan, tests: int, tasks: Sequence[str], prompts: int) -> None:
+        self.plan, self.tasks, self.prompts = plan, tasks, prompts
         self.tokenizer = load_tokenizer(plan.model)
         held_out = TextDataModule(plan.model, context_length=plan.length, train_sequences=1, test_sequences=tests)
         held_out.setup("test")
         self.tests = held_out.sequences["test"]
 
-    def train(self, seed: int, repeat_every: int) -> TextDataModule:
+    def train(self, seed: int, question_share: float) -> TextDataModule:
         """A new order of the training documents per seed."""
         return TextDataModule(
             self.plan.model,
             context_length=self.plan.length,
             train_sequences=self.plan.steps,
             seed=seed,
-            repeat_every=repeat_every,
+            question_share=question_share,
         )
 
 
@@ -353,7 +372,8 @@ def main() -> None:
     parser.add_argument("--sparsities", type=float, nargs="+")
     parser.add_argument("--seeds", type=int, nargs="+")
     parser.add_argument("--tests", type=int, help="held-out sequences")
-    parser.add_argument("--prompts", type=int, help="passkeys and needles per depth")
+    parser.add_argument("--prompts", type=int, help="questions per task")
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TESTED), help="of the evaluation")
     parser.add_argument(
         "--only", nargs="+", choices=METHODS, metavar="METHOD", help=f"of {', '.join(METHODS)}".replace("%", "%%")
     )
@@ -365,13 +385,19 @@ def main() -> None:
     of_preset = {key: chosen[key] for key in ("length", "steps", "block_size")}
     of_command = {key: getattr(given, key) for key in ("model", "learning_rate", "gradient_checkpointing")}
     plan = Plan(accelerator=accelerator, **of_preset, **of_command)
-    setup = {**vars(plan), "tests": chosen["tests"], "prompts per depth": chosen["prompts"], "depths": DEPTHS}
+    setup = {
+        **vars(plan),
+        "precision": fast_precision(plan.device),
+        "tests": chosen["tests"],
+        "questions per task": chosen["prompts"],
+        "tasks": given.tasks,
+    }
     try:
         kept = Rows(given.output, setup, describe_machine())
     except ValueError as error:
         parser.error(str(error))
     done = {(row["method"], row["sparsity"], row["seed"]) for row in kept.rows}
-    data = Data(plan, chosen["tests"], chosen["prompts"])
+    data = Data(plan, chosen["tests"], given.tasks, chosen["prompts"])
     for sparsity in chosen["sparsities"]:
         for seed in chosen["seeds"]:
             for name in given.only or METHODS:

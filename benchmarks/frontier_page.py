@@ -17,7 +17,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-BASES = ("gradual, cubic", "gradual, diagonals half shared")
+BASES = ("gradual, cubic", "gradual, diagonals half shared", "short ramp, questions")
 """What variants are compared with: the first of these that was run."""
 MARGIN = 1e-3
 """Changes of the loss up to this share of it are no change."""
@@ -54,13 +54,18 @@ class Result:
 
     def line(self) -> str:
         """Row of the table."""
-        loss, achieved, passkey, needle = (
-            mean(row[key] for row in self.rows) for key in ("loss", "achieved", "passkey", "needle")
-        )
+        loss, achieved = (mean(row[key] for row in self.rows) for key in ("loss", "achieved"))
         rises = " / ".join(f"{rise:+.2%}" for rise in self.rises)
-        return (
-            f"| {self.method} | {achieved:.1%} | {loss:.4f} | {rises} | {passkey:.0%} | {needle:.0%} | {self.verdict} |"
-        )
+        tasks = " | ".join(_share([row["tasks"][task] for row in self.rows]) for task in self.rows[0]["tasks"])
+        return f"| {self.method} | {achieved:.1%} | {loss:.4f} | {rises} | {tasks} | {self.verdict} |"
+
+
+def _share(scores: Sequence[Mapping[str, float]]) -> str:
+    """Mean accuracy over the seeds; of one seed with its interval, where the file has one."""
+    text = f"{mean(score['accuracy'] for score in scores):.0%}"
+    if len(scores) == 1 and "low" in scores[0]:
+        text += f" ({scores[0]['low']:.0%} to {scores[0]['high']:.0%})"
+    return text
 
 
 def results(rows: Sequence[Mapping[str, Any]]) -> list[Result]:
@@ -84,13 +89,13 @@ def results(rows: Sequence[Mapping[str, Any]]) -> list[Result]:
 def table(found: Sequence[Result], setup: Mapping[str, Any]) -> str:
     """Markdown: the settings in a sentence, then a line per result."""
     lines = "\n".join(result.line() for result in found)
+    tasks = [task.replace("_", " ") for task in found[0].rows[0]["tasks"]]
     return (
         f"{setup['length']} tokens, blocks of {setup['block_size']}, {setup['steps']} optimizer steps at "
-        f"{setup['learning_rate']:g}, loss on {setup['tests']} held-out sequences, {setup['prompts per depth']} "
-        f"passkey(s) and needle(s) at each of {len(setup['depths'])} depths; {setup['machine']}; "
-        f"{setup['versions']}.\n\n"
-        f"| method | pruned | loss | over dense, per seed | passkey | needle | against {found[0].against} |\n"
-        f"| --- | ---: | ---: | ---: | ---: | ---: | --- |\n{lines}\n"
+        f"{setup['learning_rate']:g}, loss on {setup['tests']} held-out sequences, "
+        f"{setup['questions per task']} questions a task; {setup['machine']}; {setup['versions']}.\n\n"
+        f"| method | pruned | loss | over dense, per seed | {' | '.join(tasks)} | against {found[0].against} |\n"
+        f"| --- | ---: | ---: | ---: |{' ---: |' * len(tasks)} --- |\n{lines}\n"
     )
 
 

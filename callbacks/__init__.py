@@ -9,12 +9,10 @@ from sparse_prune.callbacks.kernel_swap import KernelSwap, SwapEvent
 from sparse_prune.callbacks.restore import restore_patterns
 from sparse_prune.callbacks.sparsity_logger import SparsityLogger
 from sparse_prune.callbacks.wandb_logger import FallbackWandbLogger
-from sparse_prune.distillation import Distillation
 from sparse_prune.retrieval import RetrievalHeads
 
 __all__ = [
     "AttentionPruning",
-    "Distillation",
     "FallbackWandbLogger",
     "KernelSwap",
     "RetrievalHeads",

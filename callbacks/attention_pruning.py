@@ -27,7 +27,6 @@ from sparse_prune.callbacks.checks import (
 )
 from sparse_prune.callbacks.closing import closing
 from sparse_prune.callbacks.collaborator import Driver, adopted
-from sparse_prune.callbacks.distilling import DistilledStep
 from sparse_prune.callbacks.kernel_swap import KernelSwap
 from sparse_prune.callbacks.lightning import classes, overrides, tell
 from sparse_prune.callbacks.randomness import Randomness
@@ -36,7 +35,6 @@ from sparse_prune.callbacks.settings import pruning_settings
 from sparse_prune.callbacks.sparsity_logger import SparsityLogger
 from sparse_prune.callbacks.training_step import StandIn
 from sparse_prune.constraints import Constraints
-from sparse_prune.distillation import Distillation
 from sparse_prune.distributed import sum_over_ranks
 from sparse_prune.pattern import whole_number
 from sparse_prune.pruner import AttentionPruner, PruneReport, Reduce
@@ -79,7 +77,6 @@ class AttentionPruning(Driver):
             models included.
         retrieval: Find, before the first decision, the heads that a causal language model looks things up with, and
             keep them whole beside those that `constraints` protects (docs/retrieval.md). None: do not look for them.
-        distillation: Let the dense model teach the pruned one while patterns move (docs/frontier.md). None: no teacher.
         swap: Swaps settled layers to block-sparse attention. None: `KernelSwap()`.
         logging: Logs what pruning does. None: `SparsityLogger()`.
 
@@ -105,7 +102,6 @@ class AttentionPruning(Driver):
         patience: int = 3,
         module: str | None = None,
         retrieval: RetrievalHeads | None = None,
-        distillation: Distillation | None = None,
         swap: KernelSwap | None = None,
         logging: SparsityLogger | None = None,
     ) -> None:
@@ -113,14 +109,13 @@ class AttentionPruning(Driver):
         if steps is None or steps < 1:
             raise ValueError(f"`every_n_steps` must be a whole number of at least 1, got {every_n_steps!r}.")
         parts: list[tuple[str, object, type]] = [("retrieval", retrieval, RetrievalHeads)]
-        parts += [("distillation", distillation, Distillation), ("swap", swap, KernelSwap)]
-        for name, given, kind in (*parts, ("logging", logging, SparsityLogger)):
+        parts += [("swap", swap, KernelSwap), ("logging", logging, SparsityLogger)]
+        for name, given, kind in parts:
             if given is not None and not isinstance(given, kind):
                 raise TypeError(f"`{name}` must be a {kind.__name__} or None, got {given!r}. Write {kind.__name__}().")
         self.every_n_steps = steps
         self.module = module
         self.retrieval = retrieval
-        self.distillation = distillation
         self.pruner = AttentionPruner(
             sparsity=sparsity,
             threshold=threshold,
@@ -152,7 +147,6 @@ class AttentionPruning(Driver):
         self._blind = False  # whether the batch began without a block size
         self._probed: StandIn | None = None
         self._scale = 1.0  # the gradient scale before the batch
-        self._distilled: DistilledStep | None = None
         self._search: RetrievalSearch | None = None
         self._own_heads = self.pruner.constraints.protected_heads
         self._found: dict[str, tuple[int, ...]] = {}  # heads kept whole for retrieval
@@ -186,8 +180,6 @@ class AttentionPruning(Driver):
         self._probed = StandIn(pl_module, partial(self._probe, pl_module))
         if self.retrieval is not None and not self._found:
             self._search = RetrievalSearch(pl_module, self.pruner, self.retrieval)
-        if self.distillation is not None:
-            self._distilled = DistilledStep(pl_module, self.pruner, self.distillation)
         self._randomness.begin_fit()
 
     @override
@@ -219,7 +211,6 @@ class AttentionPruning(Driver):
             every_n_steps=self.every_n_steps,
             module=self.module,
             retrieval=self.retrieval,
-            distillation=self.distillation,
             swap=self.swap.backend,
         )
         if self.pruner.block_size is None:
@@ -228,12 +219,10 @@ class AttentionPruning(Driver):
 
     def _release(self) -> None:
         """Give the module its own training step back."""
-        for around in (self._distilled, self._probed):  # the last one on goes first
+        for around in (self._probed, self._search):
             if around is not None:
                 around.remove()
-        if self._search is not None:
-            self._search.remove()
-        self._distilled = self._probed = self._search = None
+        self._probed = self._search = None
 
     def _attach(self, pl_module: pl.LightningModule) -> None:
         if not self.pruner.attached_to(pl_module):

@@ -10,6 +10,11 @@ from sparse_prune.callbacks.kernel_swap import SwapEvent
 from sparse_prune.callbacks.swap_forecast import NO_GAIN, NO_GAIN_REMEDY, measurement
 from sparse_prune.pruner import AttentionPruner, PruneReport
 
+_NO_HEADS = (
+    "Retrieval: no head was kept whole for it, and a language model loses what it looks up long before its loss tells. "
+    "`AttentionPruning(retrieval=RetrievalHeads())` keeps the heads that do it."
+)
+
 
 def closing(
     pruner: AttentionPruner,
@@ -45,6 +50,8 @@ def closing(
             f"Not settled: {len(names)} of {layers} layers ({_some(names)}), which mask what was pruned and are no "
             "faster. End the schedule earlier, train longer, or lower `patience` or `every_n_steps`."
         )
+    if total and pruner.constraints.protected_heads is None and _writes(pruner):
+        lines.append(_NO_HEADS)
     lines.append(_patterns(file, bool(reverted)))
     if file is not None:
         page = f"`sparse-prune report {file.parent}` shows the run on one page; " if has_report else ""
@@ -53,6 +60,11 @@ def closing(
             "model, `sparse_prune.attention.apply_patterns` puts the patterns on any model."
         )
     return "\n  ".join(lines)
+
+
+def _writes(pruner: AttentionPruner) -> bool:
+    """Whether the model may be a language model that writes: all its layers are causal."""
+    return all(state.layer.causal for state in pruner.layers.values())
 
 
 def _reverted(events: list[SwapEvent], layers: int) -> str:

@@ -1,11 +1,12 @@
-"""Finds the part of a LightningModule that returns the logits."""
+"""Finds the part of a LightningModule that returns the logits, and the logits in its output."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import pytorch_lightning as pl
-from torch import nn
+from torch import Tensor, nn
 
 from sparse_prune.attention.handles import holds
 
@@ -41,3 +42,18 @@ def module_with_logits(
             "attention layers. Name the module that ends with the logits."
         )
     return modules[holding[0]]
+
+
+def logits_of(output: Any) -> Tensor:
+    """A module's logits: its output, or what that has under this name.
+
+    Raises:
+        ValueError: If there are none.
+    """
+    logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
+    if not isinstance(logits, Tensor):
+        raise ValueError(
+            "`module` must name a module whose output is a tensor of logits or has `logits`, got "
+            f"{type(output).__name__}. Name the module that ends with the classes."
+        )
+    return logits

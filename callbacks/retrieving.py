@@ -8,8 +8,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
-from sparse_prune.callbacks.logits_module import module_with_logits
-from sparse_prune.distillation import logits_of
+from sparse_prune.callbacks.logits_module import logits_of, module_with_logits
 from sparse_prune.export.sharded import is_sharded
 from sparse_prune.pruner import AttentionPruner
 from sparse_prune.retrieval import RetrievalHeads, far_field_influence, retrieval_probes, strongest_heads

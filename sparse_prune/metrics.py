@@ -129,7 +129,6 @@ class Metric:
 PRUNED = Chart("Share of blocks pruned", "share of blocks", "Over the run", top=1.0)
 PRUNED_LAYERS = Chart("Sparsity per layer", "share of blocks", "Over the run", top=1.0)
 STEP_TIME = Chart("Step time", "seconds", "Over the run")
-DIVERGENCE_CHART = Chart("Divergence from the dense model", "nats per token", "Layers")
 CHANGE = Chart("Change per decision", "Jaccard distance", "Layers", top=1.0)
 KEPT_LAYERS = Chart("Attention kept per layer", "share of probability", "Layers", on_page=False)
 KEPT = Chart("Attention kept", "share of probability", "Layers")
@@ -148,10 +147,6 @@ REQUESTED = Metric(
 SPARSITY = Metric(
     "sparsity/total", "share of possible blocks pruned, over all layers and heads", "achieved", PRUNED,
     at="pattern", read=lambda now: now.pruner.total_sparsity,
-)  # fmt: skip
-DIVERGENCE = Metric(
-    "prune/divergence", "Kullback-Leibler divergence from the dense model's logits, with `Distillation`",
-    "divergence", DIVERGENCE_CHART,
 )  # fmt: skip
 LAYER_SPARSITY = Metric(
     "sparsity/layer_NN", "the same of a layer", "layer", PRUNED_LAYERS, "thin",

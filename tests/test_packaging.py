@@ -26,7 +26,7 @@ LAYERS = (
     "kernels",
     "attention",
     "layer_state cache",
-    "pruner distillation transformers_callback",
+    "pruner transformers_callback",
     "evaluation retrieval metrics",
     "export",
     "callbacks",

@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 from one_shot import evaluate, load, parser, probe, prune, save
-from retrieval_mass import retrieval_heads, retrieval_scores
 
 from sparse_prune import AttentionPruner, BlockStatistics, ConstantSchedule, Constraints
 from sparse_prune.export import save_pretrained
 from sparse_prune.precision import fast_autocast
+from sparse_prune.retrieval import RetrievalHeads, far_field_influence, strongest_heads, text_probes
 
 
 def variants(protected: dict[str, tuple[int, ...]]) -> dict[str, Constraints]:
@@ -63,8 +63,7 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     wanted = arguments.only or list(variants({}))
     protected: dict[str, tuple[int, ...]] = {}
     if any("retrieval" in name for name in wanted):
-        scores = retrieval_scores(model, tokenizer, arguments.length // 2, prompts=2)
-        protected = retrieval_heads(scores, arguments.protected_share)
+        protected = _retrieval_heads(model, tokenizer, watcher, sequences["train"], arguments.protected_share)
     found = evaluate(model, tokenizer, sequences["val"], arguments.prompts)
     rows: list[dict[str, Any]] = [
         {"constraints": "dense", "sparsity": 0.0, "kv_share": 1.0, "kv_share_4x": 1.0, **found}
@@ -86,6 +85,20 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
                 folder = arguments.export / f"{name.replace(' ', '_')}_{sparsity:g}"
                 save_pretrained(model, folder, pruner=pruner, tokenizer=tokenizer)
     return rows
+
+
+def _retrieval_heads(
+    model: Any, tokenizer: Any, watcher: AttentionPruner, sequences: torch.Tensor, share: float
+) -> dict[str, tuple[int, ...]]:
+    """The heads whose far field the answers to questions hang on most."""
+
+    def call(tokens: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = model(input_ids=tokens, use_cache=False).logits
+        return logits
+
+    layers = [state.layer for state in watcher.layers.values()]
+    influence = far_field_influence(model, call, layers, text_probes(tokenizer, sequences, RetrievalHeads().probes))
+    return strongest_heads(influence, share)
 
 
 def _statistics(

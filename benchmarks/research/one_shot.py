@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sparse_prune import AttentionPruner, BlockStatistics, ConstantSchedule
-from sparse_prune.evaluation.prompts import passkey_accuracy
+from sparse_prune.evaluation import TASKS, measure_task
 from sparse_prune.machine import describe_machine
 from sparse_prune.recipes.base.pretrained import load_tokenizer
 from sparse_prune.recipes.causal_lm.data import TextDataModule
@@ -71,10 +71,9 @@ def prune(
 def evaluate(model: Any, tokenizer: Any, sequences: Tensor, prompts: int) -> dict[str, float]:
     """Mean loss in nats per token, and passkey accuracy at the sequences' length."""
     losses = [float(model(input_ids=s[None], labels=s[None], use_cache=False).loss) for s in sequences]
-    return {
-        "loss": sum(losses) / len(losses),
-        "passkey": passkey_accuracy(model, tokenizer, sequences.shape[1], prompts),
-    }
+    depths, text = [(index + 0.5) / prompts for index in range(prompts)], sequences[0].tolist()
+    keys = measure_task(model, tokenizer, TASKS["passkey"], text, len(text), prompts=prompts, depths=depths)
+    return {"loss": sum(losses) / len(losses), "passkey": keys.accuracy}
 
 
 def save(arguments: argparse.Namespace, rows: list[dict[str, Any]], *, without: tuple[str, ...] = ()) -> None:

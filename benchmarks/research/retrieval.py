@@ -33,7 +33,7 @@ def main() -> None:
     options.add_argument("--shares", type=float, nargs="+", default=[0.15, 0.1])
     options.add_argument("--by", nargs="+", choices=["words", "tokens"], default=["words"])
     options.add_argument("--tasks", nargs="+", choices=list(TASKS), default=["passkey", "needle", "multi_key"])
-    options.add_argument("--questions", type=int, default=16, help="probes to find heads by")
+    options.add_argument("--questions", type=int, default=4, help="sequences with questions to find heads by")
     arguments = options.parse_args()
     model, tokenizer, sequences = load(arguments)
     watcher = AttentionPruner(ConstantSchedule(final=0.5), block_size=arguments.block_size)

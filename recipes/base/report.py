@@ -188,7 +188,7 @@ class RunReport:
         self._chart(share, "sparsity", "achieved")
         found = [self.patterns[name].sparsity if name in self.patterns else 0.0 for name in self.layers]
         layer.bar(range(len(found)), found, color="#1d4e89")
-        layer.xaxis.get_major_locator().set_params(integer=True)
+        layer.locator_params(axis="x", integer=True, min_n_ticks=1)
         # The first step warms up: its time means nothing.
         self._chart(seconds, "seconds", "pruned", first=1)
         figure.savefig(path, dpi=110, format="png")

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from typing_extensions import override
 
-from sparse_prune.evaluation.prompts import passkey_accuracy
+from sparse_prune.evaluation import TASKS, measure_task
 from sparse_prune.recipes.base.held_out import HeldOutBatch
 from sparse_prune.recipes.base.module import FineTuneModule
 from sparse_prune.recipes.base.pretrained import check_length, load_tokenizer
@@ -97,8 +97,17 @@ class CausalLMModule(FineTuneModule):
         self._watch("val", batch)
         prompts: int = self.hparams["passkey_prompts"]
         if batch_idx == 0 and prompts:
-            accuracy = passkey_accuracy(self.model, self.tokenizer, batch.examples["input_ids"].shape[1], prompts)
+            accuracy = self._passkeys(batch.examples["input_ids"], prompts)
             self.log("val/passkey_accuracy", accuracy, sync_dist=True, batch_size=1)
+
+    def _passkeys(self, text: Tensor, prompts: int) -> float:
+        """Share of the passkeys that are found in a text as long as a sequence, at evenly spread depths."""
+        depths = [(index + 0.5) / prompts for index in range(prompts)]
+        task = TASKS["passkey"]
+        found = measure_task(
+            self.model, self.tokenizer, task, text[0].tolist(), text.shape[1], prompts=prompts, depths=depths
+        )
+        return found.accuracy
 
     @override
     def test_step(self, batch: HeldOutBatch, batch_idx: int) -> None:

@@ -81,6 +81,8 @@ class PrunableAttention:
     """Tokens per block side of the statistics to collect; None: do not probe."""
     statistics: BlockStatistics | None = None
     """Statistics of row mass since `take_statistics`."""
+    mass: bool = True
+    """Whether row mass is collected; without it nothing but `score_sums` is."""
     score: Score | None = None
     """A score with sums of its own, to be collected beside row mass; None: there is none."""
     score_sums: BlockStatistics | None = None
@@ -284,9 +286,10 @@ class PrunableAttention:
         block_size: tuple[int, int],
         causal: bool,
     ) -> None:
-        seen = probe_attention(query.detach(), key.detach(), block_size, causal=causal, options=options)
-        seen = per_document(seen, options, block_size, causal, "row", "sample")
-        self.statistics = seen if self.statistics is None else self.statistics + seen
+        if self.mass:
+            seen = probe_attention(query.detach(), key.detach(), block_size, causal=causal, options=options)
+            seen = per_document(seen, options, block_size, causal, "row", "sample")
+            self.statistics = seen if self.statistics is None else self.statistics + seen
         if self.score is not None and self.score.sees != "gradient":
             self._add_to_score(self.score, query.detach(), key.detach(), value.detach(), options, block_size, causal)
 

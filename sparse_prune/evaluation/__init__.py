@@ -9,8 +9,6 @@ from sparse_prune.evaluation.measures import (
     handles_of,
     live_bytes,
     mean_loss,
-    retrieval,
-    retrieval_prompts,
 )
 from sparse_prune.evaluation.meter import TaskScore, measure_task
 from sparse_prune.evaluation.tasks import TASKS
@@ -27,6 +25,4 @@ __all__ = [
     "handles_of",
     "live_bytes",
     "mean_loss",
-    "retrieval",
-    "retrieval_prompts",
 ]

@@ -1,11 +1,10 @@
-"""What a causal language model can do and what it costs: loss, retrieval, KV bytes, tokens per second."""
+"""What a causal language model can do and what it costs: loss, KV bytes, tokens per second."""
 
 from __future__ import annotations
 
 import gc
-import random
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +17,6 @@ from torch.nn import functional as F
 from sparse_prune.attention import PrunableAttention, find_layers, handle_of
 from sparse_prune.attention.modes import unpruned
 from sparse_prune.clock import now
-from sparse_prune.evaluation.prompts import Prompt, needle_prompt, passkey_prompt, retrieves
 
 MakeCache = Callable[[], Any]
 
@@ -52,67 +50,6 @@ def mean_loss(model: Any, sequences: Tensor, make_cache: MakeCache, chunk: int =
             logits = model(input_ids=inputs[None, start : start + chunk], past_key_values=cache).logits[0]
             total += float(F.cross_entropy(logits.float(), targets[start : start + chunk], reduction="sum"))
     return total / sequences.shape[0] / (sequences.shape[1] - 1)
-
-
-def retrieval(
-    model: Any,
-    tokenizer: Any,
-    length: int,
-    depths: Sequence[float],
-    prompts: int,
-    haystack: Sequence[int] | None = None,
-    seed: int = 0,
-) -> list[float]:
-    """Share of right answers per depth, in [0, 1].
-
-    Args:
-        model: A transformers causal language model.
-        tokenizer: Its tokenizer; it and the rest as in `retrieval_prompts`.
-        length: Tokens per prompt, answer included.
-        depths: Where to hide, in [0, 1]; 0 is the start.
-        prompts: Keys per depth.
-        haystack: Tokens of a text to hide a needle in; None hides a passkey in filler.
-        seed: Of the keys.
-
-    Raises:
-        ValueError: As in `retrieval_prompts`.
-    """
-    rows = retrieval_prompts(tokenizer, length, depths, prompts, haystack, seed)
-    return [sum(retrieves(model, prompt) for prompt in row) / prompts for row in rows]
-
-
-def retrieval_prompts(
-    tokenizer: Any,
-    length: int,
-    depths: Sequence[float],
-    prompts: int,
-    haystack: Sequence[int] | None = None,
-    seed: int = 0,
-) -> list[list[Prompt]]:
-    """What `retrieval` asks, by depth.
-
-    Args:
-        tokenizer: A transformers tokenizer.
-        length: Tokens per prompt, answer included.
-        depths: Where to hide, in [0, 1]; 0 is the start.
-        prompts: Keys per depth; at least 1.
-        haystack: Tokens of a text to hide a needle in; None hides a passkey in filler.
-        seed: Of the keys.
-
-    Raises:
-        ValueError: If `prompts` or a depth is out of range, or a prompt does not fit `length`.
-    """
-    if prompts < 1:
-        raise ValueError(f"`prompts` must be at least 1, got {prompts}.")
-    digits = random.Random(seed)
-
-    def prompt(depth: float) -> Prompt:
-        key = digits.randrange(10_000, 100_000)
-        if haystack is None:
-            return passkey_prompt(tokenizer, length, key, depth)
-        return needle_prompt(tokenizer, haystack, length, key, depth)
-
-    return [[prompt(depth) for _ in range(prompts)] for depth in depths]
 
 
 @torch.no_grad()

@@ -1,8 +1,9 @@
-"""The meter: how much of a task a model solves, with its interval, by depth, through the cache."""
+"""The meter: how much of a task a model solves, with its interval, by depth, through the cache or without one."""
 
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparse_prune.evaluation.tasks import Example, Task, build
+from sparse_prune.evaluation.tasks import Example, Question, Task, build
 from sparse_prune.evaluation.tasks.task import Split
 
 COUNTS_FROM = 0.8
@@ -86,7 +87,7 @@ def measure_task(
     task: Task,
     filler: Sequence[int],
     length: int,
-    make_cache: Callable[[], Any],
+    make_cache: Callable[[], Any] | None = None,
     prompts: int = 60,
     depths: Sequence[float] = (0.1, 0.3, 0.5, 0.7, 0.9),
     seed: int = 0,
@@ -100,8 +101,8 @@ def measure_task(
         task: Which; `TASKS` has them.
         filler: Tokens of a text.
         length: Tokens.
-        make_cache: An empty cache for one sequence, such as `partial(fresh_cache, model)`.
-        prompts: Questions; at least 1. Several questions on one context share its prefill.
+        make_cache: An empty cache for one sequence, such as `partial(fresh_cache, model)`; None: as in `answer`.
+        prompts: Questions; at least 1. Through a cache, several questions on one context share its prefill.
         depths: Where facts lie, in [0, 1], in turn.
         seed: Of names, numbers and wordings.
 
@@ -121,26 +122,53 @@ def measure_task(
 
 
 @torch.no_grad()
-def answer(model: Any, example: Example, make_cache: Callable[[], Any]) -> list[Answered]:
-    """Answer an example's questions after one prefill, through the cache: what was evicted is missed.
+def answer(model: Any, example: Example, make_cache: Callable[[], Any] | None = None) -> list[Answered]:
+    """Answer an example's questions, seen with the true answer as input.
 
     Args:
         model: A transformers causal language model.
         example: What to ask.
-        make_cache: An empty cache for one sequence.
+        make_cache: An empty cache for one sequence, through which all questions follow one prefill: what was evicted is
+            missed. None: each question with all that stands before it in a pass of its own, for models without a cache
+            and for layers that compute as in training.
     """
-    cache = make_cache()
-    model(input_ids=_row(model, example.context), past_key_values=cache, logits_to_keep=1)
+    logits_of = _uncached(model, example) if make_cache is None else _cached(model, example, make_cache())
     answers = []
     for question in example.questions:
-        seen = cache if example.turns else copy.deepcopy(cache)
-        inputs = _row(model, question.tokens + question.answer)
-        logits = model(input_ids=inputs, past_key_values=seen).logits[0]
-        count = len(question.answer)
-        logits, target = logits[-count - 1 : -1].float(), inputs[0, -count:]
+        target = _row(model, question.answer)[0]
+        logits = logits_of(question)[-len(target) - 1 : -1].float()
         mean = logits.log_softmax(-1).gather(1, target[:, None]).mean()
         answers.append(Answered(bool((logits.argmax(-1) == target).all()), float(mean), question.depth))
     return answers
+
+
+def _cached(model: Any, example: Example, cache: Any) -> Callable[[Question], Tensor]:
+    """The logits of a question and its answer after the context, (tokens, vocabulary)."""
+    model(input_ids=_row(model, example.context), past_key_values=cache, logits_to_keep=1)
+
+    def logits(question: Question) -> Tensor:
+        seen = cache if example.turns else copy.deepcopy(cache)
+        inputs = _row(model, question.tokens + question.answer)
+        found: Tensor = model(input_ids=inputs, past_key_values=seen).logits[0]
+        return found
+
+    return logits
+
+
+def _uncached(model: Any, example: Example) -> Callable[[Question], Tensor]:
+    """As `_cached`, but of the last tokens alone where the model can be asked for them."""
+    before, few = list(example.context), "logits_to_keep" in inspect.signature(model.forward).parameters
+
+    def logits(question: Question) -> Tensor:
+        end = question.tokens + question.answer
+        # Logits of a long context are larger than the model.
+        options = {"logits_to_keep": len(end)} if few else {}
+        found: Tensor = model(input_ids=_row(model, before + end), use_cache=False, **options).logits[0]
+        if example.turns:
+            before.extend(end)
+        return found
+
+    return logits
 
 
 def counted(dense: TaskScore) -> bool:

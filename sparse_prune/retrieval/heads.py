@@ -27,8 +27,9 @@ class RetrievalHeads:
 
     share: float = 0.15
     """Of all heads, in (0, 1]."""
-    probes: int = 16
-    """Probes to find them by, each a forward and a backward pass of one sequence; at least 2."""
+    probes: int = 4
+    """Sequences that ask for what stands in them, each a forward and a backward pass; at least 2. In words
+    (`text_probes`), four of them ask ten questions."""
     length: int | None = None
     """Tokens per probe, at most; None: those of a training sequence."""
     seed: int = 0
@@ -82,9 +83,9 @@ def far_field_influence(
             torch.autograd.grad(-lead, roots, allow_unused=True)
             sums = kinds.setdefault(probe.kind, {layer.name: torch.zeros(layer.num_heads).double() for layer in layers})
             for layer in layers:
-                seen = layer.take_statistics((FarField.__name__,))
+                seen, layer.score_sums = layer.score_sums, None
                 if seen is not None:
-                    sums[layer.name] += seen.sums[0].sum((1, 2))
+                    sums[layer.name] += seen.sums[0].sum((1, 2)).cpu()
     total = {layer.name: torch.zeros(layer.num_heads).double() for layer in layers}
     for sums in kinds.values():
         positive = sum(float(part.clamp_min(0.0).sum()) for part in sums.values())
@@ -151,9 +152,9 @@ def _roots(model: nn.Module) -> Iterator[list[Tensor]]:
 @contextmanager
 def _watched(layers: Sequence[PrunableAttention], score: Score, block_size: tuple[int, int]) -> Iterator[None]:
     """Inside, the layers compute densely and collect a score; what they had collected before is theirs again after."""
-    names = ("mode", "score", "probe_block_size", "gradient_scale", "statistics", "score_sums", "last_shape")
+    names = ("mode", "mass", "score", "probe_block_size", "gradient_scale", "statistics", "score_sums", "last_shape")
     before = [{name: getattr(layer, name) for name in names} for layer in layers]
-    inside = {"mode": "dense", "score": score, "probe_block_size": block_size, "gradient_scale": 1.0}
+    inside = {"mode": "dense", "mass": False, "score": score, "probe_block_size": block_size, "gradient_scale": 1.0}
     try:
         for layer in layers:
             vars(layer).update(inside | {"statistics": None, "score_sums": None})

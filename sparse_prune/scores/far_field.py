@@ -32,8 +32,9 @@ class FarField(Score):
 
     def add(self, tile: Tile) -> Tensor:
         """Sum of the rises over rows and samples, in the first column."""
-        mask = tile.mask.expand_as(tile.logits)
-        rise = self._expected(tile, mask & self._near(tile)) - self._expected(tile, mask)
+        near, share = self._near(tile), tile.weights * tile.gradient_by_key
+        left = (tile.weights * near).sum(-1).clamp_min(torch.finfo(torch.float32).tiny)
+        rise = (share * near).sum(-1) / left - share.sum(-1)
         total = rise.masked_fill(~tile.valid[:, None], 0.0).sum((0, 2), dtype=torch.float64)
         return torch.nn.functional.pad(total[:, None], (0, tile.kv_blocks - 1))
 
@@ -44,12 +45,6 @@ class FarField(Score):
         own = (torch.arange(tile.start, tile.stop, device=device)[:, None] + offset) // side
         block = torch.arange(tile.seen, device=device) // side
         return (block < self.sink_blocks) | ((own - block).abs() < self.recent_blocks)
-
-    @staticmethod
-    def _expected(tile: Tile, mask: Tensor) -> Tensor:
-        """Product of the gradient with the output over some keys: (batch, num_heads, rows); 0 over none."""
-        weights = tile.logits.masked_fill(~mask, -torch.inf).softmax(-1).masked_fill(~mask, 0.0)
-        return (weights * tile.gradient_by_key).sum(-1)
 
     def __repr__(self) -> str:
         return f"FarField(sink_blocks={self.sink_blocks}, recent_blocks={self.recent_blocks})"

@@ -11,7 +11,6 @@ from sparse_prune import AttentionPruner, ConstantSchedule, Constraints, LinearS
 from sparse_prune.attention import detach, handle_of
 from sparse_prune.callbacks import (
     AttentionPruning,
-    Distillation,
     KernelSwap,
     SparsityLogger,
     kernel_swap,
@@ -434,14 +433,10 @@ class Judged(TinyModule):
 
 
 def test_layers_that_are_never_run_keep_nothing_open(tmp_path, caplog):
-    callback, forwards = pruning(distillation=Distillation(module="model")), []
-    module = Judged()
-    fit = trainer(tmp_path, [callback, KernelSwap("gather")])
-    module.model.register_forward_hook(lambda *call: forwards.append(fit.global_step))
-    fit.fit(module, batches())
+    callback = pruning()
+    trainer(tmp_path, [callback, KernelSwap("gather")]).fit(Judged(), batches())
     assert callback.report.step == 7
     assert not callback.pruner.open_layers
-    assert [forwards.count(step) for step in range(12)] == [1] + [2] * 6 + [1] * 5
     assert "ran none of the layers" not in caplog.text
 
 

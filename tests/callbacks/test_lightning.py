@@ -11,7 +11,6 @@ import yaml
 
 from sparse_prune.callbacks import (
     AttentionPruning,
-    Distillation,
     FallbackWandbLogger,
     KernelSwap,
     SparsityLogger,
@@ -39,7 +38,7 @@ def test_train_prune_swap_log_save_resume_and_restore(name, tmp_path):
     package, module = import_module(name), MODULES[name]()
     loggers, callbacks = import_module(f"{name}.loggers"), import_module(f"{name}.callbacks")
     saver = callbacks.ModelCheckpoint(tmp_path, filename="cut", every_n_train_steps=5)
-    callback = pruning(distillation=Distillation())
+    callback = pruning()
     fit = trainer(
         tmp_path,
         [callback, KernelSwap("gather"), SparsityLogger(every_n_decisions=1), saver],
@@ -56,7 +55,7 @@ def test_train_prune_swap_log_save_resume_and_restore(name, tmp_path):
     saved = load_patterns(tmp_path / "attention_pattern.safetensors")
     assert all(torch.equal(saved[layer].keep, pattern.keep) for layer, pattern in callback.pruner.patterns.items())
 
-    again, resumed = MODULES[name](), pruning(distillation=Distillation(), swap=KernelSwap("gather"))
+    again, resumed = MODULES[name](), pruning(swap=KernelSwap("gather"))
     more = trainer(tmp_path / "more", [resumed], steps=9, package=package)
     more.fit(again, batches(), ckpt_path=tmp_path / "cut.ckpt", weights_only=False)
     assert module.losses[5:] == again.losses

@@ -129,5 +129,9 @@ def test_modules_without_tokens_or_without_one_model_are_refused(tmp_path):
         fit(tmp_path, Vectors())
     with pytest.raises(ValueError, match="`RetrievalHeads.module` must be given for Two"):
         fit(tmp_path, Two())
+    with pytest.raises(ValueError, match="or has `logits`, got BaseModelOutputWithPast"):
+        fit(tmp_path, retrieval=RetrievalHeads(module="model.model"))
+    with pytest.raises(ValueError, match="`RetrievalHeads.module` must name a module of TinyModule, got 'head'"):
+        fit(tmp_path, retrieval=RetrievalHeads(module="head"))
     with pytest.raises(TypeError, match=r"`retrieval` must be a RetrievalHeads or None, got 0.2. Write RetrievalHeads"):
         pruning(retrieval=0.2)

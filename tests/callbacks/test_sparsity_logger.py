@@ -527,7 +527,6 @@ def test_pruning_settings_are_hyperparameters_beside_the_modules_own(tmp_path):
         "pruning/constraints/hysteresis": 0.2,
         "pruning/min_delta": 0.5,
         "pruning/swap": "gather",
-        "pruning/distillation": None,
     }
     for folder in ("csv", "tb"):
         found = yaml.safe_load((tmp_path / folder / "hparams.yaml").read_text())

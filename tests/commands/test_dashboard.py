@@ -10,7 +10,6 @@ from pytorch_lightning.loggers import CSVLogger
 from sparse_prune.callbacks import KernelSwap, SparsityLogger
 from sparse_prune.commands.dashboard.charts import AXIS, SECTIONS
 from sparse_prune.commands.dashboard.cli import main, parse_target
-from sparse_prune.distillation import Distillation
 from sparse_prune.losses import loss_keys
 from support.tiny import TinyModule, batches, pruning, trainer
 from support.wandb_server import wandb_server
@@ -36,7 +35,7 @@ def panels_of(spec):
 
 def test_every_logged_number_has_a_chart_and_every_chart_a_number(tmp_path):
     logger = CSVLogger(tmp_path, name="csv", version="")
-    callbacks = [pruning(distillation=Distillation()), KernelSwap("gather"), SparsityLogger()]
+    callbacks = [pruning(), KernelSwap("gather"), SparsityLogger()]
     trainer(tmp_path, callbacks, logger=logger, val_check_interval=4, log_every_n_steps=1).fit(
         TinyModule(), batches(), batches(4)
     )

@@ -98,12 +98,64 @@ def test_an_oracle_scores_all_and_a_blind_model_nothing(tokenizer, name):
     assert ask(Stub([]), make_cache=object).accuracy == 0
 
 
+class Reader(torch.nn.Module):
+    """Without a cache; answers right if the answer stands within its view, and says so in the last logits alone."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, view, answer):
+        super().__init__()
+        self.view, self.answer = view, answer
+
+    def forward(self, input_ids, use_cache, logits_to_keep):
+        key = input_ids[0, -self.answer :]
+        seen = input_ids[0, -self.view : -self.answer].unfold(0, self.answer, 1)
+        found = bool((seen == key).all(-1).any())
+        logits = torch.nn.functional.one_hot(input_ids.roll(-1, 1), 98).float()[:, -logits_to_keep:]
+        return SimpleNamespace(logits=logits if found else -logits)
+
+
+@pytest.mark.parametrize("name", ["passkey", "needle"])
+def test_depths_are_told_apart(tokenizer, name):
+    ask = partial(measure_task, tokenizer=tokenizer, task=TASKS[name], filler=FILLER, length=480, depths=(0.1, 0.9))
+    count = len(build(TASKS[name], tokenizer, FILLER, 480, 0.1, 0).questions[0].answer)
+
+    def found(view):
+        return {depth: part.accuracy for depth, part in ask(Reader(view, count), prompts=4).by_depth().items()}
+
+    assert found(1000) == {0.1: 1.0, 0.9: 1.0}
+    assert found(250) == {0.1: 0.0, 0.9: 1.0}
+
+
+class Oracle(torch.nn.Module):
+    """Without a cache, and with the logits of all tokens; answers right, or with one wrong token."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, wrong):
+        super().__init__()
+        self.wrong = wrong
+
+    def forward(self, input_ids, use_cache):
+        logits = torch.nn.functional.one_hot(input_ids.roll(-1, 1), 98).float()
+        if self.wrong:
+            logits[:, -2] = 0
+        return SimpleNamespace(logits=logits)
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_every_token_of_an_answer_must_be_right(tokenizer, wrong):
+    assert measure_task(Oracle(wrong), tokenizer, TASKS["passkey"], FILLER, 300, prompts=3).accuracy == 1.0 - wrong
+
+
+@pytest.mark.parametrize("cached", [True, False])
 @pytest.mark.parametrize("name", ["multi_query", "turns"])
-def test_one_prefill_answers_as_fresh_prompts_do(tiny_model, tokenizer, name):
+def test_one_prefill_answers_as_fresh_prompts_do(tiny_model, tokenizer, name, cached):
     model = load_model(tiny_model).eval()
     example = build(TASKS[name], tokenizer, FILLER, 480, 0.3, 1)
     before = example.context
-    for question, got in zip(example.questions, answer(model, example, partial(fresh_cache, model)), strict=True):
+    make_cache = partial(fresh_cache, model) if cached else None
+    for question, got in zip(example.questions, answer(model, example, make_cache), strict=True):
         whole = torch.tensor([before + question.tokens + question.answer])
         with torch.no_grad():
             logits = model(whole).logits[0, -len(question.answer) - 1 : -1].log_softmax(-1)

@@ -10,7 +10,16 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
+from transformers.masking_utils import sdpa_mask
 
 from sparse_prune import BlockPattern
 from sparse_prune.attention import apply_patterns, attach, handle_of
@@ -136,6 +145,28 @@ def test_a_model_without_patterns_is_refused(tmp_path):
     run = run_without_us(tmp_path / "dense", save_kernels(tmp_path / "kernels"), tmp_path)
     assert run.returncode != 0
     assert "needs a model from a folder or repository with attention_pattern.safetensors, got" in run.stderr
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["gemma2", "gpt2", "bert"])
+def test_windows_soft_caps_and_bidirectional_models_compute_what_load_does(tmp_path, kind):
+    """In this process, by SDPA's masks, as transformers registers the package's function."""
+    AttentionInterface.register("by_patterns", flash_attn_forward)
+    AttentionMaskInterface.register("by_patterns", sdpa_mask)
+    sizes = {"num_hidden_layers": 2, "num_attention_heads": 4, "initializer_range": 0.5, "vocab_size": 50}
+    own = {"gemma2": {"num_key_value_heads": 2, "head_dim": 8, "sliding_window": 30, "intermediate_size": 32}}
+    config = AutoConfig.for_model(kind, hidden_size=32, **sizes, **own.get(kind, {}))
+    family = AutoModelForMaskedLM if kind == "bert" else AutoModelForCausalLM
+    torch.manual_seed(0)
+    model = family.from_config(config).eval()
+    first, *_ = (layer.name for layer in attach(model))
+    near = (torch.arange(7)[:, None] - torch.arange(7)).abs() < torch.tensor([1, 2, 3, 4])[:, None, None]
+    apply_patterns(model, {first: BlockPattern(near, (16, 16), kind != "bert", 100, 100)})
+    export = save_pretrained(model, tmp_path / "export")
+    served = family.from_pretrained(export, attn_implementation="by_patterns").eval()
+    for mask in (torch.ones_like(IDS), PADDED):
+        expected = load(export)(IDS, attention_mask=mask).logits
+        torch.testing.assert_close(served(IDS, attention_mask=mask).logits[mask.bool()], expected[mask.bool()])
 
 
 def test_the_package_is_what_the_kernels_package_asks_for(tmp_path):

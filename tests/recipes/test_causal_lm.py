@@ -16,10 +16,10 @@ from transformers import BertConfig, BertLMHeadModel, GPT2Config, GPT2LMHeadMode
 from sparse_prune.__main__ import main as command_line
 from sparse_prune.attention import attach
 from sparse_prune.commands.evaluate.text import held_out
-from sparse_prune.evaluation.prompts import passkey_accuracy, passkey_prompt
 from sparse_prune.export import PATTERN_FILE, load, load_patterns, read_pattern_file
 from sparse_prune.recipes.base.history import RunHistory
 from sparse_prune.recipes.base.pretrained import load_tokenizer
+from sparse_prune.recipes.causal_lm.chats import IGNORED
 from sparse_prune.recipes.causal_lm.cli import CausalLMCLI, main
 from sparse_prune.recipes.causal_lm.data import TextDataModule
 from sparse_prune.recipes.causal_lm.documents import load_documents
@@ -59,22 +59,25 @@ def test_splits_share_no_document(tiny_model, text):
     assert torch.equal(again.sequences["train"], data.sequences["train"])
 
 
-def test_passages_repeat_in_every_third_training_sequence(tiny_model):
-    sizes = {"context_length": 64, "train_sequences": 7, "val_sequences": 1, "test_sequences": 1}
-    plain, repeated = TextDataModule(tiny_model, **sizes), TextDataModule(tiny_model, repeat_every=3, **sizes)
-    for data in (plain, repeated):
+def test_every_third_training_sequence_asks_for_what_stands_in_it(tiny_model):
+    sizes = {"context_length": 400, "train_sequences": 7, "val_sequences": 1, "test_sequences": 1}
+    plain, asking = TextDataModule(tiny_model, **sizes), TextDataModule(tiny_model, question_share=1 / 3, **sizes)
+    for data in (plain, asking):
         data.setup("fit")
     for split in ("val", "test"):
-        assert torch.equal(plain.sequences[split], repeated.sequences[split])
-    pairs = list(zip(plain.sequences["train"], repeated.sequences["train"], strict=True))
-    assert [not torch.equal(before, after) for before, after in pairs] == [True, False, False, True, False, False, True]
-    for before, after in pairs[::3]:
-        assert torch.equal(before[:32], after[:32])
-        first = after[:32].tolist()
-        # The first passage is of the first half; at least 16 tokens of it.
-        assert after[32:48].tolist() in [first[start : start + 16] for start in range(17)]
-    with pytest.raises(ValueError, match="`repeat_every` must be at least 0, got -1"):
-        TextDataModule(tiny_model, repeat_every=-1)
+        assert torch.equal(plain.sequences[split], asking.sequences[split])
+    pairs = list(zip(plain.examples["train"], asking.examples["train"], strict=True))
+    asked = [not torch.equal(before["input_ids"], after["input_ids"]) for before, after in pairs]
+    assert asked == [False, False, True, False, False, True, False]
+    for (_, after), asks in zip(pairs, asked, strict=True):
+        counted = after["labels"] != IGNORED
+        assert torch.equal(after["labels"][counted], after["input_ids"][counted])
+        assert 0 < counted.sum() < 100 if asks else counted.all()
+    texts = [load_tokenizer(tiny_model).decode(pairs[place][1]["input_ids"]).replace(" ", "") for place in (2, 5)]
+    assert "Thedooropenswith" in texts[0]  # a passkey
+    for setting, problem in (({"question_share": 1.0}, r"must lie in \[0, 1\)"), ({"question_share": 0.1}, "1 / 7")):
+        with pytest.raises(ValueError, match=f"`question_share` .*{problem}"):
+            TextDataModule(tiny_model, **sizes, **setting).setup("fit")
 
 
 def test_missing_and_short_text_are_refused(tiny_model, text, tmp_path):
@@ -148,46 +151,6 @@ def test_train_only_freezes_the_rest(tiny_model):
         assert parameter.requires_grad == ("self_attn" in name)
     with pytest.raises(ValueError, match=r"train_only.*embed_tokens"):
         CausalLMModule(tiny_model, train_only="nothing")
-
-
-def test_passkey_prompt_has_its_length_and_its_needle(tiny_model):
-    tokenizer = load_tokenizer(tiny_model)
-    for depth in (0.0, 0.5, 1.0):
-        prompt = passkey_prompt(tokenizer, 400, 12345, depth)
-        text = {
-            name: tokenizer.decode([prompt.tokens[place] for place in places]).replace(" ", "")
-            for name, places in (("all", range(400)), ("needle", prompt.needle), ("answer", prompt.answer))
-        }
-        assert len(prompt.tokens) == prompt.answer.stop == 400
-        assert text["answer"] == "12345"
-        assert text["needle"] == "Thepasskeyis12345.Rememberit.12345isthepasskey."
-        assert text["all"].count("12345") == 3
-    with pytest.raises(ValueError, match="length"):
-        passkey_prompt(tokenizer, 20, 12345, 0.5)
-    for depth in (-0.5, 1.5):
-        with pytest.raises(ValueError, match=r"`depth` must lie in \[0, 1\]"):
-            passkey_prompt(tokenizer, 400, 12345, depth)
-
-
-class Oracle(torch.nn.Module):
-    """Answers right, or with one wrong token."""
-
-    device = torch.device("cpu")
-
-    def __init__(self, wrong):
-        super().__init__()
-        self.wrong = wrong
-
-    def forward(self, input_ids, use_cache):
-        logits = torch.nn.functional.one_hot(input_ids.roll(-1, 1), 98).float()
-        if self.wrong:
-            logits[:, -2] = 0
-        return type("Output", (), {"logits": logits})
-
-
-@pytest.mark.parametrize("wrong", [False, True])
-def test_passkey_accuracy_wants_every_token(tiny_model, wrong):
-    assert passkey_accuracy(Oracle(wrong), load_tokenizer(tiny_model), 300, 3) == 1.0 - wrong
 
 
 @pytest.fixture
@@ -388,4 +351,4 @@ def test_smollm2_loads_from_its_package():
 def test_retrieval_is_asked_for_in_words(tiny_model):
     module = CausalLMModule(tiny_model)
     probes = module.retrieval_probes(torch.full((1, 400), 5), 4, 0)
-    assert [probe.kind for probe in probes] == ["passkey", "needle", "multi_key", "key_value"]
+    assert [probe.kind for probe in probes] == ["passkey", "needle", "multi_query", "key_value"]

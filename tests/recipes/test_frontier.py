@@ -26,11 +26,12 @@ def run(monkeypatch, script, *arguments):
 @pytest.mark.slow
 def test_every_method_runs_and_a_broken_off_command_goes_on(tiny_model, tmp_path, monkeypatch, capsys):
     output = tmp_path / "found.json"
-    sizes = ["--length", "256", "--steps", "3", "--sparsities", "0.5", "--seeds", "0", "--tests", "1", "--prompts", "1"]
+    sizes = ["--length", "512", "--steps", "4", "--sparsities", "0.5", "--seeds", "0", "--tests", "1", "--prompts", "1"]
     command = ["frontier.py", "--model", tiny_model, *sizes, "--output", output]
     run(monkeypatch, *command, "--only", "dense")
     run(monkeypatch, *command)
     rows = json.loads(output.read_text())["rows"]
+    assert all(row["tasks"].keys() == {"passkey", "needle"} for row in rows)
     assert [row["method"] for row in rows] == list(runpy.run_path(str(BENCHMARKS / "frontier.py"))["METHODS"])
     assert capsys.readouterr().out.count("{'method': 'dense',") == 1
     for row in rows:
@@ -72,8 +73,8 @@ def test_a_file_of_other_settings_is_refused(tiny_model, tmp_path, monkeypatch, 
 
 def rows(seed):
     return [
-        {"method": method, "sparsity": sparsity, "seed": seed, "achieved": sparsity, "loss": loss, "passkey": 0.5}
-        | {"needle": 1.0}
+        {"method": method, "sparsity": sparsity, "seed": seed, "achieved": sparsity, "loss": loss}
+        | {"tasks": {"passkey": {"accuracy": 0.5}, "multi_key": {"accuracy": 1.0}}}
         for method, sparsity, loss in [
             ("dense", 0.0, 2.0),
             ("gradual, cubic", 0.7, 2.1),
@@ -85,8 +86,8 @@ def rows(seed):
 
 
 def test_the_page_shows_results_in_order_and_keeps_its_text(tmp_path, monkeypatch):
-    setup = {"length": 512, "block_size": 16, "steps": 24, "learning_rate": 1e-4, "tests": 4, "prompts per depth": 2}
-    setup |= {"depths": [0.1, 0.9], "machine": "a machine", "versions": "torch 0"}
+    setup = {"length": 512, "block_size": 16, "steps": 24, "learning_rate": 1e-4, "tests": 4}
+    setup |= {"questions per task": 60, "machine": "a machine", "versions": "torch 0"}
     (tmp_path / "found.json").write_text(json.dumps({"setup": setup, "rows": rows(0) + rows(1)}))
     page = tmp_path / "frontier.md"
     page.write_text("before\n<!-- found -->\nold\n<!-- end -->\nafter\n")
@@ -96,6 +97,9 @@ def test_the_page_shows_results_in_order_and_keeps_its_text(tmp_path, monkeypatc
     assert text.endswith("<!-- end -->\nafter\n")
     assert "old" not in text
     lines = [line for line in text.splitlines() if line.startswith("| ")]
+    assert lines[0] == (
+        "| method | pruned | loss | over dense, per seed | passkey | multi key | against gradual, cubic |"
+    )
     assert lines[2:] == [
         "| dense | 0.0% | 2.0000 | +0.00% / +0.00% | 50% | 100% |  |",
         "| gradual, good | 70.0% | 2.0500 | +2.50% / +2.50% | 50% | 100% | better |",
@@ -115,8 +119,7 @@ def test_variants_are_compared_with_what_was_run():
             "seed": 0,
             "loss": loss,
             "achieved": sparsity,
-            "passkey": 0,
-            "needle": 0,
+            "tasks": {},
         }
         for method, sparsity, loss in [
             ("dense", 0.0, 2.0),
@@ -128,6 +131,12 @@ def test_variants_are_compared_with_what_was_run():
     assert [(result.against, result.verdict) for result in found] == [
         ("gradual, diagonals half shared", verdict) for verdict in ("", "better", "")
     ]
+
+
+def test_one_seed_is_shown_with_its_intervals():
+    share = runpy.run_path(str(BENCHMARKS / "frontier_page.py"))["_share"]
+    assert share([{"accuracy": 0.5, "low": 0.377, "high": 0.623}]) == "50% (38% to 62%)"
+    assert share([{"accuracy": 0.5, "low": 0.3, "high": 0.7}] * 2) == "50%"
 
 
 def test_a_page_without_markers_is_refused():

@@ -12,7 +12,7 @@ from sparse_prune import AttentionPruner, ConstantSchedule
 from sparse_prune.attention import attach
 from sparse_prune.recipes.causal_lm.pretrained import load_model
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks" / "research"
 
 
 @pytest.fixture
@@ -85,7 +85,7 @@ def test_a_block_of_everything_moves_nothing(record, model, tokens):
     [("score_candidates", 10), ("score_statistics", 3), ("constraints", 12), ("block_sizes", 1)],
 )
 def test_the_scripts_run(tiny_model, tmp_path, monkeypatch, script, variants):
-    sizes = ["--length", "256", "--sparsities", "0.5", "--probes", "1", "--sequences", "1", "--prompts", "1"]
+    sizes = ["--length", "512", "--sparsities", "0.5", "--probes", "1", "--sequences", "1", "--prompts", "1"]
     output = tmp_path / "found.json"
     block = "--block-sizes" if script == "block_sizes" else "--block-size"
     command = [f"{script}.py", "--model", tiny_model, *sizes, block, "32", "--output", str(output)]
@@ -93,7 +93,7 @@ def test_the_scripts_run(tiny_model, tmp_path, monkeypatch, script, variants):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     runpy.run_path(str(BENCHMARKS / f"{script}.py"), run_name="__main__")
     found = json.loads(output.read_text())
-    assert found["setup"]["length"] == 256
+    assert found["setup"]["length"] == 512
     rows = found["rows"]
     assert len(rows) == 1 + variants
     assert rows[0]["sparsity"] == 0.0

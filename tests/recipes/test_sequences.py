@@ -143,8 +143,8 @@ def test_without_an_end_of_text_token_documents_are_joined_all_the_same(tmp_path
 
 
 def test_what_does_not_go_together_is_refused(tiny_model, tmp_path):
-    with pytest.raises(ValueError, match="`repeat_every` must be 0 with `pack`, whose documents stay apart, got 3"):
-        TextDataModule(tiny_model, pack=True, repeat_every=3)
+    with pytest.raises(ValueError, match="`question_share` must be 0 with `pack`, whose documents stay apart"):
+        TextDataModule(tiny_model, pack=True, question_share=0.25)
     with pytest.raises(ValueError, match=r"at least 2 tokens to train, got 0\. Give more"):
         make_sequences(load_tokenizer(tiny_model), [], 64, 1, "to train", "length", pack=True)
 

@@ -60,12 +60,18 @@ def test_questions_in_words_have_their_facts_in_the_text_and_no_test_wording(tin
     probes = text_probes(tokenizer, text, 8, seed=2)
     assert [probe.kind for probe in probes] == [*ASKED] * 2
     for probe in probes:
-        answer = probe.tokens[probe.answers].tolist()
-        before = probe.tokens[: probe.answers[0]].tolist()
-        assert any(before[place : place + len(answer)] == answer for place in range(len(before)))
-        assert probe.answers[-1] == len(probe.tokens) - 1
-        assert len(probe.tokens) <= 400
-        asked = tokenizer.decode(before[-40:])
+        assert probe.tokens.shape == (400,)
+        tokens, answers = probe.tokens.tolist(), probe.answers.tolist()
+        asked = [[answers[0]]]  # places of every answer
+        for place in answers[1:]:
+            asked += [[place]] if place > asked[-1][-1] + 1 else []
+            asked[-1] += [place] if place > asked[-1][-1] else []
+        assert len(asked) == (4 if probe.kind in ("multi_query", "key_value") else 1)
+        assert answers[-1] == 399
+        for places in asked:
+            answer = tokens[places[0] : places[-1] + 1]
+            assert any(tokens[start : start + len(answer)] == answer for start in range(places[0] - 10))
+        words = tokenizer.decode(tokens[answers[0] - 40 :])
         tested = [wording.question.partition("{")[0].strip() for wording in TASKS[probe.kind].test]
-        assert not any(words and words in asked for words in tested)
+        assert not any(test and test in words for test in tested)
     assert not torch.equal(probes[0].tokens, text_probes(tokenizer, text, 8, seed=3)[0].tokens)

@@ -19,6 +19,7 @@ class WandbServer(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.mode, self.lock = "normal", Lock()
         self.runs, self.files, self.artifacts, self.views = {}, {}, [], []
+        self.sweep, self.commands = {}, []  # its configuration; what its agent is told, one thing a heartbeat
 
     @property
     def url(self):
@@ -28,7 +29,7 @@ class WandbServer(ThreadingHTTPServer):
         """Clients that hang up are part of the tests."""
 
     def run(self, name):
-        fresh = {"config": "{}", "lines": {}, "summary": {}, "upserts": 0}
+        fresh = {"config": "{}", "lines": {}, "summary": {}, "upserts": 0, "sweep": None}
         return self.runs.setdefault(name, fresh)
 
     def history(self, name):
@@ -65,6 +66,7 @@ class WandbServer(ThreadingHTTPServer):
             inserted = variables["name"] not in self.runs
             run = self.run(variables["name"])
             run["upserts"] += 1
+            run["sweep"] = variables.get("sweep") or run["sweep"]
             run["config"] = variables.get("config") or run["config"]
             return {"upsertBucket": {"bucket": self.bucket(variables["name"]), "inserted": inserted}}
         if "bucket(" in query:
@@ -80,6 +82,15 @@ class WandbServer(ThreadingHTTPServer):
             return {"upsertView": {"view": view | {"project": self.project()}, "inserted": True}}
         if "internalId" in query:
             return {"project": {"internalId": "UHJvamVjdA=="}}
+        if "sweep(" in query:
+            sweep = {"id": "S", "name": "SWEEP", "config": json.dumps(self.sweep), "runs": {"edges": []}}
+            return {"project": {"sweep": sweep}}
+        if "createAgent(" in query:
+            return {"createAgent": {"agent": {"id": "AGENT"}}}
+        if "agentHeartbeat(" in query:
+            told = self.commands[:1]
+            del self.commands[:1]
+            return {"agentHeartbeat": {"agent": {"id": "AGENT"}, "commands": json.dumps(told)}}
         if "models(" in query:
             page = {"endCursor": "", "hasNextPage": False}
             return {"models": {"edges": [{"node": self.project(), "cursor": ""}], "pageInfo": page}}

@@ -24,8 +24,6 @@ from sparse_prune.evaluation import (
     fresh_cache,
     handles_of,
     mean_loss,
-    retrieval,
-    retrieval_prompts,
 )
 from sparse_prune.export import export_header, load
 from sparse_prune.files import user_path
@@ -36,6 +34,7 @@ from sparse_prune.recipes.base.pretrained import load_tokenizer
 from sparse_prune.recipes.causal_lm.pretrained import load_model
 
 log = logging.getLogger(__name__)
+_RETRIEVED = ("passkey", "needle")
 
 
 def evaluate(
@@ -56,7 +55,7 @@ def evaluate(
         tokens: Held-out text, (sequences, longest length); shorter lengths cut it, so that all use the same text.
         lengths: Tokens.
         depths: Where needles lie, in [0, 1].
-        prompts: Keys per depth; 0 leaves retrieval out.
+        prompts: Passkeys and needles per depth; 0 leaves retrieval out.
         decode: Tokens to decode.
         chunk: Tokens per forward pass.
 
@@ -70,12 +69,23 @@ def evaluate(
         whole = tokens.shape[1] // length * length
         sequences = tokens[:, :whole].reshape(-1, length)
         loss = mean_loss(model, sequences, make_cache, chunk)
-        keys = retrieval(model, tokenizer, length, depths, prompts) if prompts else []
-        needles = retrieval(model, tokenizer, length, depths, prompts, text) if prompts else []
+        keys, needles = _retrieved(model, tokenizer, text, length, depths, prompts)
         cost = cache_cost(model, sequences[0], make_cache, decode, chunk)
         results.append(LengthResult(length, loss, keys, needles, cost))
         log.info("%s", results[-1])
     return results
+
+
+def _retrieved(
+    model: Any, tokenizer: Any, text: Sequence[int], length: int, depths: Sequence[float], prompts: int
+) -> tuple[list[float], list[float]]:
+    """Share of the passkeys and of the needles that are found, per depth; empty without prompts."""
+    if not prompts:
+        return [], []
+    asking = Asking(tokenizer, text, _RETRIEVED, length, prompts * len(depths), depths)
+    found = [score.by_depth() for score in asking.ask(model).values()]
+    keys, needles = ([parts[depth].accuracy for depth in depths] for parts in found)
+    return keys, needles
 
 
 def check(
@@ -97,8 +107,7 @@ def check(
     fresh_cache(model)  # raises if the model has none
     check_lengths(model, lengths, decode)
     if prompts:
-        for haystack in (None, tokens[0].tolist()):
-            retrieval_prompts(tokenizer, min(lengths), depths, prompts, haystack)
+        Asking(tokenizer, tokens[0].tolist(), _RETRIEVED, min(lengths), prompts, depths)
 
 
 def main(args: list[str] | None = None) -> None:

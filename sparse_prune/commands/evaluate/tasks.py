@@ -6,6 +6,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from typing import Any
 
 from sparse_prune.evaluation import TASKS, fresh_cache, measure_task
@@ -39,8 +40,8 @@ class Asking:
     def __post_init__(self) -> None:
         if self.questions < 1:
             raise ValueError(f"`questions` must be at least 1, got {self.questions}.")
-        for name in self.names:
-            build(TASKS[name], self.tokenizer, self.filler, self.length, 0.5, 0)
+        for name, depth in product(self.names, self.depths):
+            build(TASKS[name], self.tokenizer, self.filler, self.length, depth, 0)
 
     def ask(self, model: Any) -> dict[str, TaskScore]:
         """Score a model in every task, through its cache.
