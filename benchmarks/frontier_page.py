@@ -19,6 +19,8 @@ from typing import Any
 
 BASES = ("gradual, cubic", "gradual, diagonals half shared", "short ramp, questions")
 """What variants are compared with: the first of these that was run."""
+DENSE = ("dense", "dense, questions")
+"""The dense fine-tune of the same steps: the first of these that was run."""
 MARGIN = 1e-3
 """Changes of the loss up to this share of it are no change."""
 
@@ -46,7 +48,7 @@ class Result:
     def verdict(self) -> str:
         """Whether every seed ended below `against` by more than `MARGIN`, or every one above it."""
         changes = [row["loss"] / self.base[row["seed"]] - 1.0 for row in self.rows if row["seed"] in self.base]
-        if self.method in ("dense", self.against) or not changes:
+        if self.method in (*DENSE, self.against) or not changes:
             return ""
         if all(change < -MARGIN for change in changes):
             return "better"
@@ -70,9 +72,9 @@ def _share(scores: Sequence[Mapping[str, float]]) -> str:
 
 def results(rows: Sequence[Mapping[str, Any]]) -> list[Result]:
     """By sparsity, then by loss."""
-    dense = {row["seed"]: row["loss"] for row in rows if row["method"] == "dense"}
     run = {row["method"] for row in rows}
-    against = next((method for method in BASES if method in run), BASES[0])
+    against, twin = (next((name for name in names if name in run), names[0]) for names in (BASES, DENSE))
+    dense = {row["seed"]: row["loss"] for row in rows if row["method"] == twin}
     found = []
     for sparsity in sorted({row["sparsity"] for row in rows}):
         here = [row for row in rows if row["sparsity"] == sparsity]

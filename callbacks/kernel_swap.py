@@ -16,7 +16,7 @@ from sparse_prune.attention.layer import PrunableAttention
 from sparse_prune.attention.measure import fastest, in_words, time_attention
 from sparse_prune.callbacks.collaborator import Collaborator
 from sparse_prune.callbacks.swap_forecast import NO_GAIN, forecast_swap, measurement, warn_of_loss
-from sparse_prune.clock import now
+from sparse_prune.clock import hides_host, now
 from sparse_prune.kernels import BACKENDS, check_trains, skipping_backends
 from sparse_prune.pruner import AttentionPruner
 
@@ -70,6 +70,7 @@ class KernelSwap(Collaborator):
         self.measuring_seconds = 0.0
         """Total time of measurements in this process, in seconds: step times leave it out."""
         self._forecast_due = backend == "auto"
+        self._hidden = True  # whether the host runs ahead of its device; assumed before the first step
 
     @override
     def forget_run(self) -> None:
@@ -98,6 +99,14 @@ class KernelSwap(Collaborator):
                 forecasts = forecast_swap(pruner, self.tune)
             warn_of_loss(forecasts)
 
+    def after_backward(self, device: torch.device) -> None:
+        """Note whether the host runs ahead of its device, which decides what `clock.milliseconds` measures.
+
+        Args:
+            device: The module's device, for which nothing has waited since the backward pass.
+        """
+        self._hidden = hides_host(device)
+
     def end_batch(self, trainer: pl.Trainer, pl_module: pl.LightningModule, pruner: AttentionPruner) -> None:
         """Swap the layers that have settled.
 
@@ -119,10 +128,7 @@ class KernelSwap(Collaborator):
             with self._measuring(pl_module.device):
                 events = [self._event(pruner.layers[name].layer, trainer.global_step) for name in waiting]
         for event in trainer.strategy.broadcast(events, src=0):
-            if event.backend == "dense":
-                pruner.revert(event.layer)
-            else:
-                pruner.swap(event.layer, event.backend)
+            pruner.swap(event.layer, event.backend)
             self.events.append(event)
             _tell(event)
 
@@ -139,7 +145,8 @@ class KernelSwap(Collaborator):
         if self.backend != "auto" or layer.last_shape is None:
             return SwapEvent(step, layer.name, "gather" if self.backend == "auto" else self.backend, sparsity)
         tokens = layer.last_shape.kv_len
-        times = time_attention(layer, skipping_backends(layer.last_shape.device), tuned=self.tune)
+        backends = skipping_backends(layer.last_shape.device)
+        times = time_attention(layer, backends, tuned=self.tune, hidden=self._hidden)
         sparse = min((ms for name, ms in times.items() if name != "dense"), default=None)
         return SwapEvent(step, layer.name, fastest(times), sparsity, times.get("dense"), sparse, times, tokens)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,7 +13,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, Dynam
 from sparse_prune.attention.handles import handle_of
 from sparse_prune.attention.hf import attached_layers
 from sparse_prune.attention.layer import PrunableAttention
-from sparse_prune.attention.packed import Bucket, PackedKeys
+from sparse_prune.attention.packed import HeadKeys, Held, PackedKeys
 from sparse_prune.pattern import BlockPattern, num_blocks
 
 
@@ -57,8 +58,9 @@ class PatternCache(Cache):  # type: ignore[misc]
     def _tensors(self) -> Iterator[Tensor]:
         for layer in self.layers:
             if isinstance(layer, PatternLayer):
-                for bucket in layer.buckets:
-                    yield from (value for value in vars(bucket).values() if isinstance(value, Tensor))
+                held = [] if layer.held is None else [layer.held, layer.held.blocks, *layer.held.buckets]
+                for part in held:
+                    yield from (value for value in vars(part).values() if isinstance(value, Tensor))
             elif layer.keys is not None:
                 yield from (layer.keys, layer.values)
 
@@ -79,13 +81,14 @@ class PatternLayer(CacheLayerMixin):  # type: ignore[misc]
         """Evict nothing: what comes may be taken back."""
         self.judged_at: int | None = None
         """Length at the latest `crop` while recording; None before the first one."""
-        self.buckets: tuple[Bucket, ...] = ()
+        self.held: Held | None = None
+        """None before the first token."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PatternLayer:
         """A copy for the same model: the handle is not copied."""
         other = PatternLayer(self.handle, self.pattern)
         other.__dict__.update(self.__dict__)
-        other.buckets = tuple(Bucket(b.heads, b.blocks, b.keys.clone(), b.values.clone()) for b in self.buckets)
+        other.held = copy.deepcopy(self.held)
         return other
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -121,73 +124,48 @@ class PatternLayer(CacheLayerMixin):  # type: ignore[misc]
         block, shape = self.pattern.block_size[1], (*key_states.shape[:2], start + new, key_states.shape[3])
         if not start:
             # The first queries attend to keys that came with them: what is stored is already what lasts.
-            heads = torch.arange(key_states.shape[1])
-            blocks = torch.arange(num_blocks(new, block)).expand(len(heads), -1)
             self.length = new
-            self.buckets = (Bucket(heads, blocks, key_states, value_states),)
-            self._evict(copy=True)
-            first = PackedKeys(self.buckets, shape, self.pattern, (key_states, value_states))
+            blocks = torch.arange(num_blocks(new, block))
+            heads = zip(key_states.unbind(1), value_states.unbind(1), strict=True)
+            self._evict([HeadKeys(blocks, *head) for head in heads])
+            first = PackedKeys(self._known(), shape, self.pattern, (key_states, value_states))
             return first, first
         crossed = new > -start % block
         if crossed:
             # No query after `start` needs what goes now, the new ones included.
-            self._evict(room=new, copy=True)
-        fill = -num_blocks(start + new, block) * block + start
-        for bucket in self.buckets:
-            at = bucket.keys.shape[2] + fill
-            index = bucket.index(key_states.shape[1])
-            bucket.keys[:, :, at : at + new] = key_states[:, index]
-            bucket.values[:, :, at : at + new] = value_states[:, index]
+            self._evict(self._known().heads(), room=new)
+        self._known().write(key_states, value_states, num_blocks(start + new, block) * block - start)
         self.length += new
-        packed = PackedKeys(self.buckets, shape, self.pattern)
+        packed = PackedKeys(self._known(), shape, self.pattern)
         if crossed and new > 1:
             self._evict()
         return packed, packed
 
-    def _evict(self, room: int = 0, copy: bool = False, judged: bool = False) -> None:
-        """Copy what lasts into tensors of its own, with room for more tokens; what does not last is freed.
+    def _known(self) -> Held:
+        assert self.held is not None
+        return self.held
 
-        Where everything lasts nothing is copied unless `copy` says so. While recording everything lasts, unless all
-        tokens are `judged`.
+    def _evict(self, heads: list[HeadKeys] | None = None, room: int = 0, judged: bool = False) -> None:
+        """Copy what lasts of `heads` into new tensors, with room for more tokens, and free the rest.
+
+        Without `heads` it evicts from what is held, and copies nothing if everything lasts. While recording everything
+        lasts, unless all tokens are `judged`.
         """
         block = self.pattern.block_size[1]
-        held = num_blocks(self.length, block)
-        lasting = torch.ones(self.handle.num_kv_heads, held, dtype=torch.bool)
+        count = num_blocks(self.length, block)
+        lasting = torch.ones(self.handle.num_kv_heads, count, dtype=torch.bool)
         if judged or not self.record_past:
             lasting = torch.unflatten(self.pattern.needed_after(self.length), 0, (self.handle.num_kv_heads, -1)).any(1)
             if self.handle.sliding_window is not None:
-                lasting &= (torch.arange(held) + 1) * block > self.length - self.handle.sliding_window + 1
+                lasting &= (torch.arange(count) + 1) * block > self.length - self.handle.sliding_window + 1
             if self.length % block:
                 lasting[:, -1] = True
             self.evicted_at = self.length
-        fresh = torch.arange(held, num_blocks(self.length + room, block))
-        chosen: dict[int, list[tuple[int, Tensor, Bucket, int]]] = {}
-        for bucket in self.buckets:
-            for place, head in enumerate(bucket.heads.tolist()):
-                kept = lasting[head, bucket.blocks[place]].nonzero()[:, 0]
-                chosen.setdefault(len(kept), []).append((head, kept, bucket, place))
-        if copy or any(len(kept) < bucket.blocks.shape[1] for p in chosen.values() for _, kept, bucket, _ in p):
-            self.buckets = tuple(self._bucket(count, parts, fresh) for count, parts in sorted(chosen.items()))
-
-    def _bucket(self, count: int, parts: list[tuple[int, Tensor, Bucket, int]], fresh: Tensor) -> Bucket:
-        """Heads that keep `count` blocks, given as (head, kept blocks' places, old bucket, place in it)."""
-        parts = sorted(parts, key=lambda part: part[0])
-        block = self.pattern.block_size[1]
-        old = parts[0][2]
-        shape = (old.keys.shape[0], len(parts), (count + len(fresh)) * block)
-        keys = old.keys.new_empty(*shape, old.keys.shape[3])
-        values = old.values.new_empty(*shape, old.values.shape[3])
-        blocks = torch.empty(len(parts), count + len(fresh), dtype=torch.int64)
-        for index, (_, kept, source, place) in enumerate(parts):
-            blocks[index] = torch.cat([source.blocks[place, kept], fresh])
-            slots = (kept[:, None] * block + torch.arange(block)).flatten()
-            # Only the sequence's last block may be partly filled; a prompt has no room behind it.
-            partly = count > 0 and int(blocks[index, count - 1]) == self.length // block
-            filled = count * block - (-self.length % block if partly else 0)
-            slots = slots[:filled].to(keys.device)
-            keys[:, index, :filled] = source.keys[:, place, slots]
-            values[:, index, :filled] = source.values[:, place, slots]
-        return Bucket(torch.tensor([head for head, *_ in parts]), blocks, keys, values)
+        found = self._known().heads() if heads is None else heads
+        kept = [own[head.blocks].nonzero()[:, 0] for own, head in zip(lasting, found, strict=True)]
+        if heads is not None or any(len(places) < len(head.blocks) for places, head in zip(kept, found, strict=True)):
+            more = num_blocks(self.length + room, block) - count
+            self.held = Held.gather(found, kept, more, block, self.length)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Masks cover all positions, evicted or not."""
@@ -232,24 +210,18 @@ class PatternLayer(CacheLayerMixin):  # type: ignore[misc]
         self.length += tokens_to_remove
         after = num_blocks(self.length, self.pattern.block_size[1])
         if after < before:
-            self.buckets = tuple(self._shortened(bucket, after) for bucket in self.buckets)
+            heads = self._known().heads()
+            kept = [(head.blocks < after).nonzero()[:, 0] for head in heads]
+            self.held = Held.gather(heads, kept, 0, self.pattern.block_size[1], self.length)
         if not self.length:
             self.reset()
         elif self.record_past:
             self._evict(judged=True)
             self.judged_at = self.length
 
-    def _shortened(self, bucket: Bucket, blocks: int) -> Bucket:
-        """Without the blocks from `blocks` on, of which every head holds all."""
-        count = int((bucket.blocks[0] < blocks).sum())
-        slots = slice(count * self.pattern.block_size[1])
-        return Bucket(
-            bucket.heads, bucket.blocks[:, :count], bucket.keys[:, :, slots].clone(), bucket.values[:, :, slots].clone()
-        )
-
     def reset(self) -> None:
         """Forget everything."""
-        self.length, self.evicted_at, self.buckets, self.is_initialized = 0, 0, (), False
+        self.length, self.evicted_at, self.held, self.is_initialized = 0, 0, None, False
         self.record_past, self.judged_at = False, None
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -258,15 +230,13 @@ class PatternLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep these samples of the batch, in this order."""
-        for bucket in self.buckets:
-            chosen = indices.to(bucket.keys.device)
-            bucket.keys, bucket.values = bucket.keys[chosen], bucket.values[chosen]
+        if self.held is not None:
+            self.held = self.held.chosen(lambda tensor: tensor[indices.to(tensor.device)])
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every sample of the batch."""
-        for bucket in self.buckets:
-            bucket.keys = bucket.keys.repeat_interleave(repeats, 0)
-            bucket.values = bucket.values.repeat_interleave(repeats, 0)
+        if self.held is not None:
+            self.held = self.held.chosen(lambda tensor: tensor.repeat_interleave(repeats, 0))
 
     def offload(self) -> None:
         """Not supported.

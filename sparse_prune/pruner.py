@@ -359,13 +359,16 @@ class AttentionPruner:
 
         Args:
             name: Qualified name of the layer.
-            backend: One of `sparse_prune.kernels.BACKENDS`.
+            backend: One of `sparse_prune.kernels.BACKENDS`, or "dense" to revert it.
 
         Raises:
             ValueError: If the layer has not settled.
         """
-        self._settled(name).layer.backend = backend
-        self._settled(name).layer.mode = "sparse"
+        if backend == "dense":
+            self.revert(name)
+        else:
+            layer = self._settled(name).layer
+            layer.backend, layer.mode = backend, "sparse"
 
     def revert(self, name: str) -> None:
         """Revert a settled layer to dense attention, with all its connections. The others are not pruned more for it.

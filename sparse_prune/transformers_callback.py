@@ -12,6 +12,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from sparse_prune.attention.measure import fastest, in_words, time_attention
+from sparse_prune.clock import hides_host
 from sparse_prune.distributed import on_first_rank, sum_over_ranks
 from sparse_prune.files import whole_file
 from sparse_prune.kernels import skipping_backends
@@ -56,6 +57,7 @@ class AttentionPruningCallback(TrainerCallback):  # type: ignore[misc]
         """The latest decision of this process."""
         self._schedule = pruner.schedule  # as it was given
         self._run_steps = 0
+        self._hidden = True  # whether the host runs ahead of its device
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any) -> None:
         """Attach to the model, and restore the state of a checkpoint that is resumed."""
@@ -74,6 +76,7 @@ class AttentionPruningCallback(TrainerCallback):  # type: ignore[misc]
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Stop probing: the backward pass is done."""
         self.pruner.probe(False)
+        self._hidden = hides_host(args.device)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Decide, then swap the layers that have settled."""
@@ -84,7 +87,8 @@ class AttentionPruningCallback(TrainerCallback):  # type: ignore[misc]
         report = self.pruner.update(state.global_step, reduce)
         self.report = report or self.report
         if self.swap and report is not None and report.settled:
-            self._swap(on_first_rank(partial(self._measured, report.settled)))
+            for name, backend in on_first_rank(partial(self._measured, report.settled)).items():
+                self.pruner.swap(name, backend)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Write the state of pruning into the checkpoint's folder."""
@@ -127,17 +131,11 @@ class AttentionPruningCallback(TrainerCallback):  # type: ignore[misc]
         for name in names:
             layer = self.pruner.layers[name].layer
             assert layer.last_shape is not None
-            times = time_attention(layer, skipping_backends(layer.last_shape.device), tuned=True)
+            backends = skipping_backends(layer.last_shape.device)
+            times = time_attention(layer, backends, tuned=True, hidden=self._hidden)
             chosen[name] = fastest(times)
             log.info("%s -> %s (%s)", name, chosen[name], in_words(times))
         return chosen
-
-    def _swap(self, chosen: dict[str, str]) -> None:
-        for name, backend in chosen.items():
-            if backend == "dense":
-                self.pruner.revert(name)
-            else:
-                self.pruner.swap(name, backend)
 
 
 def _folder(args: Any, state: Any) -> Path:

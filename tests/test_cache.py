@@ -39,7 +39,7 @@ from transformers import (
 from sparse_prune import BlockPattern
 from sparse_prune.attention import attach, detach
 from sparse_prune.cache import PatternCache, PatternLayer
-from sparse_prune.kernels import AttentionOptions
+from sparse_prune.kernels import AttentionOptions, check_backend
 from support import families
 
 RECORDS = pytest.mark.skipif(
@@ -64,15 +64,16 @@ GREEDY = {"do_sample": False, "eos_token_id": None}
 
 
 def short_reach(heads, block, seed=0, dense_heads=()):
-    """A sink block, the diagonal, and at random a little more of what is near."""
-    dense = BlockPattern.dense(heads, LEARNED, LEARNED, block, True)
+    """A sink block, the diagonal, and at random a little more of what is near; at least eight blocks of queries."""
+    learned = max(LEARNED, 8 * block[0])
+    dense = BlockPattern.dense(heads, learned, learned, block, True)
     rows, cols = (torch.arange(n) for n in dense.keep.shape[1:])
     diagonal = ((rows + 1) * block[0] - 1) // block[1]
     distance = diagonal[:, None] - cols
     near = (distance < 4) & (torch.rand(dense.keep.shape, generator=torch.Generator().manual_seed(seed)) < 0.5)
     keep = (distance < max(block[0] // block[1], 1)) | (cols == 0) | near
     keep[list(dense_heads)] = True
-    return BlockPattern(keep, block, True, LEARNED, LEARNED)
+    return BlockPattern(keep, block, True, learned, learned)
 
 
 def make(name="llama", block=(4, 4), dense_heads=()):
@@ -245,12 +246,32 @@ class HostCopies(TorchDispatchMode):
         return result
 
 
+class NoKernel:
+    """In place of a kernel, which nothing can run on the device "meta"."""
+
+    launches = 0
+
+    def __getitem__(self, grid):
+        NoKernel.launches += 1
+        return lambda *args, **kwargs: None
+
+
+@pytest.mark.parametrize("backend", ["gather", "triton"])
 @pytest.mark.parametrize("masks", ["none", "padding", "every head's own"])
 @pytest.mark.parametrize("softcap", [None, 2.0])
 @torch.no_grad()
-def test_tokens_within_a_block_bring_nothing_from_the_host(masks, softcap):
-    handle = attach(make(dense_heads=(3,)))[0]
-    layer = PatternLayer(handle, handle.pattern)
+def test_tokens_within_a_block_bring_nothing_from_the_host_and_ask_for_nothing(masks, softcap, backend, monkeypatch):
+    """The device "meta" refuses to tell a value, as a GPU would make the host wait for it."""
+    block = 16 if backend == "triton" else 4
+    handle = attach(make(block=(block, block), dense_heads=(3,)))[0]
+    layer, decode_kernel = PatternLayer(handle, handle.pattern), None
+    if backend == "triton":
+        launch = pytest.importorskip("sparse_prune.kernels.triton.launch")
+        monkeypatch.setattr(launch, "decode_kernel", NoKernel())
+        monkeypatch.setattr(launch, "combine_kernel", NoKernel())
+        attend = pytest.importorskip("sparse_prune.kernels.triton.attend")
+        monkeypatch.setattr(attend, "call_dtype", lambda query: query.dtype)  # "meta" knows no autocast
+        decode_kernel = check_backend("triton").decode
 
     def decode(new, seen):
         key = torch.empty(1, 2, new, 8, device="meta")
@@ -259,15 +280,40 @@ def test_tokens_within_a_block_bring_nothing_from_the_host(masks, softcap):
         attn_mask = torch.ones(1, 4, new, seen, dtype=torch.bool, device="meta") if "own" in masks else None
         options = AttentionOptions(key_mask=key_mask, attn_mask=attn_mask, softcap=softcap)
         if seen > new:
-            held.attend(torch.empty(1, 4, new, 8, device="meta"), options)
+            held.attend(torch.empty(1, 4, new, 8, device="meta"), options, decode_kernel)
 
-    decode(61, 61)
-    decode(1, 62)
-    assert len(layer.buckets) > 1  # heads that hold different numbers of blocks
+    decode(20 * block + 1, 20 * block + 1)
+    decode(1, 20 * block + 2)
+    assert len(layer.held.buckets) > 1  # heads that hold different numbers of blocks
+    before = NoKernel.launches
     with HostCopies() as copies:
-        decode(1, 63)
-        decode(1, 64)
+        decode(1, 20 * block + 3)
+        decode(1, 20 * block + 4)
     assert copies.found == []
+    assert NoKernel.launches - before == (4 if backend == "triton" else 0)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2, soft cap", "mistral, sliding window"])
+@torch.no_grad()
+def test_swapped_layers_decode_by_the_kernel(name, monkeypatch):
+    """Tokens and chunks over what is held, padding and heads that hold different numbers of blocks included."""
+    attend = pytest.importorskip("sparse_prune.kernels.triton.attend")
+    model, ids, calls = make(name, (16, 16), dense_heads=(3,)), tokens(90), []
+    mask = left_padded(ids)
+    whole = model(ids, attention_mask=mask, use_cache=False).logits
+    for handle in attach(model):
+        handle.backend = "triton"
+    inner = attend.decode
+    monkeypatch.setattr(attend, "decode", lambda *given: calls.append(given) or inner(*given))
+    cache, end = PatternCache(model), 0
+    for chunk in (45, 1, 1, 5, 12, 1, 10, 15):
+        start, end = end, end + chunk
+        found = model(ids[:, start:end], attention_mask=mask[:, :end], past_key_values=cache).logits
+        real = mask[:, start:end].bool()
+        torch.testing.assert_close(found[real], whole[:, start:end][real], atol=2e-4, rtol=2e-4)
+    assert len(calls) == 7 * len(cache.layers)
+    # Behind a window of 9 tokens all heads hold equally many blocks.
+    assert any(len(layer.held.buckets) > 1 for layer in cache.layers) == ("window" not in name)
 
 
 def live_bytes():
@@ -296,7 +342,7 @@ def test_memory_of_the_process_falls():
     assert large == sum(2 * layer.keys.untyped_storage().nbytes() for layer in everything.layers)
     assert small == evicting.nbytes()
     assert small < large / 4
-    held = [bucket.blocks.shape for bucket in evicting.layers[0].buckets]
+    held = [bucket.blocks.shape for bucket in evicting.layers[0].held.buckets]
     pattern = evicting.layers[0].pattern
     needed = pattern.needed_after(200).view(2, 2, -1).any(1).sum(-1)
     assert sum(heads * blocks for heads, blocks in held) == int(needed.sum()) + 2  # and the latest, per KV head
@@ -321,7 +367,7 @@ def test_evicted_tensors_are_not_kept_alive():
     model, ids, kept = make(), tokens(), []
     cache = PatternCache(model)
     model(ids, past_key_values=cache)
-    kept = [weakref.ref(bucket.keys) for layer in cache.layers for bucket in layer.buckets]
+    kept = [weakref.ref(layer.held.keys) for layer in cache.layers]
     for step in range(8):
         model(ids[:, step : step + 1], past_key_values=cache)
     gc.collect()
@@ -340,7 +386,7 @@ def test_dense_heads_and_dense_layers_hold_everything():
     torch.testing.assert_close(found[:, -1], whole[:, -1], atol=2e-4, rtol=2e-4)
     first, second = cache.layers
     assert isinstance(first, PatternLayer)
-    assert sorted(bucket.blocks.shape[1] for bucket in first.buckets)[-1] == 23
+    assert sorted(bucket.blocks.shape[1] for bucket in first.held.buckets)[-1] == 23
     assert second.keys.shape[2] == 90
 
 
@@ -355,7 +401,7 @@ def test_decoding_under_autocast_equals_the_masked_model(name):
         for step in range(30, 70):
             found = model(ids[:, step : step + 1], past_key_values=cache).logits.float()
             torch.testing.assert_close(found[:, -1], whole[:, step], atol=0.6, rtol=0.1)
-            ragged |= any(len(layer.buckets) > 1 for layer in cache.layers)
+            ragged |= any(len(layer.held.buckets) > 1 for layer in cache.layers)
     assert ragged  # heads that hold different numbers of blocks
 
 

@@ -31,7 +31,7 @@ class Machine:
 
         monkeypatch.setattr(clock.time, "perf_counter", lambda: self.host)
         monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
-        monkeypatch.setattr(torch.cuda, "synchronize", self.synchronize)
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: self.synchronize())
         monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: self.queue(cycles / 1.8e9), raising=False)
         monkeypatch.setattr(torch.cuda, "Event", Event)
 
@@ -52,6 +52,20 @@ def test_a_gpu_is_timed_without_its_host(monkeypatch, launch, work):
     machine = Machine(monkeypatch, launch, work)
     assert clock.milliseconds(machine.run, torch.device("cuda", 0)) == pytest.approx(1e3 * work)
     assert machine.runs == 6
+
+
+@pytest.mark.parametrize(("launch", "work", "felt"), [(1e-3, 2e-4, 1e-3), (1e-4, 5e-2, 5e-2)])
+def test_a_gpu_that_does_not_hide_its_host_is_timed_by_the_wall(monkeypatch, launch, work, felt):
+    machine = Machine(monkeypatch, launch, work)
+    assert clock.milliseconds(machine.run, torch.device("cuda", 0), hidden=False) == pytest.approx(1e3 * felt, rel=0.05)
+
+
+@pytest.mark.parametrize("done", [True, False])
+def test_a_device_hides_its_host_while_it_has_work_left(monkeypatch, done):
+    stream = type("Stream", (), {"query": lambda self: done})
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream())
+    assert clock.hides_host(torch.device("cuda", 0)) == (not done)
+    assert clock.hides_host(torch.device("cpu"))
 
 
 def test_a_cpu_is_timed_by_the_wall(monkeypatch):

@@ -18,10 +18,10 @@ from gpu.session import DEVICE, about, dtypes
 from rows import Rows
 from torch import Tensor
 
-from sparse_prune import BlockPattern, probe_blocks
+from sparse_prune import BlockPattern, Influence, probe_blocks
 from sparse_prune.fixed_patterns import random_pattern
-from sparse_prune.kernels import AttentionOptions, block_sparse_attention
-from sparse_prune.kernels.triton.attend import decode, probe
+from sparse_prune.kernels import AttentionOptions, block_sparse_attention, probe_score
+from sparse_prune.kernels.triton.attend import decode, influence, probe
 
 Call = tuple[tuple[Tensor, Tensor, Tensor], Tensor, BlockPattern]
 
@@ -61,6 +61,20 @@ def probes(call: Call) -> dict[str, float]:
     return {"error": error}
 
 
+def influences(call: Call) -> dict[str, float]:
+    """The sums of `Influence`, of kept and pruned blocks, against those of torch in float64."""
+    tensors, grad, pattern = call
+    given = {"causal": True, "options": AttentionOptions(), "pattern": pattern}
+    inputs = [tensor.detach() for tensor in tensors]
+    found = influence(*inputs, grad, pattern.block_size, **given).sums
+    exact = [tensor.double().cpu() for tensor in (*inputs, grad)]
+    wanted = probe_score(Influence(), *exact[:3], pattern.block_size, gradient=exact[3], **given).sums.to(found.device)
+    error = float((found - wanted).abs().max() / wanted.abs().max())
+    if not error <= 2e-2:
+        raise ArithmeticError(f"the sums of Influence are off by {error:.3g} of the largest")
+    return {"error": error}
+
+
 def decodes(call: Call) -> dict[str, float]:
     """One token over the kept blocks, against the last row of the float64 reference."""
     (query, key, value), _, pattern = call
@@ -80,6 +94,16 @@ def waits_for_nothing(call: Call) -> dict[str, float]:
     steps: list[Callable[[], object]] = [
         lambda: results(call),
         lambda: probe(query.detach(), key.detach(), pattern.block_size, causal=True),
+        lambda: influence(
+            query.detach(),
+            key.detach(),
+            value.detach(),
+            call[1],
+            pattern.block_size,
+            causal=True,
+            options=AttentionOptions(),
+            pattern=pattern,
+        ),
         lambda: decode(last, key.detach(), value.detach(), pattern, AttentionOptions()),
     ]
     for step in steps:
@@ -102,9 +126,9 @@ def main() -> None:
     arguments = parser.parse_args()
     kept = Rows(arguments.output, {"length": arguments.length, "blocks": arguments.blocks}, about())
     checks: list[Callable[[Call], dict[str, Any]]] = [
-        lambda call: check(call[0], call[1], call[2]), same_bits, probes, decodes,
+        lambda call: check(call[0], call[1], call[2]), same_bits, probes, influences, decodes,
     ]  # fmt: skip
-    names = ["output and gradients", "same bits", "probe", "decode"]
+    names = ["output and gradients", "same bits", "probe", "influence", "decode"]
     if DEVICE == "cuda":
         checks.append(waits_for_nothing)
         names.append("no synchronisation")

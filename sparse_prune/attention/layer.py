@@ -22,6 +22,7 @@ from sparse_prune.kernels import (
     probe_attention,
     probe_score,
 )
+from sparse_prune.kernels.backend import Decode
 from sparse_prune.kernels.derived import at_lengths
 from sparse_prune.kernels.documents import per_document
 from sparse_prune.pattern import BlockPattern
@@ -199,7 +200,7 @@ class PrunableAttention:
         if isinstance(key, PackedKeys) or isinstance(value, PackedKeys):
             held = self._held(key, value)
             if held.first is None:
-                return held.attend(query, options)
+                return held.attend(query, options, self._decode)
             key, value = held.first
         q_len, kv_len = query.shape[2], key.shape[2]
         causal = self.causal if causal is None else causal
@@ -334,6 +335,11 @@ class PrunableAttention:
         seen = per_document(seen, options, block_size, causal, score.per)
         self.score_sums = seen if self.score_sums is None else self.score_sums + seen
 
+    @property
+    def _decode(self) -> Decode | None:
+        """The decoding of the backend that the layer was swapped to, which has no gradients."""
+        return check_backend(self.backend).decode if self.mode == "sparse" and not torch.is_grad_enabled() else None
+
     def _held(self, key: Tensor | PackedKeys, value: Tensor | PackedKeys) -> PackedKeys:
         """The keys and values of a `PatternCache`, checked to be of this layer's pattern."""
         if not isinstance(key, PackedKeys) or value is not key:
@@ -354,7 +360,7 @@ class PrunableAttention:
         """Attention of the last queries against a cache: by the backend's decoding, or else under a mask."""
         assert self._pattern is not None
         q_len, kv_len = query.shape[2], key.shape[2]
-        decode = check_backend(self.backend).decode if self.mode == "sparse" and not torch.is_grad_enabled() else None
+        decode = self._decode
         # The last query sees every key in any case.
         if decode is not None and self._pattern.causal and (causal or q_len == 1):
             decoded = decode(query, key, value, self._pattern, options)

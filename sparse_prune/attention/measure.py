@@ -27,12 +27,13 @@ def time_attention(
     repeats: int = 3,
     tuned: bool = False,
     pattern: BlockPattern | None = None,
+    hidden: bool = True,
 ) -> dict[str, float]:
     """Time a forward and backward pass like the layer's last training call, with its pattern or another.
 
-    On a GPU this is the device's time alone, without the launching of kernels (see `clock`). Candidates take turns, and
-    each one's fastest turn counts: other programs can only prolong a measurement, and seldom hit all turns of one
-    candidate. A candidate that fails, for lack of memory say, is left out.
+    On a GPU this is the device's time alone, without the launching of kernels, unless training does not hide it (see
+    `clock`). Candidates take turns, and each one's fastest turn counts: other programs can only prolong a measurement,
+    and seldom hit all turns of one candidate. A candidate that fails, for lack of memory say, is left out.
 
     Args:
         layer: A layer that has seen a training call.
@@ -40,6 +41,7 @@ def time_attention(
         repeats: Number of turns.
         tuned: Whether to find the backends' launch configurations first.
         pattern: A pattern of the lengths of that call. None: the layer's own.
+        hidden: Whether training hides the launching of kernels, as `clock.hides_host` says.
 
     Returns:
         "dense" and every backend that can do the call -> milliseconds.
@@ -47,7 +49,7 @@ def time_attention(
     pattern = pattern or _own_pattern(layer)
     if tuned:
         backends = list(_each(layer, backends, partial(tune, pattern=pattern)))
-    clock = partial(_time, pattern=pattern)
+    clock = partial(_time, pattern=pattern, hidden=hidden)
     times = _each(layer, ["dense", *backends], clock)  # first runs build tables and compile
     turns = []
     for _ in range(repeats):
@@ -96,9 +98,9 @@ def tune(layer: PrunableAttention, backend: str, pattern: BlockPattern) -> None:
         find(*_inputs(layer), pattern, _options(layer))
 
 
-def _time(layer: PrunableAttention, backend: str, pattern: BlockPattern) -> float:
+def _time(layer: PrunableAttention, backend: str, pattern: BlockPattern, hidden: bool) -> float:
     inputs = _inputs(layer)
-    return _milliseconds(_attention(layer, backend, pattern, *inputs), inputs)
+    return _milliseconds(_attention(layer, backend, pattern, *inputs), inputs, hidden)
 
 
 def _attention(
@@ -163,6 +165,6 @@ def _inputs(layer: PrunableAttention) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @torch.enable_grad()  # type: ignore[untyped-decorator, unused-ignore]
-def _milliseconds(attend: Callable[[], Tensor], inputs: tuple[Tensor, Tensor, Tensor]) -> float:
+def _milliseconds(attend: Callable[[], Tensor], inputs: tuple[Tensor, Tensor, Tensor], hidden: bool = True) -> float:
     grad = inputs[0].new_ones(*inputs[0].shape[:3], inputs[2].shape[3])
-    return milliseconds(lambda: torch.autograd.grad(attend(), inputs, grad), grad.device)
+    return milliseconds(lambda: torch.autograd.grad(attend(), inputs, grad), grad.device, hidden)

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, NoReturn
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from sparse_prune.kernels import AttentionOptions, reference
-from sparse_prune.pattern import BlockPattern
+from sparse_prune.kernels.backend import Decode
+from sparse_prune.kernels.held import HeldBlocks
+from sparse_prune.pattern import BlockPattern, num_blocks
 
 
 @dataclass(eq=False)
 class Bucket:
-    """Keys and values of the KV heads that hold equally many blocks.
+    """A group of KV heads that hold equally many blocks.
 
     Held blocks stand side by side, in order. All are full but the one that the latest token is in.
     """
@@ -24,31 +27,39 @@ class Bucket:
     """KV heads, ascending, int64, (heads,), on the CPU."""
     blocks: Tensor
     """Key blocks that each of them holds, ascending, int64, (heads, blocks), on the CPU."""
-    keys: Tensor
-    """(batch, heads, blocks * block, head_dim)."""
-    values: Tensor
-    """(batch, heads, blocks * block, value_dim)."""
+    block: int
+    """Tokens per key block."""
+    first: int
+    """Number of its first slot."""
+    device: torch.device
+    """Device of keys and values."""
     _row: int = -1
     _row_mask: Tensor | None = None
     _index: Tensor | slice | None = None
     _positions: Tensor | None = None
 
+    @property
+    def slots(self) -> int:
+        """Number of slots of each head."""
+        return self.blocks.shape[1] * self.block
+
+    def of(self, everything: Tensor) -> Tensor:
+        """View the bucket's part of keys or values, (batch, all slots, dim), as (batch, heads, slots, dim)."""
+        own = everything.narrow(1, self.first, len(self.heads) * self.slots)
+        return own.view(own.shape[0], len(self.heads), self.slots, own.shape[2])
+
     def index(self, num_kv_heads: int) -> Tensor | slice:
         """What picks the bucket's heads out of all on their device, where it stays: a copy per token would wait."""
         if self._index is None:
             everyone = len(self.heads) == num_kv_heads
-            self._index = slice(None) if everyone else self.heads.to(self.keys.device)
+            self._index = slice(None) if everyone else self.heads.to(self.device)
         return self._index
 
-    def positions(self, block: int) -> Tensor:
-        """Position in the sequence of every slot, (heads, slots), on the keys' device, where it stays.
-
-        Args:
-            block: Tokens per key block.
-        """
+    def positions(self) -> Tensor:
+        """Position in the sequence of every slot, (heads, slots), on the keys' device, where it stays."""
         if self._positions is None:
-            slots = self.blocks[:, :, None] * block + torch.arange(block)
-            self._positions = slots.flatten(1).to(self.keys.device)
+            slots = self.blocks[:, :, None] * self.block + torch.arange(self.block)
+            self._positions = slots.flatten(1).to(self.device)
         return self._positions
 
     def row_mask(self, row: int, pattern: BlockPattern, num_kv_heads: int) -> Tensor | None:
@@ -58,7 +69,7 @@ class Bucket:
         """
         if row != self._row:
             keep = self.block_mask(row, row + 1, pattern, num_kv_heads)
-            slots = keep.repeat_interleave(pattern.block_size[1], -1).to(self.keys.device)
+            slots = keep.repeat_interleave(self.block, -1).to(self.device)
             self._row, self._row_mask = row, None if bool(keep.all()) else slots
         return self._row_mask
 
@@ -69,6 +80,95 @@ class Bucket:
         return keep.take_along_dim(self.blocks[:, None, None, :], -1)
 
 
+class HeadKeys(NamedTuple):
+    """Keys and values that one KV head holds."""
+
+    blocks: Tensor
+    """Key blocks, ascending, int64, on the CPU."""
+    keys: Tensor
+    """(batch, slots, head_dim); the last block may be partly filled."""
+    values: Tensor
+    """(batch, slots, value_dim)."""
+
+
+@dataclass(eq=False)
+class Held:
+    """Keys and values of all heads, side by side in one tensor each, so that one kernel reaches them all.
+
+    The heads of a bucket stand side by side, so that a bucket is a view.
+    """
+
+    keys: Tensor
+    """(batch, slots, head_dim)."""
+    values: Tensor
+    """(batch, slots, value_dim)."""
+    buckets: tuple[Bucket, ...]
+    """Every KV head is in one of them, and each holds the latest block."""
+    blocks: HeldBlocks
+    """Where each head's blocks stand."""
+    ends: Tensor
+    """Per KV head the slot behind its last one, int64, on the keys' device."""
+
+    @classmethod
+    def gather(cls, heads: list[HeadKeys], kept: list[Tensor], room: int, block: int, length: int) -> Held:
+        """Copy the blocks that are kept.
+
+        Args:
+            heads: Keys and values of each KV head.
+            kept: For each head which of its blocks are kept, ascending.
+            room: Number of blocks for later tokens, after the last one of the sequence.
+            block: Tokens per key block.
+            length: Tokens of the sequence, held or evicted.
+        """
+        fresh = torch.arange(room) + num_blocks(length, block)
+        of_count: dict[int, list[int]] = {}
+        for head, places in enumerate(kept):
+            of_count.setdefault(len(places), []).append(head)
+        total = sum(len(places) + room for places in kept) * block
+        keys, values = (like.new_empty(len(like), total, like.shape[2]) for like in heads[0][1:])
+        place = torch.full((len(heads), num_blocks(length, block) + room), -1)
+        ends, buckets, first = torch.empty(len(heads), dtype=torch.int64), [], 0
+        for count, members in sorted(of_count.items()):
+            blocks = torch.stack([torch.cat([heads[head].blocks[kept[head]], fresh]) for head in members])
+            buckets.append(Bucket(torch.tensor(members), blocks, block, first, keys.device))
+            for head, own in zip(members, blocks, strict=True):
+                place[head, own] = torch.arange(count + room) + first // block
+                slots = (kept[head][:, None] * block + torch.arange(block)).flatten()
+                # Only the sequence's last block may be partly filled; a prompt has no room behind it.
+                partly = count > 0 and int(own[count - 1]) == length // block
+                slots = slots[: count * block - (-length % block if partly else 0)].to(keys.device)
+                keys[:, first : first + len(slots)] = heads[head].keys[:, slots]
+                values[:, first : first + len(slots)] = heads[head].values[:, slots]
+                first += (count + room) * block
+                ends[head] = first
+        return cls(keys, values, tuple(buckets), HeldBlocks(place), ends.to(keys.device))
+
+    def heads(self) -> list[HeadKeys]:
+        """Return the keys and values of each KV head, in order."""
+        found = {
+            head: HeadKeys(bucket.blocks[place], bucket.of(self.keys)[:, place], bucket.of(self.values)[:, place])
+            for bucket in self.buckets
+            for place, head in enumerate(bucket.heads.tolist())
+        }
+        return [found[head] for head in sorted(found)]
+
+    def write(self, keys: Tensor, values: Tensor, behind: int) -> None:
+        """Write new tokens into the room that is left.
+
+        Args:
+            keys: (batch, num_kv_heads, new tokens, head_dim).
+            values: (batch, num_kv_heads, new tokens, value_dim).
+            behind: Number of slots from the first new token to the end of each head's.
+        """
+        slots = (self.ends[:, None] - behind + torch.arange(keys.shape[2], device=keys.device)).flatten()
+        self.keys[:, slots] = keys.flatten(1, 2)
+        self.values[:, slots] = values.flatten(1, 2)
+
+    def chosen(self, change: Callable[[Tensor], Tensor]) -> Held:
+        """Return the same for other samples of the batch, which `change` selects from keys and values."""
+        return replace(self, keys=change(self.keys), values=change(self.values))
+
+
 @dataclass(frozen=True, eq=False)
 class PackedKeys:
     """All keys and values that a layer's cache holds, those of the latest queries included.
@@ -77,8 +177,8 @@ class PackedKeys:
     computes with it, other than attention that was taken over, fails instead of taking some keys for all.
     """
 
-    buckets: tuple[Bucket, ...]
-    """Every KV head is in one of them."""
+    held: Held
+    """The keys and values that are left."""
     shape: tuple[int, int, int, int]
     """(batch, num_kv_heads, length, head_dim), as if nothing had been evicted."""
     pattern: BlockPattern
@@ -97,21 +197,28 @@ class PackedKeys:
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> NoReturn:
         raise TypeError(_misused(func.__name__))
 
-    def attend(self, query: Tensor, options: AttentionOptions) -> Tensor:
+    def attend(self, query: Tensor, options: AttentionOptions, decode: Decode | None = None) -> Tensor:
         """Attention of the last queries.
 
         Args:
             query: (batch, num_heads, q_len, head_dim), the last `q_len` of the sequence's positions.
             options: Masks over all keys of the sequence, scale, soft cap. Dropout is not applied.
+            decode: Decoding of a backend, which is asked first. None: SDPA, bucket by bucket.
 
         Returns:
             (batch, num_heads, q_len, value_dim). Rows that may attend to nothing are zero.
         """
-        q_len = query.shape[2]
+        q_len, held = query.shape[2], self.held
         num_kv_heads = self.shape[1]
+        if decode is not None:
+            undropped = replace(options, dropout_p=0.0, seed=None)
+            keys, values = held.keys[:, None], held.values[:, None]
+            decoded = decode(query, keys, values, self.pattern, undropped, held.blocks, self.shape[2])
+            if decoded is not None:
+                return decoded
         grouped = torch.unflatten(query, 1, (num_kv_heads, -1))  # (batch, kv_heads, group, q_len, head_dim)
         output: Tensor | None = None
-        for bucket in self.buckets:
+        for bucket in held.buckets:
             used = self._used(bucket)
             index = bucket.index(num_kv_heads)
             mask = self._mask(bucket, q_len, used, options)
@@ -119,7 +226,8 @@ class PackedKeys:
                 mask = mask.expand(-1, -1, grouped.shape[2], q_len, -1).flatten(2, 3)
             # The group's queries become rows of one head, so that keys are not repeated.
             rows = grouped[:, index].flatten(2, 3)
-            found = masked_attention(rows, bucket.keys[:, :, :used], bucket.values[:, :, :used], mask, options)
+            keys, values = bucket.of(held.keys)[:, :, :used], bucket.of(held.values)[:, :, :used]
+            found = masked_attention(rows, keys, values, mask, options)
             if output is None:  # autocast may give another type than the query's
                 output = found.new_empty(*grouped.shape[:-1], found.shape[-1])
             output[:, index] = torch.unflatten(found, 2, (-1, q_len))
@@ -127,13 +235,13 @@ class PackedKeys:
         return output.flatten(1, 2)
 
     def _used(self, bucket: Bucket) -> int:
-        return bucket.keys.shape[2] - -self.shape[2] % self.pattern.block_size[1]
+        return bucket.slots - -self.shape[2] % bucket.block
 
     def _mask(self, bucket: Bucket, q_len: int, used: int, options: AttentionOptions) -> Tensor | None:
         """Which slots each query attends to, (batch or 1, heads, group or 1, q_len or 1, used); None: all."""
         block_q, block_kv = self.pattern.block_size
         _, num_kv_heads, length, _ = self.shape
-        start, device = length - q_len, bucket.keys.device
+        start, device = length - q_len, bucket.device
         if q_len == 1:
             mask = bucket.row_mask(start // block_q, self.pattern, num_kv_heads)
             mask = None if mask is None else mask[None, ..., :used]
@@ -142,10 +250,10 @@ class PackedKeys:
             first, end = start // block_q, (length - 1) // block_q + 1
             keep = bucket.block_mask(first, end, self.pattern, num_kv_heads)[:, :, query // block_q - first]
             keep = keep.to(device).repeat_interleave(block_kv, -1)[..., :used]
-            position = bucket.positions(block_kv)[:, None, None, :used]
+            position = bucket.positions()[:, None, None, :used]
             mask = (keep & (position <= query[:, None].to(device)))[None]
         if options.key_mask is not None or options.attn_mask is not None:
-            position = bucket.positions(block_kv)[None, :, None, None, :used]
+            position = bucket.positions()[None, :, None, None, :used]
             if options.key_mask is not None:
                 mask = _both(mask, options.key_mask[:, None, None, None, :].take_along_dim(position, -1))
             if options.attn_mask is not None:

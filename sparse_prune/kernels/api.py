@@ -12,7 +12,7 @@ from sparse_prune.kernels.backends.triton import triton_kernels
 from sparse_prune.kernels.documents import spanned
 from sparse_prune.kernels.options import AttentionOptions
 from sparse_prune.pattern import BlockPattern
-from sparse_prune.scores import AttentionCall, BlockStatistics, Score, probe_blocks
+from sparse_prune.scores import AttentionCall, BlockStatistics, Influence, Score, probe_blocks
 
 
 def probe_attention(
@@ -59,6 +59,8 @@ def probe_score(
 ) -> BlockStatistics:
     """Collect the sums of a score over one call, in torch on any device, in full precision, without dropout.
 
+    On a GPU `Influence` has a kernel, which multiplies in the query's type and holds no weights in memory.
+
     Args:
         score: Any score.
         query: (batch, num_heads, q_len, head_dim), after position encoding.
@@ -73,6 +75,12 @@ def probe_score(
     Raises:
         ValueError: If `pattern` has other blocks or lengths, or the score uses more than its `sees` says.
     """
+    kernels = triton_kernels() if query.device.type == "cuda" else None
+    if type(score) is Influence and gradient is not None and kernels is not None and kernels.probes(query, block_size):
+        statistics: BlockStatistics = kernels.influence(
+            query, key, value, gradient, block_size, causal=causal, options=options, pattern=pattern
+        )
+        return statistics
     call = AttentionCall(
         query,
         key,

@@ -5,16 +5,30 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import count
+from typing import Protocol
 from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 
+from sparse_prune.kernels.held import HeldBlocks
 from sparse_prune.kernels.options import AttentionOptions
 from sparse_prune.pattern import BlockPattern
 
 Attend = Callable[[Tensor, Tensor, Tensor, BlockPattern, AttentionOptions], Tensor]
 """Computes the output from query, key, value, pattern and options; shapes as in `reference.attend`."""
+
+
+class Decode(Protocol):
+    """Computes attention of the last few queries against a cache, without gradients."""
+
+    def __call__(
+        self, query: Tensor, key: Tensor, value: Tensor, pattern: BlockPattern, options: AttentionOptions,
+        held: HeldBlocks | None = None, kv_len: int | None = None,
+    ) -> Tensor | None:  # fmt: skip
+        """Attend, as `triton.attend.decode` does, or return None to leave the call to a mask."""
+        ...
+
 
 _COUNT = count()
 _NAMED: WeakValueDictionary[str, BlockPattern] = WeakValueDictionary()
@@ -66,8 +80,7 @@ class Backend:
     traced: Callable[[Tensor, Tensor, Tensor, str, bool, AttentionOptions], Tensor] | None = None
     """`attend` in a form that torch.compile can trace, of query, key, value, the name of a pattern (see
     `name_pattern`), its causality, and options. None: calls break the graph."""
-    decode: Callable[[Tensor, Tensor, Tensor, BlockPattern, AttentionOptions], Tensor | None] | None = None
-    """Computes attention of the last few queries against a cache, without gradients, or returns None to leave the call
-    to a mask. None: every such call is masked."""
+    decode: Decode | None = None
+    """Computes attention of the last few queries against a cache. None: a mask does it."""
     tune: Callable[[Tensor, Tensor, Tensor, BlockPattern, AttentionOptions], None] | None = None
     """Finds the fastest launch configurations of a call. None: it has none."""

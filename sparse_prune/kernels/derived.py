@@ -13,27 +13,28 @@ from sparse_prune.pattern import BlockPattern
 
 _T = TypeVar("_T")
 _LENGTHS_KEPT = 8
-_KEPT: WeakKeyDictionary[BlockPattern, dict[Hashable, tuple[object, Hashable]]] = WeakKeyDictionary()
+_KEPT: WeakKeyDictionary[object, dict[Hashable, tuple[object, Hashable]]] = WeakKeyDictionary()
 
 
 def derived(
-    pattern: BlockPattern,
+    owner: object,
     key: tuple[Hashable, ...],
     make: Callable[[], _T],
     state: Callable[[], Hashable] = lambda: None,
 ) -> _T:
-    """What `make` gives, made once per pattern and key, and dropped with the pattern.
+    """What `make` gives, made once per owner and key, and dropped with the owner.
 
     It is made outside of inference mode: autograd cannot save for training what validation built inside it.
 
     Args:
-        pattern: What it is derived from. What `make` gives must not hold it, or neither would ever be dropped.
+        owner: What it is derived from: a pattern, or what a cache holds. What `make` gives must not hold it, or neither
+            would ever be dropped.
         key: Who asks, and all else that it is derived from.
         make: Derives it.
         state: Tells what else it is derived from that changes with time. In another state it is made anew, and what was
             made before goes.
     """
-    known = _KEPT.setdefault(pattern, {})
+    known = _KEPT.setdefault(owner, {})
     found = known.get(key)
     if found is None or found[1] != state():
         with torch.inference_mode(False):

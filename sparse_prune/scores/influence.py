@@ -10,8 +10,10 @@ from torch import Tensor
 from sparse_prune.scores.call import Tile
 from sparse_prune.scores.score import Per, Score, Sees
 
-_LEAST_REST = 1e-3  # of a row's mass outside a block: below it, rounding errors would dominate the quotient
-_LARGEST_LOGIT = 60.0  # above those of the kept keys: its exponential still adds up in float32
+LEAST_REST = 1e-3
+"""Least mass of a row outside a block: below it, rounding errors would dominate the quotient."""
+LARGEST_LOGIT = 60.0
+"""Largest logit above those of the kept keys: its exponential still adds up in float32."""
 
 
 class Influence(Score):
@@ -39,9 +41,9 @@ class Influence(Score):
         holds = tile.per_block(kept_keys.float()) > 0
         # A row that keeps no other block has no softmax without this one, so that its change is not defined.
         stays = holds.sum(-1, keepdim=True) > holds.int()
-        weights = (tile.logits - lse).clamp(max=_LARGEST_LOGIT).exp() * tile.mask
+        weights = (tile.logits - lse).clamp(max=LARGEST_LOGIT).exp() * tile.mask
         expected = (weights * tile.gradient_by_key).masked_fill(~kept_keys, 0.0).sum(-1, keepdim=True)
         change = tile.per_block(weights * (tile.gradient_by_key - expected))
         mass = tile.per_block(weights)
-        rest = torch.where(kept, (1.0 - mass).clamp_min(_LEAST_REST), 1.0 + mass)
+        rest = torch.where(kept, (1.0 - mass).clamp_min(LEAST_REST), 1.0 + mass)
         return -(change / rest).masked_fill(~stays, 0.0).sum((0, 2), dtype=torch.float64)

@@ -26,7 +26,7 @@ def test_times_are_of_every_candidate_and_real(layer):
 
 def test_candidates_take_turns_and_a_disturbed_turn_does_not_count(layer, monkeypatch):
     script = iter([0.0, 0.0, 3.0, 50.0, 90.0, 2.0, 4.0, 2.5])
-    monkeypatch.setattr(measure, "_milliseconds", lambda attend, inputs: next(script))
+    monkeypatch.setattr(measure, "_milliseconds", lambda attend, inputs, hidden: next(script))
     assert measure.time_attention(layer, ["gather"]) == {"dense": 3.0, "gather": 2.0}
 
 
@@ -85,7 +85,7 @@ def test_a_candidate_that_fails_is_left_out(layer, monkeypatch, caplog, runs):
 def test_configurations_are_found_before_the_clock_runs(layer, monkeypatch):
     calls = []
     monkeypatch.setattr(measure, "tune", lambda layer, backend, pattern: calls.append(backend))
-    monkeypatch.setattr(measure, "_milliseconds", lambda attend, inputs: calls.append("run") or 1.0)
+    monkeypatch.setattr(measure, "_milliseconds", lambda attend, inputs, hidden: calls.append("run") or 1.0)
     measure.time_attention(layer, ["gather"], repeats=1, tuned=True)
     assert calls == ["gather", "run", "run", "run", "run"]
     calls.clear()

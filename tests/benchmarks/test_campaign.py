@@ -25,7 +25,7 @@ def test_a_rehearsal_passes_and_is_not_repeated(tmp_path):
     done = rehearse(tmp_path, "a", "c")
     assert done.returncode == 0, done.stdout + (tmp_path / "campaign.log").read_text()[-3000:]
     names = [row["name"] for row in json.loads((tmp_path / "a.json").read_text())["rows"]]
-    assert len(names) == 8
+    assert len(names) == 10
     whole = {row["name"]: row for row in json.loads((tmp_path / "c.json").read_text())["rows"]}
     assert list(whole) == ["train", "resume", "export", "decode"]
     assert whole["train"]["sparsity"] > 0.3

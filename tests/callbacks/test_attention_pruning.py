@@ -329,6 +329,15 @@ def test_swap_decides_when_candidates_could_not_be_measured(tmp_path, monkeypatc
     assert (event.backend, event.dense_ms, event.sparse_ms) == (backend, None, times.get("gather"))
 
 
+def test_swap_counts_what_the_host_takes_where_nothing_hides_it(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(kernel_swap, "hides_host", lambda device: False)
+    monkeypatch.setattr(kernel_swap, "time_attention", lambda *args, hidden, **kwargs: asked.append(hidden) or {})
+    trainer(tmp_path, [pruning(), KernelSwap()]).fit(TinyModule(), batches())
+    assert asked
+    assert not any(asked)
+
+
 def watch_decisions(callback):
     """The steps at which the callback decides, as they come."""
     steps, update = [], callback.pruner.update

@@ -122,7 +122,7 @@ def test_variants_are_compared_with_what_was_run():
             "tasks": {},
         }
         for method, sparsity, loss in [
-            ("dense", 0.0, 2.0),
+            ("dense, questions", 0.0, 2.0),
             ("gradual, diagonals half shared", 0.7, 2.2),
             ("gradual, other", 0.7, 2.1),
         ]
@@ -131,6 +131,7 @@ def test_variants_are_compared_with_what_was_run():
     assert [(result.against, result.verdict) for result in found] == [
         ("gradual, diagonals half shared", verdict) for verdict in ("", "better", "")
     ]
+    assert [result.rises for result in found] == [[0.0], pytest.approx([0.05]), pytest.approx([0.1])]
 
 
 def test_one_seed_is_shown_with_its_intervals():

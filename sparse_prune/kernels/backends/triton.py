@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from sparse_prune.kernels.backend import Backend, named_pattern
+from sparse_prune.kernels.held import HeldBlocks
 from sparse_prune.kernels.options import AttentionOptions
 from sparse_prune.kernels.triton.interpreter import triton_interprets
 from sparse_prune.pattern import BlockPattern
@@ -57,11 +58,14 @@ def _plan(
 
 
 def _decode(
-    query: Tensor, key: Tensor, value: Tensor, pattern: BlockPattern, options: AttentionOptions
-) -> Tensor | None:
+    query: Tensor, key: Tensor, value: Tensor, pattern: BlockPattern, options: AttentionOptions,
+    held: HeldBlocks | None = None, kv_len: int | None = None,
+) -> Tensor | None:  # fmt: skip
     from sparse_prune.kernels.triton.attend import decode, decodes
 
-    return decode(query, key, value, pattern, options) if decodes(query, key, value) else None  # more rows are masked
+    if not decodes(query, key if held is None else held.shown(key), value):
+        return None  # more rows are masked
+    return decode(query, key, value, pattern, options, held, kv_len)
 
 
 def _tune(query: Tensor, key: Tensor, value: Tensor, pattern: BlockPattern, options: AttentionOptions) -> None:

@@ -7,9 +7,10 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
+from torch.nn import functional as F
 
 from sparse_prune.kernels.derived import derived
+from sparse_prune.kernels.held import HeldBlocks
 from sparse_prune.kernels.options import AttentionOptions
 from sparse_prune.kernels.triton import ops, tuning
 from sparse_prune.kernels.triton.configs import (
@@ -22,10 +23,11 @@ from sparse_prune.kernels.triton.configs import (
     probe_config,
     traits,
 )
+from sparse_prune.kernels.triton.influence import probe_influence
 from sparse_prune.kernels.triton.interpreter import triton_interprets
 from sparse_prune.kernels.triton.launch import launch_decode, launch_probe
 from sparse_prune.kernels.triton.memory import within_memory
-from sparse_prune.kernels.triton.tables import Visits, build_visits, index_tables
+from sparse_prune.kernels.triton.tables import index_tables, sent
 from sparse_prune.pattern import BlockPattern, num_blocks
 from sparse_prune.scores import BlockStatistics
 
@@ -76,7 +78,7 @@ def same_width(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tenso
     wide = width(query, value)
 
     def padded(tensor: Tensor) -> Tensor:
-        return tensor if tensor.shape[3] == wide else pad(tensor, (0, wide - tensor.shape[3]))
+        return tensor if tensor.shape[3] == wide else F.pad(tensor, (0, wide - tensor.shape[3]))
 
     return padded(query), padded(key), padded(value)
 
@@ -167,6 +169,33 @@ def check_supported(query: Tensor) -> None:
         )
 
 
+def influence(
+    query: Tensor, key: Tensor, value: Tensor, gradient: Tensor, block_size: tuple[int, int], *, causal: bool,
+    options: AttentionOptions, pattern: BlockPattern | None = None,
+) -> BlockStatistics:  # fmt: skip
+    """As `scores.Influence.probe`, by its kernel, without a host synchronisation; arguments as in `probe_score`.
+
+    Raises:
+        ValueError: If the input is unsupported, or if `configs.probe_config` refuses head or block.
+    """
+    query, key, value = _cast(query, key, value)
+    check_supported(query)
+    options = replace(_padded_queries_hidden(options, query, key), scale=_scale(query, options))
+    wide = width(query, value)
+    query, key, value = (tensor.detach() for tensor in same_width(query, key, value))
+    gradient = F.pad(gradient, (0, wide - gradient.shape[3]))
+    return probe_influence(query, key, value, gradient, block_size, causal=causal, options=options, pattern=pattern)
+
+
+def _padded_queries_hidden(options: AttentionOptions, query: Tensor, key: Tensor) -> AttentionOptions:
+    """For a probe: padded queries do not count, as rows without a key they add nothing; nor does dropout."""
+    attn_mask = options.attn_mask
+    if options.key_mask is not None and query.shape[2] == key.shape[2]:
+        real = options.key_mask[:, None, :, None]
+        attn_mask = real if attn_mask is None else attn_mask & real
+    return replace(options, attn_mask=attn_mask, dropout_p=0.0, seed=None)
+
+
 def probe(
     query: Tensor,
     key: Tensor,
@@ -195,13 +224,9 @@ def probe(
     options = options or AttentionOptions()
     query, key, _ = _cast(query, key, key)
     check_supported(query)
-    attn_mask = options.attn_mask
-    if options.key_mask is not None and query.shape[2] == key.shape[2]:
-        # Padded queries do not count: as rows without a key they add nothing.
-        real = options.key_mask[:, None, :, None]
-        attn_mask = real if attn_mask is None else attn_mask & real
-        lse = None if lse is None else lse.masked_fill(~real[..., 0], torch.inf)
-    masked = replace(options, attn_mask=attn_mask, dropout_p=0.0, seed=None)
+    if lse is not None and options.key_mask is not None and query.shape[2] == key.shape[2]:
+        lse = lse.masked_fill(~options.key_mask[:, None], torch.inf)
+    masked = _padded_queries_hidden(options, query, key)
     config = probe_config(Call(query.shape[3], query.dtype, block_size, *traits(masked)))
     sums = within_memory(
         "probe", config, query, masked,
@@ -215,8 +240,9 @@ def probe(
 
 @dataclass(frozen=True, eq=False)
 class _DecodeTables:
-    visits: Visits
-    """Per key head, the key tiles that any head of its group keeps for any of the rows."""
+    visits: tuple[Tensor, Tensor, Tensor]
+    """Per key head the key tiles that any head of its group keeps for any of the rows: where each head's start, int32,
+    (num_kv_heads + 1,), the tiles, and where in memory they stand."""
     keep: Tensor
     """uint8, (num_heads, rows, kv_blocks)."""
     most: int
@@ -232,15 +258,20 @@ def decodes(query: Tensor, key: Tensor, value: Tensor | None = None) -> bool:
     return rows <= most_rows(width(query, query if value is None else value), call_dtype(query))
 
 
-def decode(query: Tensor, key: Tensor, value: Tensor, pattern: BlockPattern, options: AttentionOptions) -> Tensor:
-    """Attention of the last few queries over the kept blocks of a cache; no gradients.
+def decode(
+    query: Tensor, key: Tensor, value: Tensor, pattern: BlockPattern, options: AttentionOptions,
+    held: HeldBlocks | None = None, kv_len: int | None = None,
+) -> Tensor:  # fmt: skip
+    """Attention of the last few queries over the kept blocks of a cache; no gradients, no host synchronisation.
 
     Args:
         query: (batch, num_heads, q_len, head_dim), the last `q_len` of `kv_len` positions.
-        key: (batch, num_kv_heads, kv_len, head_dim).
-        value: (batch, num_kv_heads, kv_len, value_dim).
+        key: (batch, num_kv_heads, kv_len, head_dim), or (batch, 1, slots, head_dim) with `held`.
+        value: The same with value_dim.
         pattern: Causal, of any lengths; continued by the rule of `BlockPattern.at`.
         options: Masks, scale and soft cap.
+        held: Where each head's key blocks stand among the slots.
+        kv_len: Number of positions, with `held`.
 
     Returns:
         (batch, num_heads, q_len, value_dim). Rows that may attend to nothing are zero.
@@ -254,20 +285,22 @@ def decode(query: Tensor, key: Tensor, value: Tensor, pattern: BlockPattern, opt
     check_supported(query)
     value_dim, options = value.shape[3], replace(options, scale=_scale(query, options))
     query, key, value = same_width(query, key, value)
+    if held is not None:  # not before: what is cast or padded is copied
+        key, value = held.shown(key), held.shown(value)
     if not pattern.causal or options.dropout_p:
         raise ValueError(
             f"Decoding needs a causal pattern and no dropout, got causal={pattern.causal} and "
             f"dropout_p={options.dropout_p}. Set the model to eval mode, or use backend='reference'."
         )
     heads, q_len, head_dim = query.shape[1:]
-    kv_heads, kv_len = key.shape[1], key.shape[2]
+    kv_heads, length = key.shape[1], key.shape[2] if kv_len is None else kv_len
     config = decode_config(heads // kv_heads * q_len, head_dim, query.dtype, pattern.block_size)
-    tables, first = _decode_tables(pattern, q_len, kv_len, kv_heads, config.tile[1], query.device)
+    tables, first = _decode_tables(pattern, q_len, length, kv_heads, config.tile[1], query.device, held)
     splits = max(1, min(tables.most, -(-2 * _processors(query.device) // (kv_heads * max(1, query.shape[0])))))
     output = within_memory(
         "decode", config, query, options,
         lambda config: launch_decode(
-            query.detach(), key.detach(), value.detach(), tables.visits.start, tables.visits.index, tables.keep, first,
+            query.detach(), key.detach(), value.detach(), length, tables.visits, tables.keep, first,
             pattern.block_size, config, splits, pattern.causal, options,
         ),
     )  # fmt: skip
@@ -275,19 +308,29 @@ def decode(query: Tensor, key: Tensor, value: Tensor, pattern: BlockPattern, opt
 
 
 def _decode_tables(
-    pattern: BlockPattern, q_len: int, kv_len: int, kv_heads: int, tile: int, device: torch.device
-) -> tuple[_DecodeTables, int]:
+    pattern: BlockPattern, q_len: int, kv_len: int, kv_heads: int, tile: int, device: torch.device,
+    held: HeldBlocks | None,
+) -> tuple[_DecodeTables, int]:  # fmt: skip
     """Tables for the last `q_len` queries, and their first query block. New ones only when a block is full."""
     block_q, block_kv = pattern.block_size
     first, rows, cols = (kv_len - q_len) // block_q, num_blocks(kv_len, block_q), num_blocks(kv_len, block_kv)
+    place = None if held is None else held.place
 
     def build() -> _DecodeTables:
         keep = pattern.keep_rows(first, rows, cols)
-        union = keep.reshape(kv_heads, -1, keep.shape[2]).any(1).repeat_interleave(block_kv // tile, 1)[:, None]
-        visits = build_visits(union.to(device), torch.zeros_like(union[0]).to(device), int(union.sum()))
-        return _DecodeTables(visits, keep.to(device, torch.uint8).contiguous(), int(union.sum(-1).max()))
+        union = keep.reshape(kv_heads, -1, keep.shape[2]).any(1)
+        standing = torch.arange(cols).expand(kv_heads, -1) if place is None else place[:, :cols]
+        union &= standing >= 0
+        tiles = union.repeat_interleave(block_kv // tile, 1)
+        places = (standing[..., None] * (block_kv // tile) + torch.arange(block_kv // tile)).flatten(1)
+        start = F.pad(tiles.sum(1).cumsum(0), (1, 0))
+        visits = (start, tiles.nonzero()[:, 1], places[tiles])
+        on_device = [sent(tensor.to(torch.int32).contiguous(), device) for tensor in visits]
+        most = int(tiles.sum(-1).max())
+        return _DecodeTables((*on_device,), sent(keep.to(torch.uint8).contiguous(), device), most)  # type: ignore[arg-type]
 
-    return derived(pattern, ("decode", tile, kv_heads, device), build, lambda: (first, rows, cols)), first
+    owner = pattern if held is None else held
+    return derived(owner, ("decode", tile, kv_heads, device), build, lambda: (first, rows, cols)), first
 
 
 def call_dtype(query: Tensor) -> torch.dtype:

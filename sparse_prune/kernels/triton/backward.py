@@ -47,9 +47,10 @@ def _visit_keys(
     block = tl.load(index + begin)
     for visit in tl.range(begin, end):
         following = tl.load(index + visit + 1)
-        key = block * TILE_K + in_tile
-        k = load_tile(k_base, key, kv_len, dims, head_dim, stride_kt, stride_kd, PADDED)
-        v = load_tile(v_base, key, kv_len, dims, head_dim, stride_vt, stride_vd, PADDED)
+        first = block * TILE_K
+        key = first + in_tile
+        k = load_tile(k_base, first, in_tile, kv_len, dims, head_dim, stride_kt, stride_kd, PADDED, ON_EDGE)
+        v = load_tile(v_base, first, in_tile, kv_len, dims, head_dim, stride_vt, stride_vd, PADDED, ON_EDGE)
         products = tl.dot(q, tl.trans(k), input_precision="ieee")
         weight_grad = tl.dot(g, tl.trans(v), input_precision="ieee")
         _, logit_grad = _gradients(
@@ -85,16 +86,16 @@ def dq_kernel(
     head, tile = program // tiles, program % tiles
     kv_head = (head // group).to(tl.int64)
     flat_head = sample * heads + head
-    query = tile * TILE_Q + tl.arange(0, TILE_Q)
-    dims = tl.arange(0, HEAD)
-    q_tile = load_tile(q + sample * stride_qb + head.to(tl.int64) * stride_qh, query, q_len, dims, head_dim,
-                       stride_qt, stride_qd, PADDED)  # fmt: skip
-    g_tile = load_tile(grad_out + sample * stride_gb + head.to(tl.int64) * stride_gh, query, q_len, dims, head_dim,
-                       stride_gt, stride_gd, PADDED)  # fmt: skip
+    first, in_tile, dims = tile * TILE_Q, tl.arange(0, TILE_Q), tl.arange(0, HEAD)
+    query = first + in_tile
+    q_tile = load_tile(q + sample * stride_qb + head.to(tl.int64) * stride_qh, first, in_tile, q_len, dims, head_dim,
+                       stride_qt, stride_qd, PADDED, True)  # fmt: skip
+    g_tile = load_tile(grad_out + sample * stride_gb + head.to(tl.int64) * stride_gh, first, in_tile, q_len, dims,
+                       head_dim, stride_gt, stride_gd, PADDED, True)  # fmt: skip
     # Queries past the end have no weights: exp2(x - inf) = 0.
     row_lse = tl.load(lse + flat_head * q_len + query, mask=query < q_len, other=float("inf"))
-    out_tile = load_tile(out + sample * stride_ob + head.to(tl.int64) * stride_oh, query, q_len, dims, head_dim,
-                         stride_ot, stride_od, PADDED)  # fmt: skip
+    out_tile = load_tile(out + sample * stride_ob + head.to(tl.int64) * stride_oh, first, in_tile, q_len, dims,
+                         head_dim, stride_ot, stride_od, PADDED, True)  # fmt: skip
     row_delta = tl.sum(g_tile.to(tl.float32) * out_tile.to(tl.float32), 1)
     if SHIFTED:
         row_delta += tl.load(delta + flat_head * q_len + query, mask=query < q_len, other=0.0)
@@ -136,11 +137,15 @@ def _visit_queries(
     block = tl.load(index + begin)
     for visit in tl.range(begin, end):
         following = tl.load(index + visit + 1)
-        query = block * TILE_Q + in_tile
-        q = load_tile(q_base, query, q_len, dims, head_dim, stride_qt, stride_qd, PADDED)
-        g = load_tile(g_base, query, q_len, dims, head_dim, stride_gt, stride_gd, PADDED)
-        row_lse = tl.load(lse + query, mask=query < q_len, other=float("inf"))
-        row_delta = tl.load(delta + query, mask=query < q_len, other=0.0)
+        first = block * TILE_Q
+        query = first + in_tile
+        q = load_tile(q_base, first, in_tile, q_len, dims, head_dim, stride_qt, stride_qd, PADDED, ON_EDGE)
+        g = load_tile(g_base, first, in_tile, q_len, dims, head_dim, stride_gt, stride_gd, PADDED, ON_EDGE)
+        if ON_EDGE:
+            row_lse = tl.load(lse + query, mask=query < q_len, other=float("inf"))
+            row_delta = tl.load(delta + query, mask=query < q_len, other=0.0)
+        else:
+            row_lse, row_delta = tl.load(lse + query), tl.load(delta + query)
         # Keys by queries: both products below then need no transposed weights.
         products = tl.dot(k, tl.trans(q), input_precision="ieee")
         weight_grad = tl.dot(v, tl.trans(g), input_precision="ieee")
@@ -172,12 +177,12 @@ def dkdv_kernel(
     head, tile = program // tiles, program % tiles
     kv_head = (head // group).to(tl.int64)
     flat_head = sample * heads + head
-    key = tile * TILE_K + tl.arange(0, TILE_K)
-    dims = tl.arange(0, HEAD)
-    k_tile = load_tile(k + sample * stride_kb + kv_head * stride_kh, key, kv_len, dims, head_dim,
-                       stride_kt, stride_kd, PADDED)  # fmt: skip
-    v_tile = load_tile(v + sample * stride_vb + kv_head * stride_vh, key, kv_len, dims, head_dim,
-                       stride_vt, stride_vd, PADDED)  # fmt: skip
+    first, in_tile, dims = tile * TILE_K, tl.arange(0, TILE_K), tl.arange(0, HEAD)
+    key = first + in_tile
+    k_tile = load_tile(k + sample * stride_kb + kv_head * stride_kh, first, in_tile, kv_len, dims, head_dim,
+                       stride_kt, stride_kd, PADDED, True)  # fmt: skip
+    v_tile = load_tile(v + sample * stride_vb + kv_head * stride_vh, first, in_tile, kv_len, dims, head_dim,
+                       stride_vt, stride_vd, PADDED, True)  # fmt: skip
     q_base = q + sample * stride_qb + head.to(tl.int64) * stride_qh
     g_base = grad_out + sample * stride_gb + head.to(tl.int64) * stride_gh
     lse += flat_head * q_len

@@ -84,24 +84,34 @@ def device_class(capability: int) -> int:
 _PLAIN: dict[tuple[Kernel, int, int], LaunchConfig] = {
     # (kernel, device class, padded head_dim), float16 and bfloat16. With two stages ptxas serializes the products of a
     # warp group on 9.0 (its warning C7515): three there.
-    ("forward", 80, 64): LaunchConfig((128, 64), 4, 3),
+    ("forward", 80, 64): LaunchConfig((128, 64), 8, 3),
     ("forward", 80, 128): LaunchConfig((128, 64), 8, 3),
     ("forward", 80, 256): LaunchConfig((64, 32), 8, 2),
     ("forward", 90, 64): LaunchConfig((128, 64), 4, 3),
-    ("forward", 90, 128): LaunchConfig((128, 64), 8, 3),
+    ("forward", 90, 128): LaunchConfig((128, 128), 8, 3),
     ("forward", 90, 256): LaunchConfig((128, 32), 8, 3),
     ("dq", 80, 64): LaunchConfig((128, 64), 8, 2),
     ("dq", 80, 128): LaunchConfig((128, 32), 8, 2),
     ("dq", 80, 256): LaunchConfig((32, 32), 8, 2),
     ("dq", 90, 64): LaunchConfig((128, 64), 8, 3),
     ("dq", 90, 128): LaunchConfig((128, 64), 8, 3),
-    ("dq", 90, 256): LaunchConfig((64, 32), 8, 3),
+    ("dq", 90, 256): LaunchConfig((128, 32), 8, 3),
     ("dkdv", 80, 64): LaunchConfig((64, 128), 8, 2),
     ("dkdv", 80, 128): LaunchConfig((32, 64), 4, 2),
     ("dkdv", 80, 256): LaunchConfig((32, 32), 8, 1),
     ("dkdv", 90, 64): LaunchConfig((64, 128), 8, 3),
     ("dkdv", 90, 128): LaunchConfig((32, 128), 8, 3),
-    ("dkdv", 90, 256): LaunchConfig((16, 64), 8, 3),
+    ("dkdv", 90, 256): LaunchConfig((32, 32), 8, 3),  # too few rows for the products of a warp group, which spill
+}
+_MASKED: dict[tuple[Kernel, int, tuple[int, int]], LaunchConfig] = {
+    # With key masks, documents or windows, where the tile of a call without them spills, or serializes on 90.
+    ("forward", 64, (128, 64)): LaunchConfig((128, 64), 8, 3),
+    ("forward", 128, (128, 128)): LaunchConfig((128, 64), 8, 3),
+    ("forward", 128, (64, 64)): LaunchConfig((64, 32), 4, 3),
+    ("dkdv", 64, (64, 128)): LaunchConfig((32, 128), 8, 3),
+    ("dkdv", 64, (64, 64)): LaunchConfig((32, 64), 4, 3),
+    ("dkdv", 128, (32, 128)): LaunchConfig((16, 128), 8, 3),
+    ("dkdv", 128, (32, 64)): LaunchConfig((16, 64), 4, 3),
 }
 _SMALL: dict[tuple[Kernel, int], LaunchConfig] = {
     # What of the entries of 80 does not fit 99 KiB with every mask.
@@ -109,15 +119,15 @@ _SMALL: dict[tuple[Kernel, int], LaunchConfig] = {
 }
 _CROWDED: dict[tuple[Kernel, int], LaunchConfig] = {
     # Attention masks are read from memory, dropout draws numbers, a soft cap has a slope: they need registers.
-    ("forward", 64): LaunchConfig((64, 32), 8, 2),
-    ("forward", 128): LaunchConfig((64, 32), 8, 2),
-    ("forward", 256): LaunchConfig((32, 32), 8, 2),
-    ("dq", 64): LaunchConfig((64, 32), 8, 2),
-    ("dq", 128): LaunchConfig((64, 32), 8, 2),
-    ("dq", 256): LaunchConfig((32, 32), 8, 2),
-    ("dkdv", 64): LaunchConfig((16, 64), 8, 2),
-    ("dkdv", 128): LaunchConfig((16, 64), 8, 2),
-    ("dkdv", 256): LaunchConfig((16, 32), 8, 2),
+    ("forward", 64): LaunchConfig((64, 32), 8, 3),
+    ("forward", 128): LaunchConfig((64, 32), 8, 3),
+    ("forward", 256): LaunchConfig((32, 16), 8, 3),
+    ("dq", 64): LaunchConfig((64, 32), 8, 3),
+    ("dq", 128): LaunchConfig((64, 32), 8, 3),
+    ("dq", 256): LaunchConfig((32, 32), 8, 3),
+    ("dkdv", 64): LaunchConfig((16, 64), 8, 3),
+    ("dkdv", 128): LaunchConfig((16, 64), 8, 3),
+    ("dkdv", 256): LaunchConfig((16, 32), 8, 3),
 }
 _FLOAT32: dict[tuple[Kernel, int], LaunchConfig] = {
     # No tensor cores: operands stand in registers.
@@ -150,20 +160,24 @@ def launch_config(kernel: Kernel, capability: int, call: Call) -> LaunchConfig:
         ValueError: If the head is too large or the block has no power of two of at least 16 as a factor.
     """
     _check_head_dim(call.head_dim)
-    width = max(64, padded_head_dim(call.head_dim))
+    width, device = max(64, padded_head_dim(call.head_dim)), device_class(capability)
     if call.dtype == torch.float32:
-        config = _FLOAT32[kernel, width]
-    elif call.masks & 2 or call.dropout or (call.softcap and kernel == "dkdv"):
-        config = _CROWDED[kernel, width]
-    else:
-        device = device_class(capability)
-        config = _PLAIN[kernel, 90 if device == 90 else 80, width]
-        config = _SMALL.get((kernel, width), config) if device == 89 else config
-    fitted = _fitted(config, call.block_size)
-    # A tile needs enough rows for its warps; dk and dv hold two accumulators, which need more of them.
-    rows = fitted.tile[0] * 2 if kernel == "dkdv" else fitted.tile[0]
-    small = max(rows, fitted.tile[1]) <= 64 and width < 256
-    return replace(fitted, num_warps=4) if small and fitted.tile != config.tile else fitted
+        return _fitted(_FLOAT32[kernel, width], call.block_size)
+    if call.masks & 2 or call.dropout or (call.softcap and kernel == "dkdv"):
+        crowded = _fitted(_CROWDED[kernel, width], call.block_size)
+        return crowded if device == 90 else replace(crowded, num_stages=2)
+    plain = _PLAIN[kernel, 90 if device == 90 else 80, width]
+    fitted = _fitted(_SMALL.get((kernel, width), plain) if device == 89 else plain, call.block_size)
+    if _small(kernel, fitted.tile, width, device):
+        fitted = replace(fitted, num_warps=4)
+    return _MASKED.get((kernel, width, fitted.tile), fitted) if call.masks else fitted
+
+
+def _small(kernel: Kernel, tile: tuple[int, int], width: int, device: int) -> bool:
+    """Whether a tile has too few rows for eight warps (Hopper's products take 64 for each four), and four hold it."""
+    if width == 256:
+        return max(tile) <= 32 and kernel != "dkdv"
+    return max(tile) <= 64 and (device == 90 or width == 64)
 
 
 def candidates(kernel: Kernel, capability: int, call: Call) -> list[LaunchConfig]:

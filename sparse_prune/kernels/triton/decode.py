@@ -14,7 +14,7 @@ from sparse_prune.kernels.triton.tiles import load_tile, scaled, visible
 
 @triton.jit(do_not_specialize=["q_len", "kv_len", "splits", "first_row", "cols"])
 def decode_kernel(
-    q, k, v, part, part_lse, start, index, keep, key_mask, attn_mask, documents,
+    q, k, v, part, part_lse, start, index, place, keep, key_mask, attn_mask, documents,
     stride_qb, stride_qh, stride_qt, stride_qd, stride_kb, stride_kh, stride_kt, stride_kd,
     stride_vb, stride_vh, stride_vt, stride_vd,
     stride_pb, stride_mask_b, stride_mask_h, stride_mask_q, stride_mask_k, window,
@@ -25,7 +25,8 @@ def decode_kernel(
     """Writes part (splits, batch, heads, q_len, head_dim) and part_lse (splits, batch, heads, q_len), base 2.
 
     One program per (key head, split, sample). `keep` is uint8, (heads, rows, cols), for the query blocks from
-    `first_row` on; `index` lists, per key head, the key tiles that any of its heads keeps for any of these rows.
+    `first_row` on; `index` lists, per key head, the key tiles that any of its heads keeps for any of these rows, and
+    `place` where in memory each of them stands.
     """
     kv_head, split, sample = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     packed = tl.arange(0, PACK)
@@ -33,11 +34,11 @@ def decode_kernel(
     head = kv_head * group + tl.where(real, packed // q_len, 0)
     query = tl.where(real, packed % q_len, 0)
     dims, in_tile = tl.arange(0, HEAD), tl.arange(0, TILE_K)
-    place = sample * stride_qb + head.to(tl.int64) * stride_qh + query.to(tl.int64) * stride_qt
+    row_start = sample * stride_qb + head.to(tl.int64) * stride_qh + query.to(tl.int64) * stride_qt
     inside = real[:, None]
     if PADDED:
         inside = inside & (dims < head_dim)[None, :]
-    q_tile = tl.load(q + place[:, None] + dims[None, :] * stride_qd, mask=inside, other=0.0)
+    q_tile = tl.load(q + row_start[:, None] + dims[None, :] * stride_qd, mask=inside, other=0.0)
     row = (query + (kv_len - q_len)) // BLOCK_Q - first_row
     keep_row = keep + (head * rows + row) * cols
     k_base = k + sample * stride_kb + kv_head.to(tl.int64) * stride_kh
@@ -48,14 +49,16 @@ def decode_kernel(
     first, last = tl.load(start + kv_head), tl.load(start + kv_head + 1)
     share = tl.cdiv(last - first, splits)
     begin = first + split * share
-    end = tl.minimum(begin + share, last)
+    stop = tl.minimum(begin + share, last)
     acc = tl.zeros([PACK, HEAD], tl.float32)
     top = tl.full([PACK], float("-inf"), tl.float32)
     total = tl.zeros([PACK], tl.float32)
-    for visit in tl.range(begin, end):
+    for visit in tl.range(begin, stop):
         tile = tl.load(index + visit)
+        first_slot = tl.load(place + visit) * TILE_K
         key = tile * TILE_K + in_tile
-        k_tile = load_tile(k_base, key, kv_len, dims, head_dim, stride_kt, stride_kd, PADDED)
+        end = first_slot + kv_len - tile * TILE_K
+        k_tile = load_tile(k_base, first_slot, in_tile, end, dims, head_dim, stride_kt, stride_kd, PADDED, True)
         logits, _ = scaled(tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee"), scale, softcap, SOFTCAP)
         kept = tl.load(keep_row + tile // TILES, mask=real, other=0) != 0
         seen = kept[:, None] & visible(
@@ -68,7 +71,7 @@ def decode_kernel(
         weights = tl.exp2(logits - finite[:, None])
         fade = tl.exp2(top - finite)
         total = total * fade + tl.sum(weights, 1)
-        v_tile = load_tile(v_base, key, kv_len, dims, head_dim, stride_vt, stride_vd, PADDED)
+        v_tile = load_tile(v_base, first_slot, in_tile, end, dims, head_dim, stride_vt, stride_vd, PADDED, True)
         acc = acc * fade[:, None] + tl.dot(weights.to(v_tile.dtype), v_tile, input_precision="ieee")
         top = higher
     empty = total == 0.0

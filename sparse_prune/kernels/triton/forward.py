@@ -22,9 +22,11 @@ def _visit(
     for visit in tl.range(begin, end):
         # The next index is loaded a turn ahead: loaded in this turn it would cost the pipeline a stage.
         following = tl.load(index + visit + 1)
-        key = block * TILE_K + in_tile
-        k = load_tile(k_base, key, kv_len, dims, head_dim, stride_kt, stride_kd, PADDED)
-        logits, _ = scaled(tl.dot(q, tl.trans(k), input_precision="ieee"), scale, softcap, SOFTCAP)
+        first = block * TILE_K
+        key = first + in_tile
+        k = load_tile(k_base, first, in_tile, kv_len, dims, head_dim, stride_kt, stride_kd, PADDED, ON_EDGE)
+        products = tl.dot(q, tl.trans(k), input_precision="ieee")
+        logits, _ = scaled(products, scale, softcap, SOFTCAP)
         if ON_EDGE or MASKS:
             seen = visible(
                 query[:, None], key[None, :], q_len, kv_len, key_mask, attn_mask, documents, stride_mask_q,
@@ -32,7 +34,13 @@ def _visit(
                 CAUSAL, MASKS, ON_EDGE,
             )  # fmt: skip
             logits = tl.where(seen, logits, float("-inf"))
-        higher = tl.maximum(top, tl.max(logits, 1))
+        if ON_EDGE or MASKS or SOFTCAP:
+            largest = tl.max(logits, 1)
+        else:
+            # The scale is not negative: the largest product is scaled in place of all, and the compiler subtracts it
+            # in the multiplication of the others.
+            largest, _ = scaled(tl.max(products, 1), scale, softcap, SOFTCAP)
+        higher = tl.maximum(top, largest)
         # A row that has seen no key yet has the maximum -inf; with a finite one its weights become 0, not NaN.
         finite = tl.where(higher == float("-inf"), 0.0, higher)
         weights = tl.exp2(logits - finite[:, None])
@@ -40,7 +48,7 @@ def _visit(
         total = total * fade + tl.sum(weights, 1)
         if DROPOUT:
             weights = weights * dropout_factor(seed, head, query[:, None], key[None, :], dropout_p)
-        v = load_tile(v_base, key, kv_len, dims, head_dim, stride_vt, stride_vd, PADDED)
+        v = load_tile(v_base, first, in_tile, kv_len, dims, head_dim, stride_vt, stride_vd, PADDED, ON_EDGE)
         acc = acc * fade[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
         top = higher
         block = following
@@ -63,10 +71,10 @@ def forward_kernel(
     sample = tl.program_id(1).to(tl.int64)
     head, tile = program // tiles, program % tiles
     kv_head = (head // group).to(tl.int64)
-    query = tile * TILE_Q + tl.arange(0, TILE_Q)
-    dims = tl.arange(0, HEAD)
-    q_tile = load_tile(q + sample * stride_qb + head.to(tl.int64) * stride_qh, query, q_len, dims, head_dim,
-                       stride_qt, stride_qd, PADDED)  # fmt: skip
+    first, in_tile, dims = tile * TILE_Q, tl.arange(0, TILE_Q), tl.arange(0, HEAD)
+    query = first + in_tile
+    q_tile = load_tile(q + sample * stride_qb + head.to(tl.int64) * stride_qh, first, in_tile, q_len, dims, head_dim,
+                       stride_qt, stride_qd, PADDED, True)  # fmt: skip
     k_base, v_base = k + sample * stride_kb + kv_head * stride_kh, v + sample * stride_vb + kv_head * stride_vh
     mask_base = attn_mask + sample * stride_mask_b + head.to(tl.int64) * stride_mask_h
     key_mask += sample * stride_pb

@@ -79,7 +79,7 @@ def launch_probe(
     kv_heads, kv_len = key.shape[1], key.shape[2]
     rows, cols = -(-q_len // config.tile[0]), -(-kv_len // config.tile[1])
     sums = torch.zeros(3, batch, heads, rows, cols, dtype=torch.float32, device=query.device)
-    masks, mask_strides, kinds = _masks(options, (batch, heads, q_len, kv_len), query)
+    masks, mask_strides, kinds = mask_arguments(options, (batch, heads, q_len, kv_len), query)
     width = padded_head_dim(head_dim)
     known = sums if lse is None else lse.contiguous()
     with torch.cuda.device_of(query):
@@ -94,23 +94,28 @@ def launch_probe(
 
 
 def launch_decode(
-    query: Tensor, key: Tensor, value: Tensor, start: Tensor, index: Tensor, keep: Tensor, first_row: int,
-    block_size: tuple[int, int], config: LaunchConfig, splits: int, causal: bool, options: AttentionOptions,
+    query: Tensor, key: Tensor, value: Tensor, kv_len: int, visits: tuple[Tensor, Tensor, Tensor], keep: Tensor,
+    first_row: int, block_size: tuple[int, int], config: LaunchConfig, splits: int, causal: bool,
+    options: AttentionOptions,
 ) -> Tensor:  # fmt: skip
-    """Output, contiguous. `keep` is uint8, (num_heads, rows, kv_blocks), from query block `first_row` on."""
+    """Output, contiguous.
+
+    `visits` are start, tiles and their places in memory, int32; `keep` is uint8, (num_heads, rows, kv_blocks), from
+    query block `first_row` on.
+    """
     batch, heads, q_len, head_dim = query.shape
-    kv_heads, kv_len = key.shape[1], key.shape[2]
+    kv_heads = key.shape[1]
     group, width = heads // kv_heads, padded_head_dim(head_dim)
     output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     part = torch.empty(splits, *query.shape, dtype=torch.float32, device=query.device)
     part_lse = torch.empty(splits, *query.shape[:3], dtype=torch.float32, device=query.device)
-    masks, mask_strides, kinds = _masks(options, (batch, heads, q_len, kv_len), query)
+    masks, mask_strides, kinds = mask_arguments(options, (batch, heads, q_len, kv_len), query)
     count = batch * heads * q_len
     if not count:
         return output
     with torch.cuda.device_of(query):
         decode_kernel[(kv_heads, splits, batch)](
-            query, key, value, part, part_lse, start, index, keep, *masks,
+            query, key, value, part, part_lse, *visits, keep, *masks,
             *query.stride(), *key.stride(), *value.stride(), *mask_strides, options.window or 0,
             heads, group, q_len, kv_len, head_dim, splits, first_row, keep.shape[1], keep.shape[2],
             _scale(options, head_dim), options.softcap or 1.0,
@@ -129,7 +134,7 @@ def _launch(
     """One launch of forward, dq or dkdv: a program per entry of the tables and per sample."""
     batch, heads, q_len, head_dim = query.shape
     kv_heads, kv_len = key.shape[1], key.shape[2]
-    masks, mask_strides, kinds = _masks(options, (batch, heads, q_len, kv_len), query)
+    masks, mask_strides, kinds = mask_arguments(options, (batch, heads, q_len, kv_len), query)
     width = padded_head_dim(head_dim)
     programs = tables[-1].numel()
     if not programs or not batch:
@@ -145,7 +150,7 @@ def _launch(
         )  # fmt: skip
 
 
-def _masks(
+def mask_arguments(
     options: AttentionOptions, shape: tuple[int, int, int, int], like: Tensor
 ) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[int, ...], int]:
     """Key mask, attention mask and documents with stand-ins for those not given; their strides; which are given."""

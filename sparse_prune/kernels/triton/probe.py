@@ -25,10 +25,10 @@ def probe_kernel(
     # The last rows of a causal pattern see the most: they start first.
     row = blocks_q - 1 - tl.program_id(0)
     head, sample = tl.program_id(1), tl.program_id(2).to(tl.int64)
-    query = row * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    dims, in_block = tl.arange(0, HEAD), tl.arange(0, BLOCK_K)
-    q_tile = load_tile(q + sample * stride_qb + head.to(tl.int64) * stride_qh, query, q_len, dims, head_dim,
-                       stride_qt, stride_qd, PADDED)  # fmt: skip
+    first, in_row, in_block, dims = row * BLOCK_Q, tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_K), tl.arange(0, HEAD)
+    query = first + in_row
+    q_tile = load_tile(q + sample * stride_qb + head.to(tl.int64) * stride_qh, first, in_row, q_len, dims, head_dim,
+                       stride_qt, stride_qd, PADDED, True)  # fmt: skip
     k_base = k + sample * stride_kb + (head // group).to(tl.int64) * stride_kh
     attn_mask += sample * stride_mask_b + head.to(tl.int64) * stride_mask_h
     key_mask += sample * stride_pb
@@ -44,10 +44,9 @@ def probe_kernel(
         top = tl.full([BLOCK_Q], float("-inf"), tl.float32)
         total = tl.zeros([BLOCK_Q], tl.float32)
         for block in tl.range(0, count):
-            key = block * BLOCK_K + in_block
             logits = _logits(
-                q_tile, k_base, query, key, dims, key_mask, attn_mask, documents, stride_kt, stride_kd, stride_mask_q,
-                stride_mask_k, window,
+                q_tile, k_base, query, block * BLOCK_K, in_block, dims, key_mask, attn_mask, documents,
+                stride_kt, stride_kd, stride_mask_q, stride_mask_k, window,
                 q_len, kv_len, head_dim, scale, softcap, CAUSAL, MASKS, SOFTCAP, PADDED,
             )  # fmt: skip
             higher = tl.maximum(top, tl.max(logits, 1))
@@ -59,10 +58,9 @@ def probe_kernel(
     plane = tl.num_programs(2).to(tl.int64) * heads * blocks_q * blocks_k
     place = ((sample * heads + head) * blocks_q + row) * blocks_k
     for block in tl.range(0, count):
-        key = block * BLOCK_K + in_block
         logits = _logits(
-            q_tile, k_base, query, key, dims, key_mask, attn_mask, documents, stride_kt, stride_kd, stride_mask_q,
-            stride_mask_k, window,
+            q_tile, k_base, query, block * BLOCK_K, in_block, dims, key_mask, attn_mask, documents,
+            stride_kt, stride_kd, stride_mask_q, stride_mask_k, window,
             q_len, kv_len, head_dim, scale, softcap, CAUSAL, MASKS, SOFTCAP, PADDED,
         )  # fmt: skip
         mass = tl.sum(tl.exp2(logits - lse[:, None]), 1)
@@ -73,13 +71,14 @@ def probe_kernel(
 
 @triton.jit
 def _logits(
-    q, k_base, query, key, dims, key_mask, attn_mask, documents, stride_kt, stride_kd, stride_mask_q, stride_mask_k,
-    window,
+    q, k_base, query, first, in_block, dims, key_mask, attn_mask, documents, stride_kt, stride_kd,
+    stride_mask_q, stride_mask_k, window,
     q_len, kv_len, head_dim, scale, softcap, CAUSAL: tl.constexpr, MASKS: tl.constexpr, SOFTCAP: tl.constexpr,
     PADDED: tl.constexpr,
 ):  # fmt: skip
     """Masked logits of one block in units of log2."""
-    k = load_tile(k_base, key, kv_len, dims, head_dim, stride_kt, stride_kd, PADDED)
+    k = load_tile(k_base, first, in_block, kv_len, dims, head_dim, stride_kt, stride_kd, PADDED, True)
+    key = first + in_block
     logits, _ = scaled(tl.dot(q, tl.trans(k), input_precision="ieee"), scale, softcap, SOFTCAP)
     seen = visible(
         query[:, None], key[None, :], q_len, kv_len, key_mask, attn_mask, documents, stride_mask_q, stride_mask_k,

@@ -127,10 +127,14 @@ def index_tables(pattern: BlockPattern, tile: tuple[int, int], device: torch.dev
         raise ValueError(f"`tile` must divide the pattern's block {pattern.block_size}, got {tile}.")
 
     def build() -> IndexTables:
-        keep = pattern.keep.pin_memory() if device.type == "cuda" else pattern.keep
-        return build_tables(pattern, tile, keep.to(device, non_blocking=True), count_tiles(pattern, tile))
+        return build_tables(pattern, tile, sent(pattern.keep, device), count_tiles(pattern, tile))
 
     return derived(pattern, ("tables", tile, device), build)
+
+
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy a tensor of the CPU to a device, without a wait for the GPU."""
+    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
 
 
 def build_tables(pattern: BlockPattern, tile: tuple[int, int], keep: Tensor, total: int) -> IndexTables:
@@ -141,7 +145,9 @@ def build_tables(pattern: BlockPattern, tile: tuple[int, int], keep: Tensor, tot
     keep = keep.repeat_interleave(block_q // tile[0], 1)[:, :rows]
     keep = keep.repeat_interleave(block_kv // tile[1], 2)[:, :, :cols] & possible
     full = _full(pattern, tile, possible)
-    by_row, by_col = build_visits(keep, full, total), build_visits(keep.transpose(1, 2), full.T, total)
+    real = (torch.arange(rows, device=device) + 1) * tile[0] <= pattern.q_len  # of a column the queries are visited
+    by_row = build_visits(keep, full, total)
+    by_col = build_visits(keep.transpose(1, 2), (full & real[:, None]).T, total)
     for visits, visited in ((by_row, cols), (by_col, rows)):
         _SOUND[visits.index] = (*map(id, visits.tensors()), visited)
     return IndexTables(by_row, by_col, tile)

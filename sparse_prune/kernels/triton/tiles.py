@@ -10,13 +10,25 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def load_tile(base, tokens, length, dims, head_dim, stride_token, stride_dim, PADDED: tl.constexpr):
-    """(tokens, dims) of a (length, head_dim) matrix; what lies outside is 0."""
-    pointers = base + tokens.to(tl.int64)[:, None] * stride_token + dims[None, :] * stride_dim
-    inside = (tokens < length)[:, None]
+def load_tile(
+    base, first, rows, length, dims, head_dim, stride_token, stride_dim, PADDED: tl.constexpr, ON_EDGE: tl.constexpr,
+):  # fmt: skip
+    """(rows, dims) of a (length, head_dim) matrix from row `first` on; what lies outside is 0.
+
+    Off the edge all rows are real. The offsets within a tile are the same for every tile: a loop keeps them, and its
+    turns add one number of 64 bits. A tile must not span 2^31 elements.
+    """
+    pointers = (
+        base + tl.cast(first, tl.int64) * stride_token + (rows[:, None] * stride_token + dims[None, :] * stride_dim)
+    )
+    if ON_EDGE:
+        inside = (first + rows < length)[:, None]
+        if PADDED:
+            inside = inside & (dims < head_dim)[None, :]
+        return tl.load(pointers, mask=inside, other=0.0)
     if PADDED:
-        inside = inside & (dims < head_dim)[None, :]
-    return tl.load(pointers, mask=inside, other=0.0)
+        return tl.load(pointers, mask=(dims < head_dim)[None, :], other=0.0)
+    return tl.load(pointers)
 
 
 @triton.jit

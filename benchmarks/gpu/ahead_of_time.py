@@ -1,6 +1,6 @@
 """Compiles launch configurations ahead of time, without a GPU, and prints what came out as JSON.
 
-Run in a process of its own, without TRITON_INTERPRET: `python tests/support/aot.py GROUP`, one of `GROUPS`.
+python benchmarks/gpu/ahead_of_time.py GROUP  # one of GROUPS; TRITON_INTERPRET must not be set
 """
 
 import inspect
@@ -23,14 +23,16 @@ from sparse_prune.kernels.triton.backward import dkdv_kernel, dq_kernel
 from sparse_prune.kernels.triton.configs import Call, decode_config, launch_config, probe_config
 from sparse_prune.kernels.triton.decode import decode_kernel
 from sparse_prune.kernels.triton.forward import forward_kernel
+from sparse_prune.kernels.triton.influence import influence_kernel, influence_tile
 from sparse_prune.kernels.triton.probe import probe_kernel
 
 KERNELS = {
     "forward": forward_kernel, "dq": dq_kernel, "dkdv": dkdv_kernel, "decode": decode_kernel, "probe": probe_kernel,
+    "influence": influence_kernel,
 }  # fmt: skip
 TRAINING = ("forward", "dq", "dkdv")
-FLOATS = {"lse", "delta", "known_lse", "sums", "part", "part_lse", "grad_k", "grad_v"}
-INDEX = {"start", "full", "index", "order", "documents"}
+FLOATS = {"rises", "lse", "delta", "known_lse", "sums", "part", "part_lse", "grad_k", "grad_v"}
+INDEX = {"shown", "start", "full", "index", "place", "order", "documents"}
 BYTES = {"key_mask", "attn_mask", "keep"}
 NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
@@ -53,14 +55,36 @@ class Case:
     """Bytes of registers that may spill."""
 
 
+def _known(kernel, capability, head_dim, options):
+    """Bytes that spill with every option at once, which nobody uses together."""
+    return 16 if (kernel, capability, head_dim) == ("dq", 90, 128) and options == EVERYTHING else 0
+
+
 EVERYTHING = {"masks": 15, "softcap": True, "dropout": True}
+CROWDED = ({"masks": 2}, {"dropout": True}, EVERYTHING)
 GROUPS = {
-    "plain": [Case(*parts) for parts in itertools.product(KERNELS, (80, 90), (64, 128, 256), (64, 128))],
-    "small devices": [Case(*parts) for parts in itertools.product(TRAINING, (89,), (128, 256))],
+    "plain": [
+        Case(*parts) for parts in itertools.product((*TRAINING, "decode", "probe"), (80, 90), (64, 128, 256), (64, 128))
+    ],
+    "small devices": [Case(*parts) for parts in itertools.product(TRAINING, (89,), (64, 128, 256))],
+    # Key mask, documents, window, and all three.
+    "masks": [
+        Case(kernel, 90, head_dim, block, masks=masks)
+        for kernel, head_dim, block, masks in itertools.product(TRAINING, (64, 128, 256), (64, 128), (1, 4, 8, 13))
+    ]
+    + [Case(kernel, 80, 128, masks=13, spills=4 if kernel == "forward" else 0) for kernel in TRAINING]
+    + [Case(kernel, 90, head_dim, softcap=True) for kernel in TRAINING for head_dim in (64, 128)],
     "every option": [
-        Case(kernel, capability, 128, **EVERYTHING) for kernel, capability in itertools.product(TRAINING, (80, 90))
+        Case(kernel, capability, head_dim, **options, spills=_known(kernel, capability, head_dim, options))
+        for kernel, capability, head_dim, options in itertools.product(TRAINING, (80, 90), (64, 128, 256), CROWDED)
     ]
     + [Case("probe", 90, 128, masks=15, softcap=True, spills=256)],
+    "influence": [
+        Case(
+            "influence", capability, head_dim, block, spills=8 if (capability, head_dim, block) == (80, 128, 128) else 0
+        )
+        for capability, head_dim, block in itertools.product((80, 90), (64, 128), (64, 128))
+    ],
     "float32": [Case(kernel, 90, 128, dtype=torch.float32) for kernel in TRAINING],
     "many rows": [
         Case("decode", 80, 128, rows=128),
@@ -80,6 +104,9 @@ def choose(case):
     if case.kernel == "probe":
         values |= {"BLOCK_Q": case.block, "BLOCK_K": case.block, "HAS_LSE": False}
         return probe_config(call), values
+    if case.kernel == "influence":
+        tile = influence_tile((case.block, case.block))
+        return probe_config(call), values | {"TILE_Q": tile, "TILES": case.block // tile, "BLOCK_K": case.block}
     if case.kernel == "decode":
         config = decode_config(case.rows, head_dim, case.dtype, sides)
         pack, tile = config.tile
@@ -107,7 +134,7 @@ def source(case, values):
             signature[name] = "*fp32"
         elif name in ("q", "k", "v", "out", "grad_out", "grad_q"):
             signature[name] = f"*{NAMES[case.dtype]}"
-        elif name in ("scale", "softcap", "dropout_p"):
+        elif name in ("scale", "softcap", "dropout_p", "least_rest", "largest"):
             signature[name] = "fp32"
         else:
             signature[name] = "i64" if name == "seed" else "i32"
@@ -133,15 +160,19 @@ def resources(ptx, capability):
     return {"registers": registers, "spilled": max(spills), "serialized": "erializ" in log and "wgmma" in log}
 
 
+def compiled(case):
+    """What Triton made of a case, and a row that says what of: the case and its configuration."""
+    config, values = choose(case)
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    kernel = triton.compile(source(case, values), target=GPUTarget("cuda", case.capability, 32), options=options)
+    return kernel, vars(case) | {"dtype": NAMES[case.dtype], "tile": config.tile, **options}
+
+
 def main(group):
     for case in GROUPS[group]:
-        config, values = choose(case)
-        options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-        target = GPUTarget("cuda", case.capability, 32)
-        compiled = triton.compile(source(case, values), target=target, options=options)
-        ptx = compiled.asm["ptx"]
-        row = vars(case) | {"dtype": NAMES[case.dtype], "tile": config.tile, **options}
-        row |= {"shared": compiled.metadata.shared, "wgmma": "wgmma.mma_async" in ptx, "mma": "mma.sync" in ptx}
+        kernel, row = compiled(case)
+        ptx = kernel.asm["ptx"]
+        row |= {"shared": kernel.metadata.shared, "wgmma": "wgmma.mma_async" in ptx, "mma": "mma.sync" in ptx}
         print(json.dumps(row | resources(ptx, case.capability)), flush=True)
 
 
