@@ -95,6 +95,10 @@ class FineTuneCLI(LightningCLI):
         """Describe model and data for the report, from the configuration of `fit`."""
         return {}
 
+    def held_out(self) -> dict[str, Any] | None:
+        """What an export shall tell of the data that was held out, as JSON types; None if nothing."""
+        return None
+
     def next_commands(self, folder: Path, export: str | None) -> list[list[str]]:
         """Return the commands to suggest at the end, as arguments of `sparse-prune`.
 
@@ -154,6 +158,7 @@ class FineTuneCLI(LightningCLI):
         described = self.describe(self.config["fit"])
         base_model, data = _told(described.get("model")), _told(described.get("data", described.get("text")))
         told = {"tokenizer": self.tokenizer(), "base_model": base_model, "data": data}
+        told["held_out"] = self.held_out()
         export = partial(save_pretrained, model, folder, pruner=pruner, **told)
         if is_sharded(model):
             export()

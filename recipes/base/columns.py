@@ -21,6 +21,15 @@ _TEXT = (
     "passage",
 )
 _MESSAGES = ("messages", "conversation", "conversations", "chat", "dialog", "dialogue")
+_ANSWERED = (
+    ("prompt", "completion"),
+    ("prompt", "chosen"),
+    ("instruction", "input", "output"),
+    ("instruction", "output"),
+)
+"""Columns of prompts and their answers, by the names of trl and Alpaca."""
+PARTS = ("prompt", "input", "answer")
+"""Contents of the columns of a document, of which there are at most so many."""
 _USUAL = {
     "text": _TEXT,
     "document": _TEXT + _MESSAGES,
@@ -30,6 +39,7 @@ _USUAL = {
 """What a column may hold -> what it is usually called; the first name, as it stands, is taken before others."""
 _LONG = 40
 _WORDS = {"document": "text or the messages of a chat"}
+_ALSO = {"document": " (prompts and their answers as in NAME::PROMPT:ANSWER)"}
 
 
 def find_columns(
@@ -58,10 +68,10 @@ def find_columns(
     for column, kind in zip(wanted, kinds, strict=True):
         column = column or _usual(kind, known)
         if column not in known:
+            example = ":".join(_USUAL[kind][0] for kind in kinds).upper() + _ALSO.get(kind, "")
             raise ValueError(
                 f"`{argument}` must name a column of {name!r}, one of {[_shortened(one) for one in known]}, got "
-                f"{column!r}. Name it as in NAME::{':'.join(_USUAL[kind][0] for kind in kinds).upper()}, or begin the "
-                "file with a line of names."
+                f"{column!r}. Name it as in NAME::{example}, or begin the file with a line of names."
             )
         if column in features and not _holds(features[column], kind):
             raise ValueError(
@@ -74,11 +84,50 @@ def find_columns(
     return found
 
 
-def is_chat(value: Any) -> bool:
-    """Whether a value is the messages of a chat: objects with `role` and `content`."""
-    return (
-        bool(value) and isinstance(value, list) and all(isinstance(turn, Mapping) and "role" in turn for turn in value)
-    )
+def find_document_columns(
+    known: Sequence[str], features: Mapping[str, Any], given: Sequence[str], argument: str, name: str
+) -> list[str]:
+    """Find the column of text or chats of a data set, or the columns of prompts (one or two parts) and answers.
+
+    Args:
+        known: As for `find_columns`, like all others.
+        features: Types.
+        given: Names; none: those that are called as usual.
+        argument: What errors call the data set.
+        name: Of the data set.
+
+    Raises:
+        ValueError: As `find_columns`.
+    """
+    pairs = [] if any(given) else _answered(known)
+    alone = any(given) or _usual("document", known) in known
+    taken = pairs[0] if len(pairs) == 1 and not alone else list(given)
+    columns = find_columns(known, features, taken, ["document"] * max(len(taken), 1), argument, name)
+    if len(columns) > 1:
+        others = [column for column in known if column not in columns]
+        log.info(
+            "Of %s these columns are taken: %s. What the last one holds is to be predicted%s.",
+            name,
+            ", ".join(columns),
+            f"; left out: {', '.join(others)}" if others else "",
+        )
+    for pair in pairs if alone else []:
+        log.info(
+            "Of %s the column %s is taken. Name %s as in %s::%s to predict answers alone.",
+            name,
+            columns[0],
+            ", ".join(pair),
+            name,
+            ":".join(pair),
+        )
+    return columns
+
+
+def _answered(known: Sequence[str]) -> list[list[str]]:
+    """Columns of prompts and answers by their usual names; several if the names are ambiguous."""
+    names = {column.strip().lower(): column for column in reversed(known)}
+    found = [[names[column] for column in columns] for columns in _ANSWERED if names.keys() >= set(columns)]
+    return [columns for columns in found if not any(set(columns) < set(other) for other in found)]
 
 
 def _shortened(text: str) -> str:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import json
 import logging
+import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -54,20 +56,31 @@ def numbered(labels: Sequence[Any], argument: str, names: Sequence[str] | None =
 
 
 def literal(text: str) -> Any:
-    """Parse a list, tuple or dictionary in Python's syntax; None for any other text."""
+    """Parse a list, tuple or dictionary in Python's or JSON's syntax; None for any other text."""
     if text[:1] not in ("[", "(", "{"):
         return None
-    try:
-        value = ast.literal_eval(text)
-    except (MemoryError, RecursionError, SyntaxError, ValueError):
-        return None
-    return value if isinstance(value, list | tuple | dict) else None
+    for read in (ast.literal_eval, json.loads):
+        try:
+            value = read(text)
+        except (MemoryError, RecursionError, SyntaxError, ValueError):
+            continue
+        return value if isinstance(value, list | tuple | dict) else None
+    return None
 
 
 def _warn_of_twins(classes: Sequence[str]) -> None:
     alike: dict[str, list[str]] = defaultdict(list)
     for label in classes:
-        alike[label.casefold()].append(label)
-    twins = [" and ".join(labels) for labels in alike.values() if len(labels) > 1]
+        alike[_likeness(label)].append(label)
+    twins = [" and ".join(map(repr, labels)) for labels in alike.values() if len(labels) > 1]
     if twins:
-        log.warning("Classes whose names differ by case alone stay apart: %s.", "; ".join(twins))
+        log.warning("Classes whose names differ by their writing alone stay apart: %s.", "; ".join(twins))
+
+
+def _likeness(label: str) -> str:
+    """A label without case, extra blanks, invisible characters and the way of writing a number."""
+    try:
+        return repr(float(label))
+    except ValueError:
+        visible = (sign for sign in unicodedata.normalize("NFKC", label) if unicodedata.category(sign) != "Cf")
+        return " ".join("".join(visible).casefold().split())

@@ -52,7 +52,8 @@ def read_text(file: Path, argument: str) -> str:
             # As `open` reads it: all ends of lines are "\n".
             return io.TextIOWrapper(io.BytesIO(content), encoding=encoding).read()
     except UnicodeDecodeError as error:
-        problem = f"which is no text in {error.encoding.upper()} (byte {error.start}). {conversion(file)}, or remove it"
+        encoding, place = error.encoding.upper(), error.start
+        problem = f"which is no text in {encoding} (byte {place}). {conversion(file)}, or remove it"
     except (EOFError, OSError, zlib.error) as error:
         problem = f"whose compression is broken ({error}). Copy it again"
     raise ValueError(f"`{argument}` must hold text, got {str(file)!r}, {problem}.")
@@ -65,4 +66,4 @@ def encoding_of(start: bytes) -> str:
 
 def conversion(file: Path) -> str:
     """Tell how to convert a file of an older encoding to UTF-8."""
-    return f"Convert it, say by `iconv -f LATIN1 -t UTF-8 {file.name}`"
+    return f"Convert it if it is text, say by `iconv -f LATIN1 -t UTF-8 {file.name}`"

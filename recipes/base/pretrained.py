@@ -24,7 +24,7 @@ def locate(model: str) -> tuple[str, dict[str, str]]:
     Raises:
         FileNotFoundError: If the file or folder does not exist.
         ModuleNotFoundError: If the package is not installed.
-        ValueError: If a file of weights is incomplete, or a pointer of Git LFS.
+        ValueError: If a file of weights is incomplete, missing, a pointer of Git LFS, or named in place of its folder.
     """
     if model.startswith(_PACKAGE):
         package, _, file = model.removeprefix(_PACKAGE).partition("/")
@@ -42,7 +42,11 @@ def locate(model: str) -> tuple[str, dict[str, str]]:
             raise FileNotFoundError(f"`model` must be an existing GGUF file, got {str(path)!r}. Check the path.")
         check_weights(path)
         return str(path.parent), {"gguf_file": path.name}
-    if model.startswith((".", "/", "~", _PACKAGE)) and not path.is_dir():
+    if path.is_file():
+        raise ValueError(
+            f"`model` must be a folder, a `.gguf` file or a hub id, got the file {str(path)!r}. Name its folder."
+        )
+    if (model.startswith((".", "/", "~", _PACKAGE)) or model.count("/") > 1) and not path.is_dir():
         raise FileNotFoundError(f"`model` must be an existing folder, got {str(path)!r}. Check the path.")
     if not path.is_dir():
         return model, {}
@@ -133,12 +137,20 @@ def load_tokenizer(model: str, padding: bool = False) -> Any:
         padding: Whether it must pad: a tokenizer without a padding token, such as GPT-2's, then uses another one.
 
     Raises:
-        ValueError: If it has no special token that could pad.
+        ValueError: If a folder has no tokenizer, or the tokenizer has no special token that could pad.
     """
     from transformers import AutoTokenizer
 
     where, options = locate(model)
-    tokenizer = AutoTokenizer.from_pretrained(where, **options)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(where, **options)
+    except (OSError, ValueError) as error:
+        if not Path(where).is_dir():
+            raise
+        raise ValueError(
+            f"`model` must have a tokenizer beside its weights, got none that loads in {model!r}. Save it there: "
+            "`tokenizer.save_pretrained(folder)`."
+        ) from error
     if padding and tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.sep_token or tokenizer.unk_token
         if tokenizer.pad_token is None:

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sparse_prune.recipes.base.columns import find_columns, is_chat
-from sparse_prune.recipes.base.labels import literal, numbered
+from sparse_prune.recipes.base.columns import PARTS, find_columns, find_document_columns
+from sparse_prune.recipes.base.labels import numbered
 from sparse_prune.recipes.base.tables import (
     files_at,
     holds_tables,
@@ -19,11 +19,10 @@ from sparse_prune.recipes.base.tables import (
     readable,
     unreadable,
 )
+from sparse_prune.recipes.base.turns import Document, document_of
 
 log = logging.getLogger(__name__)
 PREFIX = "hub:"
-Document = str | list[dict[str, Any]]
-"""Text, or the messages of a chat, each with `role` and `content`."""
 
 
 @dataclass(frozen=True)
@@ -38,25 +37,30 @@ class Rows:
     """Of the data set."""
     argument: str
     """What errors call it."""
+    parts: int = 1
+    """Number of columns, from the first on, that make up a document (`document_of`)."""
     _told: set[str] = field(default_factory=set)
 
     def documents(self) -> Iterator[tuple[int, Document]]:
-        """Number and text of every row, by the first column; rows without text are left out, which is said once.
+        """Number and document of every row; rows without any are left out, which is said once.
 
         Raises:
-            ValueError: If a row cannot be read, or holds anything else than text or the messages of a chat.
+            ValueError: If a row cannot be read, or holds anything else than text, a chat, or a prompt and its answer.
         """
-        for row, value in enumerate(self._values(), 1):
-            if value is None or (isinstance(value, str) and not value.strip()):
-                self._tell_once(f"Rows without text are left out of {self.name}; the first of them is row {row}.")
-            elif not (is_chat(value) or isinstance(value, str)) or (value[:2] == "[{" and is_chat(literal(value))):
+        columns = self.columns[: self.parts]
+        for row, cells in enumerate(self._cells(columns), 1):
+            try:
+                document = document_of(columns, cells)
+            except ValueError as error:
                 raise ValueError(
-                    f"`{self.argument}` must hold text, or messages with `role` and `content`, got "
-                    f"{str(value)[:60]!r} ({type(value).__name__}) in row {row} of {self.name!r}. Save chats as JSON "
-                    "lines or Parquet, not as text; name another column where this is none of both."
-                )
+                    f"`{self.argument}` must hold text, or messages with `role` and `content`, got {error} in row "
+                    f"{row} of {self.name!r}. Save chats as JSON lines or Parquet, not as text; name other columns "
+                    "where this is none of both."
+                ) from error
+            if document is None:
+                self._tell_once(f"Rows without text are left out of {self.name}; the first of them is row {row}.")
             else:
-                yield row - 1, value
+                yield row - 1, document
 
     def classes(self) -> tuple[list[str], list[int]]:
         """Names of the classes and every row's number, by the second column of rows that are not streamed.
@@ -67,10 +71,10 @@ class Rows:
         column = self.columns[1]
         return numbered(list(self.data[column]), self.argument, getattr(self.data.features[column], "names", None))
 
-    def _values(self) -> Iterator[Any]:
+    def _cells(self, columns: list[str]) -> Iterator[list[Any]]:
         with readable(self.name, self.argument):
-            for row in self.data.select_columns(self.columns[:1]):
-                yield row[self.columns[0]]
+            for row in self.data.select_columns(columns):
+                yield [row[column] for column in columns]
 
     def _tell_once(self, text: str) -> None:
         if text not in self._told:
@@ -84,7 +88,7 @@ def is_data_set(name: str) -> bool:
 
 
 def data_rows(name: str, kinds: Sequence[str], argument: str, stream: bool = False) -> Rows:
-    """The training split of a data set.
+    """The training split of a data set, and a column of each kind.
 
     Args:
         name: `NAME[:CONFIG[:COLUMN...]]`. NAME is a table (tables.py), a glob of tables of one kind, or a folder of
@@ -100,12 +104,33 @@ def data_rows(name: str, kinds: Sequence[str], argument: str, stream: bool = Fal
         ValueError: If the data set is a script, cannot be read, has no such configuration, no training split or no
             such column, or a column holds something else.
     """
+    place, columns, data, known = _opened(name, kinds, argument, stream)
+    return Rows(data, find_columns(known, data.features or {}, columns, kinds, argument, place), place, argument)
+
+
+def document_rows(name: str, argument: str) -> Rows:
+    """Open the training split of a data set for a language model, streamed: text, chats, or prompts and their answers.
+
+    Args:
+        name: As `data_rows` takes it; the columns of prompts and answers, if any, as `find_document_columns` does.
+        argument: What errors call the name.
+
+    Raises:
+        ConnectionError: As `data_rows`, like all others.
+    """
+    place, given, data, known = _opened(name, PARTS, argument, stream=True)
+    columns = find_document_columns(known, data.features or {}, given, argument, place)
+    return Rows(data, columns, place, argument, parts=len(columns))
+
+
+def _opened(name: str, parts: Sequence[str], argument: str, stream: bool) -> tuple[str, list[str], Any, list[str]]:
+    """Open a data set: its place, the columns that `name` names (at most one a part), the data, the names of all."""
     place, rest = _place(name)
     config, columns = "".join(rest[:1]) or None, rest[1:]
-    if not place or len(columns) > len(kinds):
+    if not place or len(columns) > len(parts):
         raise ValueError(
-            f"`{argument}` must be {PREFIX}NAME[:CONFIG[:COLUMN...]] with at most {len(kinds)} columns "
-            f"({', '.join(kinds)}), got {name!r}. Leave out what is too much."
+            f"`{argument}` must be {PREFIX}NAME[:CONFIG[:COLUMN...]] with at most {len(parts)} columns "
+            f"({', '.join(parts)}), got {name!r}. Leave out what is too much."
         )
     path = Path(place).expanduser()
     if is_saved(path) or (files_at(place) and not path.is_dir()):
@@ -113,8 +138,13 @@ def data_rows(name: str, kinds: Sequence[str], argument: str, stream: bool = Fal
     else:
         data = _load(str(path) if path.is_dir() else place, config, argument, stream)
     with readable(place, argument):
-        known = data.column_names or list(next(iter(data), {}))  # streams may not say
-    return Rows(data, find_columns(known, data.features or {}, columns, kinds, argument, place), place, argument)
+        return place, columns, data, data.column_names or list(next(iter(data), {}))  # streams may not say
+
+
+def place_of(name: str) -> str:
+    """Strip configuration and columns from a name, and `hub:` from a place on this machine."""
+    place = _place(name)[0]
+    return place if files_at(place) or not name.startswith(PREFIX) else PREFIX + place
 
 
 def _place(name: str) -> tuple[str, list[str]]:

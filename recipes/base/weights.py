@@ -10,19 +10,35 @@ _KINDS = {".safetensors", ".bin", ".gguf"}
 
 
 def check_weights(place: Path) -> None:
-    """Refuse files that are incomplete, or pointers of Git LFS.
+    """Refuse files that are incomplete or missing, or pointers of Git LFS.
 
     Args:
         place: A file of weights, or a folder that holds some.
 
     Raises:
-        ValueError: If a file is incomplete; the message names it.
+        ValueError: If a file is incomplete or missing; the message names it.
     """
     files = [place] if place.is_file() else sorted(file for file in place.glob("*") if file.suffix in _KINDS)
     for file in files:
         problem = _problem(file)
         if problem is not None:
             raise ValueError(f"`model` must hold whole weights, got {str(file)!r}, {problem}.")
+    missing = _missing(place)
+    if missing:
+        names = ", ".join(map(repr, missing))
+        raise ValueError(f"`model` must hold whole weights, got {str(place)!r} without {names}. Copy it again.")
+
+
+def _missing(folder: Path) -> list[str]:
+    """Files of weights that an index or an adapter's configuration speaks of and that are not there."""
+    named = {
+        name
+        for index in folder.glob("*.index.json")
+        for name in json.loads(index.read_text("utf-8")).get("weight_map", {}).values()
+    }
+    if (folder / "adapter_config.json").is_file() and not (folder / "adapter_model.bin").is_file():
+        named.add("adapter_model.safetensors")
+    return sorted(name for name in named if not (folder / name).is_file())
 
 
 def _problem(file: Path) -> str | None:

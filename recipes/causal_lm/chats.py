@@ -1,10 +1,12 @@
-"""Chats as tokens, of which the answers are to be predicted."""
+"""Chats and exchanges as tokens, of which the answers are to be predicted."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
+
+from sparse_prune.recipes.base.turns import Exchange
 
 IGNORED = -100
 """The label of a token that does not count in the loss, as transformers has it."""
@@ -20,7 +22,7 @@ def chat_tokens(tokenizer: Any, messages: Messages) -> tuple[list[int], list[int
 
     Args:
         tokenizer: Of transformers, with a chat template.
-        messages: Each with `role` and `content`; the answers are those of the assistant.
+        messages: Each with `role` and `content`; the answers are those of the assistant, but for those of `weight` 0.
 
     Raises:
         ValueError: If there is no template, or it refuses the messages.
@@ -32,24 +34,57 @@ def chat_tokens(tokenizer: Any, messages: Messages) -> tuple[list[int], list[int
         )
     turns = [{name: value for name, value in turn.items() if value is not None} for turn in messages]
     chat = _rendered(tokenizer, turns)
-    encoded = tokenizer(chat, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    ids, places = list(encoded["input_ids"]), encoded["offset_mapping"]
+    ids, inside = _places(tokenizer, chat, list(_answers(tokenizer, turns, chat)), add_special_tokens=False)
     labels = [IGNORED] * len(ids)
     special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
-    for start, end in _answers(tokenizer, turns, chat):
-        inside = [index for index, (first, last) in enumerate(places) if first < end and last > start]
-        following = inside[-1] + 1 if inside else len(ids)
+    for answer in inside:
+        following = answer[-1] + 1 if answer else len(ids)
         if following < len(ids) and ids[following] in special:
-            inside.append(following)
-        for index in inside:
+            answer.append(following)
+        for index in answer:
             labels[index] = ids[index]
     return ids, labels
+
+
+def exchange_tokens(tokenizer: Any, exchange: Exchange, end: Sequence[int]) -> tuple[list[int], list[int]]:
+    """Return the tokens of prompt and answer, and labels: those of the answer and its end, `IGNORED` for the prompt.
+
+    A token with characters of both belongs to the answer.
+
+    Args:
+        tokenizer: Of transformers.
+        exchange: Prompt and answer, which are joined without a chat template.
+        end: Tokens behind the answer.
+
+    Raises:
+        ValueError: If the tokenizer is slow.
+    """
+    if not tokenizer.is_fast:
+        raise ValueError("`text` must be plain text for a slow tokenizer, got prompts and answers. Take a fast one.")
+    start, text = len(exchange.prompt), exchange.prompt + exchange.answer
+    ids, (inside,) = _places(tokenizer, text, [(start, len(text))], add_special_tokens=True)
+    answer = set(inside)
+    labels = [token if index in answer else IGNORED for index, token in enumerate(ids)]
+    return [*ids, *end], [*labels, *end]
+
+
+def _places(
+    tokenizer: Any, text: str, passages: Sequence[tuple[int, int]], add_special_tokens: bool
+) -> tuple[list[int], list[list[int]]]:
+    """Tokens of a text, and for each passage (start and end in the text) the places of its tokens."""
+    encoded = tokenizer(text, add_special_tokens=add_special_tokens, return_offsets_mapping=True, verbose=False)
+    offsets = encoded["offset_mapping"]
+    inside = [
+        [index for index, (first, last) in enumerate(offsets) if first < end and last > start]
+        for start, end in passages
+    ]
+    return list(encoded["input_ids"]), inside
 
 
 def _answers(tokenizer: Any, turns: list[dict[str, Any]], chat: str) -> Iterator[tuple[int, int]]:
     """Where answers begin and end in the text of a chat."""
     for index, turn in enumerate(turns):
-        if turn["role"] == "assistant":
+        if turn["role"] == "assistant" and turn.get("weight", 1):  # OpenAI's files say so of what is not to be learnt
             other = _rendered(tokenizer, [*turns[:index], turn | {"content": _STAND_IN}, *turns[index + 1 :]])
             start = len(os.path.commonprefix([chat, other]))
             end = len(os.path.commonprefix([chat[start:][::-1], other[start:][::-1]]))

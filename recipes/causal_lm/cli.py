@@ -16,7 +16,9 @@ from sparse_prune.recipes.base.cli import FineTuneCLI, run
 from sparse_prune.recipes.base.pretrained import load_tokenizer, longest_prompt
 from sparse_prune.recipes.base.report import CacheComparison
 from sparse_prune.recipes.causal_lm.data import TextDataModule
+from sparse_prune.recipes.causal_lm.documents import STDLIB
 from sparse_prune.recipes.causal_lm.module import CausalLMModule
+from sparse_prune.recipes.causal_lm.trained_text import describe_split
 
 _DECODED = 16  # tokens whose time is taken
 
@@ -46,9 +48,15 @@ class CausalLMCLI(FineTuneCLI):
         return told | {"documents": "packed"} if data["pack"] else told
 
     @override
+    def held_out(self) -> dict[str, Any]:
+        data = self.datamodule
+        return describe_split(data.text, data.held_out_share, data.seed)
+
+    @override
     def next_commands(self, folder: Path, export: str | None) -> list[list[str]]:
-        length = str(self.config["fit"]["data"]["context_length"])
-        evaluate = [] if export is None else [["evaluate", export, "--lengths", length]]
+        data = self.datamodule
+        text = [] if data.text == STDLIB else ["--text", *([data.text] if isinstance(data.text, str) else data.text)]
+        evaluate = [["evaluate", export, "--lengths", str(data.context_length), *text]] if export is not None else []
         return [*evaluate, *super().next_commands(folder, export)]
 
     @override

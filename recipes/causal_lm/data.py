@@ -26,8 +26,9 @@ class TextDataModule(SplitDataModule):
     Args:
         tokenizer: A model, as `load_tokenizer` takes it.
         text: "stdlib" (the sources of the Python standard library), text files, folders or globs, or
-            `NAME[:CONFIG[:COLUMN]]` for a table or the training split of a data set (`data_rows`), whose column holds
-            text or the messages of chats. Of these only as many rows are read as are needed, from the first on.
+            `NAME[:CONFIG[:COLUMN...]]` for a table or the training split of a data set (`document_rows`), whose columns
+            hold text, chats, or prompts and their answers. Of these only as many rows are read as are needed, from the
+            first on.
         context_length: Tokens per sequence, at least 2.
         batch_size: Sequences per batch.
         train_sequences: Sequences to train on per epoch.

@@ -12,12 +12,13 @@ from pathlib import Path
 
 from sparse_prune.recipes.base.loader import SPLITS
 from sparse_prune.recipes.base.plain_text import read_text
-from sparse_prune.recipes.base.rows import Document, Rows, data_rows, is_data_set
+from sparse_prune.recipes.base.rows import Rows, document_rows, is_data_set
 from sparse_prune.recipes.base.sources import files_in, stdlib_documents
 from sparse_prune.recipes.base.tables import is_table
+from sparse_prune.recipes.base.turns import Document
 
 log = logging.getLogger(__name__)
-_STDLIB = "stdlib"
+STDLIB = "stdlib"
 _FEW = 32  # rows that are held before any is handed on
 _BREAKS = ("\n\n", "\n", " ")
 
@@ -31,7 +32,7 @@ def split_text(text: str | list[str], held_out_share: float = 0.1, seed: int = 0
         seed: Order of the documents in files; the rows of a data set keep their own.
     """
     tables, files = _kinds(text)
-    found = [_split_rows(rows, held_out_share) for rows in map(_rows, tables)]
+    found = [_split_rows(rows, held_out_share) for rows in (document_rows(name, "text") for name in tables)]
     if files or not tables:
         found.append(split_documents(load_documents(files), held_out_share, seed))
     return {split: chain.from_iterable([splits[split] for splits in found]) for split in SPLITS}
@@ -40,7 +41,7 @@ def split_text(text: str | list[str], held_out_share: float = 0.1, seed: int = 0
 def all_documents(text: str | list[str]) -> Iterable[Document]:
     """The documents of all splits; `text` as in `split_text`."""
     tables, files = _kinds(text)
-    rows = (document for name in tables for _, document in _rows(name).documents())
+    rows = (document for name in tables for _, document in document_rows(name, "text").documents())
     return chain(rows, load_documents(files).values()) if files or not tables else rows
 
 
@@ -63,17 +64,17 @@ def split_documents(
 
 
 def load_documents(text: str | list[str]) -> dict[str, str]:
-    """Name -> document, of "stdlib", files, folders or globs; blank ones are left out.
+    """Name, of files the whole path, -> document, of "stdlib", files, folders or globs; blank ones are left out.
 
     Raises:
         ValueError: If nothing is found, or a file is no text.
     """
     documents: dict[str, str] = {}
     for entry in [text] if isinstance(text, str) else text:
-        if entry == _STDLIB:
+        if entry == STDLIB:
             documents |= stdlib_documents()
         else:
-            documents |= {str(file): read_text(file, "text") for file in _files(entry)}
+            documents |= {str(file.resolve()): read_text(file, "text") for file in _files(entry)}
     documents = {name: document for name, document in documents.items() if document.strip()}
     if not documents:
         raise ValueError(
@@ -86,12 +87,8 @@ def load_documents(text: str | list[str]) -> dict[str, str]:
 def _kinds(text: str | list[str]) -> tuple[list[str], list[str]]:
     """What are data sets, and what are files."""
     entries = [text] if isinstance(text, str) else text
-    tables = [entry for entry in entries if entry != _STDLIB and is_data_set(entry)]
+    tables = [entry for entry in entries if entry != STDLIB and is_data_set(entry)]
     return tables, [entry for entry in entries if entry not in tables]
-
-
-def _rows(name: str) -> Rows:
-    return data_rows(name, ["document"], "text", stream=True)
 
 
 def _split_rows(rows: Rows, held_out_share: float) -> Mapping[str, Iterable[Document]]:

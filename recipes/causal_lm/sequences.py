@@ -14,8 +14,8 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset
 from typing_extensions import override
 
-from sparse_prune.recipes.base.rows import Document
-from sparse_prune.recipes.causal_lm.chats import IGNORED, chat_tokens
+from sparse_prune.recipes.base.turns import Document, Exchange
+from sparse_prune.recipes.causal_lm.chats import IGNORED, chat_tokens, exchange_tokens
 
 log = logging.getLogger(__name__)
 _OPEN = 32  # packed sequences that wait for more
@@ -68,7 +68,7 @@ def make_sequences(
 
     Args:
         tokenizer: Of transformers.
-        documents: In their order; of chats only the answers are to be predicted.
+        documents: In their order; of chats and exchanges only the answers are to be predicted.
         length: Tokens per sequence.
         count: Sequences; fewer if there is not so much text.
         purpose: What errors say that the text is for.
@@ -112,6 +112,8 @@ def _tokens(tokenizer: Any, documents: Iterable[Document], sizes: list[int]) -> 
         if isinstance(document, str):
             ids = [*tokenizer(document, verbose=False)["input_ids"], *end]
             labels = ids
+        elif isinstance(document, Exchange):
+            ids, labels = exchange_tokens(tokenizer, document, end)
         else:
             ids, labels = chat_tokens(tokenizer, document)
         sizes.append(len(ids))

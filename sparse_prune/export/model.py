@@ -44,6 +44,7 @@ def save_pretrained(
     tokenizer: Any = None,
     base_model: str | None = None,
     data: str | None = None,
+    held_out: Mapping[str, Any] | None = None,
     evaluation: str | os.PathLike[str] | None = None,
 ) -> Path:
     """Write a pruned model: what its `save_pretrained` writes, its patterns, and a model card.
@@ -62,6 +63,7 @@ def save_pretrained(
         tokenizer: To be saved with it.
         base_model: What it was fine-tuned from, for the card; None: the hub's name that it was loaded by, if any.
         data: What it was trained on, in words, for the card.
+        held_out: What tells which part of the data it was not trained on, as JSON types, for `sparse-prune evaluate`.
         evaluation: A folder that `sparse-prune evaluate` wrote, for the card. A README.md of others, or one that was
             edited, stays, and the log says so.
 
@@ -71,7 +73,7 @@ def save_pretrained(
         RuntimeError: On other ranks than 0, if rank 0 failed to write a sharded model.
     """
     model = loadable(model)
-    told = {"base_model": base_model or _hub_name(model), "data": data}
+    told = {"base_model": base_model or _hub_name(model), "data": data, "held_out": held_out}
     write = partial(_write, model, folder, pruner, tokenizer, told, evaluation)
     if is_sharded(model):
         return on_first_rank(partial(write, whole_weights(model)))
@@ -83,7 +85,7 @@ def _write(
     folder: str | os.PathLike[str],
     pruner: AttentionPruner | None,
     tokenizer: Any,
-    told: Mapping[str, str | None],
+    told: Mapping[str, Any],
     evaluation: str | os.PathLike[str] | None,
     weights: dict[str, Tensor] | None,
 ) -> Path:
@@ -204,6 +206,23 @@ def load(
     return model.eval()
 
 
+def export_header(
+    name: str | os.PathLike[str], *, revision: str | None = None, token: str | None = None
+) -> dict[str, Any]:
+    """What an export tells of itself, as JSON types.
+
+    Args:
+        name: A folder that `save_pretrained` wrote, or a hub repository.
+        revision: Of the hub repository.
+        token: For the hub.
+
+    Raises:
+        FileNotFoundError: If there is no such folder, or no patterns in it.
+        ValueError: If the patterns cannot be read.
+    """
+    return read_pattern_file(_fetch(os.fspath(name), revision, token) / PATTERN_FILE)[1]
+
+
 def push_to_hub(
     model: Any,
     repo_id: str,
@@ -212,6 +231,7 @@ def push_to_hub(
     tokenizer: Any = None,
     base_model: str | None = None,
     data: str | None = None,
+    held_out: Mapping[str, Any] | None = None,
     evaluation: str | os.PathLike[str] | None = None,
     private: bool | None = None,
     revision: str | None = None,
@@ -228,6 +248,7 @@ def push_to_hub(
         tokenizer: See `save_pretrained`.
         base_model: See `save_pretrained`.
         data: See `save_pretrained`.
+        held_out: See `save_pretrained`.
         evaluation: See `save_pretrained`. A card that the repository has of others, or edited, stays.
         private: Whether a new repository is private; None: the owner's default.
         revision: Branch to commit to.
@@ -254,7 +275,7 @@ def push_to_hub(
         return str(commit.commit_url)
 
     card = {"pruner": pruner, "tokenizer": tokenizer, "base_model": base_model, "data": data}
-    card["evaluation"] = evaluation
+    card |= {"held_out": held_out, "evaluation": evaluation}
     with TemporaryDirectory() as parent:
         folder = save_pretrained(model, Path(parent) / "export", **card)
         return on_first_rank(partial(upload, folder)) if is_sharded(model) else upload(folder)

@@ -168,10 +168,11 @@ def _check(query: Tensor, key: Tensor, value: Tensor, pattern: BlockPattern, opt
         raise ValueError(
             f"`documents` must have shape ({batch}, {key.shape[2]}), got {tuple(options.documents.shape)}."
         )
-    if options.documents is not None and not pattern.causal and q_len != key.shape[2]:
+    if options.documents is not None and (q_len > key.shape[2] or (q_len < key.shape[2] and not pattern.causal)):
+        # Queries are the last of the tokens, and have their documents.
         raise ValueError(
-            f"`documents` need as many queries as keys in a bidirectional pattern, got {q_len} and {key.shape[2]}. "
-            "Pass `attn_mask`."
+            f"`documents` must be of all queries, got {q_len} queries and {key.shape[2]} keys in a "
+            f"{'causal' if pattern.causal else 'bidirectional'} pattern. Pass `attn_mask`."
         )
     if options.window is not None and not pattern.causal:
         raise ValueError("`window` is for causal patterns, got a bidirectional one. Pass `attn_mask`.")

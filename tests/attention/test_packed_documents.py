@@ -78,33 +78,57 @@ def test_a_flattened_batch_equals_its_documents_alone(name, given):
     handles = attach(model)
     assert_alike(outcome(model, [call]), wanted)
     length = sum(LENGTHS)
-    for mode, backend in (("masked", "gather"), ("sparse", "gather"), ("sparse", "reference"), ("sparse", "sdpa")):
+    for mode, backend in (
+        ("masked", "gather"),
+        ("sparse", "gather"),
+        ("sparse", "reference"),
+        ("sparse", "sdpa"),
+        ("sparse", "triton"),
+    ):
         if name == "softcap" and backend == "sdpa":
             continue
+        block = 16 if backend == "triton" else BLOCK
         for handle in handles:
-            handle.pattern = BlockPattern.dense(4, length, length, BLOCK, True)
+            handle.pattern = BlockPattern.dense(4, length, length, block, True)
             handle.mode, handle.backend = mode, backend
         assert_alike(outcome(model, [call]), wanted)
 
 
-def test_a_pruned_row_equals_documents_with_their_parts_of_the_pattern():
-    lengths = (8, 24, 16)  # whole blocks
+@pytest.mark.parametrize(("backend", "block"), [("gather", BLOCK), ("triton", 16)])
+@pytest.mark.parametrize("given", ["positions", "lengths"])
+@pytest.mark.parametrize("name", ["plain", "window"])
+def test_a_pruned_row_equals_documents_with_their_parts_of_the_pattern(name, given, backend, block):
+    if backend == "triton":
+        pytest.importorskip("triton")
+    lengths = (block, 3 * block, 2 * block)
+    drop, more = GIVEN[given].values()
+    call = {key: value for key, value in flattened(lengths).items() if key not in drop} | more
     torch.manual_seed(0)
-    model, (row,) = MODELS["plain"](), flattened(lengths)["input_ids"]
-    keep = torch.rand(4, 6, 6, generator=torch.Generator().manual_seed(3)) < 0.5
-    keep |= torch.eye(6, dtype=torch.bool)
-    handles, start, wanted = attach(model), 0, []
+    model = MODELS[name]()
+    generator = torch.Generator().manual_seed(3)
+    keeps = [(torch.rand(4, 6, 6, generator=generator) < 0.5) | torch.eye(6, dtype=torch.bool) for _ in range(2)]
+    handles, start, alone = attach(model), 0, []
     for handle in handles:
-        handle.mode, handle.backend = "sparse", "gather"
+        handle.mode, handle.backend = "sparse", backend
+
+    def prune(rows, length):
+        for handle, keep in zip(handles, keeps, strict=True):
+            handle.pattern = BlockPattern(keep[:, rows, rows], (block, block), True, length, length)
+
+    weights = torch.randn(1, sum(lengths), 1, generator=generator)
+    model.zero_grad()
     for length in lengths:
-        rows = slice(start // BLOCK, (start + length) // BLOCK)
-        for handle in handles:
-            handle.pattern = BlockPattern(keep[:, rows, rows], (BLOCK, BLOCK), True, length, length)
-        wanted.append(model(input_ids=row[None, start : start + length], use_cache=False).logits)
+        prune(slice(start // block, (start + length) // block), length)
+        logits = model(input_ids=call["input_ids"][:, start : start + length], use_cache=False).logits
+        (logits.square() * weights[:, start : start + length]).sum().backward()
+        alone.append(logits.detach())
         start += length
-    for handle in handles:
-        handle.pattern = BlockPattern(keep, (BLOCK, BLOCK), True, 48, 48)
-    torch.testing.assert_close(model(**flattened(lengths)).logits, torch.cat(wanted, 1), atol=2e-4, rtol=2e-4)
+    wanted = torch.cat(alone, 1), [p.grad.clone() for p in model.parameters()]
+    prune(slice(None), sum(lengths))
+    model.zero_grad()
+    logits = model(**call).logits
+    (logits.square() * weights).sum().backward()
+    assert_alike((logits.detach(), [p.grad for p in model.parameters()]), wanted)
 
 
 @pytest.mark.parametrize("mode", ["masked", "sparse"])

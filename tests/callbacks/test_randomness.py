@@ -86,6 +86,66 @@ def test_the_state_is_of_plain_types_and_comes_back():
     assert torch.equal(found[3], wanted[3])
 
 
+class PretendGPUs:
+    """Stands for torch.cuda: a generator for each device."""
+
+    def __init__(self, monkeypatch, count, current=0):
+        self.generators = [torch.Generator().manual_seed(100 + gpu) for gpu in range(count)]
+        for name, value in {
+            "is_available": lambda: count > 0,
+            "device_count": lambda: count,
+            "current_device": lambda: current,
+            "get_rng_state": lambda gpu: self.generators[gpu].get_state(),
+            "set_rng_state": lambda state, gpu: self.generators[gpu].set_state(state),
+        }.items():
+            monkeypatch.setattr(torch.cuda, name, value)
+
+    def draw(self, seed=None):
+        if seed is not None:
+            for generator in self.generators:
+                generator.manual_seed(seed)
+        return [torch.rand((), generator=generator).item() for generator in self.generators]
+
+
+def saved(state):
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+def test_every_gpu_goes_on_where_it_was(monkeypatch):
+    gpus = PretendGPUs(monkeypatch, 3, current=1)
+    state = saved(random_state())
+    wanted = gpus.draw()
+    assert len(set(wanted)) == 3
+    gpus.draw(seed=0)
+    set_random_state(state)
+    assert gpus.draw() == wanted
+    # Where fewer are visible, the process's own one has another number, and goes on.
+    alone = PretendGPUs(monkeypatch, 1)
+    set_random_state(state)
+    assert alone.draw() == [wanted[1]]
+
+
+def test_a_checkpoint_of_gpus_is_resumed_on_a_cpu_and_the_other_way_round(monkeypatch):
+    PretendGPUs(monkeypatch, 2)
+    of_gpus = Randomness()
+    state = saved(of_gpus.state())
+    wanted = torch.rand(())
+    PretendGPUs(monkeypatch, 0)
+    torch.manual_seed(9)
+    of_gpus.load_state(state)
+    of_gpus.begin_fit()
+    assert torch.rand(()) == wanted
+    state = saved(Randomness().state())
+    gpus = PretendGPUs(monkeypatch, 2)
+    expected = PretendGPUs(monkeypatch, 2).draw()
+    of_gpus.load_state(state)
+    of_gpus.begin_fit()
+    assert gpus.draw() == expected  # nothing is known of theirs
+
+
 def test_every_process_gets_its_own_and_another_number_of_them_is_said(monkeypatch, caplog):
     states = []
     for seed in range(2):

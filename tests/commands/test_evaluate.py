@@ -144,16 +144,18 @@ def test_files_are_held_out_whole_and_collections_by_their_split(tiny_model, tmp
     tokenizer = load_tokenizer(tiny_model)
     for name in ("a", "b", "c"):
         (tmp_path / f"{name}.txt").write_text(name * 99)
-    everything = held_out(tokenizer, str(tmp_path), 100, 5)
+    everything, part = held_out(tokenizer, str(tmp_path), 100, 5)
     assert tokenizer.decode(everything[:, 0]).replace(" ", "") == "abc"
-    assert held_out(tokenizer, str(tmp_path / "b.txt"), 50, 5).shape == (2, 50)
+    assert part == "all of it; the export does not tell what it was trained on"
+    assert held_out(tokenizer, str(tmp_path / "b.txt"), 50, 5)[0].shape == (2, 50)
     with pytest.raises(ValueError, match=r"at least 301 tokens to evaluate on, got 300\. .*`lengths`"):
         held_out(tokenizer, str(tmp_path), 301, 1)
     documents = {str(index): f"{index:03d}" for index in range(300)}
     monkeypatch.setattr("sparse_prune.recipes.causal_lm.documents.load_documents", lambda text: documents)
     splits = split_documents(documents)
-    ids = held_out(tokenizer, "stdlib", 4, 300)
+    ids, part = held_out(tokenizer, "stdlib", 4, 300)
     assert [tokenizer.decode(part[:3]).replace(" ", "") for part in ids] == splits["test"]
+    assert part == "of stdlib the part that causal_lm holds out"
     assert 10 < len(splits["test"]) < 60
 
 

@@ -15,6 +15,7 @@ from transformers import BertConfig, BertLMHeadModel, GPT2Config, GPT2LMHeadMode
 
 from sparse_prune.__main__ import main as command_line
 from sparse_prune.attention import attach
+from sparse_prune.commands.evaluate.text import held_out
 from sparse_prune.export import PATTERN_FILE, load, load_patterns, read_pattern_file
 from sparse_prune.recipes.base.history import RunHistory
 from sparse_prune.recipes.base.pretrained import load_tokenizer
@@ -215,14 +216,19 @@ def test_fit_ends_with_a_report(config, tmp_path, monkeypatch, capsys, precision
     exported = tmp_path / "exported"
     assert f"\nPruned model with its patterns: {exported}\n" in printed
     *_, evaluate, page = (shlex.split(line)[1:] for line in printed.splitlines() if "sparse-prune" in line)
-    assert evaluate == ["evaluate", str(exported), "--lengths", "256"]
+    assert evaluate == ["evaluate", str(exported), "--lengths", "256", "--text", str(tmp_path / "text")]
     assert page == ["report", str(run)]
     command_line(page)
     assert (run / "report.html").is_file()
     model, (patterns, header) = load(tmp_path / "exported"), read_pattern_file(tmp_path / "exported" / PATTERN_FILE)
     assert {handle.name: handle.mode for handle in attach(model)} == dict.fromkeys(patterns, "sparse")
     assert set(header["scores"]) == set(header["settled_at"]) == set(patterns)
-    assert load_tokenizer(str(tmp_path / "exported")).eos_token == "<eos>"
+    assert (tokenizer := load_tokenizer(str(exported))).eos_token == "<eos>"
+    data = TextDataModule(str(exported), str(tmp_path / "text"), 256, train_sequences=20, test_sequences=2)
+    data.setup("fit")
+    sequences, part = held_out(tokenizer, evaluate[-1], 256, 2, header["held_out"])
+    assert part == "the part that the training held out"
+    assert torch.equal(sequences, data.sequences["test"])
     card = (tmp_path / "exported" / "README.md").read_text()
     assert f"| data | {header['data']} |" in card
     assert header["data"]

@@ -4,7 +4,8 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from sparse_prune.recipes.causal_lm.chats import IGNORED, chat_tokens
+from sparse_prune.recipes.base.turns import Exchange
+from sparse_prune.recipes.causal_lm.chats import IGNORED, chat_tokens, exchange_tokens
 
 CHATML = (
     "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nBe kind.<|im_end|>\n{% endif %}"
@@ -71,6 +72,19 @@ def test_chats_that_end_with_a_question_or_begin_with_an_answer():
     assert predicted(CHATML, CHAT[:1])[1] == []
     assert predicted(CHATML, CHAT[1:2])[1] == ["Hello.<|im_end|>"]
     assert predicted(CHATML, [CHAT[0], {"role": "assistant", "content": ""}])[1] == []
+
+
+def test_an_answer_of_no_weight_is_not_predicted():
+    assert predicted(CHATML, [CHAT[0], CHAT[1] | {"weight": 0}, *CHAT[2:]])[1] == ["Hello.<|im_end|>"]
+
+
+def test_of_an_exchange_the_answer_and_its_end_are_predicted():
+    reader = tokenizer(None)
+    ids, labels = exchange_tokens(reader, Exchange("One, two", ", three"), [reader.eos_token_id])
+    assert reader.decode(ids) == "One, two, three<eos>"
+    predicted_ids = [label for label in labels if label != IGNORED]
+    assert labels == [IGNORED] * len("One, two") + predicted_ids
+    assert reader.decode(predicted_ids) == ", three<eos>"
 
 
 def test_what_the_template_does_not_take_is_refused():

@@ -28,14 +28,26 @@ def test_rows_without_a_label_are_refused(missing):
         numbered(["a", missing], "data")
 
 
-@pytest.mark.parametrize("label", ["['a']", "('a', 'b')", "{'a': 1}", "[1, 2]"])
+@pytest.mark.parametrize("label", ["['a']", "('a', 'b')", "{'a': 1}", "[1, 2]", '["a", null]'])
 def test_what_looks_like_a_list_is_refused(label):
     with pytest.raises(ValueError, match=r"one label a row, got .* in row 2, which looks like a list"):
         numbered(["a", label], "data")
     assert numbered(["[MASK]", "(a)"], "data")[0] == ["(a)", "[MASK]"]
 
 
-def test_classes_that_differ_by_case_are_said(caplog):
-    assert numbered(["POS", "neg", "pos"], "data")[0] == ["POS", "neg", "pos"]
-    assert "POS and pos" in caplog.text
-    assert "neg" not in caplog.text
+@pytest.mark.parametrize(
+    ("labels", "told"),
+    [
+        (["POS", "neg", "pos"], "'POS' and 'pos'"),
+        (["1", "2", "1.0", "01"], "'01' and '1' and '1.0'"),
+        (["caf\u00e9", "cafe\u0301", "x"], "'cafe\u0301' and 'caf\u00e9'"),
+        (["new york", "new  york"], "'new  york' and 'new york'"),
+        (["x", "x\u200b"], "'x' and 'x\\u200b'"),
+    ],
+)
+def test_classes_that_are_written_otherwise_alone_are_said(caplog, labels, told):
+    assert len(numbered(labels, "data")[0]) == len(labels)
+    assert f"differ by their writing alone stay apart: {told}." in caplog.text
+    caplog.clear()
+    numbered(["1", "2", "10", "nan", "a b", "ab"], "data")
+    assert not caplog.records

@@ -23,7 +23,10 @@ def test_marked_and_compressed_text_is_read(tmp_path, encoding, compress):
 @pytest.mark.parametrize(
     ("content", "told"),
     [
-        ("déjà vu".encode("latin-1"), r"no text in UTF-8 \(byte 1\)\. Convert it, say by `iconv -f LATIN1 -t UTF-8 "),
+        (
+            "déjà vu".encode("latin-1"),
+            r"no text in UTF-8 \(byte 1\)\. Convert it if it is text, say by `iconv -f LATIN1 -t UTF-8 ",
+        ),
         (TEXT.encode("utf-16-le"), "zero bytes, as UTF-8 text does not. Remove it, or save it as"),
         (TEXT.encode("utf-16")[:-1], r"no text in UTF-16-.E \(byte"),
         (b"%PDF-1.7\nobj", "a PDF. Extract its text"),

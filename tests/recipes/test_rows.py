@@ -279,6 +279,6 @@ def test_of_text_only_what_is_needed_is_read(web, cache, tiny_model):
 
 def test_evaluation_takes_the_rows_that_the_training_leaves_out(web, tiny_model):
     tokenizer = load_tokenizer(tiny_model)
-    ids = held_out(tokenizer, web, 61, 10)
+    ids, _ = held_out(tokenizer, web, 61, 10)
     expected = split_documents({str(index): f"{index:03d}" for index in range(300)})["test"]
     assert [tokenizer.decode(row[:3]).replace(" ", "") for row in ids] == sorted(expected)[:10]

@@ -8,7 +8,7 @@ import pytest
 from datasets import Dataset, DatasetDict
 
 from sparse_prune.__main__ import main
-from sparse_prune.recipes.base.rows import data_rows, is_data_set
+from sparse_prune.recipes.base.rows import data_rows, document_rows, is_data_set
 from sparse_prune.recipes.text_classification.data import load_labelled
 
 ROWS = [{"text": "NA, he said", "label": "01"}, {"text": "two\nlines", "label": "NA"}, {"text": "é", "label": "01"}]
@@ -119,13 +119,13 @@ def test_rows_hold_text_or_chats(tmp_path):
     chat = [{"role": "user", "content": "Hi"}]
     file = tmp_path / "rows.jsonl"
     file.write_text("\n".join(json.dumps({"text": value}) for value in ("a", None, " ", '[{"json": 1}]')))
-    assert list(data_rows(str(file), ["document"], "text").documents()) == [(0, "a"), (3, '[{"json": 1}]')]
+    assert list(document_rows(str(file), "text").documents()) == [(0, "a"), (3, '[{"json": 1}]')]
     file.write_text(json.dumps({"messages": chat}))
-    assert list(data_rows(str(file), ["document"], "text", stream=True).documents()) == [(0, chat)]
-    for value, told in ((str(chat), "str"), (["a", "b"], "list"), ([{"from": "human", "value": "Hi"}], "list")):
+    assert list(document_rows(str(file), "text").documents()) == [(0, chat)]
+    for value, told in ((str(chat), "str"), (["a", "b"], "list")):
         file.write_text("\n".join(json.dumps({"text": text}) for text in ("a", value)))
         with pytest.raises(ValueError, match=rf"must hold text, or messages .*\({told}\) in row 2 of '.*rows.jsonl'"):
-            list(data_rows(str(file), ["document"], "text", stream=True).documents())
+            list(document_rows(str(file), "text").documents())
 
 
 def test_folders_are_data_sets_if_they_hold_tables_alone(tmp_path):

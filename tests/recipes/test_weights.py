@@ -34,6 +34,28 @@ def test_cut_weights_are_refused_by_name(folder, kept):
         load_model(str(folder))
 
 
+def test_missing_files_are_refused_by_name(folder):
+    LlamaForCausalLM.from_pretrained(folder).save_pretrained(folder / "parts", max_shard_size="5KB")
+    locate(str(folder / "parts"))
+    lost = sorted((folder / "parts").glob("*.safetensors"))[-1]
+    lost.unlink()
+    with pytest.raises(ValueError, match=rf"must hold whole weights, got '.*parts' without '{lost.name}'\. Copy"):
+        load_model(str(folder / "parts"))
+    (folder / "adapter").mkdir()
+    (folder / "adapter" / "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"got '.*adapter' without 'adapter_model.safetensors'"):
+        locate(str(folder / "adapter"))
+
+
+def test_what_is_no_folder_and_a_folder_without_tokenizer_are_refused(folder):
+    with pytest.raises(ValueError, match=r"must be a folder, a `.gguf` file or a hub id, got the file '.*'\. Name its"):
+        locate(str(folder / "model.safetensors"))
+    with pytest.raises(FileNotFoundError, match="`model` must be an existing folder, got 'runs/gone/model'"):
+        locate("runs/gone/model")
+    with pytest.raises(ValueError, match=r"must have a tokenizer beside its weights, got none that loads in '.*model'"):
+        load_tokenizer(str(folder))
+
+
 @pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin", "model.gguf"])
 def test_pointers_of_git_lfs_are_refused_by_name(folder, name):
     (folder / name).write_bytes(POINTER)

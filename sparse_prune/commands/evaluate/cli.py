@@ -25,7 +25,7 @@ from sparse_prune.evaluation import (
     handles_of,
     mean_loss,
 )
-from sparse_prune.export import load
+from sparse_prune.export import export_header, load
 from sparse_prune.files import user_path
 from sparse_prune.install_hints import with_remedy
 from sparse_prune.machine import describe_machine
@@ -116,7 +116,7 @@ def main(args: list[str] | None = None) -> None:
     given = parser.parse_args(args)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
-        model, twin, measure = _prepare(given)
+        model, twin, measure, part = _prepare(given)
         asking = _asking(given, measure)
     except ImportError as error:
         parser.error(with_remedy(error))
@@ -130,7 +130,7 @@ def main(args: list[str] | None = None) -> None:
     setup = {
         "model": given.model,
         "dense model": given.dense or "the same weights, nothing pruned",
-        "text": given.text,
+        "text": f"{', '.join(given.text)} ({part})",
         "sequences of the longest length": len(measure["tokens"]),
         "prompts per depth": given.prompts,
         "dtype": str(model.dtype),
@@ -142,8 +142,8 @@ def main(args: list[str] | None = None) -> None:
     print(f"{report.text()}\nReport: {path}")
 
 
-def _prepare(given: argparse.Namespace) -> tuple[Any, Any, dict[str, Any]]:
-    """Pruned model, dense twin or None, and the other arguments of `evaluate`, all checked."""
+def _prepare(given: argparse.Namespace) -> tuple[Any, Any, dict[str, Any], str]:
+    """Pruned model, dense twin or None, the other arguments of `evaluate`, all checked, and which part of the text."""
     import matplotlib  # noqa: F401 - the report needs it: fail now rather than after the measurement
 
     options = {"dtype": getattr(torch, given.dtype)} if given.dtype else {}
@@ -154,14 +154,15 @@ def _prepare(given: argparse.Namespace) -> tuple[Any, Any, dict[str, Any]]:
     model.to(given.device)
     twin = load_model(given.dense, model.dtype).eval() if given.dense else None
     tokenizer, lengths = _tokenizer(given.model), given.lengths or lengths_around(model, given.decode)
-    tokens = held_out(tokenizer, given.text, max(lengths), given.sequences)
+    told = export_header(given.model).get("held_out")
+    tokens, part = held_out(tokenizer, given.text, max(lengths), given.sequences, told)
     measure = {name: getattr(given, name) for name in ("depths", "prompts", "decode")}
     measure |= {"tokenizer": tokenizer, "tokens": tokens, "lengths": lengths}
     for each in (model, twin):
         if each is not None:
             check(each, **measure)
     _check_output(given.output)
-    return model, twin, measure
+    return model, twin, measure, part
 
 
 def _asking(given: argparse.Namespace, measure: dict[str, Any]) -> Asking:
@@ -206,8 +207,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--dense", help="dense fine-tune to compare with; default: the same weights, nothing pruned")
     parser.add_argument(
         "--text",
-        default="stdlib",
-        help="file, folder or glob, all of it; of stdlib or hub:NAME the documents that the causal_lm recipe holds out",
+        nargs="+",
+        default=["stdlib"],
+        help="files, folders, globs, all of them; of the text of the training, stdlib and hub:NAME what was held out",
     )
     count = _at_least(1)
     parser.add_argument(

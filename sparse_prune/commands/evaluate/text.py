@@ -2,31 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 
-from sparse_prune.recipes.base.rows import PREFIX
-from sparse_prune.recipes.causal_lm.documents import all_documents, split_text
 from sparse_prune.recipes.causal_lm.sequences import make_sequences
+from sparse_prune.recipes.causal_lm.trained_text import unseen_documents
 
 
-def held_out(tokenizer: Any, text: str, length: int, count: int) -> Tensor:
+def held_out(
+    tokenizer: Any, text: str | list[str], length: int, count: int, told: Mapping[str, Any] | None = None
+) -> tuple[Tensor, str]:
     """Sequences of text that a model was not trained on.
 
     Args:
         tokenizer: A transformers tokenizer.
-        text: A file, table, folder or glob, all of which is taken; of "stdlib" and `hub:NAME[:CONFIG[:COLUMN]]`, on
-            which the causal_lm recipe trains, the test documents that it holds out.
+        text: Files, tables, folders or globs; "stdlib" or `hub:NAME[:CONFIG[:COLUMN...]]`: see `unseen_documents`.
         length: Tokens per sequence.
         count: Sequences; fewer if there is not so much text.
+        told: What the export tells of its training (`describe_split`); None: nothing.
 
     Returns:
-        int64, (sequences, length).
+        int64, (sequences, length), and which part of the text they are, in words.
 
     Raises:
-        ValueError: If nothing is found or the text is too short.
+        ValueError: If nothing is found, the text is too short, or a part of it was trained on.
     """
-    trained_on = text == "stdlib" or text.startswith(PREFIX)
-    chosen = split_text(text)["test"] if trained_on else all_documents(text)
-    return make_sequences(tokenizer, chosen, length, count, "to evaluate on", "lengths").input_ids
+    documents, part = unseen_documents(text, told)
+    return make_sequences(tokenizer, documents, length, count, "to evaluate on", "lengths").input_ids, part
