@@ -102,6 +102,8 @@ class Method:
     """Learning rate as a multiple of the plan's."""
     question_share: float = 0.0
     """Of the training sequences, as in `TextDataModule`."""
+    repeat_every: int = 0
+    """Of the training text, as in `TextDataModule`."""
 
 
 def alone(**changes: Any) -> sp.Constraints:
@@ -244,6 +246,8 @@ METHODS = {
     "short ramp, questions": Method(heads_whole(whole=False), question_share=0.25),
     "short ramp, heads whole": Method(heads_whole()),
     "short ramp, heads whole, questions": Method(heads_whole(), question_share=0.25),
+    "short ramp, repeats": Method(heads_whole(whole=False), repeat_every=3),
+    "short ramp, heads whole, repeats": Method(heads_whole(), repeat_every=3),
     "gradual, row mass": Method(gradual(criterion="row_mass")),
     "gradual, 3x learning rate": Method(gradual(), rate=3.0),
     "gradual, same sparsity in every layer": Method(layerwise(lead=0.0)),
@@ -311,7 +315,7 @@ def run(plan: Plan, method: Method, sparsity: float, seed: int, data: Data) -> d
             default_root_dir=folder,
         )
         start = time.perf_counter()
-        trainer.fit(module, datamodule=data.train(seed, method.question_share))
+        trainer.fit(module, datamodule=data.train(seed, method))
     seconds = time.perf_counter() - start
     handles = attach(module)
     possible = sum(h.pattern.possible_count for h in handles if h.pattern is not None)
@@ -349,14 +353,15 @@ class Data:
         held_out.setup("test")
         self.tests = held_out.sequences["test"]
 
-    def train(self, seed: int, question_share: float) -> TextDataModule:
+    def train(self, seed: int, method: Method) -> TextDataModule:
         """A new order of the training documents per seed."""
         return TextDataModule(
             self.plan.model,
             context_length=self.plan.length,
             train_sequences=self.plan.steps,
             seed=seed,
-            question_share=question_share,
+            question_share=method.question_share,
+            repeat_every=method.repeat_every,
         )
 
 

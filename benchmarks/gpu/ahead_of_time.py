@@ -1,14 +1,14 @@
 """Compiles launch configurations ahead of time, without a GPU, and prints what came out as JSON.
 
-python benchmarks/gpu/ahead_of_time.py GROUP  # one of GROUPS; TRITON_INTERPRET must not be set
+python benchmarks/gpu/ahead_of_time.py GROUP  # TRITON_INTERPRET must not be set
 """
 
+import argparse
 import inspect
 import itertools
 import json
 import re
 import subprocess
-import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -177,4 +177,6 @@ def main(group):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("group", choices=GROUPS)
+    main(parser.parse_args().group)

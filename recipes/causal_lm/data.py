@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 
 from torch import Tensor
 from typing_extensions import override
@@ -12,6 +13,7 @@ from sparse_prune.recipes.base.loader import SplitDataModule
 from sparse_prune.recipes.base.pretrained import load_tokenizer
 from sparse_prune.recipes.causal_lm.documents import split_text
 from sparse_prune.recipes.causal_lm.questions import with_questions
+from sparse_prune.recipes.causal_lm.repeats import repeat_passages
 from sparse_prune.recipes.causal_lm.sequences import Sequences, end_of_text, make_sequences
 
 log = logging.getLogger(__name__)
@@ -38,6 +40,8 @@ class TextDataModule(SplitDataModule):
         seed: Order of the documents; the rows of a data set keep their own.
         question_share: Share of the training sequences, in [0, 1), that hide facts and end with questions on them
             (`with_questions`), so that what looks things up is trained and kept (docs/retrieval.md).
+        repeat_every: Let every n-th training sequence repeat passages (`repeat_passages`), so that pruning sees which
+            heads look things up. 0: none.
         pack: Pack whole documents into sequences, in which attention stays inside of each, rather than join and cut
             them (`make_sequences`). The model has to take position ids.
 
@@ -58,6 +62,7 @@ class TextDataModule(SplitDataModule):
         held_out_share: float = 0.1,
         seed: int = 0,
         question_share: float = 0.0,
+        repeat_every: int = 0,
         pack: bool = False,
     ) -> None:
         super().__init__(batch_size)
@@ -68,15 +73,18 @@ class TextDataModule(SplitDataModule):
             raise ValueError(f"`held_out_share` must lie in (0, 0.5), got {held_out_share}.")
         if not 0.0 <= question_share < 1.0:
             raise ValueError(f"`question_share` must lie in [0, 1), got {question_share}. 0.25: every fourth sequence.")
-        if question_share and pack:
-            raise ValueError(
-                f"`question_share` must be 0 with `pack`, whose documents stay apart, got {question_share}. Leave one "
-                "out."
-            )
+        if repeat_every < 0:
+            raise ValueError(f"`repeat_every` must be at least 0, got {repeat_every}. 3: every third sequence.")
+        for name, value in (("question_share", question_share), ("repeat_every", repeat_every)):
+            if value and pack:
+                raise ValueError(
+                    f"`{name}` must be 0 with `pack`, whose documents stay apart, got {value}. Leave one out."
+                )
         self.tokenizer_name, self.text, self.pack = tokenizer, text, pack
         self.context_length = context_length
         self.wanted = {"train": train_sequences, "val": val_sequences, "test": test_sequences}
-        self.held_out_share, self.seed, self.question_share = held_out_share, seed, question_share
+        self.held_out_share, self.seed = held_out_share, seed
+        self.question_share, self.repeat_every = question_share, repeat_every
         self.examples: dict[str, Sequences] = {}
         """Split -> what a model takes."""
 
@@ -96,10 +104,18 @@ class TextDataModule(SplitDataModule):
         for split, count in self.wanted.items():
             sizes = (self.context_length, count, f"for the {split} split", "context_length")
             self.examples[split] = make_sequences(tokenizer, splits[split], *sizes, pack=self.pack)
+        if self.repeat_every:
+            self.examples["train"] = self._repeated(self.examples["train"])
         if self.question_share:
             self.examples["train"] = with_questions(
                 self.examples["train"], tokenizer, self.question_share, seed=self.seed
             )
+
+    def _repeated(self, examples: Sequences) -> Sequences:
+        if not examples.labels.equal(examples.input_ids):
+            raise ValueError(f"`repeat_every` must be 0 for chats, got {self.repeat_every}. Leave it out.")
+        repeated = repeat_passages(examples.input_ids, self.repeat_every, self.seed)
+        return replace(examples, input_ids=repeated, labels=repeated)
 
     @override
     def examples_of(self, split: str) -> Sequences:

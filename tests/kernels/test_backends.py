@@ -66,8 +66,11 @@ def test_a_new_backend_is_measured_and_taken(toy, monkeypatch):
     assert "toy" in skipping_backends(torch.device("cpu"))
     assert list(time_attention(layer, ["toy"], repeats=1, tuned=True)) == ["dense", "toy"]
     assert toy[0] == "tuned"
-    monkeypatch.setattr("sparse_prune.callbacks.kernel_swap.time_attention", lambda layer, names, tuned: dict.fromkeys(
-        ("dense", *names), 2.0) | {"toy": 1.0})  # fmt: skip
+
+    def times(layer, names, **options):
+        return dict.fromkeys(("dense", *names), 2.0) | {"toy": 1.0}
+
+    monkeypatch.setattr("sparse_prune.callbacks.kernel_swap.time_attention", times)
     assert KernelSwap()._event(layer, 3).backend == "toy"
     assert KernelSwap("toy")._event(layer, 3).backend == "toy"
 

@@ -80,6 +80,24 @@ def test_every_third_training_sequence_asks_for_what_stands_in_it(tiny_model):
             TextDataModule(tiny_model, **sizes, **setting).setup("fit")
 
 
+def test_passages_repeat_in_every_third_training_sequence(tiny_model):
+    sizes = {"context_length": 64, "train_sequences": 7, "val_sequences": 1, "test_sequences": 1}
+    plain, repeated = TextDataModule(tiny_model, **sizes), TextDataModule(tiny_model, repeat_every=3, **sizes)
+    for data in (plain, repeated):
+        data.setup("fit")
+    for split in ("val", "test"):
+        assert torch.equal(plain.sequences[split], repeated.sequences[split])
+    pairs = list(zip(plain.sequences["train"], repeated.sequences["train"], strict=True))
+    assert [not torch.equal(before, after) for before, after in pairs] == [True, False, False, True, False, False, True]
+    for before, after in pairs[::3]:
+        assert torch.equal(before[:32], after[:32])
+        first = after[:32].tolist()
+        # The first passage is of the first half; at least 16 tokens of it.
+        assert after[32:48].tolist() in [first[start : start + 16] for start in range(17)]
+    with pytest.raises(ValueError, match="`repeat_every` must be at least 0, got -1"):
+        TextDataModule(tiny_model, repeat_every=-1)
+
+
 def test_missing_and_short_text_are_refused(tiny_model, text, tmp_path):
     with pytest.raises(ValueError, match=r"nowhere.*matches none"):
         load_documents(str(tmp_path / "nowhere"))
