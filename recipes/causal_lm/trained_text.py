@@ -44,11 +44,11 @@ def unseen_documents(text: str | list[str], told: Mapping[str, Any] | None) -> t
         ValueError: If the text overlaps with the training text, but is not the same.
     """
     names = [text] if isinstance(text, str) else text
-    places = {*map(_digest, _places(names))}
-    if told and places == {*told["places"]}:
+    places = _places(names)
+    if told and {*map(_digest, places)} == {*told["places"]}:
         held_out = split_text(text, told["held_out_share"], told["seed"])["test"]
         return held_out, "the part that the training held out"
-    if told and {_digest(place) for one in _places(names) for place in _around(one)} & {*told["places"]}:
+    if told and {_digest(place) for one in places for place in _around(one)} & {*told["places"]}:
         raise ValueError(
             f"`text` must be all of the text that the model was trained on, of which the held-out part is taken, or "
             f"none of it, got {text!r}, which is a part, or more. Name it as the training did, or name other text."
