@@ -31,7 +31,7 @@ from typing_extensions import override
 
 import sparse_prune as sp
 from sparse_prune.attention import attach
-from sparse_prune.callbacks import AttentionPruning, KernelSwap, RetrievalHeads
+from sparse_prune.callbacks import AttentionPruning, KernelSwap, Retrieval
 from sparse_prune.evaluation import TASKS, fresh_cache, measure_task
 from sparse_prune.fixed_patterns import FixedKind, fixed_pattern
 from sparse_prune.layer_state import LayerState
@@ -122,13 +122,13 @@ def gradual(
     return make
 
 
-def heads_whole(whole: bool = True) -> Callable[[Plan, float, int], list[pl.Callback]]:
-    """A ramp over two fifths of the run, then frozen at once; half of what is left belongs to retrieval heads."""
+def short_ramp(retrieval: Retrieval | None = None) -> Callable[[Plan, float, int], list[pl.Callback]]:
+    """A ramp over two fifths of the run, then frozen at once; blocks and heads may be kept for what is asked first."""
 
     def make(plan: Plan, sparsity: float, seed: int) -> list[pl.Callback]:
-        heads = RetrievalHeads(share=(1.0 - sparsity) / 2, probes=4) if whole else None
+        asked = None if retrieval is None else replace(retrieval, seed=seed)
         frozen = {"min_delta": 1.0, "patience": 1, "constraints": sp.Constraints()}
-        return gradual(ramp=0.4, retrieval=heads, **frozen)(plan, sparsity, seed)
+        return gradual(ramp=0.4, retrieval=asked, **frozen)(plan, sparsity, seed)
 
     return make
 
@@ -242,12 +242,13 @@ METHODS = {
     "gradual, strong hysteresis": Method(gradual(constraints=alone(hysteresis=0.5))),
     "gradual, diagonals shared": Method(gradual(constraints=sp.Constraints(share_diagonals=1.0))),
     "gradual, diagonals half shared": Method(gradual(constraints=sp.Constraints(share_diagonals=0.5))),
-    "short ramp": Method(heads_whole(whole=False)),
-    "short ramp, questions": Method(heads_whole(whole=False), question_share=0.25),
-    "short ramp, heads whole": Method(heads_whole()),
-    "short ramp, heads whole, questions": Method(heads_whole(), question_share=0.25),
-    "short ramp, repeats": Method(heads_whole(whole=False), repeat_every=3),
-    "short ramp, heads whole, repeats": Method(heads_whole(), repeat_every=3),
+    "short ramp": Method(short_ramp()),
+    "short ramp, questions": Method(short_ramp(), question_share=0.25),
+    "short ramp, repeats": Method(short_ramp(), repeat_every=3),
+    "short ramp, asked first": Method(short_ramp(Retrieval())),
+    "short ramp, asked first, heads whole": Method(short_ramp(Retrieval(heads=0.05))),
+    "short ramp, asked first, repeats": Method(short_ramp(Retrieval()), repeat_every=3),
+    "short ramp, asked first, heads whole, repeats": Method(short_ramp(Retrieval(heads=0.05)), repeat_every=3),
     "gradual, row mass": Method(gradual(criterion="row_mass")),
     "gradual, 3x learning rate": Method(gradual(), rate=3.0),
     "gradual, same sparsity in every layer": Method(layerwise(lead=0.0)),

@@ -9,12 +9,13 @@ from sparse_prune.callbacks.kernel_swap import KernelSwap, SwapEvent
 from sparse_prune.callbacks.restore import restore_patterns
 from sparse_prune.callbacks.sparsity_logger import SparsityLogger
 from sparse_prune.callbacks.wandb_logger import FallbackWandbLogger
-from sparse_prune.retrieval import RetrievalHeads
+from sparse_prune.retrieval import Retrieval, RetrievalHeads
 
 __all__ = [
     "AttentionPruning",
     "FallbackWandbLogger",
     "KernelSwap",
+    "Retrieval",
     "RetrievalHeads",
     "SparsityLogger",
     "SwapEvent",

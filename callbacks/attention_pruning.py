@@ -30,7 +30,7 @@ from sparse_prune.callbacks.collaborator import Driver, adopted
 from sparse_prune.callbacks.kernel_swap import KernelSwap
 from sparse_prune.callbacks.lightning import classes, overrides, tell
 from sparse_prune.callbacks.randomness import Randomness
-from sparse_prune.callbacks.retrieving import RetrievalSearch
+from sparse_prune.callbacks.retrieving import Questions
 from sparse_prune.callbacks.settings import pruning_settings
 from sparse_prune.callbacks.sparsity_logger import SparsityLogger
 from sparse_prune.callbacks.training_step import StandIn
@@ -38,7 +38,7 @@ from sparse_prune.constraints import Constraints
 from sparse_prune.distributed import sum_over_ranks
 from sparse_prune.pattern import whole_number
 from sparse_prune.pruner import AttentionPruner, PruneReport, Reduce
-from sparse_prune.retrieval import RetrievalHeads
+from sparse_prune.retrieval import Retrieval
 from sparse_prune.schedules import Schedule
 from sparse_prune.scores import Criterion, Score, Statistic
 
@@ -75,8 +75,9 @@ class AttentionPruning(Driver):
         patience: Stable decisions in a row, after the schedule's end, until a layer is frozen.
         module: Qualified name, in the LightningModule, of the module to prune. None: all of it, reference and reward
             models included.
-        retrieval: Find, before the first decision, the heads that a causal language model looks things up with, and
-            keep them whole beside those that `constraints` protects (docs/retrieval.md). None: do not look for them.
+        retrieval: Ask a causal language model, before the first decision, what stands far back in its text; keep the
+            blocks that it looks at, and whole heads beside those that `constraints` protects (docs/retrieval.md). None:
+            ask nothing.
         swap: Swaps settled layers to block-sparse attention. None: `KernelSwap()`.
         logging: Logs what pruning does. None: `SparsityLogger()`.
 
@@ -101,14 +102,14 @@ class AttentionPruning(Driver):
         min_delta: float = 0.05,
         patience: int = 3,
         module: str | None = None,
-        retrieval: RetrievalHeads | None = None,
+        retrieval: Retrieval | None = None,
         swap: KernelSwap | None = None,
         logging: SparsityLogger | None = None,
     ) -> None:
         steps = whole_number(every_n_steps)
         if steps is None or steps < 1:
             raise ValueError(f"`every_n_steps` must be a whole number of at least 1, got {every_n_steps!r}.")
-        parts: list[tuple[str, object, type]] = [("retrieval", retrieval, RetrievalHeads)]
+        parts: list[tuple[str, object, type]] = [("retrieval", retrieval, Retrieval)]
         parts += [("swap", swap, KernelSwap), ("logging", logging, SparsityLogger)]
         for name, given, kind in parts:
             if given is not None and not isinstance(given, kind):
@@ -147,8 +148,9 @@ class AttentionPruning(Driver):
         self._blind = False  # whether the batch began without a block size
         self._probed: StandIn | None = None
         self._scale = 1.0  # the gradient scale before the batch
-        self._search: RetrievalSearch | None = None
+        self._questions: Questions | None = None
         self._own_heads = self.pruner.constraints.protected_heads
+        self._asked = False  # whether the run has asked its questions
         self._found: dict[str, tuple[int, ...]] = {}  # heads kept whole for retrieval
 
     @override
@@ -178,8 +180,8 @@ class AttentionPruning(Driver):
         self.logging.begin_fit(trainer, self._settings())
         self._release()
         self._probed = StandIn(pl_module, partial(self._probe, pl_module))
-        if self.retrieval is not None and not self._found:
-            self._search = RetrievalSearch(pl_module, self.pruner, self.retrieval)
+        if self.retrieval is not None and not self._asked:
+            self._questions = Questions(pl_module, self.pruner, self.retrieval)
         self._randomness.begin_fit()
 
     @override
@@ -219,10 +221,10 @@ class AttentionPruning(Driver):
 
     def _release(self) -> None:
         """Give the module its own training step back."""
-        for around in (self._probed, self._search):
+        for around in (self._probed, self._questions):
             if around is not None:
                 around.remove()
-        self._probed = self._search = None
+        self._probed = self._questions = None
 
     def _attach(self, pl_module: pl.LightningModule) -> None:
         if not self.pruner.attached_to(pl_module):
@@ -231,7 +233,7 @@ class AttentionPruning(Driver):
 
     def _forget_run(self) -> None:
         """Reset the state of a run, of the collaborators too."""
-        self.report, self._last_step, self._run_steps, self._looked = None, 0, None, False
+        self.report, self._last_step, self._run_steps, self._looked, self._asked = None, 0, None, False, False
         self._keep_whole({})
         self.swap.forget_run()
         self.logging.forget_run()
@@ -355,8 +357,8 @@ class AttentionPruning(Driver):
             # The scaler found NaN or infinity and skipped the step: the statistics may hold them too.
             self.pruner.forget()
             return
-        if self._search is not None and self._looked:
-            self._find_heads(trainer, self._search)
+        if self._questions is not None and self._looked:
+            self._put(self._questions, trainer)
         known = self.pruner.block_size is not None
         report = self.pruner.update(step, _reduction(trainer)) if known else None
         if report is not None:
@@ -372,21 +374,21 @@ class AttentionPruning(Driver):
                 (waiting or list(self.pruner.layers))[:4],
             )
 
-    def _find_heads(self, trainer: pl.Trainer, search: RetrievalSearch) -> None:
-        """Search the heads on all ranks, because they may share the model, and take rank 0's result."""
-        self._search = None
+    def _put(self, questions: Questions, trainer: pl.Trainer) -> None:
+        """Ask on all ranks, because they may share the model; of the heads, take those of rank 0."""
+        self._questions, self._asked = None, True
         with trainer.precision_plugin.forward_context():
-            found = trainer.strategy.broadcast(search.find(), src=0)
+            found = trainer.strategy.broadcast(questions.ask(_reduction(trainer)), src=0)
         self._keep_whole(found)
-        if not found:
+        if found:
+            total = sum(state.layer.num_heads for state in self.pruner.layers.values())
+            log.info("%d of %d heads are kept whole for retrieval (`retrieval`).", sum(map(len, found.values())), total)
+        elif questions.settings.heads:
             log.warning(
                 "`retrieval` keeps no head whole, because the model answered none of its questions. Give the "
                 "LightningModule a method `retrieval_probes(tokens, count, seed)` with questions that it can answer, "
-                "such as `sparse_prune.retrieval.text_probes` with its tokenizer; or leave `retrieval` out."
+                "such as `sparse_prune.retrieval.text_probes` with its tokenizer; or leave `heads` out."
             )
-            return
-        total = sum(state.layer.num_heads for state in self.pruner.layers.values())
-        log.info("%d of %d heads are kept whole for retrieval (`retrieval`).", sum(map(len, found.values())), total)
 
     def _keep_whole(self, found: Mapping[str, tuple[int, ...]]) -> None:
         """Protect the heads that were found, beside those that the user protects."""
@@ -403,6 +405,7 @@ class AttentionPruning(Driver):
             "report": report,
             "run_steps": self._run_steps,
             "schedule": repr(self._schedule),
+            "retrieval_asked": self._asked,
             "retrieval_heads": self._found,
             "swap": self.swap.state(),
             "logging": self.logging.state(),
@@ -417,6 +420,7 @@ class AttentionPruning(Driver):
         self.report = None if state_dict["report"] is None else PruneReport(**state_dict["report"])
         self._run_steps = state_dict.get("run_steps")  # older state has none
         self._keep_whole(state_dict.get("retrieval_heads", {}))
+        self._asked = state_dict.get("retrieval_asked", bool(self._found))
         if self._run_steps is not None:
             self._resolve_schedule(self._run_steps)
         for collaborator, name in ((self.swap, "swap"), (self.logging, "logging")):

@@ -1,7 +1,8 @@
-"""Finds the heads that a LightningModule's language model looks things up with."""
+"""Asks a LightningModule's language model what stands far back, and tells the pruner what it looks at."""
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import pytorch_lightning as pl
@@ -10,29 +11,40 @@ from torch import Tensor, nn
 
 from sparse_prune.callbacks.logits_module import logits_of, module_with_logits
 from sparse_prune.export.sharded import is_sharded
-from sparse_prune.pruner import AttentionPruner
-from sparse_prune.retrieval import RetrievalHeads, far_field_influence, retrieval_probes, strongest_heads
+from sparse_prune.pruner import AttentionPruner, Reduce
+from sparse_prune.retrieval import (
+    Retrieval,
+    RetrievalProbe,
+    far_field_influence,
+    look_at,
+    repeat_passages,
+    retrieval_probes,
+    strongest_heads,
+)
+
+log = logging.getLogger(__name__)
 
 
-class RetrievalSearch:
+class Questions:
     """Remembers how the training step calls the language model, until `remove`; then asks the model its own questions.
 
     They are what a method `retrieval_probes(tokens, count, seed)` of the LightningModule returns, if it has one: with a
-    tokenizer, ask in words (`text_probes`). Else they are those of `sparse_prune.retrieval.retrieval_probes`.
+    tokenizer, ask in words (`text_probes`). Else they are those of `sparse_prune.retrieval.retrieval_probes`. As many
+    sequences of the batch stand beside them with passages that repeat.
 
     Args:
         pl_module: Its model was attached to the pruner.
-        pruner: Its layers are searched.
-        settings: How many heads to find, and by what.
+        pruner: Its layers are looked at.
+        settings: What to ask, and what the answers decide.
 
     Raises:
         ValueError: If the module that gives the logits cannot be told, or FSDP2 keeps its weights in parts.
     """
 
-    def __init__(self, pl_module: pl.LightningModule, pruner: AttentionPruner, settings: RetrievalHeads) -> None:
+    def __init__(self, pl_module: pl.LightningModule, pruner: AttentionPruner, settings: Retrieval) -> None:
         self.pruner, self.settings = pruner, settings
         self._ask = getattr(pl_module, "retrieval_probes", retrieval_probes)
-        self.module: nn.Module = module_with_logits(pl_module, pruner.layers, settings.module, "RetrievalHeads.module")
+        self.module: nn.Module = module_with_logits(pl_module, pruner.layers, settings.module, "Retrieval.module")
         if is_sharded(self.module):
             raise ValueError(
                 "`retrieval` needs the whole weights on every rank, and FSDP2 keeps them in parts. Find the heads in a "
@@ -54,8 +66,15 @@ class RetrievalSearch:
             # What goes with the batch's tokens, masks and labels, does not go with others.
             self._kwargs = {name: value for name, value in kwargs.items() if not isinstance(value, Tensor)}
 
-    def find(self) -> dict[str, tuple[int, ...]]:
-        """The heads, as `Constraints.protected_heads` takes them; by KV group if the constraints share them.
+    def ask(self, reduce: Reduce | None = None) -> dict[str, tuple[int, ...]]:
+        """Score blocks by what the model looks at to answer, and find the heads that its answers hang on.
+
+        Args:
+            reduce: As `AttentionPruner.update` takes it.
+
+        Returns:
+            The heads to keep whole, as `Constraints.protected_heads` takes them; by KV group if the constraints share
+            them. None of them if the settings ask for none.
 
         Raises:
             ValueError: If no training step has called the module with tokens.
@@ -64,15 +83,36 @@ class RetrievalSearch:
             raise ValueError(
                 "`retrieval` needs a language model that `training_step` calls with tokens, int64, (batch, length), as "
                 f"its first argument or as `input_ids`; {type(self.module).__name__} got none. Name another module by "
-                "`RetrievalHeads.module`, or leave `retrieval` out."
+                "`Retrieval.module`, or leave `retrieval` out."
             )
         self.remove()
-        settings, shared = self.settings, self.pruner.constraints.share_kv_groups
-        probes = self._ask(self._tokens[:, : settings.length].cpu(), settings.probes, settings.seed)
+        settings = self.settings
+        tokens = self._tokens[:, : settings.length].cpu()
+        probes = self._ask(tokens, settings.probes, settings.seed)
+        if self.pruner.score_used.sees == "gradient":
+            log.warning(
+                "`retrieval` scores no block by its questions, because %r needs a backward pass. Use a `statistic` of "
+                "attention, or a score of the forward pass.",
+                self.pruner.score_used,
+            )
+        else:
+            self._score_blocks([probe.tokens for probe in probes], reduce)
+            rows = [tokens[index % len(tokens)] for index in range(settings.probes)]
+            self._score_blocks(list(repeat_passages(torch.stack(rows), 1, settings.seed)), reduce)
+        return self._heads(probes) if settings.heads else {}
+
+    def _score_blocks(self, sequences: list[Tensor], reduce: Reduce | None) -> None:
+        pruner = self.pruner
+        layers = [state.layer for state in pruner.layers.values()]
+        seen = look_at(self.module, self._call, layers, sequences, pruner.sides, pruner.score_used.kind)
+        pruner.ask(seen if reduce is None else reduce(seen))
+
+    def _heads(self, probes: list[RetrievalProbe]) -> dict[str, tuple[int, ...]]:
         layers = {name: state.layer for name, state in self.pruner.layers.items()}
         influence = far_field_influence(self.module, self._call, layers.values(), probes)
+        shared = self.pruner.constraints.share_kv_groups
         groups = {name: layer.num_kv_heads for name, layer in layers.items()} if shared else None
-        return strongest_heads(influence, settings.share, groups)
+        return strongest_heads(influence, self.settings.heads, groups)
 
     def _call(self, tokens: Tensor) -> Tensor:
         assert self._tokens is not None

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from sparse_prune.attention import PrunableAttention
 from sparse_prune.codec import compress, decode, decompress, encode
@@ -63,6 +64,8 @@ class LayerState:
     """Optimizer step at which the pattern was frozen."""
     unused_pattern: BlockPattern | None = None
     """The pattern with which the layer settled, if the layer was reverted to dense attention."""
+    floor: Tensor | None = None
+    """Least scores of blocks, float32, (num_heads, q_blocks, kv_blocks), from questions; None: there were none."""
 
     @property
     def reverted(self) -> bool:
@@ -95,6 +98,29 @@ class LayerState:
         mass = mass.masked_fill(mass == torch.inf, 0.0)
         return (mass * keep).sum((1, 2)), mass.sum((1, 2))
 
+    def raise_floor(self, scores: Tensor) -> None:
+        """Let no block score less than given, nor less than before.
+
+        Args:
+            scores: float32, (num_heads, q_blocks, kv_blocks), for any length.
+        """
+        if self.floor is None:
+            self.floor = scores
+            return
+        rows, cols = (max(self.floor.shape[i], scores.shape[i]) for i in (1, 2))
+        self.floor = torch.maximum(_grown(self.floor, rows, cols), _grown(scores, rows, cols))
+
+    def raised(self, scores: Tensor) -> Tensor:
+        """Scores, none of them below the floor.
+
+        Args:
+            scores: As `floor`, of another length perhaps.
+        """
+        if self.floor is None:
+            return scores
+        rows, cols = scores.shape[1:]
+        return torch.maximum(scores, _grown(self.floor[:, :rows, :cols], rows, cols))
+
     def pattern_at_scores(self, block_size: tuple[int, int]) -> BlockPattern:
         """Return the pattern in force at the lengths that the scores cover; a settled layer's pattern is unchanged.
 
@@ -123,6 +149,7 @@ class LayerState:
             "backend": layer.backend,
             "scores": self.scores.state_dict(),
             "mass": self.mass.state_dict(),
+            "floor": None if self.floor is None else compress(self.floor),
             "calm_checks": self.tracker.calm_checks,
             "change": self.tracker.change,
             "settled_at": self.settled_at,
@@ -142,6 +169,8 @@ class LayerState:
         layer.mode, layer.backend = state["mode"], state["backend"]
         self.scores.load_state_dict(state["scores"])
         self.mass.load_state_dict(state["mass"])
+        floor = state.get("floor")  # older state has none
+        self.floor = None if floor is None else decompress(floor)
         self.tracker.calm_checks, self.tracker.change = state["calm_checks"], state["change"]
         self.settled_at = state["settled_at"]
         layer.statistics = _decompressed(state["statistics"], STATISTICS)
@@ -165,6 +194,11 @@ def _compressed(seen: BlockStatistics | None) -> dict[str, Any] | None:
 
 def _decompressed(held: Mapping[str, Any] | None, kinds: tuple[str, ...]) -> BlockStatistics | None:
     return None if held is None else BlockStatistics(decompress(held["sums"]), held["counts"], kinds)
+
+
+def _grown(scores: Tensor, rows: int, cols: int) -> Tensor:
+    """Scores of more blocks, of which nothing is known."""
+    return F.pad(scores, (0, cols - scores.shape[2], 0, rows - scores.shape[1]))
 
 
 def _fitted(pattern: BlockPattern, scores: torch.Size) -> BlockPattern:

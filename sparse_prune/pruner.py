@@ -334,10 +334,32 @@ class AttentionPruner:
                 scores = pattern.keep.float()  # not used: the layer is frozen
             else:
                 average = state.scores.value()
-                scores = torch.where(average == torch.inf, average, self._score.value(average))
+                scores = state.raised(torch.where(average == torch.inf, average, self._score.value(average)))
             layer = state.layer
             layers.append(LayerScores(layer.name, scores, pattern, layer.num_kv_heads, state.settled_at is not None))
         return layers
+
+    def ask(self, statistics: Mapping[str, BlockStatistics]) -> None:
+        """Score blocks by calls that look things up, beside those of training.
+
+        From now on a block has the largest of its scores in training and in each call of this method, so that what few
+        tokens of a text look up is kept, too.
+
+        Args:
+            statistics: Layer -> statistics of such calls, of the score's `kind` (`sparse_prune.retrieval.look_at`).
+
+        Raises:
+            ValueError: If the score sees gradients, which these calls do not have.
+        """
+        if self._score.sees == "gradient":
+            raise ValueError(
+                f"Questions cannot score blocks by {self._score!r}, which needs a backward pass. Use a `statistic`, or "
+                "a score of the forward pass."
+            )
+        for name, seen in statistics.items():
+            total, weight = seen.of(self._score.kind)
+            scores = self._score.value((total / weight).float().masked_fill_(weight <= 0, 0.0))
+            self.layers[name].raise_floor(scores)
 
     def _report(
         self, step: int, threshold: float, requested: float, change: dict[str, float], settled: tuple[str, ...]

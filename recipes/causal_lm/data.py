@@ -13,8 +13,8 @@ from sparse_prune.recipes.base.loader import SplitDataModule
 from sparse_prune.recipes.base.pretrained import load_tokenizer
 from sparse_prune.recipes.causal_lm.documents import split_text
 from sparse_prune.recipes.causal_lm.questions import with_questions
-from sparse_prune.recipes.causal_lm.repeats import repeat_passages
 from sparse_prune.recipes.causal_lm.sequences import Sequences, end_of_text, make_sequences
+from sparse_prune.retrieval import repeat_passages
 
 log = logging.getLogger(__name__)
 

@@ -1,13 +1,19 @@
-"""Retrieval: probes that ask for what stands far back, and the heads that a model answers them with."""
+"""Retrieval: questions on what stands far back, and what a model looks at to answer them."""
 
-from sparse_prune.retrieval.heads import RetrievalHeads, far_field_influence, strongest_heads
+from sparse_prune.retrieval.heads import far_field_influence, strongest_heads
 from sparse_prune.retrieval.probes import RetrievalProbe, retrieval_probes
+from sparse_prune.retrieval.repeats import repeat_passages
+from sparse_prune.retrieval.settings import Retrieval, RetrievalHeads
 from sparse_prune.retrieval.text_probes import text_probes
+from sparse_prune.retrieval.watching import look_at
 
 __all__ = [
+    "Retrieval",
     "RetrievalHeads",
     "RetrievalProbe",
     "far_field_influence",
+    "look_at",
+    "repeat_passages",
     "retrieval_probes",
     "strongest_heads",
     "text_probes",

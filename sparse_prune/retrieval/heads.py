@@ -4,47 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from sparse_prune.attention import PrunableAttention
 from sparse_prune.attention.modes import evaluating
-from sparse_prune.retrieval.probes import LEAST_LENGTH, RetrievalProbe
-from sparse_prune.scores import FarField, Score
+from sparse_prune.retrieval.probes import RetrievalProbe
+from sparse_prune.retrieval.watching import watched
+from sparse_prune.scores import FarField
 
 _SURE = 8.0  # logits by which an answer leads, from where on nothing is gained
-
-
-@dataclass(frozen=True, kw_only=True)
-class RetrievalHeads:
-    """How many heads are found and kept whole.
-
-    Raises:
-        ValueError: If a number is out of range.
-    """
-
-    share: float = 0.15
-    """Of all heads, in (0, 1]."""
-    probes: int = 4
-    """Sequences that ask for what stands in them, each a forward and a backward pass; at least 2. In words
-    (`text_probes`), four of them ask ten questions."""
-    length: int | None = None
-    """Tokens per probe, at most; None: those of a training sequence."""
-    seed: int = 0
-    """Of the probes."""
-    module: str | None = None
-    """Qualified name, in the LightningModule, of the module that takes tokens and ends with logits; None: the child
-    that holds all attention layers."""
-
-    def __post_init__(self) -> None:
-        if not 0.0 < self.share <= 1.0:
-            raise ValueError(f"`share` must lie in (0, 1], got {self.share}. 0.15 keeps 15 % of the heads whole.")
-        if self.probes < 2:
-            raise ValueError(f"`probes` must be at least 2, one of each kind, got {self.probes}.")
-        if self.length is not None and self.length < LEAST_LENGTH:
-            raise ValueError(f"`length` must be at least {LEAST_LENGTH} tokens or None, got {self.length}.")
 
 
 def far_field_influence(
@@ -75,8 +45,8 @@ def far_field_influence(
     """
     layers = list(handles)
     kinds: dict[str, dict[str, Tensor]] = {}
-    watched = _watched(layers, FarField(recent_blocks=2), (near, near))
-    with watched, evaluating(model), _roots(model) as roots, torch.enable_grad():
+    watching = watched(layers, (near, near), FarField(recent_blocks=2))
+    with watching, evaluating(model), _roots(model) as roots, torch.enable_grad():
         for probe in probes:
             lead = _lead(call(probe.tokens[None])[0], probe)
             # As far as the first layer needs it, and no weight gets a gradient beside it.
@@ -147,18 +117,3 @@ def _roots(model: nn.Module) -> Iterator[list[Tensor]]:
         yield [embedding.weight]
     finally:
         embedding.weight.requires_grad_(needed)
-
-
-@contextmanager
-def _watched(layers: Sequence[PrunableAttention], score: Score, block_size: tuple[int, int]) -> Iterator[None]:
-    """Inside, the layers compute densely and collect a score; what they had collected before is theirs again after."""
-    names = ("mode", "mass", "score", "probe_block_size", "gradient_scale", "statistics", "score_sums", "last_shape")
-    before = [{name: getattr(layer, name) for name in names} for layer in layers]
-    inside = {"mode": "dense", "mass": False, "score": score, "probe_block_size": block_size, "gradient_scale": 1.0}
-    try:
-        for layer in layers:
-            vars(layer).update(inside | {"statistics": None, "score_sums": None})
-        yield
-    finally:
-        for layer, state in zip(layers, before, strict=True):
-            vars(layer).update(state)

@@ -1,4 +1,4 @@
-"""A fit finds the heads that look things up, keeps them whole, and trains as if they had been given."""
+"""A fit asks its questions once, keeps what they look at, and changes nothing else."""
 
 import pytest
 import torch
@@ -6,8 +6,9 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from sparse_prune import Constraints
-from sparse_prune.callbacks import KernelSwap, RetrievalHeads
+from sparse_prune.callbacks import KernelSwap, Retrieval
 from sparse_prune.retrieval import RetrievalProbe, retrieval_probes
+from sparse_prune.scores import BlockStatistics, Influence
 from support.nano import NanoGPT
 from support.tiny import TinyModule, pruning, tiny_llama, trainer
 
@@ -16,7 +17,7 @@ LAYER = "model.model.layers.0.self_attn"
 
 
 def fit(tmp_path, module=None, steps=4, ckpt_path=None, **changes):
-    callback = pruning(**{"retrieval": RetrievalHeads(share=0.25, probes=2), "block_size": 16, **changes})
+    callback = pruning(**{"retrieval": Retrieval(heads=0.25, probes=2), "block_size": 16, **changes})
     module = TinyModule() if module is None else module
     run = trainer(tmp_path, [callback, KernelSwap("gather")], steps=steps)
     run.fit(module, DataLoader(TOKENS, batch_size=2), ckpt_path=ckpt_path, weights_only=False)
@@ -34,18 +35,69 @@ def test_heads_are_found_once_kept_whole_and_told(tmp_path, caplog):
         assert whole.nonzero().flatten().tolist() == list(found.get(name, ()))
     # The search changes nothing else: a run that is given the heads is the same.
     given, other, _ = fit(
-        tmp_path, steps=8, retrieval=None, constraints=Constraints(hysteresis=0.2, protected_heads=found)
+        tmp_path,
+        steps=8,
+        retrieval=Retrieval(probes=2),
+        constraints=Constraints(hysteresis=0.2, protected_heads=found),
     )
     assert other.losses == module.losses
     for name, pattern in callback.pruner.patterns.items():
         assert torch.equal(given.pruner.patterns[name].keep, pattern.keep)
 
 
+def test_blocks_that_questions_look_at_stay(tmp_path, monkeypatch):
+    """Here they look at one block of each head, at which training hardly looks."""
+    asked = []
+
+    def look(model, call, layers, sequences, block_size, kind):
+        asked.append(len(sequences))
+        call(sequences[0][None])  # it can be called
+        sums = torch.zeros(1, 4, 8, 8).double()
+        sums[:, :, 6, 2] = 1.0
+        return {layer.name: BlockStatistics(sums, torch.ones(2, 8).double(), (kind,)) for layer in layers}
+
+    alone, _, _ = fit(tmp_path, retrieval=None, steps=8)
+    monkeypatch.setattr("sparse_prune.callbacks.retrieving.look_at", look)
+    callback, _, run = fit(tmp_path, retrieval=Retrieval(probes=2), steps=8)
+    assert asked == [2, 2]  # questions, then passages that repeat
+    kept = torch.stack([pattern.keep[:, 6, 2] for pattern in callback.pruner.patterns.values()])
+    unasked = torch.stack([pattern.keep[:, 6, 2] for pattern in alone.pruner.patterns.values()])
+    assert kept.all()
+    assert not unasked.all()
+    assert callback.pruner.constraints.protected_heads is None
+    run.save_checkpoint(tmp_path / "a.ckpt")
+    again, _, _ = fit(tmp_path, retrieval=Retrieval(probes=2), steps=10, ckpt_path=tmp_path / "a.ckpt")
+    assert len(asked) == 2  # a resumed run asks nothing
+    for name, state in again.pruner.layers.items():
+        assert torch.equal(state.floor, callback.pruner.layers[name].floor)
+
+
+def test_questions_change_no_random_number_and_no_statistic_of_training(tmp_path):
+    callback, module, _ = fit(tmp_path, retrieval=Retrieval(probes=2), steps=1)
+    alone, other, _ = fit(tmp_path, retrieval=None, steps=1)
+    assert module.losses == other.losses
+    for name, state in callback.pruner.layers.items():
+        assert torch.equal(state.scores.value(), alone.pruner.layers[name].scores.value())
+        floor = state.floor
+        assert floor.shape == state.scores.shape
+        assert floor.max() > 0.5
+        assert floor.isfinite().all()
+
+
+def test_scores_of_the_backward_pass_are_told_that_no_block_is_asked_for(tmp_path, caplog):
+    callback, _, _ = fit(tmp_path, retrieval=Retrieval(heads=0.25, probes=2), score=Influence(), steps=1)
+    assert sum("`retrieval` scores no block by its questions" in text for text in caplog.messages) == 1
+    assert all(state.floor is None for state in callback.pruner.layers.values())
+    assert callback.pruner.constraints.protected_heads
+    with pytest.raises(ValueError, match="Questions cannot score blocks by Influence"):
+        callback.pruner.ask({})
+
+
 def test_a_resumed_run_has_the_same_heads_and_another_run_finds_its_own(tmp_path, monkeypatch):
     callback, module, run = fit(tmp_path)
     found = callback.pruner.constraints.protected_heads
     run.save_checkpoint(tmp_path / "a.ckpt")
-    again = pruning(retrieval=RetrievalHeads(share=0.25, probes=2), block_size=16)
+    again = pruning(retrieval=Retrieval(heads=0.25, probes=2), block_size=16)
     monkeypatch.setattr("sparse_prune.callbacks.retrieving.far_field_influence", None)  # it would fail
     more = trainer(tmp_path, [again, KernelSwap("gather")], steps=6)
     more.fit(TinyModule(), DataLoader(TOKENS, batch_size=2), ckpt_path=tmp_path / "a.ckpt", weights_only=False)
@@ -104,7 +156,7 @@ class Asking(TinyModule):
 
 def test_a_module_may_ask_its_own_questions(tmp_path):
     module = Asking()
-    fit(tmp_path, module, steps=1, retrieval=RetrievalHeads(share=0.25, probes=3, length=128, seed=4))
+    fit(tmp_path, module, steps=1, retrieval=Retrieval(heads=0.25, probes=3, length=128, seed=4))
     assert module.asked == ((2, 128), 3, 4)
 
 
@@ -127,11 +179,11 @@ class Two(TinyModule):
 def test_modules_without_tokens_or_without_one_model_are_refused(tmp_path):
     with pytest.raises(ValueError, match="`retrieval` needs a language model that `training_step` calls with tokens"):
         fit(tmp_path, Vectors())
-    with pytest.raises(ValueError, match="`RetrievalHeads.module` must be given for Two"):
+    with pytest.raises(ValueError, match="`Retrieval.module` must be given for Two"):
         fit(tmp_path, Two())
     with pytest.raises(ValueError, match="or has `logits`, got BaseModelOutputWithPast"):
-        fit(tmp_path, retrieval=RetrievalHeads(module="model.model"))
-    with pytest.raises(ValueError, match="`RetrievalHeads.module` must name a module of TinyModule, got 'head'"):
-        fit(tmp_path, retrieval=RetrievalHeads(module="head"))
-    with pytest.raises(TypeError, match=r"`retrieval` must be a RetrievalHeads or None, got 0.2. Write RetrievalHeads"):
+        fit(tmp_path, retrieval=Retrieval(module="model.model"))
+    with pytest.raises(ValueError, match="`Retrieval.module` must name a module of TinyModule, got 'head'"):
+        fit(tmp_path, retrieval=Retrieval(module="head"))
+    with pytest.raises(TypeError, match=r"`retrieval` must be a Retrieval or None, got 0.2. Write Retrieval"):
         pruning(retrieval=0.2)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sparse_prune.attention import attach
-from sparse_prune.retrieval import RetrievalHeads, RetrievalProbe, far_field_influence, strongest_heads
+from sparse_prune.retrieval import RetrievalProbe, far_field_influence, strongest_heads
 from sparse_prune.scores import FarField
 from sparse_prune.scores.call import AttentionCall
 from support.tiny import tiny_llama
@@ -130,13 +130,3 @@ def test_the_strongest_are_taken_by_head_or_by_group():
     assert strongest_heads(influence, 0.5, groups) == {"a": (0, 1, 2, 3)}
     with pytest.raises(ValueError, match=r"`share` must lie in \[0, 1\], got 15"):
         strongest_heads(influence, 15)
-
-
-@pytest.mark.parametrize(
-    ("setting", "message"),
-    [({"share": 0.0}, r"`share` must lie in \(0, 1\]"), ({"share": 15}, "`share` must lie in")]
-    + [({"probes": 1}, "`probes` must be at least 2"), ({"length": 64}, "`length` must be at least 128 tokens")],
-)
-def test_settings_out_of_range_are_refused(setting, message):
-    with pytest.raises(ValueError, match=message):
-        RetrievalHeads(**setting)

@@ -1,0 +1,49 @@
+"""Settings: what is asked of a language model, and what its answers decide."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from typing_extensions import deprecated
+
+from sparse_prune.retrieval.probes import LEAST_LENGTH
+
+
+@dataclass(frozen=True, kw_only=True)
+class Retrieval:
+    """Questions to a causal language model before the first decision, and what its answers decide.
+
+    What the model looks at while it reads and answers them scores blocks as training does: a block has the larger of
+    the two scores. A share of the heads, those that the answers hang on most, can be kept whole beside that.
+
+    Raises:
+        ValueError: If a number is out of range.
+    """
+
+    probes: int = 8
+    """Sequences that ask for what stands in them, at least 2, and as many that repeat passages. Each is a forward pass,
+    and a backward pass too if `heads` is not 0. In words (`text_probes`), eight of them ask twenty questions."""
+    heads: float = 0.0
+    """Share of all heads to keep whole, in [0, 1]."""
+    length: int | None = None
+    """Tokens per sequence, at most; None: those of a training sequence."""
+    seed: int = 0
+    """Of the questions and the repeated passages."""
+    module: str | None = None
+    """Qualified name, in the LightningModule, of the module that takes tokens and ends with logits; None: the child
+    that holds all attention layers."""
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.heads <= 1.0:
+            raise ValueError(f"`heads` must lie in [0, 1], got {self.heads}. 0.1 keeps 10 % of the heads whole.")
+        if self.probes < 2:
+            raise ValueError(f"`probes` must be at least 2, one of each kind, got {self.probes}.")
+        if self.length is not None and self.length < LEAST_LENGTH:
+            raise ValueError(f"`length` must be at least {LEAST_LENGTH} tokens or None, got {self.length}.")
+
+
+@deprecated("Use Retrieval(heads=...), which scores blocks by its questions, too.")
+def RetrievalHeads(*, share: float = 0.15, probes: int = 4, **others: Any) -> Retrieval:  # noqa: N802
+    """Return the settings under their former name."""
+    return Retrieval(heads=share, probes=probes, **others)
