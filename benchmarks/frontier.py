@@ -263,7 +263,7 @@ METHODS = {
 
 
 def _pruning(plan: Plan, schedule: sp.Schedule, **changes: Any) -> list[pl.Callback]:
-    changes.setdefault("constraints", alone())
+    changes = {"constraints": alone(), "retrieval": None} | changes
     pruning = AttentionPruning(schedule, block_size=plan.block_size, every_n_steps=plan.every, **changes)
     # A backend by name: which one runs does not change the values, and nothing is given back.
     return [pruning, KernelSwap("triton" if plan.accelerator == "gpu" else "gather")]

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytorch_lightning as pl
 import torch.distributed as dist
@@ -76,8 +77,9 @@ class AttentionPruning(Driver):
         module: Qualified name, in the LightningModule, of the module to prune. None: all of it, reference and reward
             models included.
         retrieval: Ask a causal language model, before the first decision, what stands far back in its text; keep the
-            blocks that it looks at, and whole heads beside those that `constraints` protects (docs/retrieval.md). None:
-            ask nothing.
+            blocks that it looks at, and whole heads beside those that `constraints` protects (docs/retrieval.md).
+            "auto": `Retrieval()` where the model can be asked; the last word of the fit says why not. None: ask
+            nothing.
         swap: Swaps settled layers to block-sparse attention. None: `KernelSwap()`.
         logging: Logs what pruning does. None: `SparsityLogger()`.
 
@@ -102,14 +104,14 @@ class AttentionPruning(Driver):
         min_delta: float = 0.05,
         patience: int = 3,
         module: str | None = None,
-        retrieval: Retrieval | None = None,
+        retrieval: Retrieval | Literal["auto"] | None = "auto",
         swap: KernelSwap | None = None,
         logging: SparsityLogger | None = None,
     ) -> None:
         steps = whole_number(every_n_steps)
         if steps is None or steps < 1:
             raise ValueError(f"`every_n_steps` must be a whole number of at least 1, got {every_n_steps!r}.")
-        parts: list[tuple[str, object, type]] = [("retrieval", retrieval, Retrieval)]
+        parts: list[tuple[str, object, type]] = [("retrieval", None if retrieval == "auto" else retrieval, Retrieval)]
         parts += [("swap", swap, KernelSwap), ("logging", logging, SparsityLogger)]
         for name, given, kind in parts:
             if given is not None and not isinstance(given, kind):
@@ -151,6 +153,7 @@ class AttentionPruning(Driver):
         self._questions: Questions | None = None
         self._own_heads = self.pruner.constraints.protected_heads
         self._asked = False  # whether the run has asked its questions
+        self._unasked: str | None = None  # why it could not
         self._found: dict[str, tuple[int, ...]] = {}  # heads kept whole for retrieval
 
     @override
@@ -181,7 +184,9 @@ class AttentionPruning(Driver):
         self._release()
         self._probed = StandIn(pl_module, partial(self._probe, pl_module))
         if self.retrieval is not None and not self._asked:
-            self._questions = Questions(pl_module, self.pruner, self.retrieval)
+            with self._or_unasked():
+                settings = Retrieval() if self.retrieval == "auto" else self.retrieval
+                self._questions = Questions(pl_module, self.pruner, settings)
         self._randomness.begin_fit()
 
     @override
@@ -192,7 +197,7 @@ class AttentionPruning(Driver):
     def _close(self, trainer: pl.Trainer, file: Path | None) -> None:
         """Log the closing summary."""
         has_report = any(isinstance(logger, classes("loggers.CSVLogger")) for logger in trainer.loggers)
-        tell(trainer, closing(self.pruner, self.report, self.swap.events, file, has_report))
+        tell(trainer, closing(self.pruner, self.report, self.swap.events, file, has_report, self._unasked))
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -233,7 +238,8 @@ class AttentionPruning(Driver):
 
     def _forget_run(self) -> None:
         """Reset the state of a run, of the collaborators too."""
-        self.report, self._last_step, self._run_steps, self._looked, self._asked = None, 0, None, False, False
+        self.report, self._last_step, self._run_steps, self._looked = None, 0, None, False
+        self._asked, self._unasked = False, None
         self._keep_whole({})
         self.swap.forget_run()
         self.logging.forget_run()
@@ -374,10 +380,20 @@ class AttentionPruning(Driver):
                 (waiting or list(self.pruner.layers))[:4],
             )
 
+    @contextmanager
+    def _or_unasked(self) -> Iterator[None]:
+        """What goes wrong with questions that nobody asked for stops no run: its last word tells."""
+        try:
+            yield
+        except Exception as problem:
+            if self.retrieval != "auto":
+                raise
+            self._unasked = f"{type(problem).__name__}: {problem}"
+
     def _put(self, questions: Questions, trainer: pl.Trainer) -> None:
         """Ask on all ranks, because they may share the model; of the heads, take those of rank 0."""
-        self._questions, self._asked = None, True
-        with trainer.precision_plugin.forward_context():
+        self._questions, self._asked, found = None, True, dict[str, tuple[int, ...]]()
+        with self._or_unasked(), trainer.precision_plugin.forward_context():
             found = trainer.strategy.broadcast(questions.ask(_reduction(trainer)), src=0)
         self._keep_whole(found)
         if found:

@@ -10,11 +10,6 @@ from sparse_prune.callbacks.kernel_swap import SwapEvent
 from sparse_prune.callbacks.swap_forecast import NO_GAIN, NO_GAIN_REMEDY, measurement
 from sparse_prune.pruner import AttentionPruner, PruneReport
 
-_NO_HEADS = (
-    "Retrieval: no head was kept whole for it, and a language model loses what it looks up long before its loss tells. "
-    "`AttentionPruning(retrieval=RetrievalHeads())` keeps the heads that do it."
-)
-
 
 def closing(
     pruner: AttentionPruner,
@@ -22,6 +17,7 @@ def closing(
     events: Sequence[SwapEvent],
     file: Path | None,
     has_report: bool,
+    unasked: str | None = None,
 ) -> str:
     """Return the closing summary, a few lines.
 
@@ -31,6 +27,7 @@ def closing(
         events: All swaps.
         file: The file of the patterns; None if there is none.
         has_report: Whether `sparse-prune report` can read the file's folder.
+        unasked: Why the model was not asked for what stands far back; None: it was, or was not to be.
     """
     if report is None:
         return "Pruning: no decision was made, because no optimizer step of the fit ran the attention layers."
@@ -50,8 +47,8 @@ def closing(
             f"Not settled: {len(names)} of {layers} layers ({_some(names)}), which mask what was pruned and are no "
             "faster. End the schedule earlier, train longer, or lower `patience` or `every_n_steps`."
         )
-    if total and pruner.constraints.protected_heads is None and _writes(pruner):
-        lines.append(_NO_HEADS)
+    if total and _writes(pruner):
+        lines.append(_retrieval(pruner, unasked))
     lines.append(_patterns(file, bool(reverted)))
     if file is not None:
         page = f"`sparse-prune report {file.parent}` shows the run on one page; " if has_report else ""
@@ -60,6 +57,24 @@ def closing(
             "model, `sparse_prune.attention.apply_patterns` puts the patterns on any model."
         )
     return "\n  ".join(lines)
+
+
+def _retrieval(pruner: AttentionPruner, unasked: str | None) -> str:
+    """What was kept for retrieval, or what to do for it."""
+    heads = sum(map(len, (pruner.constraints.protected_heads or {}).values()))
+    kept = [f"{heads} heads whole"] * bool(heads)
+    if any(state.floor is not None for state in pruner.layers.values()):
+        kept.insert(0, "the blocks that the model looks at to answer questions")
+    if kept:
+        return (
+            f"Retrieval: kept are {' and '.join(kept)}. A language model loses what it looks up long before its loss "
+            "tells: `sparse-prune evaluate` on an export measures both."
+        )
+    why = f"the model was not asked for what stands far back ({unasked})" if unasked else "nothing was kept for it"
+    return (
+        f"Retrieval: {why}, and a language model loses what it looks up long before its loss tells. "
+        "`AttentionPruning(retrieval=Retrieval())` keeps what questions look at (docs/retrieval.md)."
+    )
 
 
 def _writes(pruner: AttentionPruner) -> bool:

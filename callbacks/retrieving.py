@@ -38,17 +38,18 @@ class Questions:
         settings: What to ask, and what the answers decide.
 
     Raises:
-        ValueError: If the module that gives the logits cannot be told, or FSDP2 keeps its weights in parts.
+        ValueError: If the module that gives the logits cannot be told, or heads are to be found in weights that FSDP2
+            keeps in parts.
     """
 
     def __init__(self, pl_module: pl.LightningModule, pruner: AttentionPruner, settings: Retrieval) -> None:
         self.pruner, self.settings = pruner, settings
         self._ask = getattr(pl_module, "retrieval_probes", retrieval_probes)
         self.module: nn.Module = module_with_logits(pl_module, pruner.layers, settings.module, "Retrieval.module")
-        if is_sharded(self.module):
+        if settings.heads and is_sharded(self.module):
             raise ValueError(
-                "`retrieval` needs the whole weights on every rank, and FSDP2 keeps them in parts. Find the heads in a "
-                "run of one process and give them as Constraints(protected_heads=...)."
+                f"`Retrieval.heads` must be 0 where FSDP2 keeps the weights in parts, got {settings.heads}. Find the "
+                "heads in a run of one process and give them as Constraints(protected_heads=...)."
             )
         self._tokens: Tensor | None = None
         self._kwargs: dict[str, Any] = {}
@@ -86,9 +87,17 @@ class Questions:
                 "`Retrieval.module`, or leave `retrieval` out."
             )
         self.remove()
+        if not all(state.layer.causal for state in self.pruner.layers.values()):
+            raise ValueError(
+                "`retrieval` needs a causal language model, got one whose tokens see later ones. Leave it out."
+            )
         settings = self.settings
         tokens = self._tokens[:, : settings.length].cpu()
-        probes = self._ask(tokens, settings.probes, settings.seed)
+        with torch.compiler.set_stance("force_eager"):  # a few calls are not worth a compilation
+            return self._asked(tokens, self._ask(tokens, settings.probes, settings.seed), reduce)
+
+    def _asked(self, tokens: Tensor, probes: list[RetrievalProbe], reduce: Reduce | None) -> dict[str, tuple[int, ...]]:
+        settings = self.settings
         if self.pruner.score_used.sees == "gradient":
             log.warning(
                 "`retrieval` scores no block by its questions, because %r needs a backward pass. Use a `statistic` of "

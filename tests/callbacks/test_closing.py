@@ -43,22 +43,33 @@ def test_a_run_that_went_well(tmp_path, told):
         f"Pruning: {total:.1%} of the attention of 2 layers is pruned (40.0% asked for at the last decision).",
         "Swapped: 2 of 2 layers skip what was pruned: 2 on gather.",
     ]
-    assert lines[2].startswith("Retrieval: no head was kept whole for it")
+    assert lines[2].startswith("Retrieval: nothing was kept for it, and a language model loses what it looks up")
     assert lines[3] == f"Patterns: {tmp_path / 'attention_pattern.safetensors'}."
     assert lines[4].startswith(f"Next: `sparse-prune report {tmp_path}` shows the run on one page; ")
     assert len(lines) == 5
 
 
-def test_only_a_language_model_without_heads_of_its_own_is_told_of_retrieval(tmp_path, told):
-    constraints = Constraints(protected_heads={"model.model.layers.0.self_attn": (0,)})
-    trainer(tmp_path, [pruning(constraints=constraints, swap=KernelSwap("gather"))]).fit(TinyModule(), batches())
-    assert "Retrieval" not in told[0]
-    callback = pruning(swap=KernelSwap("gather"))
+def test_a_language_model_is_told_what_was_kept_for_retrieval(tmp_path, told):
+    heads = {"model.model.layers.0.self_attn": (0,)}
+    callback = pruning(constraints=Constraints(protected_heads=heads), swap=KernelSwap("gather"))
     trainer(tmp_path, [callback]).fit(TinyModule(), batches())
-    assert "Retrieval" in told[1]
+    assert "Retrieval: kept are 1 heads whole. " in told[0]
+    for state in callback.pruner.layers.values():
+        state.floor = state.scores.value()
+    assert "Retrieval: kept are the blocks that the model looks at to answer questions and 1 heads whole. " in closing(
+        callback.pruner, callback.report, [], None, False
+    )
     for state in callback.pruner.layers.values():
         state.layer.causal = False
     assert "Retrieval" not in closing(callback.pruner, callback.report, [], None, False)
+
+
+def test_a_language_model_that_could_not_be_asked_is_told_why(tmp_path, told):
+    trainer(tmp_path, [pruning(retrieval="auto", swap=KernelSwap("gather"))]).fit(TinyModule(), batches())
+    assert (
+        "Retrieval: the model was not asked for what stands far back (ValueError: `sequences` must hold at least 128 "
+        "tokens each for retrieval probes, got 64."
+    ) in told[0]
 
 
 def test_a_run_that_gained_nothing_keeps_what_it_learned(tmp_path, told, monkeypatch, caplog):

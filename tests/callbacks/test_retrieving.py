@@ -5,8 +5,9 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from sparse_prune import Constraints
-from sparse_prune.callbacks import KernelSwap, Retrieval
+from sparse_prune import ConstantSchedule, Constraints
+from sparse_prune.callbacks import AttentionPruning, KernelSwap, Retrieval
+from sparse_prune.callbacks.retrieving import Questions
 from sparse_prune.retrieval import RetrievalProbe, retrieval_probes
 from sparse_prune.scores import BlockStatistics, Influence
 from support.nano import NanoGPT
@@ -70,6 +71,40 @@ def test_blocks_that_questions_look_at_stay(tmp_path, monkeypatch):
     assert len(asked) == 2  # a resumed run asks nothing
     for name, state in again.pruner.layers.items():
         assert torch.equal(state.floor, callback.pruner.layers[name].floor)
+
+
+def test_by_default_a_model_is_asked_and_one_that_fails_is_left_in_peace(tmp_path):
+    callback, module, _ = fit(tmp_path, retrieval="auto", steps=1)
+    assert AttentionPruning(ConstantSchedule(final=0.5)).retrieval == "auto"
+    assert all(state.floor is not None for state in callback.pruner.layers.values())
+    assert callback.pruner.constraints.protected_heads is None
+
+    class Failing(TinyModule):
+        def retrieval_probes(self, tokens, count, seed):
+            raise RuntimeError("the tokenizer is not there")
+
+    callback, other, _ = fit(tmp_path, Failing(), retrieval="auto", steps=1)
+    assert all(state.floor is None for state in callback.pruner.layers.values())
+    assert other.losses == module.losses
+    with pytest.raises(RuntimeError, match="the tokenizer is not there"):
+        fit(tmp_path, Failing(), steps=1)
+
+
+def test_questions_compile_nothing(tmp_path, monkeypatch):
+    module, compiled, counts = TinyModule(), [], []
+    module.model.compile(backend=lambda graph, inputs: compiled.append(graph) or graph.forward)
+    ask = Questions.ask
+
+    def counted(self, reduce=None):
+        before = len(compiled)
+        found = ask(self, reduce)
+        counts.append((before, len(compiled)))
+        return found
+
+    monkeypatch.setattr(Questions, "ask", counted)
+    fit(tmp_path, module, retrieval=Retrieval(heads=0.25, probes=2), steps=1)
+    ((before, after),) = counts
+    assert before == after > 0
 
 
 def test_questions_change_no_random_number_and_no_statistic_of_training(tmp_path):

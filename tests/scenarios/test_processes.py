@@ -20,8 +20,8 @@ def alone(tmp_path_factory):
     return {name: pattern.keep for name, pattern in callback.pruner.patterns.items()}
 
 
-def two_processes(script, target):
-    command = [sys.executable, Path(__file__).with_name(script), target]
+def two_processes(script, target, *arguments):
+    command = [sys.executable, Path(__file__).with_name(script), target, *arguments]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     return [torch.load(target / f"rank{rank}.pt") for rank in (0, 1)]
@@ -46,3 +46,12 @@ def test_sharded_run_decides_as_one_process_and_resumes(tmp_path, alone):
     assert ranks[0]["losses"] != ranks[1]["losses"]
     same = [(ranks[0]["patterns"][name] == keep).float().mean() for name, keep in alone.items()]
     assert min(same) > 0.97, same  # sums in another order tip a few blocks at the threshold
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_ranks_keep_what_the_questions_of_all_look_at(tmp_path, kind):
+    one, other = two_processes("asked_run.py", tmp_path, kind)
+    assert_equal(one["floor"], other["floor"])
+    assert_equal(one["patterns"], other["patterns"])
+    assert all(floor.max() > 0.5 for floor in one["floor"].values())

@@ -61,7 +61,7 @@ def batches(count=64, batch_size=2):
 
 def pruning(final=0.4, end_step=6, every_n_steps=1, **changes):
     schedule = CubicSchedule(final=final, end_step=end_step)
-    changes.setdefault("constraints", Constraints(hysteresis=0.2))
+    changes = {"constraints": Constraints(hysteresis=0.2), "retrieval": None} | changes
     return AttentionPruning(
         schedule, **{"block_size": BLOCK, "every_n_steps": every_n_steps, "min_delta": 0.5, "patience": 2, **changes}
     )

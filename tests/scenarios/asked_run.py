@@ -1,0 +1,28 @@
+"""One rank of a two-process run that asks questions before it prunes, with DDP or FSDP2: least scores and patterns."""
+
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from fsdp_run import Sharded
+from pytorch_lightning.strategies import ModelParallelStrategy
+from torch.utils.data import DataLoader
+
+from sparse_prune.callbacks import Retrieval
+from support.tiny import TinyModule, pruning, trainer
+
+if __name__ == "__main__":
+    target, sharded = Path(sys.argv[1]), sys.argv[2] == "fsdp"
+    strategy = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1) if sharded else "ddp"
+    callback = pruning(retrieval=Retrieval(probes=2))
+    tokens = torch.randint(0, 32, (8, 128), generator=torch.Generator().manual_seed(1))
+    run = trainer(target, [callback], steps=2, strategy=strategy, devices=2)
+    run.fit(Sharded() if sharded else TinyModule(), DataLoader(tokens, batch_size=2))
+    found = {
+        "floor": {name: state.floor for name, state in callback.pruner.layers.items()},
+        "patterns": {name: pattern.keep for name, pattern in callback.pruner.patterns.items()},
+    }
+    torch.save(found, target / f"rank{run.global_rank}.pt")
