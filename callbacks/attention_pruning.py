@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,24 +13,14 @@ import torch.distributed as dist
 from typing_extensions import override
 
 from sparse_prune.attention.averages import share_with_averages
-from sparse_prune.callbacks.checks import (
-    in_steps,
-    refuse_trainer,
-    steps_of_run,
-    warn_of_begin,
-    warn_of_change,
-    warn_of_copies,
-    warn_of_end,
-    warn_of_reach,
-    warn_of_return,
-)
+from sparse_prune.callbacks import checks
 from sparse_prune.callbacks.closing import closing
 from sparse_prune.callbacks.collaborator import Driver, adopted
 from sparse_prune.callbacks.kernel_swap import KernelSwap
 from sparse_prune.callbacks.lightning import classes, overrides, tell
 from sparse_prune.callbacks.randomness import Randomness
-from sparse_prune.callbacks.retrieving import RetrievalSearch
-from sparse_prune.callbacks.settings import pruning_settings
+from sparse_prune.callbacks.retrieving import WholeHeads
+from sparse_prune.callbacks.settings import BLOCK_SIZE, pruning_settings
 from sparse_prune.callbacks.sparsity_logger import SparsityLogger
 from sparse_prune.callbacks.training_step import StandIn
 from sparse_prune.constraints import Constraints
@@ -43,7 +32,6 @@ from sparse_prune.schedules import Schedule
 from sparse_prune.scores import Criterion, Score, Statistic
 
 log = logging.getLogger(__name__)
-_BLOCK_SIZE = "pruning/block_size"
 
 
 class AttentionPruning(Driver):
@@ -147,13 +135,11 @@ class AttentionPruning(Driver):
         self._blind = False  # whether the batch began without a block size
         self._probed: StandIn | None = None
         self._scale = 1.0  # the gradient scale before the batch
-        self._search: RetrievalSearch | None = None
-        self._own_heads = self.pruner.constraints.protected_heads
-        self._found: dict[str, tuple[int, ...]] = {}  # heads kept whole for retrieval
+        self._whole = WholeHeads(self.pruner, retrieval)
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        refuse_trainer(trainer, stage)
+        checks.refuse_trainer(trainer, stage)
         self._resumed = False
         callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
         self.swap = adopted(self._own[0], self._given[0], KernelSwap, callbacks)
@@ -175,11 +161,18 @@ class AttentionPruning(Driver):
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._attach(pl_module)
-        self.logging.begin_fit(trainer, self._settings())
+        settings = pruning_settings(
+            self.pruner,
+            self._schedule,
+            every_n_steps=self.every_n_steps,
+            module=self.module,
+            retrieval=self.retrieval,
+            swap=self.swap.backend,
+        )
+        self.logging.begin_fit(trainer, settings)
         self._release()
         self._probed = StandIn(pl_module, partial(self._probe, pl_module))
-        if self.retrieval is not None and not self._found:
-            self._search = RetrievalSearch(pl_module, self.pruner, self.retrieval)
+        self._whole.begin_fit(pl_module)
         self._randomness.begin_fit()
 
     @override
@@ -202,27 +195,12 @@ class AttentionPruning(Driver):
                 trainer.ckpt_path,
             )
 
-    def _settings(self) -> dict[str, Any]:
-        """Settings for the loggers, with the schedule as it was given."""
-        given = replace(self.pruner)
-        given.schedule = self._schedule
-        settings = pruning_settings(
-            given,
-            every_n_steps=self.every_n_steps,
-            module=self.module,
-            retrieval=self.retrieval,
-            swap=self.swap.backend,
-        )
-        if self.pruner.block_size is None:
-            del settings[_BLOCK_SIZE]  # some loggers refuse to change a value
-        return settings
-
     def _release(self) -> None:
         """Give the module its own training step back."""
-        for around in (self._probed, self._search):
-            if around is not None:
-                around.remove()
-        self._probed = self._search = None
+        if self._probed is not None:
+            self._probed.remove()
+        self._probed = None
+        self._whole.end_fit()
 
     def _attach(self, pl_module: pl.LightningModule) -> None:
         if not self.pruner.attached_to(pl_module):
@@ -232,7 +210,7 @@ class AttentionPruning(Driver):
     def _forget_run(self) -> None:
         """Reset the state of a run, of the collaborators too."""
         self.report, self._last_step, self._run_steps, self._looked = None, 0, None, False
-        self._keep_whole({})
+        self._whole.keep({})
         self.swap.forget_run()
         self.logging.forget_run()
 
@@ -247,13 +225,13 @@ class AttentionPruning(Driver):
             )
             self.pruner.restart()
             self._forget_run()
-        total = steps_of_run(trainer, pl_module)
+        total = checks.steps_of_run(trainer, pl_module)
         self._resolve_schedule(total)
         if self.report is None:
-            warn_of_begin(self.pruner.schedule, trainer.global_step)
-            warn_of_return(self.pruner, trainer.global_step)
+            checks.warn_of_begin(self.pruner.schedule, trainer.global_step)
+            checks.warn_of_return(self.pruner, trainer.global_step)
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            warn_of_end(self.pruner.schedule, total, self.every_n_steps, self.pruner.patience)
+            checks.warn_of_end(self.pruner.schedule, total, self.every_n_steps, self.pruner.patience)
         self.swap.begin_training(pl_module)
         self.logging.begin_training(trainer)
         self._randomness.begin_training()
@@ -263,7 +241,7 @@ class AttentionPruning(Driver):
         if not self._schedule.relative:
             return
         self._run_steps = self._run_steps or total
-        self.pruner.schedule = in_steps(self._schedule, self._run_steps)
+        self.pruner.schedule = checks.in_steps(self._schedule, self._run_steps)
 
     @override
     def on_train_batch_start(
@@ -301,9 +279,9 @@ class AttentionPruning(Driver):
         self._looked = True
         if self.pruner.block_size is None:
             self.pruner.choose_block_size(length)
-            self.logging.log_settings(trainer, {_BLOCK_SIZE: str(self.pruner.block_size)})
+            self.logging.log_settings(trainer, {BLOCK_SIZE: str(self.pruner.block_size)})
         if self.report is None:
-            warn_of_reach(self.pruner)
+            checks.warn_of_reach(self.pruner)
             self.swap.forecast(trainer, pl_module, self.pruner)
 
     @override
@@ -355,13 +333,13 @@ class AttentionPruning(Driver):
             # The scaler found NaN or infinity and skipped the step: the statistics may hold them too.
             self.pruner.forget()
             return
-        if self._search is not None and self._looked:
-            self._find_heads(trainer, self._search)
+        if self._looked:
+            self._whole.find(trainer)
         known = self.pruner.block_size is not None
         report = self.pruner.update(step, _reduction(trainer)) if known else None
         if report is not None:
             if self.report is None:
-                warn_of_copies(self.pruner)
+                checks.warn_of_copies(self.pruner)
             self.report = report
         elif (step - 1) % self.every_n_steps == 0 and not (self._blind and self._looked):
             waiting = [state.layer.name for state in self.pruner.open_layers]
@@ -372,28 +350,6 @@ class AttentionPruning(Driver):
                 (waiting or list(self.pruner.layers))[:4],
             )
 
-    def _find_heads(self, trainer: pl.Trainer, search: RetrievalSearch) -> None:
-        """Search the heads on all ranks, because they may share the model, and take rank 0's result."""
-        self._search = None
-        with trainer.precision_plugin.forward_context():
-            found = trainer.strategy.broadcast(search.find(), src=0)
-        self._keep_whole(found)
-        if not found:
-            log.warning(
-                "`retrieval` keeps no head whole, because the model answered none of its questions. Give the "
-                "LightningModule a method `retrieval_probes(tokens, count, seed)` with questions that it can answer, "
-                "such as `sparse_prune.retrieval.text_probes` with its tokenizer; or leave `retrieval` out."
-            )
-            return
-        total = sum(state.layer.num_heads for state in self.pruner.layers.values())
-        log.info("%d of %d heads are kept whole for retrieval (`retrieval`).", sum(map(len, found.values())), total)
-
-    def _keep_whole(self, found: Mapping[str, tuple[int, ...]]) -> None:
-        """Protect the heads that were found, beside those that the user protects."""
-        self._found, own = dict(found), self._own_heads or {}
-        heads = {name: tuple(sorted({*own.get(name, ()), *found.get(name, ())})) for name in {**own, **found}}
-        self.pruner.constraints = replace(self.pruner.constraints, protected_heads=heads or None)
-
     @override
     def state_dict(self) -> dict[str, Any]:
         report = None if self.report is None else vars(self.report).copy()
@@ -403,7 +359,7 @@ class AttentionPruning(Driver):
             "report": report,
             "run_steps": self._run_steps,
             "schedule": repr(self._schedule),
-            "retrieval_heads": self._found,
+            "retrieval_heads": self._whole.found,
             "swap": self.swap.state(),
             "logging": self.logging.state(),
             "random": self._randomness.state(),
@@ -416,7 +372,7 @@ class AttentionPruning(Driver):
         self._last_step = state_dict["last_step"]
         self.report = None if state_dict["report"] is None else PruneReport(**state_dict["report"])
         self._run_steps = state_dict.get("run_steps")  # older state has none
-        self._keep_whole(state_dict.get("retrieval_heads", {}))
+        self._whole.keep(state_dict.get("retrieval_heads", {}))
         if self._run_steps is not None:
             self._resolve_schedule(self._run_steps)
         for collaborator, name in ((self.swap, "swap"), (self.logging, "logging")):
@@ -426,7 +382,7 @@ class AttentionPruning(Driver):
             self._randomness.load_state(state_dict["random"])
         before = state_dict.get("schedule", repr(self._schedule))
         if self.report is not None and before != repr(self._schedule):
-            warn_of_change(before, self._schedule, bool(self.pruner.open_layers))
+            checks.warn_of_change(before, self._schedule, bool(self.pruner.open_layers))
 
 
 def _gradient_scale(trainer: pl.Trainer) -> float:

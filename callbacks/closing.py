@@ -23,15 +23,7 @@ def closing(
     file: Path | None,
     has_report: bool,
 ) -> str:
-    """Return the closing summary, a few lines.
-
-    Args:
-        pruner: The pruner at the end of the fit.
-        report: The latest decision; None if there was none.
-        events: All swaps.
-        file: The file of the patterns; None if there is none.
-        has_report: Whether `sparse-prune report` can read the file's folder.
-    """
+    """Return the closing summary, a few lines."""
     if report is None:
         return "Pruning: no decision was made, because no optimizer step of the fit ran the attention layers."
     total, layers = pruner.total_sparsity, len(pruner.patterns)

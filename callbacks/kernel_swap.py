@@ -79,13 +79,7 @@ class KernelSwap(Collaborator):
             check_trains(self.backend, pl_module.device)
 
     def forecast(self, trainer: pl.Trainer, pl_module: pl.LightningModule, pruner: AttentionPruner) -> None:
-        """Measure the final sparsity once, before anything is pruned, and warn if no layer would gain.
-
-        Args:
-            trainer: The Trainer.
-            pl_module: The module that it trains.
-            pruner: A pruner with a block size, whose layers have seen a training call.
-        """
+        """Measure the final sparsity once, before anything is pruned, and warn if no layer would gain."""
         if not self._forecast_due:
             return
         self._forecast_due = False
@@ -93,13 +87,7 @@ class KernelSwap(Collaborator):
             warn_of_loss(forecast_swap(pruner, self.timer))
 
     def end_batch(self, trainer: pl.Trainer, pl_module: pl.LightningModule, pruner: AttentionPruner) -> None:
-        """Swap the layers that have settled.
-
-        Args:
-            trainer: The Trainer.
-            pl_module: The module that it trains.
-            pruner: The pruner, after its decision if one was due.
-        """
+        """Swap the layers that have settled."""
         waiting = [
             name
             for name, state in pruner.layers.items()

@@ -23,14 +23,7 @@ NO_GAIN_REMEDY = (
 
 
 def measurement(layer: str, sparsity: float, tokens: int | None, measured_ms: Mapping[str, float]) -> str:
-    """Describe a measurement in words.
-
-    Args:
-        layer: Name of the measured layer.
-        sparsity: Share of possible blocks that the pattern prunes.
-        tokens: Length of the call; None if unknown.
-        measured_ms: "dense" and backends -> milliseconds.
-    """
+    """Describe a measurement in words."""
     length = "" if tokens is None else f" and {tokens} tokens"
     return f"at {sparsity:.0%} sparsity{length}, attention like that of {layer} measures {in_words(measured_ms)}"
 
@@ -57,12 +50,7 @@ class SwapForecast:
 
 
 def forecast_swap(pruner: AttentionPruner, timer: SwapTimer) -> list[SwapForecast]:
-    """Measure once per shape of attention call; empty if the schedule is not of sparsity.
-
-    Args:
-        pruner: A pruner whose layers have seen a training call.
-        timer: It measures them.
-    """
+    """Measure once per shape of attention call; empty if the schedule is not of sparsity."""
     if pruner.sparsity is None or pruner.sparsity.final == 0.0:
         return []
     found = []
@@ -79,11 +67,7 @@ def forecast_swap(pruner: AttentionPruner, timer: SwapTimer) -> list[SwapForecas
 
 
 def warn_of_loss(forecasts: list[SwapForecast]) -> None:
-    """Log all forecasts, and warn if none promises a gain.
-
-    Args:
-        forecasts: The forecasts of all shapes.
-    """
+    """Log all forecasts, and warn if none promises a gain."""
     for forecast in forecasts:
         log.info("%s", _line(forecast))
     if forecasts and not any(forecast.gains for forecast in forecasts):

@@ -25,11 +25,7 @@ class SwapTimer:
         self._hidden = True  # whether the host runs ahead of its device; assumed before the first step
 
     def after_backward(self, device: torch.device) -> None:
-        """Note whether the host runs ahead of its device, which decides what `clock.milliseconds` measures.
-
-        Args:
-            device: A device for which nothing has waited since the backward pass.
-        """
+        """Note whether the host runs ahead of its device, which decides what `clock.milliseconds` measures."""
         self._hidden = hides_host(device)
 
     def times(

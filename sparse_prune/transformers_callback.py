@@ -27,7 +27,7 @@ class AttentionPruningCallback(TrainerCallback):  # type: ignore[misc]
     """Prunes the attention of the model that a `transformers.Trainer` trains, and swaps settled layers.
 
     Every checkpoint folder holds its state, so that `trainer.train(resume_from_checkpoint=...)` resumes pruning too.
-    Steps are the Trainer's optimizer steps. In Lightning, `AttentionPruning` does more: it logs, forecasts, distils.
+    Steps are the Trainer's optimizer steps. In Lightning, `AttentionPruning` does more: it logs and forecasts.
 
     Args:
         pruner: The pruner, with schedule, score and constraints. Shares in its schedule are of the Trainer's

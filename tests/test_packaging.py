@@ -20,7 +20,7 @@ FOLDERS = {
     "sparse_prune.recipes": ROOT / "recipes",
 }
 LAYERS = (
-    "pattern schedules files clock machine codec precision install_hints losses random_state",
+    "ranges pattern schedules files clock machine codec precision install_hints losses",
     "scores constraints pictures",
     "selection distributed fixed_patterns",
     "kernels",
