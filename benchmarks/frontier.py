@@ -24,6 +24,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from published_patterns import FixedKind, fixed_pattern
 from rows import Rows
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -33,7 +34,6 @@ import sparse_prune as sp
 from sparse_prune.attention import attach
 from sparse_prune.callbacks import AttentionPruning, KernelSwap, Retrieval
 from sparse_prune.evaluation import TASKS, fresh_cache, measure_task
-from sparse_prune.fixed_patterns import FixedKind, fixed_pattern
 from sparse_prune.layer_state import LayerState
 from sparse_prune.machine import describe_machine
 from sparse_prune.precision import fast_autocast, fast_precision

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -15,24 +13,14 @@ import torch.distributed as dist
 from typing_extensions import override
 
 from sparse_prune.attention.averages import share_with_averages
-from sparse_prune.callbacks.checks import (
-    in_steps,
-    refuse_trainer,
-    steps_of_run,
-    warn_of_begin,
-    warn_of_change,
-    warn_of_copies,
-    warn_of_end,
-    warn_of_reach,
-    warn_of_return,
-)
+from sparse_prune.callbacks import checks
 from sparse_prune.callbacks.closing import closing
 from sparse_prune.callbacks.collaborator import Driver, adopted
 from sparse_prune.callbacks.kernel_swap import KernelSwap
 from sparse_prune.callbacks.lightning import classes, overrides, tell
 from sparse_prune.callbacks.randomness import Randomness
 from sparse_prune.callbacks.retrieving import Questions
-from sparse_prune.callbacks.settings import pruning_settings
+from sparse_prune.callbacks.settings import BLOCK_SIZE, pruning_settings
 from sparse_prune.callbacks.sparsity_logger import SparsityLogger
 from sparse_prune.callbacks.training_step import StandIn
 from sparse_prune.constraints import Constraints
@@ -44,7 +32,6 @@ from sparse_prune.schedules import Schedule
 from sparse_prune.scores import Criterion, Score, Statistic
 
 log = logging.getLogger(__name__)
-_BLOCK_SIZE = "pruning/block_size"
 
 
 class AttentionPruning(Driver):
@@ -150,15 +137,11 @@ class AttentionPruning(Driver):
         self._blind = False  # whether the batch began without a block size
         self._probed: StandIn | None = None
         self._scale = 1.0  # the gradient scale before the batch
-        self._questions: Questions | None = None
-        self._own_heads = self.pruner.constraints.protected_heads
-        self._asked = False  # whether the run has asked its questions
-        self._unasked: str | None = None  # why it could not
-        self._found: dict[str, tuple[int, ...]] = {}  # heads kept whole for retrieval
+        self._questions = Questions(self.pruner, retrieval)
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        refuse_trainer(trainer, stage)
+        checks.refuse_trainer(trainer, stage)
         self._resumed = False
         callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
         self.swap = adopted(self._own[0], self._given[0], KernelSwap, callbacks)
@@ -180,13 +163,18 @@ class AttentionPruning(Driver):
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._attach(pl_module)
-        self.logging.begin_fit(trainer, self._settings())
+        settings = pruning_settings(
+            self.pruner,
+            self._schedule,
+            every_n_steps=self.every_n_steps,
+            module=self.module,
+            retrieval=self.retrieval,
+            swap=self.swap.backend,
+        )
+        self.logging.begin_fit(trainer, settings)
         self._release()
         self._probed = StandIn(pl_module, partial(self._probe, pl_module))
-        if self.retrieval is not None and not self._asked:
-            with self._or_unasked():
-                settings = Retrieval() if self.retrieval == "auto" else self.retrieval
-                self._questions = Questions(pl_module, self.pruner, settings)
+        self._questions.begin_fit(pl_module)
         self._randomness.begin_fit()
 
     @override
@@ -197,7 +185,7 @@ class AttentionPruning(Driver):
     def _close(self, trainer: pl.Trainer, file: Path | None) -> None:
         """Log the closing summary."""
         has_report = any(isinstance(logger, classes("loggers.CSVLogger")) for logger in trainer.loggers)
-        tell(trainer, closing(self.pruner, self.report, self.swap.events, file, has_report, self._unasked))
+        tell(trainer, closing(self.pruner, self.report, self.swap.events, file, has_report, self._questions.unasked))
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -209,27 +197,12 @@ class AttentionPruning(Driver):
                 trainer.ckpt_path,
             )
 
-    def _settings(self) -> dict[str, Any]:
-        """Settings for the loggers, with the schedule as it was given."""
-        given = replace(self.pruner)
-        given.schedule = self._schedule
-        settings = pruning_settings(
-            given,
-            every_n_steps=self.every_n_steps,
-            module=self.module,
-            retrieval=self.retrieval,
-            swap=self.swap.backend,
-        )
-        if self.pruner.block_size is None:
-            del settings[_BLOCK_SIZE]  # some loggers refuse to change a value
-        return settings
-
     def _release(self) -> None:
         """Give the module its own training step back."""
-        for around in (self._probed, self._questions):
-            if around is not None:
-                around.remove()
-        self._probed = self._questions = None
+        if self._probed is not None:
+            self._probed.remove()
+        self._probed = None
+        self._questions.end_fit()
 
     def _attach(self, pl_module: pl.LightningModule) -> None:
         if not self.pruner.attached_to(pl_module):
@@ -239,8 +212,7 @@ class AttentionPruning(Driver):
     def _forget_run(self) -> None:
         """Reset the state of a run, of the collaborators too."""
         self.report, self._last_step, self._run_steps, self._looked = None, 0, None, False
-        self._asked, self._unasked = False, None
-        self._keep_whole({})
+        self._questions.forget_run()
         self.swap.forget_run()
         self.logging.forget_run()
 
@@ -255,13 +227,13 @@ class AttentionPruning(Driver):
             )
             self.pruner.restart()
             self._forget_run()
-        total = steps_of_run(trainer, pl_module)
+        total = checks.steps_of_run(trainer, pl_module)
         self._resolve_schedule(total)
         if self.report is None:
-            warn_of_begin(self.pruner.schedule, trainer.global_step)
-            warn_of_return(self.pruner, trainer.global_step)
+            checks.warn_of_begin(self.pruner.schedule, trainer.global_step)
+            checks.warn_of_return(self.pruner, trainer.global_step)
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            warn_of_end(self.pruner.schedule, total, self.every_n_steps, self.pruner.patience)
+            checks.warn_of_end(self.pruner.schedule, total, self.every_n_steps, self.pruner.patience)
         self.swap.begin_training(pl_module)
         self.logging.begin_training(trainer)
         self._randomness.begin_training()
@@ -271,7 +243,7 @@ class AttentionPruning(Driver):
         if not self._schedule.relative:
             return
         self._run_steps = self._run_steps or total
-        self.pruner.schedule = in_steps(self._schedule, self._run_steps)
+        self.pruner.schedule = checks.in_steps(self._schedule, self._run_steps)
 
     @override
     def on_train_batch_start(
@@ -309,14 +281,14 @@ class AttentionPruning(Driver):
         self._looked = True
         if self.pruner.block_size is None:
             self.pruner.choose_block_size(length)
-            self.logging.log_settings(trainer, {_BLOCK_SIZE: str(self.pruner.block_size)})
+            self.logging.log_settings(trainer, {BLOCK_SIZE: str(self.pruner.block_size)})
         if self.report is None:
-            warn_of_reach(self.pruner)
+            checks.warn_of_reach(self.pruner)
             self.swap.forecast(trainer, pl_module, self.pruner)
 
     @override
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.swap.after_backward(pl_module.device)
+        self.swap.timer.after_backward(pl_module.device)
         # Other callbacks may run the model after the batch. After a manual backward pass the step may continue.
         if pl_module.automatic_optimization:
             self.pruner.probe(False)
@@ -363,13 +335,13 @@ class AttentionPruning(Driver):
             # The scaler found NaN or infinity and skipped the step: the statistics may hold them too.
             self.pruner.forget()
             return
-        if self._questions is not None and self._looked:
-            self._put(self._questions, trainer)
+        if self._looked:
+            self._questions.put(trainer, _reduction(trainer))
         known = self.pruner.block_size is not None
         report = self.pruner.update(step, _reduction(trainer)) if known else None
         if report is not None:
             if self.report is None:
-                warn_of_copies(self.pruner)
+                checks.warn_of_copies(self.pruner)
             self.report = report
         elif (step - 1) % self.every_n_steps == 0 and not (self._blind and self._looked):
             waiting = [state.layer.name for state in self.pruner.open_layers]
@@ -380,38 +352,6 @@ class AttentionPruning(Driver):
                 (waiting or list(self.pruner.layers))[:4],
             )
 
-    @contextmanager
-    def _or_unasked(self) -> Iterator[None]:
-        """What goes wrong with questions that nobody asked for stops no run: its last word tells."""
-        try:
-            yield
-        except Exception as problem:
-            if self.retrieval != "auto":
-                raise
-            self._unasked = f"{type(problem).__name__}: {problem}"
-
-    def _put(self, questions: Questions, trainer: pl.Trainer) -> None:
-        """Ask on all ranks, because they may share the model; of the heads, take those of rank 0."""
-        self._questions, self._asked, found = None, True, dict[str, tuple[int, ...]]()
-        with self._or_unasked(), trainer.precision_plugin.forward_context():
-            found = trainer.strategy.broadcast(questions.ask(_reduction(trainer)), src=0)
-        self._keep_whole(found)
-        if found:
-            total = sum(state.layer.num_heads for state in self.pruner.layers.values())
-            log.info("%d of %d heads are kept whole for retrieval (`retrieval`).", sum(map(len, found.values())), total)
-        elif questions.settings.heads:
-            log.warning(
-                "`retrieval` keeps no head whole, because the model answered none of its questions. Give the "
-                "LightningModule a method `retrieval_probes(tokens, count, seed)` with questions that it can answer, "
-                "such as `sparse_prune.retrieval.text_probes` with its tokenizer; or leave `heads` out."
-            )
-
-    def _keep_whole(self, found: Mapping[str, tuple[int, ...]]) -> None:
-        """Protect the heads that were found, beside those that the user protects."""
-        self._found, own = dict(found), self._own_heads or {}
-        heads = {name: tuple(sorted({*own.get(name, ()), *found.get(name, ())})) for name in {**own, **found}}
-        self.pruner.constraints = replace(self.pruner.constraints, protected_heads=heads or None)
-
     @override
     def state_dict(self) -> dict[str, Any]:
         report = None if self.report is None else vars(self.report).copy()
@@ -421,8 +361,7 @@ class AttentionPruning(Driver):
             "report": report,
             "run_steps": self._run_steps,
             "schedule": repr(self._schedule),
-            "retrieval_asked": self._asked,
-            "retrieval_heads": self._found,
+            **self._questions.state(),
             "swap": self.swap.state(),
             "logging": self.logging.state(),
             "random": self._randomness.state(),
@@ -435,8 +374,7 @@ class AttentionPruning(Driver):
         self._last_step = state_dict["last_step"]
         self.report = None if state_dict["report"] is None else PruneReport(**state_dict["report"])
         self._run_steps = state_dict.get("run_steps")  # older state has none
-        self._keep_whole(state_dict.get("retrieval_heads", {}))
-        self._asked = state_dict.get("retrieval_asked", bool(self._found))
+        self._questions.load_state(state_dict)
         if self._run_steps is not None:
             self._resolve_schedule(self._run_steps)
         for collaborator, name in ((self.swap, "swap"), (self.logging, "logging")):
@@ -446,7 +384,7 @@ class AttentionPruning(Driver):
             self._randomness.load_state(state_dict["random"])
         before = state_dict.get("schedule", repr(self._schedule))
         if self.report is not None and before != repr(self._schedule):
-            warn_of_change(before, self._schedule, bool(self.pruner.open_layers))
+            checks.warn_of_change(before, self._schedule, bool(self.pruner.open_layers))
 
 
 def _gradient_scale(trainer: pl.Trainer) -> float:

@@ -25,10 +25,6 @@ _SMALLEST_BLOCK = 16
 def refuse_trainer(trainer: pl.Trainer, stage: str) -> None:
     """Refuse a Trainer under which pruning would fail late, or be lost.
 
-    Args:
-        trainer: A Trainer of either package.
-        stage: The stage that Lightning passes to `setup`.
-
     Raises:
         ValueError: If it holds several pruning callbacks, or trains in copies of this process.
     """
@@ -54,10 +50,6 @@ def steps_of_run(trainer: pl.Trainer, pl_module: pl.LightningModule) -> int | No
 
     None if they are unknown: with data without a length, or a module that steps its optimizers itself, maybe several
     times per batch.
-
-    Args:
-        trainer: A Trainer whose data are set up.
-        pl_module: The module that it trains.
     """
     total = _estimated(trainer)
     return int(total) if pl_module.automatic_optimization and 1 <= total < math.inf else None
@@ -79,10 +71,6 @@ def _estimated(trainer: pl.Trainer) -> float:
 def in_steps(schedule: Schedule, total: int | None) -> Schedule:
     """Convert a schedule to optimizer steps.
 
-    Args:
-        schedule: A schedule, maybe with shares of the run.
-        total: Optimizer steps of the run; None: unknown.
-
     Raises:
         ValueError: If a step is a share and the run's length is unknown.
     """
@@ -96,26 +84,13 @@ def in_steps(schedule: Schedule, total: int | None) -> Schedule:
 
 
 def earliest_settling(schedule: Schedule, every_n_steps: int, patience: int) -> int:
-    """Return the first optimizer step at which a layer can settle: the `patience`-th decision after the schedule's end.
-
-    Args:
-        schedule: A schedule in optimizer steps.
-        every_n_steps: Optimizer steps between decisions; the first falls on step 1.
-        patience: Stable decisions until a layer has settled.
-    """
+    """Return the first optimizer step at which a layer can settle: the `patience`-th decision after the ramp."""
     waits = math.ceil(max(0, schedule.end_step - 1) / every_n_steps)
     return 1 + (waits + patience - 1) * every_n_steps
 
 
 def warn_of_end(schedule: Schedule, total: int | None, every_n_steps: int, patience: int) -> None:
-    """Warn if the run ends before any layer can settle.
-
-    Args:
-        schedule: See `earliest_settling`.
-        total: Optimizer steps of the run; None: unknown.
-        every_n_steps: See `earliest_settling`.
-        patience: See `earliest_settling`.
-    """
+    """Warn if the run ends before any layer can settle."""
     first = earliest_settling(schedule, every_n_steps, patience)
     if total is not None and total < first:
         log.warning(
@@ -130,12 +105,7 @@ def warn_of_end(schedule: Schedule, total: int | None, every_n_steps: int, patie
 
 
 def warn_of_begin(schedule: Schedule, step: int) -> None:
-    """Warn if pruning begins in the middle of a ramp: its first decision would prune at once what the ramp spreads.
-
-    Args:
-        schedule: A schedule in optimizer steps.
-        step: Optimizer steps taken, none of them with pruning.
-    """
+    """Warn if pruning begins in the middle of a ramp: its first decision would prune at once what the ramp spreads."""
     if schedule.begin_step < step and schedule.begin_step < schedule.end_step:
         log.warning(
             "The fit resumes at step %d without pruning so far, and the ramp began at step %d: the first decision asks "
@@ -149,11 +119,7 @@ def warn_of_begin(schedule: Schedule, step: int) -> None:
 
 
 def warn_of_reach(pruner: AttentionPruner) -> None:
-    """Warn if the constraints keep more than the schedule's final sparsity allows.
-
-    Args:
-        pruner: A pruner whose layers have seen a training call.
-    """
+    """Warn if the constraints keep more than the schedule's final sparsity allows."""
     length = pruner.longest_call
     if pruner.sparsity is None or length is None:
         return
@@ -172,11 +138,7 @@ def warn_of_reach(pruner: AttentionPruner) -> None:
 
 
 def warn_of_copies(pruner: AttentionPruner) -> None:
-    """Warn if layers that no training step runs are copies of others by their names: they stay dense.
-
-    Args:
-        pruner: A pruner after its first decision.
-    """
+    """Warn if layers that no training step runs are copies of others by their names: they stay dense."""
     unseen = {name for name, state in pruner.layers.items() if state.scores.empty}
     copies = likely_copies(sorted(unseen), pruner.layers.keys() - unseen)
     if copies:
@@ -215,12 +177,7 @@ def _reach(pruner: AttentionPruner, sides: tuple[int, int], length: int | None =
 
 
 def warn_of_return(pruner: AttentionPruner, step: int) -> None:
-    """Warn if a model that was pruned before gets connections back.
-
-    Args:
-        pruner: An attached pruner before its first decision, with a schedule in optimizer steps.
-        step: Optimizer steps taken.
-    """
+    """Warn if a model that was pruned before gets connections back."""
     if pruner.sparsity is None:
         return
     there, asked = pruner.total_sparsity, pruner.sparsity(step + 1)
@@ -237,13 +194,7 @@ def warn_of_return(pruner: AttentionPruner, step: int) -> None:
 
 
 def warn_of_change(before: str, schedule: Schedule, open_layers: bool) -> None:
-    """Log that a resumed run has another schedule than its checkpoint.
-
-    Args:
-        before: The checkpoint's schedule, as text.
-        schedule: The run's schedule.
-        open_layers: Whether the pattern of any layer may still move.
-    """
+    """Log that a resumed run has another schedule than its checkpoint."""
     if open_layers:
         log.info("The schedule was %s in the checkpoint; the run continues with %s.", before, schedule)
     else:

@@ -19,16 +19,7 @@ def closing(
     has_report: bool,
     unasked: str | None = None,
 ) -> str:
-    """Return the closing summary, a few lines.
-
-    Args:
-        pruner: The pruner at the end of the fit.
-        report: The latest decision; None if there was none.
-        events: All swaps.
-        file: The file of the patterns; None if there is none.
-        has_report: Whether `sparse-prune report` can read the file's folder.
-        unasked: Why the model was not asked for what stands far back; None: it was, or was not to be.
-    """
+    """Return the closing summary, a few lines; `unasked` is why the model was not asked for what stands far back."""
     if report is None:
         return "Pruning: no decision was made, because no optimizer step of the fit ran the attention layers."
     total, layers = pruner.total_sparsity, len(pruner.patterns)
@@ -61,14 +52,16 @@ def closing(
 
 def _retrieval(pruner: AttentionPruner, unasked: str | None) -> str:
     """What was kept for retrieval, or what to do for it."""
-    heads = sum(map(len, (pruner.constraints.protected_heads or {}).values()))
-    kept = [f"{heads} heads whole"] * bool(heads)
+    kept = []
     if any(state.floor is not None for state in pruner.layers.values()):
-        kept.insert(0, "the blocks that the model looks at to answer questions")
+        kept.append("the blocks that the model looks at to answer questions")
+    heads = sum(map(len, (pruner.constraints.protected_heads or {}).values()))
+    if heads:
+        kept.append(f"{heads} whole heads" if heads > 1 else "one whole head")
     if kept:
         return (
-            f"Retrieval: kept are {' and '.join(kept)}. A language model loses what it looks up long before its loss "
-            "tells: `sparse-prune evaluate` on an export measures both."
+            f"Retrieval: pruning keeps {' and '.join(kept)}. A language model loses what it looks up long before its loss "
+            "tells: `sparse-prune evaluate` measures both on an export."
         )
     why = f"the model was not asked for what stands far back ({unasked})" if unasked else "nothing was kept for it"
     return (

@@ -45,24 +45,14 @@ else:
 
 
 def overrides(pl_module: pl.LightningModule, hook: str) -> bool:
-    """Whether a module overrides a hook.
-
-    Args:
-        pl_module: A module of either package.
-        hook: Name of the hook.
-    """
+    """Whether a module overrides a hook."""
     return bool(
         _find(_package(pl_module, "core.LightningModule"), "utilities.model_helpers.is_overridden")(hook, pl_module)
     )
 
 
 def tell(trainer: pl.Trainer, message: str) -> None:
-    """Log a message on rank 0 through Lightning's own logger, which users see at its default level.
-
-    Args:
-        trainer: A Trainer of either package.
-        message: The message.
-    """
+    """Log a message on rank 0 through Lightning's own logger, which users see at its default level."""
     _find(_package(trainer, "trainer.Trainer"), "utilities.rank_zero.rank_zero_info")(message)
 
 

@@ -77,13 +77,7 @@ def describe_metrics(logger: Logger) -> None:
 
 
 def log_settings(logger: Logger, trainer: pl.Trainer, settings: dict[str, Any]) -> None:
-    """Log the settings of pruning as hyperparameters, with a warning if the logger refuses them.
-
-    Args:
-        logger: A logger of the Trainer.
-        trainer: The Trainer, before it logs the module's hyperparameters.
-        settings: Flat names -> plain values.
-    """
+    """Log the settings of pruning as hyperparameters, with a warning if the logger refuses them."""
     if is_tensorboard(logger):  # it shows only the hyperparameters of the first call
         parts = (trainer.lightning_module, trainer.datamodule)  # type: ignore[attr-defined]
         settings = {key: value for part in parts for key, value in _hyperparameters(part).items()} | settings

@@ -1,15 +1,18 @@
-"""Asks a LightningModule's language model what stands far back, and tells the pruner what it looks at."""
+"""Asks a LightningModule's language model what stands far back in its text, and keeps what it looks at."""
 
 from __future__ import annotations
 
 import logging
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, Literal
 
 import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
-from sparse_prune.callbacks.logits_module import logits_of, module_with_logits
+from sparse_prune.attention.handles import holds
 from sparse_prune.export.sharded import is_sharded
 from sparse_prune.pruner import AttentionPruner, Reduce
 from sparse_prune.retrieval import (
@@ -26,7 +29,89 @@ log = logging.getLogger(__name__)
 
 
 class Questions:
-    """Remembers how the training step calls the language model, until `remove`; then asks the model its own questions.
+    """Asks once per run, and keeps whole heads beside those that the user protects.
+
+    Args:
+        pruner: Its blocks get scores, and its constraints the heads.
+        settings: What to ask; "auto": the default, where the model can be asked; None: nothing.
+    """
+
+    def __init__(self, pruner: AttentionPruner, settings: Retrieval | Literal["auto"] | None) -> None:
+        self.found: dict[str, tuple[int, ...]] = {}
+        """Layer -> heads kept whole for retrieval."""
+        self.unasked: str | None = None
+        """Why a model could not be asked that "auto" would have asked."""
+        self._asked = False
+        self._pruner, self._auto = pruner, settings == "auto"
+        self._settings = Retrieval() if settings == "auto" else settings
+        self._own = pruner.constraints.protected_heads or {}
+        self._model: AskedModel | None = None
+
+    def begin_fit(self, pl_module: pl.LightningModule) -> None:
+        """Watch how the training step calls the model, unless it was asked before."""
+        if self._settings is not None and not self._asked:
+            with self._or_unasked():
+                self._model = AskedModel(pl_module, self._pruner, self._settings)
+
+    def end_fit(self) -> None:
+        """Watch no longer."""
+        if self._model is not None:
+            self._model.remove()
+        self._model = None
+
+    def put(self, trainer: pl.Trainer, reduce: Reduce | None) -> None:
+        """Ask once, on all ranks, because they may share the model; of the heads, take those of rank 0."""
+        model, self._model = self._model, None
+        if model is None:
+            return
+        self._asked = True
+        with self._or_unasked(), trainer.precision_plugin.forward_context():
+            self._keep(trainer.strategy.broadcast(model.ask(reduce), src=0))
+        if self.found:
+            total = sum(state.layer.num_heads for state in self._pruner.layers.values())
+            log.info(
+                "%d of %d heads are kept whole for retrieval (`retrieval`).", sum(map(len, self.found.values())), total
+            )
+        elif model.settings.heads:
+            log.warning(
+                "`retrieval` keeps no head whole, because the model answered none of its questions. Give the "
+                "LightningModule a method `retrieval_probes(tokens, count, seed)` with questions that it can answer, "
+                "such as `sparse_prune.retrieval.text_probes` with its tokenizer; or leave `heads` out."
+            )
+
+    @contextmanager
+    def _or_unasked(self) -> Iterator[None]:
+        """What goes wrong with questions that nobody asked for stops no run: its last word tells."""
+        try:
+            yield
+        except Exception as problem:
+            if not self._auto:
+                raise
+            self.unasked = f"{type(problem).__name__}: {problem}"
+
+    def _keep(self, found: Mapping[str, tuple[int, ...]]) -> None:
+        """Protect heads that were found, in place of those found before."""
+        self.found, own = dict(found), self._own
+        heads = {name: tuple(sorted({*own.get(name, ()), *found.get(name, ())})) for name in {**own, **found}}
+        self._pruner.constraints = replace(self._pruner.constraints, protected_heads=heads or None)
+
+    def forget_run(self) -> None:
+        """Reset what belongs to a run."""
+        self._asked, self.unasked = False, None
+        self._keep({})
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint holds."""
+        return {"retrieval_asked": self._asked, "retrieval_heads": self.found}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Restore what `state` returned; older state has less."""
+        self._keep(state.get("retrieval_heads", {}))
+        self._asked = state.get("retrieval_asked", bool(self.found))
+
+
+class AskedModel:
+    """Remembers how the training step calls the language model, until `remove`; then asks it questions.
 
     They are what a method `retrieval_probes(tokens, count, seed)` of the LightningModule returns, if it has one: with a
     tokenizer, ask in words (`text_probes`). Else they are those of `sparse_prune.retrieval.retrieval_probes`. As many
@@ -45,7 +130,7 @@ class Questions:
     def __init__(self, pl_module: pl.LightningModule, pruner: AttentionPruner, settings: Retrieval) -> None:
         self.pruner, self.settings = pruner, settings
         self._ask = getattr(pl_module, "retrieval_probes", retrieval_probes)
-        self.module: nn.Module = module_with_logits(pl_module, pruner.layers, settings.module, "Retrieval.module")
+        self.module: nn.Module = _module_with_logits(pl_module, pruner.layers, settings.module, "Retrieval.module")
         if settings.heads and is_sharded(self.module):
             raise ValueError(
                 f"`Retrieval.heads` must be 0 where FSDP2 keeps the weights in parts, got {settings.heads}. Find the "
@@ -126,8 +211,50 @@ class Questions:
     def _call(self, tokens: Tensor) -> Tensor:
         assert self._tokens is not None
         tokens = tokens.to(self._tokens)
-        return logits_of(self.module(input_ids=tokens, **self._kwargs) if self._by_name else self.module(tokens))
+        return _logits_of(self.module(input_ids=tokens, **self._kwargs) if self._by_name else self.module(tokens))
 
 
 def _whole(tokens: Tensor) -> bool:
     return not tokens.is_floating_point() and tokens.dtype != torch.bool
+
+
+def _module_with_logits(
+    pl_module: pl.LightningModule, layers: Iterable[str], wanted: str | None, argument: str
+) -> nn.Module:
+    """Return the module of that name, or the only child that holds all attention layers.
+
+    Raises:
+        ValueError: If there is no such module, or not exactly one such child.
+    """
+    modules: dict[str, nn.Module] = dict(pl_module.named_modules())
+    children = [name for name, _ in pl_module.named_children()]
+    if wanted is not None:
+        if wanted not in modules:
+            raise ValueError(
+                f"`{argument}` must name a module of {type(pl_module).__name__}, got {wanted!r}. Its children are "
+                f"{children}."
+            )
+        return modules[wanted]
+    layers = list(layers)
+    holding = [child for child in children if all(holds(child, layer) for layer in layers)]
+    if len(holding) != 1:
+        raise ValueError(
+            f"`{argument}` must be given for {type(pl_module).__name__}: none of its children {children} holds all "
+            "attention layers. Name the module that ends with the logits."
+        )
+    return modules[holding[0]]
+
+
+def _logits_of(output: Any) -> Tensor:
+    """A module's logits: its output, or what that has under this name.
+
+    Raises:
+        ValueError: If there are none.
+    """
+    logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
+    if not isinstance(logits, Tensor):
+        raise ValueError(
+            "`module` must name a module whose output is a tensor of logits or has `logits`, got "
+            f"{type(output).__name__}. Name the module that ends with the classes."
+        )
+    return logits

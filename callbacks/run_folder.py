@@ -17,19 +17,12 @@ def run_folder(trainer: pl.Trainer) -> Path:
     one it belongs to the first logger: the `log_dir` of a `TensorBoardLogger`, or else `save_dir/name/version`, where
     Lightning writes the run's checkpoints. Without a logger, or for a `save_dir` that is None, it is
     `default_root_dir`.
-
-    Args:
-        trainer: The Trainer.
     """
     return Path(trainer.strategy.broadcast(os.fspath(_folder(trainer))))
 
 
 def filled_folders(trainer: pl.Trainer) -> list[Path]:
-    """Return the folders that a run will write logs and checkpoints to, as far as they are known before the start.
-
-    Args:
-        trainer: The Trainer.
-    """
+    """Return the folders that a run will write logs and checkpoints to, as far as they are known before the start."""
     found = [logger.log_dir or logger.save_dir for logger in trainer.loggers] or [trainer.default_root_dir]
     found += [getattr(callback, "dirpath", None) for callback in trainer.checkpoint_callbacks]
     return [Path(folder) for folder in found if folder]

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 from sparse_prune.pruner import AttentionPruner
+from sparse_prune.schedules import Schedule
+
+BLOCK_SIZE = "pruning/block_size"
 
 
-def pruning_settings(pruner: AttentionPruner, **others: Any) -> dict[str, Any]:
+def pruning_settings(pruner: AttentionPruner, schedule: Schedule, **others: Any) -> dict[str, Any]:
     """Return settings as flat plain values under "pruning/", such as "pruning/sparsity/final", to sort sweeps by.
 
-    Args:
-        pruner: The pruner, with its schedule as it was given.
-        **others: More settings; dataclasses are flattened.
+    A block size that is not known yet is left out, because some loggers refuse to change a value.
     """
-    return _flat("pruning", pruner) | {
-        name: value for key, given in others.items() for name, value in _flat(f"pruning/{key}", given).items()
-    }
+    given = replace(pruner)
+    given.schedule = schedule  # as the user gave it
+    parts = [_flat("pruning", given), *(_flat(f"pruning/{key}", value) for key, value in others.items())]
+    found = {name: value for part in parts for name, value in part.items()}
+    return {name: value for name, value in found.items() if name != BLOCK_SIZE or pruner.block_size is not None}
 
 
 def _flat(key: str, value: Any) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from sparse_prune.metrics import Moment, head_table, layer_numbers, measure, sum
 from sparse_prune.pattern import BlockPattern
 from sparse_prune.pictures import draw_layer, views
 from sparse_prune.pruner import AttentionPruner, PruneReport
+from sparse_prune.ranges import check_range
 
 log = logging.getLogger(__name__)
 
@@ -60,8 +61,7 @@ class SparsityLogger(Collaborator):
     """
 
     def __init__(self, images: bool = True, every_n_decisions: int = 5) -> None:
-        if every_n_decisions < 1:
-            raise ValueError(f"`every_n_decisions` must be at least 1, got {every_n_decisions}.")
+        check_range("[1, inf)", every_n_decisions=every_n_decisions)
         self.images = images
         self.every_n_decisions = every_n_decisions
         self._uploads = Uploads()
@@ -80,12 +80,7 @@ class SparsityLogger(Collaborator):
         self._measured = 0.0  # seconds of the swap's measurements when the batch began
 
     def begin_fit(self, trainer: pl.Trainer, settings: dict[str, Any]) -> None:
-        """Find the folder of the run, on every rank; log settings, and retry loggers that failed in an earlier fit.
-
-        Args:
-            trainer: The Trainer.
-            settings: Settings of pruning, for the loggers' hyperparameters.
-        """
+        """Find the folder of the run, on every rank; log settings, and retry loggers that failed in an earlier fit."""
         self._failed, self._uploads = set(), Uploads()
         # Under `fast_dev_run` a fit leaves no files.
         self._folder = None if trainer.fast_dev_run else run_folder(trainer)  # type: ignore[attr-defined]
@@ -93,12 +88,7 @@ class SparsityLogger(Collaborator):
         self.log_settings(trainer, settings)
 
     def log_settings(self, trainer: pl.Trainer, settings: dict[str, Any]) -> None:
-        """Log settings as hyperparameters, at the start and once a setting that was left open is decided.
-
-        Args:
-            trainer: The Trainer.
-            settings: Flat names -> plain values.
-        """
+        """Log settings as hyperparameters, at the start and once a setting that was left open is decided."""
         machine = {f"pruning/{name}": text for name, text in describe_machine().items()}
         self._each(trainer, partial(logger_kinds.log_settings, trainer=trainer, settings=settings | machine))
 
@@ -112,7 +102,7 @@ class SparsityLogger(Collaborator):
 
     def begin_batch(self, pl_module: pl.LightningModule, swap: KernelSwap) -> None:
         """Start the clock of a batch."""
-        self._measured = swap.measuring_seconds
+        self._measured = swap.timer.seconds
         self._clock.start(pl_module.device)
 
     def end_batch(
@@ -123,16 +113,8 @@ class SparsityLogger(Collaborator):
         report: PruneReport | None,
         swap: KernelSwap,
     ) -> None:
-        """Log new metrics and pictures.
-
-        Args:
-            trainer: The Trainer.
-            pl_module: The module that it trains.
-            pruner: The pruner, after decisions and swaps.
-            report: The latest decision; None before the first.
-            swap: The KernelSwap, with all swaps so far.
-        """
-        self._clock.stop(pl_module.device, _tokens(pruner), apart=swap.measuring_seconds - self._measured)
+        """Log new metrics and pictures."""
+        self._clock.stop(pl_module.device, _tokens(pruner), apart=swap.timer.seconds - self._measured)
         metrics = self._clock.read(trainer.global_step, trainer.log_every_n_steps)  # type: ignore[attr-defined]
         decided = report is not None and report.step > self._logged_step
         fresh = swap.events[self._logged_swaps :]
@@ -158,12 +140,6 @@ class SparsityLogger(Collaborator):
     ) -> Path | None:
         """Log the end of the run and write its patterns.
 
-        Args:
-            trainer: The Trainer.
-            pruner: The pruner at the end.
-            report: The latest decision; None if there was none.
-            events: All swaps.
-
         Returns:
             The file of the patterns, on rank 0; None if none was written.
         """
@@ -186,11 +162,6 @@ class SparsityLogger(Collaborator):
 
     def broken_off(self, trainer: pl.Trainer, pruner: AttentionPruner, report: PruneReport | None) -> Path | None:
         """Write files and log nothing: a network could delay a user who wants to stop, and other ranks may be gone.
-
-        Args:
-            trainer: The Trainer.
-            pruner: The pruner.
-            report: The latest decision; None if there was none.
 
         Returns:
             As `end_fit`.

@@ -34,11 +34,7 @@ class StepClock:
         return type(self), ()
 
     def start(self, device: torch.device) -> None:
-        """Mark the start of a batch.
-
-        Args:
-            device: The module's device.
-        """
+        """Mark the start of a batch."""
         self._begin = _mark(device)
 
     def stop(self, device: torch.device, tokens: int, apart: float = 0.0) -> None:
@@ -56,12 +52,7 @@ class StepClock:
         self._tokens += tokens
 
     def read(self, step: int, every: int) -> dict[str, float]:
-        """Close the interval if it is long enough and return its metrics, or else none.
-
-        Args:
-            step: Optimizer steps taken.
-            every: Steps of an interval.
-        """
+        """Close the interval if it is long enough and return its metrics, or else none."""
         if self._step is None:
             if step:
                 self._begin_interval(step)

@@ -7,10 +7,10 @@ from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 
 from sparse_prune.attention.layer import PrunableAttention
-from sparse_prune.attention.measure import fastest, in_words, time_attention
+from sparse_prune.attention.measure import fastest, in_words
 from sparse_prune.fixed_patterns import random_pattern
-from sparse_prune.kernels import skipping_backends
 from sparse_prune.pruner import AttentionPruner
+from sparse_prune.swap_timer import SwapTimer
 
 log = logging.getLogger(__name__)
 
@@ -23,14 +23,7 @@ NO_GAIN_REMEDY = (
 
 
 def measurement(layer: str, sparsity: float, tokens: int | None, measured_ms: Mapping[str, float]) -> str:
-    """Describe a measurement in words.
-
-    Args:
-        layer: Name of the measured layer.
-        sparsity: Share of possible blocks that the pattern prunes.
-        tokens: Length of the call; None if unknown.
-        measured_ms: "dense" and backends -> milliseconds.
-    """
+    """Describe a measurement in words."""
     length = "" if tokens is None else f" and {tokens} tokens"
     return f"at {sparsity:.0%} sparsity{length}, attention like that of {layer} measures {in_words(measured_ms)}"
 
@@ -56,13 +49,8 @@ class SwapForecast:
         return len(self.measured_ms) < 2 or fastest(self.measured_ms) != "dense"
 
 
-def forecast_swap(pruner: AttentionPruner, tuned: bool) -> list[SwapForecast]:
-    """Measure once per shape of attention call; empty if the schedule is not of sparsity.
-
-    Args:
-        pruner: A pruner whose layers have seen a training call.
-        tuned: See `time_attention`.
-    """
+def forecast_swap(pruner: AttentionPruner, timer: SwapTimer) -> list[SwapForecast]:
+    """Measure once per shape of attention call; empty if the schedule is not of sparsity."""
     if pruner.sparsity is None or pruner.sparsity.final == 0.0:
         return []
     found = []
@@ -73,17 +61,13 @@ def forecast_swap(pruner: AttentionPruner, tuned: bool) -> list[SwapForecast]:
         pattern = random_pattern(layer.num_heads, tokens, pruner.sides, density=density, causal=layer.causal)
         if not pattern.sparsity:
             continue  # sequences so short that nothing can be pruned
-        times = time_attention(layer, skipping_backends(layer.last_shape.device), 1, tuned, pattern)
+        times = timer.times(layer, pattern, repeats=1)
         found.append(SwapForecast(layer.name, len(alike), tokens, pattern.sparsity, times))
     return found
 
 
 def warn_of_loss(forecasts: list[SwapForecast]) -> None:
-    """Log all forecasts, and warn if none promises a gain.
-
-    Args:
-        forecasts: The forecasts of all shapes.
-    """
+    """Log all forecasts, and warn if none promises a gain."""
     for forecast in forecasts:
         log.info("%s", _line(forecast))
     if forecasts and not any(forecast.gains for forecast in forecasts):

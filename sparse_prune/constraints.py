@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from sparse_prune.pattern import whole_number
+from sparse_prune.ranges import check_range
 
 FarField = Literal["block", "head", "layer"]
 
@@ -79,15 +80,26 @@ class Constraints:
                 f"`min_density` must be 0 with far_field={self.far_field!r}, which keeps a far field whole or prunes "
                 f"it whole, got {self.min_density}. Keep more `recent_blocks` instead."
             )
-        if self.sink_blocks < 0:
-            raise ValueError(f"`sink_blocks` must be at least 0, got {self.sink_blocks}.")
-        if self.recent_blocks < 1:
-            raise ValueError(f"`recent_blocks` must be at least 1 (the diagonal), got {self.recent_blocks}.")
-        if not 0.0 <= self.min_density <= 1.0:
-            raise ValueError(f"`min_density` must lie in [0, 1], got {self.min_density}.")
-        if self.share_diagonals is not None and not 0.0 <= self.share_diagonals <= 1.0:
-            raise ValueError(f"`share_diagonals` must lie in [0, 1] or be None, got {self.share_diagonals}.")
-        if not 0.0 <= self.reach_price < float("inf"):
-            raise ValueError(f"`reach_price` must be at least 0 and finite, got {self.reach_price}.")
-        if self.hysteresis < 0.0:
-            raise ValueError(f"`hysteresis` must be at least 0, got {self.hysteresis}.")
+        check_range("[0, inf)", sink_blocks=self.sink_blocks, reach_price=self.reach_price, hysteresis=self.hysteresis)
+        check_range("[1, inf)", "The diagonal is one.", recent_blocks=self.recent_blocks)
+        check_range("[0, 1]", min_density=self.min_density, share_diagonals=self.share_diagonals or 0.0)
+
+    def check_protected(self, num_heads: Mapping[str, int]) -> None:
+        """Refuse protected layers and heads that a model does not have.
+
+        Args:
+            num_heads: Layer -> its query heads.
+
+        Raises:
+            ValueError: If there is no such layer or head.
+        """
+        heads = self.protected_heads or {}
+        for name in (*self.protected_layers, *heads):
+            if name not in num_heads:
+                raise ValueError(
+                    f"`protected_layers` and `protected_heads` must name attention layers, got {name!r}. "
+                    f"The layers are {list(num_heads)}."
+                )
+            wrong = [head for head in heads.get(name, ()) if not 0 <= head < num_heads[name]]
+            if wrong:
+                raise ValueError(f"`protected_heads` of {name!r} must lie in 0..{num_heads[name] - 1}, got {wrong}.")

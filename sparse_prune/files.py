@@ -6,12 +6,14 @@ import argparse
 import ctypes
 import glob
 import hashlib
+import json
 import os
 import platform
 import shutil
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
@@ -35,11 +37,7 @@ def whole_file(target: Path) -> Iterator[Path]:
 
 
 def unfinished(target: Path) -> Path:
-    """Return a free path beside `target`, named after machine and process, and remove what dead processes left there.
-
-    Args:
-        target: File or folder that is to be written.
-    """
+    """Return a free path beside `target`, of this machine and process, and remove what dead processes left there."""
     prefix = f".{target.name}.{platform.node()}."
     for left in target.parent.glob(f"{glob.escape(prefix)}*.partial"):
         process = left.name.removeprefix(prefix).removesuffix(".partial")
@@ -91,11 +89,7 @@ def whole_folder(target: Path) -> Iterator[Path]:
 
 
 def obstacle(target: Path) -> str | None:
-    """Why `whole_folder` could not replace `target`; None if it can. Tried by writing, which leaves no trace.
-
-    Args:
-        target: An absolute path without links.
-    """
+    """Why `whole_folder` could not replace `target`; None if it can. Tried by writing, which leaves no trace."""
     if target.exists() and Path.cwd().is_relative_to(target):
         return f"the working folder is {Path.cwd()}"
     if os.path.ismount(target):
@@ -109,13 +103,7 @@ def obstacle(target: Path) -> str | None:
 
 
 def carry_over(old: Path, new: Path, own: Collection[str]) -> None:
-    """Copy into a folder what it lacks of the one that it will replace, links and empty folders included.
-
-    Args:
-        old: The folder that `new` will replace.
-        new: The folder to copy into.
-        own: Paths within `old` that are not copied.
-    """
+    """Copy into a folder what it lacks of the one that it will replace, links and empty folders included."""
 
     def skip(folder: str, names: list[str]) -> list[str]:
         within = Path(folder).relative_to(old)
@@ -187,15 +175,21 @@ def user_path(text: str) -> Path:
 
 
 def write_output(parser: argparse.ArgumentParser, path: Path, text: str) -> None:
-    """Write the file of a command's `--output`, whole or not at all; on failure end the command with a usage error.
-
-    Args:
-        parser: The command's parser.
-        path: The file; its folder is created.
-        text: Its content.
-    """
+    """Write the file of a command's `--output`, whole or not at all; on failure end the command with a usage error."""
     try:
         with whole_file(path) as file:
             file.write_text(text, encoding="utf-8")
     except OSError as error:
         parser.error(f"`output` must be a file that can be written, got {str(path)!r}: {error}.")
+
+
+def write_report(folder: str | os.PathLike[str], name: str, data: Any, text: str, draw: Callable[[Path], None]) -> Path:
+    """Write a report as NAME.json, NAME.png and NAME.md, each whole or not at all; return the path of the text."""
+    target = Path(folder) / name
+    with whole_file(target.with_suffix(".json")) as file:
+        file.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    with whole_file(target.with_suffix(".png")) as file:
+        draw(file)
+    with whole_file(target.with_suffix(".md")) as file:
+        file.write_text(text, encoding="utf-8")
+    return target.with_suffix(".md")

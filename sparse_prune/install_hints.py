@@ -1,6 +1,10 @@
-"""The command that installs a missing package, for error messages."""
+"""Refusals of a command, with the command that installs a missing package."""
 
 from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 REQUIREMENTS = {
     "datasets": "sparse_prune[recipes]",
@@ -20,3 +24,14 @@ def with_remedy(error: ImportError) -> str:
     """An import error's message, with the command that installs the package if it is one of `REQUIREMENTS`."""
     wanted = REQUIREMENTS.get((error.name or "").partition(".")[0])
     return str(error) if wanted is None else f"{error}. Run `pip install '{wanted}'`."
+
+
+@contextmanager
+def refusals(parser: argparse.ArgumentParser) -> Iterator[None]:
+    """End a command with a usage error if a package is missing, or a file or value is refused."""
+    try:
+        yield
+    except ImportError as error:
+        parser.error(with_remedy(error))
+    except (OSError, ValueError) as error:
+        parser.error(str(error))

@@ -13,7 +13,11 @@ from torch.nn import functional as F
 from sparse_prune.attention import PrunableAttention
 from sparse_prune.codec import compress, decode, decompress, encode
 from sparse_prune.pattern import BlockPattern
+from sparse_prune.ranges import check_range
 from sparse_prune.scores import STATISTICS, BlockStatistics, ScoreAverage
+
+STATE_VERSION = 4
+_READABLE = (2, 3, 4)
 
 
 @dataclass
@@ -34,10 +38,8 @@ class StabilityTracker:
     """Change at the last check."""
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.min_delta <= 1.0:
-            raise ValueError(f"`min_delta` must lie in [0, 1], got {self.min_delta}.")
-        if self.patience < 1:
-            raise ValueError(f"`patience` must be at least 1, got {self.patience}.")
+        check_range("[0, 1]", min_delta=self.min_delta)
+        check_range("[1, inf)", patience=self.patience)
 
     @property
     def settled(self) -> bool:
@@ -124,9 +126,6 @@ class LayerState:
     def pattern_at_scores(self, block_size: tuple[int, int]) -> BlockPattern:
         """Return the pattern in force at the lengths that the scores cover; a settled layer's pattern is unchanged.
 
-        Args:
-            block_size: Tokens per block side, (query, key), of the dense pattern of a layer that has none yet.
-
         Raises:
             RuntimeError: If nothing was probed yet.
         """
@@ -158,11 +157,7 @@ class LayerState:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore the state that `state_dict` returned.
-
-        Args:
-            state: State of a layer with equally many heads.
-        """
+        """Restore the state that `state_dict` returned."""
         layer = self.layer
         patterns = decode(state["patterns"]) if "patterns" in state else _patterns_of_version_3(state)
         layer.pattern, self.unused_pattern = patterns.get("in_force"), patterns.get("given_back")
@@ -176,6 +171,36 @@ class LayerState:
         layer.statistics = _decompressed(state["statistics"], STATISTICS)
         own = state.get("score_sums")  # older state has none
         layer.score_sums = _decompressed(own, (layer.score.kind,)) if layer.score is not None else None
+
+
+def check_version(saved: Mapping[str, Any]) -> None:
+    """Refuse the state of a pruner that this version cannot read."""
+    if saved.get("version") not in _READABLE:
+        known = " or ".join(map(str, _READABLE))
+        raise ValueError(
+            f"Pruning state must have version {known}, got {saved.get('version')!r}. Load it with the version of "
+            "sparse_prune that saved it."
+        )
+
+
+def check_layers(saved: Mapping[str, Mapping[str, Any]], layers: Mapping[str, PrunableAttention]) -> None:
+    """Refuse the states of another model's layers."""
+    if set(saved) != set(layers):
+        missing, extra = sorted(set(layers) - set(saved)), sorted(set(saved) - set(layers))
+        raise ValueError(
+            f"The checkpoint is of another model: it lacks the layers {missing[:4]} and has {extra[:4]} instead. "
+            "Resume with the model that was saved."
+        )
+    for name, part in saved.items():
+        layer = layers[name]
+        # A layer without a call in this run takes its causality from the run that is resumed.
+        causal = layer.causal if layer.seen else part["causal"]
+        if (part["num_heads"], part["causal"]) != (layer.num_heads, causal):
+            raise ValueError(
+                f"The checkpoint is of another model: layer {name!r} has {part['num_heads']} heads "
+                f"(causal={part['causal']}) there, {layer.num_heads} (causal={layer.causal}) here. Resume with the "
+                "model that was saved."
+            )
 
 
 def _patterns_of_version_3(state: Mapping[str, Any]) -> dict[str, BlockPattern]:

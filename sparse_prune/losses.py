@@ -29,10 +29,5 @@ def loss_keys(stage: str) -> tuple[str, ...]:
 
 
 def find_loss(stage: str, logged: Container[str]) -> str | None:
-    """Return the first of `loss_keys` that a run logged; None if it logged none.
-
-    Args:
-        stage: See `loss_keys`.
-        logged: Keys of the run.
-    """
+    """Return the first of `loss_keys` that a run logged; None if it logged none."""
     return next((key for key in loss_keys(stage) if key in logged), None)

@@ -110,19 +110,11 @@ class Metric:
         return re.escape(self.key).replace("NN", r"\d+")
 
     def of_layer(self, number: int) -> str:
-        """Return the key of a layer.
-
-        Args:
-            number: The layer's number in the model, from 0.
-        """
+        """Return the key of a layer."""
         return self.key.replace("NN", f"{number:02d}")
 
     def keys(self, logged: Iterable[str]) -> list[str]:
-        """Return its keys among those of a run, in the order of the layers' numbers.
-
-        Args:
-            logged: Keys of the run.
-        """
+        """Return its keys among those of a run, in the order of the layers' numbers."""
         return sorted((key for key in logged if re.fullmatch(self.pattern, key)), key=lambda key: (len(key), key))
 
 
@@ -224,12 +216,7 @@ def charts() -> dict[Chart, list[Metric]]:
 
 
 def measure(now: Moment, *at: str) -> dict[str, float]:
-    """Read metrics; return them by their keys.
-
-    Args:
-        now: The moment to read them from.
-        *at: Read the metrics whose `at` is one of these.
-    """
+    """Read metrics; return them by their keys."""
     numbers = layer_numbers(now.pruner)
     found: dict[str, float] = {}
     for metric in METRICS:
@@ -242,11 +229,7 @@ def measure(now: Moment, *at: str) -> dict[str, float]:
 
 
 def savings(pruner: AttentionPruner) -> dict[str, float]:
-    """Estimate what the patterns save: FLOPs of one forward pass, and the KV cache after it, by their keys.
-
-    Args:
-        pruner: A pruner; layers that have seen no training call yet are left out.
-    """
+    """Estimate what the patterns save: FLOPs of one forward pass, and the KV cache after it, by their keys."""
     flops = flops_dense = 0
     bytes_saved = bytes_dense = 0.0
     for state in pruner.layers.values():
@@ -283,12 +266,7 @@ HEAD_COLUMNS = ("layer", "head", "sparsity", "mass kept", "change", "settled at"
 
 
 def head_table(pruner: AttentionPruner, swaps: Sequence[Swap]) -> list[list[Any]]:
-    """Return a row per layer and head, with the columns `HEAD_COLUMNS`.
-
-    Args:
-        pruner: The pruner.
-        swaps: All swaps of the run.
-    """
+    """Return a row per layer and head, with the columns `HEAD_COLUMNS`."""
     backends = {swap.layer: swap.backend for swap in swaps}
     rows: list[list[Any]] = []
     for name, state in pruner.layers.items():

@@ -62,13 +62,7 @@ class LayerView:
 
 
 def draw_atlas(layers: Sequence[LayerView], pixels: int = 2, gap: int = 2) -> Picture:
-    """Draw a model, a column per layer and a row per head; no side is longer than `MOST_PIXELS` if possible.
-
-    Args:
-        layers: In the order of the model. They may have different numbers of heads and blocks.
-        pixels: Side of a block, if there is room.
-        gap: Pixels between heads.
-    """
+    """Draw a model, a column per layer and a row per head; no side is longer than `MOST_PIXELS` if possible."""
     if not layers:
         return np.full((1, 1, 3), 255, dtype=np.uint8)
     heads = max(view.pattern.num_heads for view in layers)
@@ -95,11 +89,6 @@ def draw_layer(pattern: BlockPattern, pixels: int = 96, gap: int = 4) -> Picture
 
 def _scale(sides: Sequence[tuple[int, int]], pixels: int, gap: int) -> tuple[int, int]:
     """Find the finest scale at which no side is longer than `MOST_PIXELS`; if there is none, a pixel per head.
-
-    Args:
-        sides: Per side of the picture, its heads or layers, and the blocks of each.
-        pixels: Most pixels of a block's side.
-        gap: Pixels between heads.
 
     Returns:
         Pixels per side of a square, and blocks per side of the square.
@@ -179,11 +168,6 @@ def _merge(colours: Picture, merged: int) -> Picture:
 
 def framed_atlas(layers: Sequence[LayerView], pixels: int = 2, gap: int = 2) -> Picture:
     """Draw the atlas with numbers of layers above, numbers of heads on the left, and the colour scale below.
-
-    Args:
-        layers: In the order of the model.
-        pixels: Side of a block, if there is room.
-        gap: Pixels between heads.
 
     Raises:
         ImportError: If Pillow is missing; the loggers that take pictures need it as well.

@@ -31,20 +31,12 @@ def fast_dtype(wanted: torch.dtype, device: torch.device | str) -> torch.dtype:
 
 
 def fast_precision(device: torch.device | str) -> Literal["bf16-mixed", "32-true"]:
-    """Choose Lightning's `precision`: "bf16-mixed" if bfloat16 is fast, else "32-true".
-
-    Args:
-        device: Where to compute.
-    """
+    """Choose Lightning's `precision`: "bf16-mixed" if bfloat16 is fast, else "32-true"."""
     return "bf16-mixed" if fast_dtype(torch.bfloat16, device) == torch.bfloat16 else "32-true"
 
 
 def fast_autocast(device: torch.device | str) -> torch.autocast:
-    """Return bfloat16 autocast if bfloat16 is fast, else a context that changes nothing.
-
-    Args:
-        device: Where to compute.
-    """
+    """Return bfloat16 autocast if bfloat16 is fast, else a context that changes nothing."""
     kind = torch.device(device).type
     return torch.autocast(kind, torch.bfloat16, enabled=fast_dtype(torch.bfloat16, device) == torch.bfloat16)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -13,16 +12,15 @@ from torch import nn
 
 from sparse_prune.attention import PrunableAttention, attach, handle_of
 from sparse_prune.constraints import Constraints
-from sparse_prune.layer_state import LayerState, StabilityTracker
+from sparse_prune.layer_state import STATE_VERSION, LayerState, StabilityTracker, check_layers, check_version
 from sparse_prune.pattern import BlockPattern, check_block_size, suited_block_size, total_sparsity
 from sparse_prune.schedules import Schedule
-from sparse_prune.scores import STATISTICS, BlockStatistics, Criterion, Score, ScoreAverage, Statistic, score_of
+from sparse_prune.scores import BlockStatistics, Criterion, Score, ScoreAverage, Statistic, score_of
+from sparse_prune.scores.checks import check_finite, check_gradients
 from sparse_prune.selection import LayerScores, select
 
 log = logging.getLogger(__name__)
 Reduce = Callable[[dict[str, BlockStatistics]], dict[str, BlockStatistics]]
-_STATE_VERSION = 4
-_READABLE = (2, 3, 4)
 
 
 @dataclass(frozen=True)
@@ -106,7 +104,8 @@ class AttentionPruner:
                 f"Give `score` or `statistic` and `criterion`, got {self.score!r}, {self.statistic!r} and "
                 f"{self.criterion!r}. Leave `statistic` and `criterion` out."
             )
-        self._score = self.score or named
+        self.score_used: Score = self.score or named
+        """The score in use: the given one, or the one that `statistic` and `criterion` name."""
         self._chooses = self.block_size is None
         if self.block_size is not None:
             self.block_size = check_block_size(self.block_size)
@@ -114,7 +113,7 @@ class AttentionPruner:
         self.layers: dict[str, LayerState] = {}
 
     def _new_state(self) -> tuple[ScoreAverage, ScoreAverage, StabilityTracker]:
-        average = ScoreAverage(self._score.kind, self.decay)
+        average = ScoreAverage(self.score_used.kind, self.decay)
         return average, ScoreAverage("mean", self.decay), StabilityTracker(self.min_delta, self.patience)
 
     @property
@@ -141,11 +140,6 @@ class AttentionPruner:
             *self.block_size,
             length,
         )
-
-    @property
-    def score_used(self) -> Score:
-        """The score in use: the given one, or the one that `statistic` and `criterion` name."""
-        return self._score
 
     @property
     def schedule(self) -> Schedule:
@@ -187,17 +181,7 @@ class AttentionPruner:
                     "first to start from dense attention."
                 )
         self._begin(handles)
-        heads = self.constraints.protected_heads or {}
-        for name in (*self.constraints.protected_layers, *heads):
-            if name not in self.layers:
-                raise ValueError(
-                    f"`protected_layers` and `protected_heads` must name attention layers, got {name!r}. "
-                    f"The layers are {list(self.layers)}."
-                )
-            count = self.layers[name].layer.num_heads
-            wrong = [head for head in heads.get(name, ()) if not 0 <= head < count]
-            if wrong:
-                raise ValueError(f"`protected_heads` of {name!r} must lie in 0..{count - 1}, got {wrong}.")
+        self.constraints.check_protected({handle.name: handle.num_heads for handle in handles})
 
     def attached_to(self, model: nn.Module) -> bool:
         """Whether the pruner is attached to the layers of this model.
@@ -216,7 +200,7 @@ class AttentionPruner:
         self.layers = {handle.name: LayerState(handle, *self._new_state()) for handle in handles}
         self.forget()
         for handle in handles:
-            handle.score = self._score if self._score.statistic is None else None
+            handle.score = self.score_used if self.score_used.statistic is None else None
 
     @property
     def open_layers(self) -> list[LayerState]:
@@ -254,13 +238,14 @@ class AttentionPruner:
         """
         if self.block_size is None:
             self._choose_by_calls(reduce)
-        kinds = tuple(dict.fromkeys((self._score.kind, "mean")))
+        kinds = tuple(dict.fromkeys((self.score_used.kind, "mean")))
         found = {name: state.layer.take_statistics(kinds) for name, state in self.layers.items()}
         statistics = {name: seen for name, seen in found.items() if seen is not None}
         if reduce is not None:
             statistics = reduce(statistics)
-        _check_finite(statistics)
-        self._check_gradients(statistics)
+        check_finite(statistics)
+        if self.score_used.sees == "gradient":
+            check_gradients(statistics, self.score_used, self.constraints.protected_layers)
         statistics = {name: seen.trimmed(self.sides) for name, seen in statistics.items()}
         statistics = {name: seen for name, seen in statistics.items() if seen.sums.numel()}
         if not statistics:
@@ -295,24 +280,6 @@ class AttentionPruner:
         if self.longest_call is not None:
             self.choose_block_size(self.longest_call)
 
-    def _check_gradients(self, statistics: Mapping[str, BlockStatistics]) -> None:
-        if self._score.sees != "gradient":
-            return
-        without = [
-            name
-            for name, seen in statistics.items()
-            if name not in self.constraints.protected_layers
-            and float(seen.counts[0].sum()) > 0
-            and float(seen.of(self._score.kind)[1].sum()) == 0
-        ]
-        if without:
-            raise ValueError(
-                f"Layer {without[0]!r}: {self._score!r} needs the gradient of the loss in the layer's output, and no "
-                f"backward pass reached it while the step was probed ({len(without)} of {len(statistics)} layers). Run "
-                "the backward pass before `probe(False)`, with trainable weights in or below the layer; or add it to "
-                "`protected_layers`, or use a score of the forward pass such as Max()."
-            )
-
     def forget(self) -> None:
         """Drop the statistics that were probed since the last decision."""
         for state in self.layers.values():
@@ -320,9 +287,8 @@ class AttentionPruner:
 
     def _select(self, states: list[LayerState], requested: float) -> tuple[list[BlockPattern], float]:
         layers = self._scored(states)
-        if self.sparsity is not None:
-            return select(layers, self.constraints, sparsity=requested, signed=self._score.signed)
-        return select(layers, self.constraints, threshold=requested, signed=self._score.signed)
+        wanted = "threshold" if self.sparsity is None else "sparsity"
+        return select(layers, self.constraints, signed=self.score_used.signed, **{wanted: requested})
 
     def _scored(self, states: list[LayerState]) -> list[LayerScores]:
         """The layers as selection takes them."""
@@ -334,7 +300,7 @@ class AttentionPruner:
                 scores = pattern.keep.float()  # not used: the layer is frozen
             else:
                 average = state.scores.value()
-                scores = state.raised(torch.where(average == torch.inf, average, self._score.value(average)))
+                scores = state.raised(torch.where(average == torch.inf, average, self.score_used.value(average)))
             layer = state.layer
             layers.append(LayerScores(layer.name, scores, pattern, layer.num_kv_heads, state.settled_at is not None))
         return layers
@@ -351,14 +317,14 @@ class AttentionPruner:
         Raises:
             ValueError: If the score sees gradients, which these calls do not have.
         """
-        if self._score.sees == "gradient":
+        if self.score_used.sees == "gradient":
             raise ValueError(
-                f"Questions cannot score blocks by {self._score!r}, which needs a backward pass. Use a `statistic`, or "
-                "a score of the forward pass."
+                f"Questions cannot score blocks by {self.score_used!r}, which needs a backward pass. Use a "
+                "`statistic`, or a score of the forward pass."
             )
         for name, seen in statistics.items():
-            total, weight = seen.of(self._score.kind)
-            scores = self._score.value((total / weight).float().masked_fill_(weight <= 0, 0.0))
+            total, weight = seen.of(self.score_used.kind)
+            scores = self.score_used.value((total / weight).float().masked_fill_(weight <= 0, 0.0))
             self.layers[name].raise_floor(scores)
 
     def _report(
@@ -408,8 +374,6 @@ class AttentionPruner:
         state.layer.pattern = replace(pattern, keep=pattern.possible.expand_as(pattern.keep).clone())
         state.layer.mode = "dense"
 
-    restore = revert  # its former name
-
     def _settled(self, name: str) -> LayerState:
         state = self.layers[name]
         if state.settled_at is None:
@@ -424,9 +388,9 @@ class AttentionPruner:
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next decision depends on."""
         return {
-            "version": _STATE_VERSION,
+            "version": STATE_VERSION,
             "block_size": self.block_size,
-            "score": type(self._score).__name__,
+            "score": type(self.score_used).__name__,
             "layers": {name: state.state_dict() for name, state in self.layers.items()},
         }
 
@@ -438,12 +402,7 @@ class AttentionPruner:
         Raises:
             ValueError: If the state is of another version, block size, score or model; the message tells which.
         """
-        if saved.get("version") not in _READABLE:
-            known = " or ".join(map(str, _READABLE))
-            raise ValueError(
-                f"Pruning state must have version {known}, got {saved.get('version')!r}. Load it with the version of "
-                "sparse_prune that saved it."
-            )
+        check_version(saved)
         if saved["block_size"] is None:  # saved before the first training call
             self.restart()
             return
@@ -458,48 +417,15 @@ class AttentionPruner:
         if not layers:
             self.restart()
             return
-        if set(layers) != set(self.layers):
-            missing, extra = sorted(set(self.layers) - set(layers)), sorted(set(layers) - set(self.layers))
-            raise ValueError(
-                f"The checkpoint is of another model: it lacks the layers {missing[:4]} and has {extra[:4]} instead. "
-                "Resume with the model that was saved."
-            )
-        for name, part in layers.items():
-            layer = self.layers[name].layer
-            # A layer without a call in this run takes its causality from the run that is resumed.
-            causal = layer.causal if layer.seen else part["causal"]
-            if (part["num_heads"], part["causal"]) != (layer.num_heads, causal):
-                raise ValueError(
-                    f"The checkpoint is of another model: layer {name!r} has {part['num_heads']} heads "
-                    f"(causal={part['causal']}) there, {layer.num_heads} (causal={layer.causal}) here. Resume with the "
-                    "model that was saved."
-                )
+        check_layers(layers, {name: state.layer for name, state in self.layers.items()})
         before = saved.get("score")
-        if before not in (None, type(self._score).__name__):
+        if before not in (None, type(self.score_used).__name__):
             raise ValueError(
-                f"`score` must be {before} as in the checkpoint, whose averages are its own, got {self._score!r}. "
+                f"`score` must be {before} as in the checkpoint, whose averages are its own, got {self.score_used!r}. "
                 "Use that score, or start without the checkpoint."
             )
         for name, part in layers.items():
-            if before is None and self._score.kind == "mean":  # the row-mass criterion kept a statistic beside
+            if before is None and self.score_used.kind == "mean":  # the row-mass criterion kept a statistic beside
                 part = {**part, "scores": part["mass"]}
             self.layers[name].layer.causal = part["causal"]
             self.layers[name].load_state_dict(part)
-
-
-def _check_finite(statistics: Mapping[str, BlockStatistics]) -> None:
-    # NaN and infinity show in the sum, which is ten times as fast as a test of every block.
-    bad = [name for name, seen in statistics.items() if not math.isfinite(float(seen.sums.sum()))]
-    if not bad:
-        return
-    seen, count = statistics[bad[0]], f"{len(bad)} of {len(statistics)} layers"
-    masses = seen.only(tuple(kind for kind in seen.kinds if kind in STATISTICS))
-    if math.isfinite(float(masses.sums.sum())):
-        raise ValueError(
-            f"Layer {bad[0]!r}: the sums of the score {seen.kinds[0]} must be finite, got NaN or infinity ({count}). "
-            "Clip gradients or lower the learning rate; for a score of your own, check its `add`."
-        )
-    raise ValueError(
-        f"Layer {bad[0]!r}: attention logits must be finite, got NaN or infinity ({count}). Resume from an earlier "
-        "checkpoint with a lower learning rate, or clip gradients."
-    )

@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 from numbers import Real
 from typing import Self
 
+from sparse_prune.ranges import check_range
+
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule(ABC):
@@ -49,8 +51,7 @@ class Schedule(ABC):
                     f"`{name}` must be a whole number of optimizer steps or a share of the run in [0, 1], "
                     f"got {value!r}. Write 800 for a step, 0.8 for 80 % of the run."
                 )
-        if self.begin_step < 0:
-            raise ValueError(f"`begin_step` must be at least 0, got {self.begin_step}.")
+        check_range("[0, inf)", begin_step=self.begin_step)
         # A step and a share can be compared only once the run's length is known.
         alike = isinstance(self.begin_step, float) == isinstance(self.end_step, float)
         if alike and self.end_step < self.begin_step:
@@ -73,8 +74,7 @@ class Schedule(ABC):
         Raises:
             ValueError: If `total_steps` is below 1, or the steps turn out to be reversed.
         """
-        if total_steps < 1:
-            raise ValueError(f"`total_steps` must be at least 1, got {total_steps}.")
+        check_range("[1, inf)", total_steps=total_steps)
         if not self.relative:
             return self
         begin, end = (
@@ -174,8 +174,7 @@ class ExponentialSchedule(Schedule):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not math.isfinite(self.rate) or self.rate <= 0:
-            raise ValueError(f"`rate` must be a positive number, got {self.rate}. Around 5 suits thresholds.")
+        check_range("(0, inf)", "Around 5 suits thresholds.", rate=self.rate)
 
     def shape(self, progress: float) -> float:
         return math.expm1(self.rate * progress) / math.expm1(self.rate)

@@ -20,12 +20,12 @@ FOLDERS = {
     "sparse_prune.recipes": ROOT / "recipes",
 }
 LAYERS = (
-    "pattern schedules files clock machine codec precision install_hints losses random_state",
+    "ranges pattern schedules files clock machine codec precision install_hints losses",
     "scores constraints pictures",
     "selection distributed fixed_patterns",
     "kernels",
     "attention",
-    "layer_state cache",
+    "layer_state cache swap_timer",
     "pruner transformers_callback",
     "evaluation retrieval metrics",
     "export",

@@ -18,7 +18,7 @@ from one_shot import evaluate, load, parser, probe, prune, save
 from sparse_prune import AttentionPruner, BlockStatistics, ConstantSchedule, Constraints
 from sparse_prune.export import save_pretrained
 from sparse_prune.precision import fast_autocast
-from sparse_prune.retrieval import RetrievalHeads, far_field_influence, strongest_heads, text_probes
+from sparse_prune.retrieval import Retrieval, far_field_influence, strongest_heads, text_probes
 
 
 def variants(protected: dict[str, tuple[int, ...]]) -> dict[str, Constraints]:
@@ -97,7 +97,7 @@ def _retrieval_heads(
         return logits
 
     layers = [state.layer for state in watcher.layers.values()]
-    influence = far_field_influence(model, call, layers, text_probes(tokenizer, sequences, RetrievalHeads().probes))
+    influence = far_field_influence(model, call, layers, text_probes(tokenizer, sequences, Retrieval().probes))
     return strongest_heads(influence, share)
 
 

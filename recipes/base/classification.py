@@ -16,7 +16,7 @@ from torch.utils.data import Dataset, Subset
 from torchmetrics.classification import MulticlassAccuracy
 from typing_extensions import override
 
-from sparse_prune.recipes.base.check_counts import check_counts
+from sparse_prune.ranges import check_range
 from sparse_prune.recipes.base.held_out import HeldOutBatch
 from sparse_prune.recipes.base.loader import SPLITS, SplitDataModule
 from sparse_prune.recipes.base.module import FineTuneModule
@@ -41,24 +41,12 @@ class ClassificationModule(FineTuneModule):
     Args:
         model: The model to train.
         num_classes: Number of classes.
-        learning_rate: As for `FineTuneModule`, like the rest.
-        warmup_steps: Optimizer steps.
-        weight_decay: AdamW's decay.
-        train_only: Regular expression.
+        **training: As for `FineTuneModule`.
     """
 
-    def __init__(
-        self,
-        model: Any,
-        num_classes: int,
-        learning_rate: float,
-        warmup_steps: int,
-        weight_decay: float,
-        train_only: str | None,
-    ) -> None:
-        super().__init__(model, learning_rate, warmup_steps, weight_decay, train_only)
-        if num_classes < 2:
-            raise ValueError(f"`num_classes` must be at least 2, got {num_classes}. Give examples of more classes.")
+    def __init__(self, model: Any, num_classes: int, **training: Any) -> None:
+        super().__init__(model, **training)
+        check_range("[2, inf)", "Give examples of more classes.", num_classes=num_classes)
         self.val_accuracy = MulticlassAccuracy(num_classes, average="micro")
         self.test_accuracy = MulticlassAccuracy(num_classes, average="micro")
 
@@ -108,7 +96,7 @@ class ClassificationDataModule(SplitDataModule):
 
     def __init__(self, batch_size: int, counts: Mapping[str, int], seed: int, num_workers: int = 0) -> None:
         super().__init__(batch_size, num_workers)
-        check_counts(**{f"{split}_examples": counts[split] for split in SPLITS})
+        check_range("[1, inf)", **{f"{split}_examples": counts[split] for split in SPLITS})
         self.counts, self.seed = dict(counts), seed
         self.examples: dict[str, Examples] = {}
         """Split -> examples."""
@@ -147,11 +135,7 @@ def _shuffled(examples: Examples, seed: int) -> Examples:
 
 
 def class_settings(classes: Sequence[str]) -> dict[str, dict[Any, Any]]:
-    """Return the settings of a transformers configuration for classes.
-
-    Args:
-        classes: Names of the classes, in the order of their numbers.
-    """
+    """Return the settings of a transformers configuration for classes."""
     return {"id2label": dict(enumerate(classes)), "label2id": {name: index for index, name in enumerate(classes)}}
 
 
@@ -160,26 +144,17 @@ def split_by_name(names: Sequence[str], held_out_share: float) -> dict[str, list
 
     If there are fewer than three, training gets all of them.
 
-    Args:
-        names: Names of documents or examples of one class.
-        held_out_share: Share in (0, 0.5).
-
     Raises:
         ValueError: If the share is out of range.
     """
-    if not 0.0 < held_out_share < 0.5:
-        raise ValueError(f"`held_out_share` must lie in (0, 0.5), got {held_out_share}.")
+    check_range("(0, 0.5)", held_out_share=held_out_share)
     ordered = sorted(names, key=lambda name: hashlib.sha256(name.encode()).digest())
     held = max(1, round(held_out_share * len(ordered))) if len(ordered) >= len(SPLITS) else 0
     return {"val": ordered[:held], "test": ordered[held : 2 * held], "train": ordered[2 * held :]}
 
 
 def warn_of_rare_classes(counts: Mapping[str, int]) -> None:
-    """Warn of classes that validation and test lack.
-
-    Args:
-        counts: Class -> number of documents or examples.
-    """
+    """Warn of classes that validation and test lack."""
     rare = {label: count for label, count in counts.items() if count < len(SPLITS)}
     if rare:
         log.warning(

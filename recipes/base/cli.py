@@ -25,12 +25,12 @@ from sparse_prune.export.sharded import is_sharded
 from sparse_prune.files import user_path
 from sparse_prune.machine import describe_machine
 from sparse_prune.metrics import STEP_SECONDS, savings
-from sparse_prune.recipes.base.closing import where_and_next, won_and_lost
+from sparse_prune.recipes.base.closing import where_and_next
 from sparse_prune.recipes.base.history import RunHistory
 from sparse_prune.recipes.base.module import FineTuneModule
 from sparse_prune.recipes.base.parser import RecipeParser
 from sparse_prune.recipes.base.pretrained import check_vocabulary
-from sparse_prune.recipes.base.progress import Heartbeat, Progress
+from sparse_prune.recipes.base.progress import Progress
 from sparse_prune.recipes.base.refusals import program_of, refusals
 from sparse_prune.recipes.base.report import CacheComparison, DenseRun, RunReport
 from sparse_prune.recipes.base.trainer import RecipeTrainer
@@ -100,12 +100,7 @@ class FineTuneCLI(LightningCLI):
         return None
 
     def next_commands(self, folder: Path, export: str | None) -> list[list[str]]:
-        """Return the commands to suggest at the end, as arguments of `sparse-prune`.
-
-        Args:
-            folder: Folder of the run.
-            export: Folder of the exported model; None without one.
-        """
+        """Return the commands to suggest at the end, as arguments of `sparse-prune`."""
         return [["report", str(folder)]]
 
     def before_fit(self) -> None:
@@ -151,7 +146,7 @@ class FineTuneCLI(LightningCLI):
         path = on_first_rank(partial(report.write, folder))
         if self.trainer.is_global_zero:
             places = where_and_next(path, folder, export, self.next_commands(folder, export))
-            print("\n".join(["", *report.verdicts(), "", *won_and_lost(report), "", *places]))
+            print("\n".join(["", *report.verdicts(), *report.qualities(), "", *places]))
 
     def _save_pretrained(self, folder: str) -> None:
         model, pruner = self.model.model, _callback(self.trainer, AttentionPruning).pruner
@@ -184,8 +179,7 @@ class FineTuneCLI(LightningCLI):
         )
 
     def _cache(self) -> CacheComparison | None:
-        with Heartbeat("the KV cache"):
-            return None if self._in_parts else on_first_rank(partial(_attempt, "the KV cache", self.cache))
+        return None if self._in_parts else on_first_rank(partial(_attempt, "the KV cache", self.cache))
 
     @property
     def _in_parts(self) -> bool:
@@ -288,13 +282,6 @@ def run(
 
     Any refusal, of settings, files or weights, ends the process with one line and exit status 2; with `--debug`, with
     the traceback.
-
-    Args:
-        cli: Class of the command line.
-        module: Class of the module.
-        data: Class of the data module.
-        package: The package with the recipe's configurations, its `__package__`.
-        args: Command line; None takes that of the process.
     """
     given, program = list(sys.argv[1:] if args is None else args), program_of(package)
     debug = _DEBUG in given

@@ -89,13 +89,6 @@ def find_document_columns(
 ) -> list[str]:
     """Find the column of text or chats of a data set, or the columns of prompts (one or two parts) and answers.
 
-    Args:
-        known: As for `find_columns`, like all others.
-        features: Types.
-        given: Names; none: those that are called as usual.
-        argument: What errors call the data set.
-        name: Of the data set.
-
     Raises:
         ValueError: As `find_columns`.
     """

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
 from typing_extensions import override
 
-from sparse_prune.recipes.base.check_counts import check_counts
+from sparse_prune.ranges import check_range
 from sparse_prune.recipes.base.held_out import HeldOutLoader
 
 SPLITS = ("train", "val", "test")
@@ -78,9 +78,8 @@ class SplitDataModule(pl.LightningDataModule, ABC):
 
     def __init__(self, batch_size: int, num_workers: int = 0) -> None:
         super().__init__()
-        check_counts(batch_size=batch_size)
-        if num_workers < 0:
-            raise ValueError(f"`num_workers` must be at least 0, got {num_workers}. 0 starts no processes.")
+        check_range("[1, inf)", batch_size=batch_size)
+        check_range("[0, inf)", "0 starts no processes.", num_workers=num_workers)
         self.batch_size, self.num_workers = batch_size, num_workers
 
     @abstractmethod

@@ -11,6 +11,7 @@ from pytorch_lightning.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from typing_extensions import override
 
+from sparse_prune.ranges import check_range
 from sparse_prune.recipes.base.held_out import HeldOutMean
 
 
@@ -21,7 +22,7 @@ class FineTuneModule(pl.LightningModule):
 
     Args:
         model: The model to train.
-        learning_rate: Peak rate.
+        learning_rate: Peak of AdamW's rate; warmed up linearly, then constant.
         warmup_steps: Optimizer steps of warm-up.
         weight_decay: AdamW's decay.
         train_only: Regular expression; parameters whose name it does not match are frozen. None trains all.
@@ -31,14 +32,16 @@ class FineTuneModule(pl.LightningModule):
     """
 
     def __init__(
-        self, model: Any, learning_rate: float, warmup_steps: int, weight_decay: float, train_only: str | None
+        self,
+        model: Any,
+        learning_rate: float = 1e-4,
+        warmup_steps: int = 0,
+        weight_decay: float = 0.0,
+        train_only: str | None = None,
     ) -> None:
         super().__init__()
-        if learning_rate <= 0:
-            raise ValueError(f"`learning_rate` must be positive, got {learning_rate}.")
-        for name, value in (("warmup_steps", warmup_steps), ("weight_decay", weight_decay)):
-            if value < 0:
-                raise ValueError(f"`{name}` must be at least 0, got {value}.")
+        check_range("(0, inf)", learning_rate=learning_rate)
+        check_range("[0, inf)", warmup_steps=warmup_steps, weight_decay=weight_decay)
         self.model = model
         self.val_loss, self.test_loss = HeldOutMean(), HeldOutMean()
         self._rate, self._warmup, self._decay = learning_rate, warmup_steps, weight_decay
@@ -46,14 +49,7 @@ class FineTuneModule(pl.LightningModule):
             _freeze_all_but(model, train_only)
 
     def log_held_out(self, split: Literal["val", "test"], loss: Tensor, counted: int, prog_bar: bool = True) -> None:
-        """Log `<split>/loss`, the mean over the examples of all batches and processes.
-
-        Args:
-            split: Split of the batch.
-            loss: Mean over the batch's examples, ().
-            counted: As in `HeldOutBatch`.
-            prog_bar: Whether to show it in the progress bar.
-        """
+        """Log `<split>/loss`, the mean over the examples of all batches and processes."""
         mean = self.val_loss if split == "val" else self.test_loss
         mean.update(loss, counted)
         self.log(f"{split}/loss", mean, prog_bar=prog_bar, batch_size=1)

@@ -33,10 +33,6 @@ _FOREIGN = {
 def read_text(file: Path, argument: str) -> str:
     """Read a file in UTF-8, or in UTF-16 or UTF-32 with a byte order mark, compressed by gzip or not.
 
-    Args:
-        file: The file.
-        argument: Its name in errors.
-
     Raises:
         ValueError: If the file is no text, or has another encoding; the message names it.
     """

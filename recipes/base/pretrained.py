@@ -57,11 +57,6 @@ def locate(model: str) -> tuple[str, dict[str, str]]:
 def check_length(model: Any, length: int, argument: str) -> None:
     """Refuse inputs that a transformers model has no positions for.
 
-    Args:
-        model: The model.
-        length: Tokens.
-        argument: The setting of the length, for the error.
-
     Raises:
         ValueError: If the model has fewer positions.
     """
@@ -113,10 +108,6 @@ def longest_prompt(model: Any, decode: int) -> int | None:
 
 def check_vocabulary(tokenizer: Any, model: Any) -> None:
     """Refuse a tokenizer with tokens that have no embedding.
-
-    Args:
-        tokenizer: A transformers tokenizer.
-        model: The model for its tokens.
 
     Raises:
         ValueError: If the tokenizer has more tokens than the model embeddings.

@@ -15,23 +15,14 @@ _SHIPPED = "sparse_prune.recipes."
 
 
 def program_of(package: str) -> str:
-    """Return the command that runs a recipe.
-
-    Args:
-        package: Package of the recipe, shipped or a copy.
-    """
+    """Return the command that runs a recipe."""
     name = package.removeprefix(_SHIPPED)
     return f"python -m {package} fit" if name == package else f"sparse-prune recipes run {name}"
 
 
 @contextmanager
 def refusals(program: str, debug: bool) -> Iterator[None]:
-    """End the process with one line if values, files, packages or the Trainer's settings are refused.
-
-    Args:
-        program: Name at the beginning of the line.
-        debug: Raise the error instead, with its traceback.
-    """
+    """End the process with one line if values, files, packages or the Trainer's settings are refused."""
     try:
         yield
     except (ImportError, MisconfigurationException, OSError, TypeError, ValueError) as error:
@@ -42,11 +33,6 @@ def refusals(program: str, debug: bool) -> Iterator[None]:
 
 
 def end_with(program: str, text: str) -> NoReturn:
-    """End the process with one line on stderr and exit status 2.
-
-    Args:
-        program: Name at the beginning of the line.
-        text: The error; line breaks become blanks.
-    """
+    """End the process with one line on stderr and exit status 2."""
     print(f"{program}: error: {' '.join(text.split())}", file=sys.stderr)
     sys.exit(2)

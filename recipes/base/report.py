@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import statistics
 import textwrap
@@ -13,7 +12,7 @@ from typing import Any
 
 from sparse_prune.callbacks import SwapEvent
 from sparse_prune.evaluation import CacheCost
-from sparse_prune.files import whole_file
+from sparse_prune.files import write_report
 from sparse_prune.pattern import BlockPattern
 from sparse_prune.pictures import LayerView, draw_atlas
 from sparse_prune.recipes.base.history import StepRecord
@@ -73,14 +72,7 @@ class RunReport:
 
     def write(self, folder: str | os.PathLike[str]) -> Path:
         """Write report.md, report.json and report.png, each whole or not at all; return the path of the text."""
-        target = Path(folder)
-        with whole_file(target / "report.json") as data:
-            data.write_text(json.dumps(self.as_dict(), indent=1), encoding="utf-8")
-        with whole_file(target / "report.png") as picture:
-            self._draw(picture)
-        with whole_file(target / "report.md") as text:
-            text.write_text(self.text(), encoding="utf-8")
-        return target / "report.md"
+        return write_report(folder, "report", self.as_dict(), self.text(), self._draw)
 
     def as_dict(self) -> dict[str, Any]:
         """Return the report as JSON types, without the patterns themselves."""
@@ -121,7 +113,7 @@ class RunReport:
             f"{len(self.events) - len(swapped)} gained nothing and got their connections back.",
         ]
         if self.dense is None:
-            lines.append(f"Held-out loss {self.loss:.4f}.")
+            lines.append(f"Held-out loss {self.loss:.4f}; `--compare_dense true` compares it with a dense fine-tune.")
         else:
             change = self.loss / self.dense.loss_after - 1.0
             lines.append(
@@ -151,10 +143,9 @@ class RunReport:
         by_layer = {event.layer: event for event in self.events}
         rows = "\n".join(_layer_row(name, self.patterns.get(name), by_layer.get(name)) for name in self.layers)
         savings = "\n".join(f"| {key} | {value:.4g} |" for key, value in self.savings.items())
-        verdicts = "".join(f"- {line}\n" for line in self.verdicts())
-        quality = "".join(f"- {self._quality_line(name, value)}\n" for name, value in self.quality.items())
+        verdicts = "".join(f"- {line}\n" for line in (*self.verdicts(), *self.qualities()))
         return (
-            f"# Attention pruning report\n\n{verdicts}{quality}\n![Run](report.png)\n\n"
+            f"# Attention pruning report\n\n{verdicts}\n![Run](report.png)\n\n"
             f"## Step time\n\n| phase | median s |\n| --- | ---: |\n{times}\n\n"
             f"## Estimated savings\n\n| what | value |\n| --- | ---: |\n{savings}\n\n"
             "## Layers\n\n| layer | sparsity | settled at | now | dense ms | sparse ms |\n"
@@ -162,10 +153,11 @@ class RunReport:
             f"## Setup\n\n| what | value |\n| --- | --- |\n{setup}\n"
         )
 
-    def _quality_line(self, name: str, value: float) -> str:
-        dense = self.dense.quality.get(name) if self.dense is not None else None
-        beside = "" if dense is None else f", dense fine-tune {dense:.1%}"
-        return f"{name.capitalize()} {value:.1%}{beside}."
+    def qualities(self) -> list[str]:
+        """Return the other qualities as plain sentences."""
+        dense = self.dense.quality if self.dense is not None else {}
+        beside = {name: f", dense fine-tune {value:.1%}" for name, value in dense.items()}
+        return [f"{name.capitalize()} {value:.1%}{beside.get(name, '')}." for name, value in self.quality.items()]
 
     def _draw(self, path: Path) -> None:
         """Draw the picture in the order of `sparse-prune report`: verdicts, patterns, charts over the steps."""

@@ -21,12 +21,7 @@ def stdlib_documents() -> dict[str, str]:
 
 
 def files_in(folder: Path, tell: bool = True) -> list[Path]:
-    """Return all files of a folder and its subfolders, without hidden ones and those of desktops.
-
-    Args:
-        folder: The folder.
-        tell: Whether to log how many are left out.
-    """
+    """Return all files of a folder and its subfolders, without hidden ones and those of desktops."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     shown = [file for file in files if not any(map(_is_hidden, file.relative_to(folder).parts))]
     if tell and len(shown) < len(files):

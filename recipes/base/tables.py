@@ -116,12 +116,7 @@ def options_for(place: str) -> dict[str, Any]:
 
 @contextmanager
 def readable(place: str, argument: str) -> Iterator[None]:
-    """Turn errors of a library that reads files into a refusal that names them.
-
-    Args:
-        place: The files.
-        argument: Their name in errors.
-    """
+    """Turn errors of a library that reads files into a refusal that names them."""
     from datasets.exceptions import DatasetGenerationError
 
     logging.getLogger("datasets.packaged_modules").setLevel(logging.CRITICAL)  # its errors are raised as well
@@ -134,13 +129,7 @@ def readable(place: str, argument: str) -> Iterator[None]:
 
 
 def unreadable(error: Exception, place: str, argument: str) -> ValueError:
-    """Make the error for tables that a library failed to read.
-
-    Args:
-        error: The library's error.
-        place: The tables.
-        argument: Their name in errors.
-    """
+    """Make the error for tables that a library failed to read."""
     cause = error.__cause__ if type(error).__name__ == "DatasetGenerationError" and error.__cause__ else error
     files = [str(file) for file in files_at(place)] or [place]
     named = ", ".join(map(repr, files[:_NAMED])) + (", ..." if len(files) > _NAMED else "")

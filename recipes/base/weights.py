@@ -5,15 +5,14 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from safetensors import SafetensorError, safe_open
+
 _POINTER = b"version https://git-lfs"
 _KINDS = {".safetensors", ".bin", ".gguf"}
 
 
 def check_weights(place: Path) -> None:
     """Refuse files that are incomplete or missing, or pointers of Git LFS.
-
-    Args:
-        place: A file of weights, or a folder that holds some.
 
     Raises:
         ValueError: If a file is incomplete or missing; the message names it.
@@ -42,31 +41,18 @@ def _missing(folder: Path) -> list[str]:
 
 
 def _problem(file: Path) -> str | None:
-    size = file.stat().st_size
     with file.open("rb") as opened:
         start = opened.read(len(_POINTER))
         if start == _POINTER:
             return f"a pointer of Git LFS, not the file. Run `git lfs pull` in {str(file.parent)!r}"
-        if file.suffix == ".safetensors":
-            wanted = _safetensors_size(start[:8], file)
-            if wanted is None or size < wanted:
-                expected = "" if wanted is None else f" of {wanted}"
-                return f"of which only {size}{expected} bytes are there, or another kind of file. Copy it again"
         if file.suffix == ".gguf" and not start.startswith(b"GGUF"):
             return "which is no GGUF file. Copy it again, or name another"
-    return None
-
-
-def _safetensors_size(start: bytes, file: Path) -> int | None:
-    """Bytes of the complete file, by its header; None if the header cannot be read."""
-    length = int.from_bytes(start, "little")
-    if len(start) < 8 or length > file.stat().st_size:
-        return None
-    with file.open("rb") as opened:
-        opened.seek(8)
+    if file.suffix == ".safetensors":
         try:
-            header = json.loads(opened.read(length))
-            ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-        except (ValueError, AttributeError, KeyError, TypeError):
-            return None
-    return 8 + length + max(ends, default=0)
+            with safe_open(file, "pt"):
+                pass
+        except SafetensorError as error:
+            return (
+                f"of which only {file.stat().st_size} bytes are there, or another kind of file ({error}). Copy it again"
+            )
+    return None

@@ -51,11 +51,6 @@ def exchange_tokens(tokenizer: Any, exchange: Exchange, end: Sequence[int]) -> t
 
     A token with characters of both belongs to the answer.
 
-    Args:
-        tokenizer: Of transformers.
-        exchange: Prompt and answer, which are joined without a chat template.
-        end: Tokens behind the answer.
-
     Raises:
         ValueError: If the tokenizer is slow.
     """

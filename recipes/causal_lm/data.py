@@ -8,7 +8,7 @@ from dataclasses import replace
 from torch import Tensor
 from typing_extensions import override
 
-from sparse_prune.recipes.base.check_counts import check_counts
+from sparse_prune.ranges import check_range
 from sparse_prune.recipes.base.loader import SplitDataModule
 from sparse_prune.recipes.base.pretrained import load_tokenizer
 from sparse_prune.recipes.causal_lm.documents import split_text
@@ -66,15 +66,12 @@ class TextDataModule(SplitDataModule):
         pack: bool = False,
     ) -> None:
         super().__init__(batch_size)
-        if context_length < 2:
-            raise ValueError(f"`context_length` must be at least 2, a token and the next one, got {context_length}.")
-        check_counts(train_sequences=train_sequences, val_sequences=val_sequences, test_sequences=test_sequences)
-        if not 0.0 < held_out_share < 0.5:
-            raise ValueError(f"`held_out_share` must lie in (0, 0.5), got {held_out_share}.")
-        if not 0.0 <= question_share < 1.0:
-            raise ValueError(f"`question_share` must lie in [0, 1), got {question_share}. 0.25: every fourth sequence.")
-        if repeat_every < 0:
-            raise ValueError(f"`repeat_every` must be at least 0, got {repeat_every}. 3: every third sequence.")
+        check_range("[2, inf)", "It is a token and the next one.", context_length=context_length)
+        counts = {"train_sequences": train_sequences, "val_sequences": val_sequences, "test_sequences": test_sequences}
+        check_range("[1, inf)", **counts)
+        check_range("(0, 0.5)", held_out_share=held_out_share)
+        check_range("[0, 1)", "0.25: every fourth sequence.", question_share=question_share)
+        check_range("[0, inf)", "3: every third sequence.", repeat_every=repeat_every)
         for name, value in (("question_share", question_share), ("repeat_every", repeat_every)):
             if value and pack:
                 raise ValueError(

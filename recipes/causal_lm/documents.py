@@ -52,11 +52,6 @@ def split_documents(
 
     Documents that are too few for all splits are held out in part, which is said: of each, validation is what stands
     behind the training's part, and the test is its end.
-
-    Args:
-        documents: Name -> document.
-        held_out_share: Share of documents in validation and in test, each, in (0, 0.5).
-        seed: Order of the documents.
     """
     names = sorted(documents)
     random.Random(seed).shuffle(names)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from typing_extensions import override
 
 from sparse_prune.evaluation import TASKS, measure_task
+from sparse_prune.ranges import check_range
 from sparse_prune.recipes.base.held_out import HeldOutBatch
 from sparse_prune.recipes.base.module import FineTuneModule
 from sparse_prune.recipes.base.pretrained import check_length, load_tokenizer
@@ -25,14 +26,11 @@ class CausalLMModule(FineTuneModule):
 
     Args:
         model: As `locate` takes it (sparse_prune.recipes.base.pretrained).
-        learning_rate: Peak of AdamW's rate; warmed up linearly, then constant.
-        warmup_steps: Optimizer steps of warm-up.
-        weight_decay: AdamW's decay.
-        train_only: Regular expression; parameters whose name it does not match are frozen. None trains all.
         gradient_checkpointing: Recompute activations in the backward pass.
         passkey_prompts: Passkey prompts per validation, each as long as a validation sequence. 0: none.
         packed: Whether the data packs documents, which the model is tried on; `data.pack` on the command line.
         compile: Compile the model with torch.compile; the graph breaks at attention until a layer is swapped to Triton.
+        **training: As for `FineTuneModule`.
 
     Raises:
         ValueError: If a value is out of range, `train_only` matches nothing, or packed documents see each other.
@@ -41,18 +39,14 @@ class CausalLMModule(FineTuneModule):
     def __init__(
         self,
         model: str,
-        learning_rate: float = 1e-4,
-        warmup_steps: int = 0,
-        weight_decay: float = 0.0,
-        train_only: str | None = None,
         gradient_checkpointing: bool = False,
         passkey_prompts: int = 0,
         packed: bool = False,
         compile: bool = False,
+        **training: Any,
     ) -> None:
-        if passkey_prompts < 0:
-            raise ValueError(f"`passkey_prompts` must be at least 0, got {passkey_prompts}.")
-        super().__init__(load_model(model).train(), learning_rate, warmup_steps, weight_decay, train_only)
+        check_range("[0, inf)", passkey_prompts=passkey_prompts)
+        super().__init__(load_model(model).train(), **training)
         self.save_hyperparameters()
         if packed:
             check_packing(self.model)

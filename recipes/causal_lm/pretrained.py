@@ -49,9 +49,6 @@ def load_model(model: str, dtype: torch.dtype = torch.float32) -> Any:
 def check_packing(model: Any) -> None:
     """Refuse a model whose attention does not end where position ids begin anew; it is tried on a few tokens.
 
-    Args:
-        model: A causal language model of transformers.
-
     Raises:
         ValueError: If it takes no position ids, or a document changes with what stands before it.
     """

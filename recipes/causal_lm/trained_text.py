@@ -16,13 +16,7 @@ from sparse_prune.recipes.causal_lm.documents import STDLIB, all_documents, spli
 
 
 def describe_split(text: str | list[str], held_out_share: float, seed: int) -> dict[str, Any]:
-    """Describe how text was split, as JSON types; places on this machine are given as digests.
-
-    Args:
-        text: As for `TextDataModule`, like all others.
-        held_out_share: Share of documents in validation and in test, each.
-        seed: Seed of the documents' order.
-    """
+    """Describe how text was split, as JSON types; places on this machine are given as digests."""
     return {
         "places": sorted(map(_digest, _places([text] if isinstance(text, str) else text))),
         "held_out_share": held_out_share,
@@ -35,10 +29,6 @@ def unseen_documents(text: str | list[str], told: Mapping[str, Any] | None) -> t
 
     Of the training text these are the test documents that the training held out, of stdlib and `hub:NAME` those that
     causal_lm holds out, and of other text all. Files are recognised by their paths: copies count as other text.
-
-    Args:
-        text: As for `TextDataModule`.
-        told: The result of `describe_split` for the training; None: unknown.
 
     Raises:
         ValueError: If the text overlaps with the training text, but is not the same.

@@ -51,13 +51,7 @@ class Rules:
 
 
 def generate(count: int, rules: Rules, seed: int) -> list[tuple[tuple[str, ...], int]]:
-    """Generate distinct expressions and their values.
-
-    Args:
-        count: Number of expressions.
-        rules: Their bounds.
-        seed: The same seed gives the same expressions.
-    """
+    """Generate distinct expressions and their values."""
     chance = random.Random(seed)
     found: dict[tuple[str, ...], int] = {}
     while len(found) < count:

@@ -73,7 +73,14 @@ class ListOpsModule(ClassificationModule):
     ) -> None:
         classes = 10
         encoder = ListOpsEncoder(length, classes, width, layers, heads, mlp, dropout)
-        super().__init__(encoder, classes, learning_rate, warmup_steps, weight_decay, train_only)
+        super().__init__(
+            encoder,
+            classes,
+            learning_rate=learning_rate,
+            warmup_steps=warmup_steps,
+            weight_decay=weight_decay,
+            train_only=train_only,
+        )
         self.save_hyperparameters()
         # Shows AttentionPruning the layers' masks: padded keys, no causality.
         self.example_input_array = torch.tensor([[CLS, *range(2, 10), PAD, PAD, PAD]])

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from typing_extensions import override
 
-from sparse_prune.recipes.base.check_counts import check_counts
+from sparse_prune.ranges import check_range
 from sparse_prune.recipes.base.classification import (
     ClassificationDataModule,
     Example,
@@ -68,7 +68,7 @@ class LabelledTextDataModule(ClassificationDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__(batch_size, {"train": train_examples, "val": val_examples, "test": test_examples}, seed)
-        check_counts(max_length=max_length, chunks_per_document=chunks_per_document)
+        check_range("[1, inf)", max_length=max_length, chunks_per_document=chunks_per_document)
         self.tokenizer_name, self.data, self.max_length = tokenizer, data, max_length
         self.chunks_per_document, self.held_out_share = chunks_per_document, held_out_share
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,9 +20,8 @@ class TextClassificationModule(ClassificationModule):
         model: As `locate` takes it (sparse_prune.recipes.base.pretrained).
         classes: Names of the data's classes, in the order of their numbers.
         learning_rate: Peak of AdamW's rate; warmed up linearly, then constant.
-        warmup_steps: Optimizer steps of warm-up.
         weight_decay: AdamW's decay.
-        train_only: Regular expression; parameters whose name it does not match are frozen. None trains all.
+        **training: As for `FineTuneModule`.
     """
 
     def __init__(
@@ -29,9 +29,8 @@ class TextClassificationModule(ClassificationModule):
         model: str,
         classes: list[str],
         learning_rate: float = 5e-5,
-        warmup_steps: int = 0,
         weight_decay: float = 0.01,
-        train_only: str | None = None,
+        **training: Any,
     ) -> None:
         from transformers import AutoModelForSequenceClassification
 
@@ -41,7 +40,9 @@ class TextClassificationModule(ClassificationModule):
         )
         if encoder.config.pad_token_id is None:  # decoders need it to find the last real token
             encoder.config.pad_token_id = load_tokenizer(model, padding=True).pad_token_id
-        super().__init__(encoder.train(), len(classes), learning_rate, warmup_steps, weight_decay, train_only)
+        super().__init__(
+            encoder.train(), len(classes), learning_rate=learning_rate, weight_decay=weight_decay, **training
+        )
         self.save_hyperparameters()
 
     @override

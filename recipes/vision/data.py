@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset
 from typing_extensions import override
 
-from sparse_prune.recipes.base.check_counts import check_counts
+from sparse_prune.ranges import check_range
 from sparse_prune.recipes.base.classification import (
     ClassificationDataModule,
     Example,
@@ -66,9 +66,8 @@ class ImageDataModule(ClassificationDataModule):
     ) -> None:
         counts = {"train": train_examples, "val": val_examples, "test": test_examples}
         super().__init__(batch_size, counts, seed, num_workers)
-        check_counts(image_size=image_size)
-        if std <= 0:
-            raise ValueError(f"`std` must be positive, got {std}.")
+        check_range("[1, inf)", image_size=image_size)
+        check_range("(0, inf)", std=std)
         self.data, self.image_size, self.mean, self.std = data, image_size, mean, std
         self.held_out_share = held_out_share
 

@@ -59,9 +59,6 @@ class LabelledImages:
     def check(self, places: Sequence[int]) -> None:
         """Read files once and refuse broken ones; images inside a data set are not checked.
 
-        Args:
-            places: Indices of the images.
-
         Raises:
             ValueError: If some cannot be read; the message names the first few.
         """

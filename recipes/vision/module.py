@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
-from sparse_prune.recipes.base.check_counts import check_counts
+from sparse_prune.ranges import check_range
 from sparse_prune.recipes.base.classification import ClassificationModule, class_settings
 from sparse_prune.recipes.base.pretrained import locate
 
@@ -22,9 +24,8 @@ class VisionModule(ClassificationModule):
         layers: Number of layers.
         heads: Attention heads per layer.
         learning_rate: Peak of AdamW's rate; warmed up linearly, then constant.
-        warmup_steps: Optimizer steps of warm-up.
         weight_decay: AdamW's decay.
-        train_only: Regular expression; parameters whose name it does not match are frozen. None trains all.
+        **training: As for `FineTuneModule`.
 
     Raises:
         ValueError: If a number is out of range, `width` is not a multiple of `heads`, or `image_size` not the model's
@@ -41,14 +42,13 @@ class VisionModule(ClassificationModule):
         layers: int = 4,
         heads: int = 4,
         learning_rate: float = 1e-3,
-        warmup_steps: int = 0,
         weight_decay: float = 0.01,
-        train_only: str | None = None,
+        **training: Any,
     ) -> None:
         from transformers import AutoModelForImageClassification, ViTConfig, ViTForImageClassification
 
         if model is None:
-            check_counts(patch_size=patch_size, width=width, layers=layers, heads=heads)
+            check_range("[1, inf)", patch_size=patch_size, width=width, layers=layers, heads=heads)
             if width % heads:
                 raise ValueError(f"`width` must be a multiple of `heads`, got {width} and {heads}.")
             if image_size % patch_size:
@@ -70,5 +70,5 @@ class VisionModule(ClassificationModule):
             )
             if getattr(vit.config, "image_size", image_size) != image_size:
                 raise ValueError(f"`data.image_size` must be {vit.config.image_size} for {model}, got {image_size}.")
-        super().__init__(vit.train(), len(classes), learning_rate, warmup_steps, weight_decay, train_only)
+        super().__init__(vit.train(), len(classes), learning_rate=learning_rate, weight_decay=weight_decay, **training)
         self.save_hyperparameters()

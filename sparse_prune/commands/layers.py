@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from sparse_prune.attention import FoundLayer, list_layers
-from sparse_prune.install_hints import with_remedy
+from sparse_prune.install_hints import refusals
 
 _KINDS = "a hub id or a folder of a transformers model, timm:NAME, or package.module:factory, a callable"
 COLUMNS = ("layer", "kind", "heads", "kv heads", "causal", "window", "cannot be pruned because")
@@ -25,13 +25,9 @@ def main(args: list[str] | None = None) -> None:
     )
     parser.add_argument("model", help=_KINDS)
     given = parser.parse_args(args)
-    try:
+    with refusals(parser):
         model, example = build(given.model)
         layers = list_layers(model, example)
-    except ImportError as error:
-        parser.error(with_remedy(error))
-    except (OSError, ValueError) as error:
-        parser.error(str(error))
     print(table(layers))
     usable = sum(layer.problem is None for layer in layers)
     print(f"{usable} of {len(layers)} attention layers of {type(model).__name__} can be pruned.")
@@ -41,9 +37,6 @@ def main(args: list[str] | None = None) -> None:
 
 def build(name: str) -> tuple[nn.Module, Any]:
     """Build a model without its trained weights, and an example input if one is known.
-
-    Args:
-        name: MODEL of the command line.
 
     Raises:
         ImportError: If a package is missing.

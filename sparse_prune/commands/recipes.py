@@ -46,10 +46,6 @@ def recipes() -> dict[str, Recipe]:
 def copy(recipe: Recipe, target: Path) -> list[Path]:
     """Copy a recipe's code and configurations into a new folder, as a package that imports its own modules.
 
-    Args:
-        recipe: The recipe.
-        target: The new folder; its name becomes the package's.
-
     Returns:
         The files that were written.
 

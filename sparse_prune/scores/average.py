@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sparse_prune.codec import compress, decompress
+from sparse_prune.ranges import check_range
 from sparse_prune.scores.statistics import BlockStatistics
 
 
@@ -24,8 +25,7 @@ class ScoreAverage:
     """
 
     def __init__(self, kind: str, decay: float) -> None:
-        if not 0.0 <= decay < 1.0:
-            raise ValueError(f"`decay` must lie in [0, 1), got {decay}.")
+        check_range("[0, 1)", decay=decay)
         self.kind, self.decay = kind, decay
         self._sum: Tensor | None = None
         self._weight: Tensor | None = None

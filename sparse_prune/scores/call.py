@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from sparse_prune.pattern import BlockPattern, num_blocks
+
+Per = Literal["row", "sample", "call"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -159,6 +162,11 @@ class Tile:
         return torch.softmax(self.logits, -1) * self.mask
 
     @cached_property
+    def mass(self) -> Tensor:
+        """Row mass, the probability that a query gives to a block: float64, (batch, num_heads, rows, kv_blocks)."""
+        return self.per_block(self.weights).double()
+
+    @cached_property
     def values(self) -> Tensor:
         """(batch, num_kv_heads, seen, head_dim)."""
         return self.call._values[:, :, : self.seen]
@@ -180,6 +188,13 @@ class Tile:
             heads, device = self.call.query.shape[1], self.call.query.device
             return torch.ones(heads, self.kv_blocks, dtype=torch.bool, device=device)
         return self.call._keep[:, self.row, : self.kv_blocks]
+
+    def count(self, unit: Per) -> Tensor:
+        """Count the query rows, samples or calls (1) that may see a key, ()."""
+        if unit == "row":
+            return self.valid.sum()
+        samples = self.valid.any(-1)
+        return samples.sum() if unit == "sample" else samples.any()
 
     def per_block(self, numbers: Tensor) -> Tensor:
         """Sum over the keys of each block.

@@ -7,8 +7,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from sparse_prune.scores.call import Tile
-from sparse_prune.scores.score import Per, Score, Sees
+from sparse_prune.scores.call import Per, Tile
+from sparse_prune.scores.score import Score, Sees
 
 
 class FarField(Score):

@@ -7,8 +7,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from sparse_prune.scores.call import Tile
-from sparse_prune.scores.score import Per, Score, Sees
+from sparse_prune.scores.call import Per, Tile
+from sparse_prune.scores.score import Score, Sees
 
 LEAST_REST = 1e-3
 """Least mass of a row outside a block: below it, rounding errors would dominate the quotient."""
@@ -32,6 +32,7 @@ class Influence(Score):
     sees: ClassVar[Sees] = "gradient"
     per: ClassVar[Per] = "call"
     signed: ClassVar[bool] = True
+    kernel: ClassVar[str | None] = "sparse_prune.kernels.triton.attend:influence"
 
     def add(self, tile: Tile) -> Tensor:
         """Sum of the rises over rows and samples."""

@@ -6,9 +6,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from sparse_prune.scores.call import Tile
-from sparse_prune.scores.row_mass import row_masses
-from sparse_prune.scores.score import Per, Score, Sees
+from sparse_prune.scores.call import Per, Tile
+from sparse_prune.scores.score import Score, Sees
 
 
 class MassGradient(Score):
@@ -26,4 +25,4 @@ class MassGradient(Score):
         """Sum over samples."""
         expected = (tile.weights * tile.gradient_by_key).sum(-1, keepdim=True)
         sensitivity = tile.per_block(tile.weights * (tile.gradient_by_key - expected)).abs()
-        return (row_masses(tile).amax(2) * sensitivity.amax(2)).sqrt().sum(0)
+        return (tile.mass.amax(2) * sensitivity.amax(2)).sqrt().sum(0)

@@ -7,9 +7,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from sparse_prune.scores.call import Tile
-from sparse_prune.scores.row_mass import row_masses
-from sparse_prune.scores.score import Per, Score, Sees
+from sparse_prune.scores.call import Per, Tile
+from sparse_prune.scores.score import Score, Sees
 
 
 class OutputChange(Score):
@@ -30,6 +29,6 @@ class OutputChange(Score):
         weights = weights.view(batch, kv_heads, heads // kv_heads, rows, width, side)
         parts = torch.einsum("bkgrws,bkwsd->bkgrwd", weights, values.view(batch, kv_heads, width, side, head_dim))
         held = parts.reshape(batch, heads, rows, width, head_dim)  # each block's part of the output
-        moved = (row_masses(tile).float()[..., None] * held.sum(3, keepdim=True) - held).norm(dim=-1)
+        moved = (tile.mass.float()[..., None] * held.sum(3, keepdim=True) - held).norm(dim=-1)
         changes: Tensor = moved.amax(2).sum(0)
         return changes

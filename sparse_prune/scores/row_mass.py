@@ -7,8 +7,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from sparse_prune.scores.call import AttentionCall, Tile
-from sparse_prune.scores.score import Per, Score
+from sparse_prune.scores.call import AttentionCall, Per, Tile
+from sparse_prune.scores.score import Score, collect
 from sparse_prune.scores.statistics import BlockStatistics, Statistic
 
 
@@ -19,7 +19,7 @@ class Mean(Score):
 
     def add(self, tile: Tile) -> Tensor:
         """Sum of the masses."""
-        return row_masses(tile).sum((0, 2))
+        return tile.mass.sum((0, 2))
 
 
 class MeanSquare(Score):
@@ -29,7 +29,7 @@ class MeanSquare(Score):
 
     def add(self, tile: Tile) -> Tensor:
         """Sum of the squared masses."""
-        return row_masses(tile).square().sum((0, 2))
+        return tile.mass.square().sum((0, 2))
 
 
 class Max(Score):
@@ -41,16 +41,7 @@ class Max(Score):
 
     def add(self, tile: Tile) -> Tensor:
         """Sum over samples of the largest mass."""
-        return row_masses(tile).amax(2).sum(0)
-
-
-def row_masses(tile: Tile) -> Tensor:
-    """Return the mass of every row in every block, float64, (batch, num_heads, rows, kv_blocks of the tile).
-
-    Args:
-        tile: A block of queries.
-    """
-    return tile.per_block(tile.weights).double()
+        return tile.mass.amax(2).sum(0)
 
 
 @torch.no_grad()
@@ -83,13 +74,4 @@ def probe_blocks(
     call = AttentionCall(
         query, key, block_size, causal, scale=scale, key_mask=key_mask, attn_mask=attn_mask, softcap=softcap
     )
-    device, heads = query.device, query.shape[1]
-    sums = torch.zeros(3, heads, call.q_blocks, call.kv_blocks, dtype=torch.float64, device=device)
-    counts = torch.zeros(2, call.q_blocks, dtype=torch.float64, device=device)
-    for tile in call.tiles():
-        mass, row, width = row_masses(tile), tile.row, tile.kv_blocks
-        sums[0, :, row, :width] = mass.sum((0, 2))
-        sums[1, :, row, :width] = mass.square().sum((0, 2))
-        sums[2, :, row, :width] = mass.amax(2).sum(0)
-        counts[0, row], counts[1, row] = tile.valid.sum(), tile.valid.any(-1).sum()
-    return BlockStatistics(sums, counts)
+    return collect(call, (Mean(), MeanSquare(), Max()), ("row", "sample"))

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from sparse_prune.scores.call import AttentionCall, Tile
+from sparse_prune.scores.call import AttentionCall, Per, Tile
 from sparse_prune.scores.statistics import BlockStatistics, Statistic
 
 Sees = Literal["keys", "values", "gradient"]
-Per = Literal["row", "sample", "call"]
 
 
 class Score(ABC):
@@ -33,6 +33,10 @@ class Score(ABC):
     means (see `select`)."""
     statistic: ClassVar[Statistic | None] = None
     """The statistic of row mass whose average is the score; these are always collected. None: sums of its own."""
+    kernel: ClassVar[str | None] = None
+    """The function that collects the sums on a GPU, as "package.module:function", with the arguments of `probe_score`
+    behind the score: query, key, value, gradient, block size, and the rest by name. It is asked for calls that the
+    Triton probe takes, and not inherited. None: torch does it."""
 
     @property
     def kind(self) -> str:
@@ -65,31 +69,33 @@ class Score(ABC):
     def probe(self, call: AttentionCall) -> BlockStatistics:
         """Return sums and counts of one call of a layer.
 
-        Args:
-            call: The call.
-
         Raises:
             ValueError: If `add` returns a wrong shape.
         """
-        device, heads = call.query.device, call.query.shape[1]
-        sums = torch.zeros(1, heads, call.q_blocks, call.kv_blocks, dtype=torch.float64, device=device)
-        counts = torch.zeros(1, call.q_blocks, dtype=torch.float64, device=device)
-        for tile in call.tiles():
-            added = self.add(tile)
-            if added.shape != (heads, tile.kv_blocks):
-                raise ValueError(
-                    f"`{type(self).__name__}.add` must return (num_heads, kv_blocks) = {(heads, tile.kv_blocks)}, got "
-                    f"{tuple(added.shape)}. Sum `tile.per_block(...)` over samples and rows: `.sum((0, 2))`."
-                )
-            sums[0, :, tile.row, : tile.kv_blocks] = added
-            counts[0, tile.row] = self._count(tile)
-        return BlockStatistics(sums, counts, (self.kind,))
-
-    def _count(self, tile: Tile) -> Tensor:
-        if self.per == "row":
-            return tile.valid.sum()
-        samples = tile.valid.any(-1)
-        return samples.sum() if self.per == "sample" else samples.any()
+        return collect(call, (self,), (self.per,))
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}()"
+
+
+def collect(call: AttentionCall, scores: Sequence[Score], units: Sequence[Per]) -> BlockStatistics:
+    """Collect the sums of scores over one call, one block of queries at a time, and counts of units.
+
+    Raises:
+        ValueError: If the `add` of a score returns a wrong shape.
+    """
+    device, heads = call.query.device, call.query.shape[1]
+    sums = torch.zeros(len(scores), heads, call.q_blocks, call.kv_blocks, dtype=torch.float64, device=device)
+    counts = torch.zeros(len(units), call.q_blocks, dtype=torch.float64, device=device)
+    for tile in call.tiles():
+        for place, score in enumerate(scores):
+            added = score.add(tile)
+            if added.shape != (heads, tile.kv_blocks):
+                raise ValueError(
+                    f"`{type(score).__name__}.add` must return (num_heads, kv_blocks) = {(heads, tile.kv_blocks)}, got "
+                    f"{tuple(added.shape)}. Sum `tile.per_block(...)` over samples and rows: `.sum((0, 2))`."
+                )
+            sums[place, :, tile.row, : tile.kv_blocks] = added
+        for place, unit in enumerate(units):
+            counts[place, tile.row] = tile.count(unit)
+    return BlockStatistics(sums, counts, tuple(score.kind for score in scores))

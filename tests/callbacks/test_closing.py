@@ -9,8 +9,8 @@ import pytest
 from pytorch_lightning.callbacks import LambdaCallback
 from pytorch_lightning.loggers import CSVLogger
 
-from sparse_prune import Constraints
-from sparse_prune.callbacks import KernelSwap, attention_pruning, kernel_swap
+from sparse_prune import Constraints, swap_timer
+from sparse_prune.callbacks import KernelSwap, attention_pruning
 from sparse_prune.callbacks.closing import closing
 from sparse_prune.callbacks.swap_forecast import NO_GAIN, NO_GAIN_REMEDY
 from sparse_prune.export import load_patterns
@@ -28,8 +28,7 @@ def told(monkeypatch):
 def slower(monkeypatch):
     """No backend is faster, says the clock."""
     times = {"dense": 1.0, "gather": 2.0}
-    monkeypatch.setattr(kernel_swap, "time_attention", lambda *args, **kwargs: dict(times))
-    monkeypatch.setattr("sparse_prune.callbacks.swap_forecast.time_attention", lambda *args: dict(times))
+    monkeypatch.setattr(swap_timer, "time_attention", lambda *args: dict(times))
 
 
 def test_a_run_that_went_well(tmp_path, told):
@@ -53,11 +52,12 @@ def test_a_language_model_is_told_what_was_kept_for_retrieval(tmp_path, told):
     heads = {"model.model.layers.0.self_attn": (0,)}
     callback = pruning(constraints=Constraints(protected_heads=heads), swap=KernelSwap("gather"))
     trainer(tmp_path, [callback]).fit(TinyModule(), batches())
-    assert "Retrieval: kept are 1 heads whole. " in told[0]
+    assert "Retrieval: pruning keeps one whole head. A" in told[0]
     for state in callback.pruner.layers.values():
         state.floor = state.scores.value()
-    assert "Retrieval: kept are the blocks that the model looks at to answer questions and 1 heads whole. " in closing(
-        callback.pruner, callback.report, [], None, False
+    assert (
+        "Retrieval: pruning keeps the blocks that the model looks at to answer questions and one whole head. "
+        in closing(callback.pruner, callback.report, [], None, False)
     )
     for state in callback.pruner.layers.values():
         state.layer.causal = False

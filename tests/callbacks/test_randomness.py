@@ -11,8 +11,7 @@ from torch.utils.data import DataLoader
 
 from sparse_prune import distributed
 from sparse_prune.callbacks import KernelSwap
-from sparse_prune.callbacks.randomness import Randomness
-from sparse_prune.random_state import random_state, set_random_state
+from sparse_prune.callbacks.randomness import Randomness, random_state, set_random_state
 from support.tiny import TinyModule, batches, pruning, tiny_llama, trainer
 
 

@@ -7,7 +7,7 @@ from torch.utils.data import DataLoader
 
 from sparse_prune import ConstantSchedule, Constraints
 from sparse_prune.callbacks import AttentionPruning, KernelSwap, Retrieval
-from sparse_prune.callbacks.retrieving import Questions
+from sparse_prune.callbacks.retrieving import AskedModel
 from sparse_prune.retrieval import RetrievalProbe, retrieval_probes
 from sparse_prune.scores import BlockStatistics, Influence
 from support.nano import NanoGPT
@@ -93,7 +93,7 @@ def test_by_default_a_model_is_asked_and_one_that_fails_is_left_in_peace(tmp_pat
 def test_questions_compile_nothing(tmp_path, monkeypatch):
     module, compiled, counts = TinyModule(), [], []
     module.model.compile(backend=lambda graph, inputs: compiled.append(graph) or graph.forward)
-    ask = Questions.ask
+    ask = AskedModel.ask
 
     def counted(self, reduce=None):
         before = len(compiled)
@@ -101,7 +101,7 @@ def test_questions_compile_nothing(tmp_path, monkeypatch):
         counts.append((before, len(compiled)))
         return found
 
-    monkeypatch.setattr(Questions, "ask", counted)
+    monkeypatch.setattr(AskedModel, "ask", counted)
     fit(tmp_path, module, retrieval=Retrieval(heads=0.25, probes=2), steps=1)
     ((before, after),) = counts
     assert before == after > 0

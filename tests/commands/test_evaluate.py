@@ -17,10 +17,9 @@ from sparse_prune import AttentionPruner, BlockPattern, ConstantSchedule, Constr
 from sparse_prune.__main__ import main as command_line
 from sparse_prune.attention import attach
 from sparse_prune.cache import PatternCache
-from sparse_prune.commands.evaluate.cli import evaluate, main, sparsity_of
+from sparse_prune.commands.evaluate.cli import evaluate, held_out, main, sparsity_of
 from sparse_prune.commands.evaluate.lengths import lengths_around
 from sparse_prune.commands.evaluate.report import EvaluationReport, LengthResult
-from sparse_prune.commands.evaluate.text import held_out
 from sparse_prune.evaluation import CacheCost, all_connections, cache_cost, mean_loss
 from sparse_prune.evaluation.meter import wilson
 from sparse_prune.export import load, save_pretrained

@@ -19,6 +19,7 @@ from support.cases import inputs, random_pattern, run
 pytest.importorskip("triton")
 from sparse_prune.kernels.triton import ops  # noqa: E402
 from sparse_prune.kernels.triton.attend import plan, probe, probes  # noqa: E402
+from sparse_prune.kernels.triton.configs import Traits  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -221,7 +222,7 @@ def test_probe_equals_the_probe_in_torch(causal, options, known_lse):
     options, lse = AttentionOptions(**options), None
     if known_lse:  # as the forward kernel gives it
         dense = BlockPattern.dense(4, 37, 37, 16, causal)
-        planned = plan(dense, 24, query.dtype, query.device)
+        planned = plan(dense, 24, query.dtype, query.device, Traits())
         _, lse = ops.block_sparse_attention(query, key, value, *planned, causal, *ops.option_arguments(options))
     found = probe(query, key, (16, 16), causal=causal, options=options, lse=lse)
     mask = options.attn_mask

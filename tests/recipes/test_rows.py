@@ -12,7 +12,7 @@ import torch
 import yaml
 from datasets import ClassLabel, Image, Sequence, Value
 
-from sparse_prune.commands.evaluate.text import held_out
+from sparse_prune.commands.evaluate.cli import held_out
 from sparse_prune.recipes.base.pretrained import load_tokenizer
 from sparse_prune.recipes.base.rows import data_rows
 from sparse_prune.recipes.causal_lm.data import TextDataModule

@@ -8,7 +8,7 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from sparse_prune.files import user_path, write_output
-from sparse_prune.install_hints import with_remedy
+from sparse_prune.install_hints import refusals
 
 if TYPE_CHECKING:
     from sparse_prune.commands.dashboard.views import Target
@@ -27,14 +27,10 @@ def main(args: list[str] | None = None) -> None:
     parser.add_argument("--name", default="Attention pruning", help="name of the workspace, title of the report")
     parser.add_argument("--output", type=user_path, help="write both as JSON to this file and ask no server")
     given = parser.parse_args(args)
-    try:
+    with refusals(parser):
         from sparse_prune.commands.dashboard.views import report, workspace
-    except ImportError as error:
-        parser.error(with_remedy(error))
-    try:
+
         target = parse_target(given.target, given.runs, given.baseline)
-    except ValueError as error:
-        parser.error(str(error))
     view, page = workspace(target, given.name), report(target, given.name, online=given.output is None)
     if given.output:
         write_output(parser, given.output, json.dumps(specification(view, page), indent=2))

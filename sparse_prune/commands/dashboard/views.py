@@ -76,11 +76,7 @@ def workspace(target: Target, name: str) -> ws.Workspace:
 def report(target: Target, title: str, online: bool = True) -> wr.Report:
     """Make the dashboard as a report to share: every section with its question.
 
-    Args:
-        target: Project and runs.
-        title: Title of the report.
-        online: Name the project in every set of runs, for which W&B's client asks the server. Otherwise runs are those
-            of the report's own project.
+    If it is not `online`, runs are those of the report's own project, for which W&B's client asks no server.
     """
     where = {"entity": target.entity, "project": target.project} if online else {}
     blocks: list[Any] = [wr.TableOfContents()]

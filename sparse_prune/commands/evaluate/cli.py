@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -16,7 +16,6 @@ import torch
 from sparse_prune.commands.evaluate.lengths import check_lengths, lengths_around
 from sparse_prune.commands.evaluate.report import EvaluationReport, LengthResult, TaskResult
 from sparse_prune.commands.evaluate.tasks import Asking
-from sparse_prune.commands.evaluate.text import held_out
 from sparse_prune.evaluation import (
     TASKS,
     all_connections,
@@ -27,11 +26,13 @@ from sparse_prune.evaluation import (
 )
 from sparse_prune.export import export_header, load
 from sparse_prune.files import user_path
-from sparse_prune.install_hints import with_remedy
+from sparse_prune.install_hints import refusals
 from sparse_prune.machine import describe_machine
 from sparse_prune.precision import fast_dtype
 from sparse_prune.recipes.base.pretrained import load_tokenizer
 from sparse_prune.recipes.causal_lm.pretrained import load_model
+from sparse_prune.recipes.causal_lm.sequences import make_sequences
+from sparse_prune.recipes.causal_lm.trained_text import unseen_documents
 
 log = logging.getLogger(__name__)
 _RETRIEVED = ("passkey", "needle")
@@ -115,13 +116,9 @@ def main(args: list[str] | None = None) -> None:
     parser = _parser()
     given = parser.parse_args(args)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
+    with refusals(parser):
         model, twin, measure, part = _prepare(given)
         asking = _asking(given, measure)
-    except ImportError as error:
-        parser.error(with_remedy(error))
-    except (OSError, ValueError) as error:
-        parser.error(str(error))
     pruned, asked = evaluate(model, **measure, chunk=given.chunk), asking.ask(model)
     with nullcontext() if twin is not None else all_connections(model):
         dense = model if twin is None else twin.to(given.device)
@@ -163,6 +160,14 @@ def _prepare(given: argparse.Namespace) -> tuple[Any, Any, dict[str, Any], str]:
             check(each, **measure)
     _check_output(given.output)
     return model, twin, measure, part
+
+
+def held_out(
+    tokenizer: Any, text: str | list[str], length: int, count: int, told: Mapping[str, Any] | None = None
+) -> tuple[torch.Tensor, str]:
+    """Sequences of text that a model was not trained on, at most `count`, and which part of the text they are."""
+    documents, part = unseen_documents(text, told)
+    return make_sequences(tokenizer, documents, length, count, "to evaluate on", "lengths").input_ids, part
 
 
 def _asking(given: argparse.Namespace, measure: dict[str, Any]) -> Asking:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from sparse_prune.evaluation import handles_of
+from sparse_prune.ranges import check_range
 from sparse_prune.recipes.base.pretrained import longest_prompt
 
 
@@ -13,10 +14,6 @@ def lengths_around(model: Any, decode: int = 32) -> list[int]:
     """Return half, once, twice and four times the length that the patterns were learned at, as far as positions reach.
 
     If the model has a table of positions, it also holds the tokens that are decoded after the longest length.
-
-    Args:
-        model: A transformers causal language model with patterns.
-        decode: Tokens to decode.
 
     Raises:
         ValueError: If there are no patterns, or decoding leaves no room for a prompt.
@@ -33,16 +30,10 @@ def lengths_around(model: Any, decode: int = 32) -> list[int]:
 def check_lengths(model: Any, lengths: Sequence[int], decode: int) -> None:
     """Refuse lengths that a model has no positions for, and lengths without a token to predict.
 
-    Args:
-        model: A transformers causal language model.
-        lengths: Tokens.
-        decode: Tokens to decode.
-
     Raises:
         ValueError: If a length is out of range.
     """
-    if min(lengths) < 2:
-        raise ValueError(f"`lengths` must be at least 2 tokens, got {min(lengths)}. Raise it.")
+    check_range("[2, inf)", "It counts tokens.", lengths=min(lengths))
     room = longest_prompt(model, decode)
     if room is not None and max(lengths) > room:
         raise ValueError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -12,7 +11,7 @@ from typing import Any
 
 from sparse_prune.evaluation import CacheCost
 from sparse_prune.evaluation.meter import TaskScore, table
-from sparse_prune.files import whole_file
+from sparse_prune.files import write_report
 
 _DENSE, _PRUNED = "#9aa3b2", "#1d4e89"
 
@@ -64,14 +63,7 @@ class EvaluationReport:
 
     def write(self, folder: str | os.PathLike[str]) -> Path:
         """Write evaluation.md, evaluation.json and evaluation.png, each whole or not at all; return the text's path."""
-        target = Path(folder)
-        with whole_file(target / "evaluation.json") as data:
-            data.write_text(json.dumps(self.as_dict(), indent=1) + "\n", encoding="utf-8")
-        with whole_file(target / "evaluation.png") as picture:
-            self._draw(picture)
-        with whole_file(target / "evaluation.md") as text:
-            text.write_text(self.text(), encoding="utf-8")
-        return target / "evaluation.md"
+        return write_report(folder, "evaluation", self.as_dict(), self.text(), self._draw)
 
     def as_dict(self) -> dict[str, Any]:
         """Return the report as JSON types."""

@@ -12,6 +12,7 @@ from typing import Any
 from sparse_prune.evaluation import TASKS, fresh_cache, measure_task
 from sparse_prune.evaluation.meter import TaskScore
 from sparse_prune.evaluation.tasks import build
+from sparse_prune.ranges import check_range
 
 log = logging.getLogger(__name__)
 
@@ -38,17 +39,12 @@ class Asking:
     """Positions of facts, in [0, 1], in turn."""
 
     def __post_init__(self) -> None:
-        if self.questions < 1:
-            raise ValueError(f"`questions` must be at least 1, got {self.questions}.")
+        check_range("[1, inf)", questions=self.questions)
         for name, depth in product(self.names, self.depths):
             build(TASKS[name], self.tokenizer, self.filler, self.length, depth, 0)
 
     def ask(self, model: Any) -> dict[str, TaskScore]:
-        """Score a model in every task, through its cache.
-
-        Args:
-            model: A transformers causal language model.
-        """
+        """Score a model in every task, through its cache."""
         scores = {}
         for name in self.names:
             scores[name] = measure_task(

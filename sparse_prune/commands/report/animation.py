@@ -31,12 +31,7 @@ def thin_out(steps: Sequence[int]) -> list[int]:
 
 
 def blocks_per_cell(patterns: Mapping[str, BlockPattern], frames: int) -> int:
-    """Side, in blocks, of the smallest cells with which frames stay below `MOST_BYTES` and `MOST_CELLS`.
-
-    Args:
-        patterns: Those of one frame; the others are taken to be as large.
-        frames: How many frames are shown.
-    """
+    """Side, in blocks, of the smallest cells with which frames stay below `MOST_BYTES` and `MOST_CELLS`."""
     shapes = [pattern.keep.shape for pattern in patterns.values()]
     most = max((max(shape[1:]) for shape in shapes), default=1)
     for merged in range(1, most):
@@ -49,10 +44,6 @@ def blocks_per_cell(patterns: Mapping[str, BlockPattern], frames: int) -> int:
 
 def packed(pattern: BlockPattern, merged: int) -> dict[str, Any]:
     """A layer of a frame as JSON types.
-
-    Args:
-        pattern: The layer's blocks.
-        merged: Blocks per side of a cell.
 
     Returns:
         heads, rows and cols of cells; `depth`, bits per cell; `keep`, levels of cells from the first head's first row
@@ -70,12 +61,7 @@ def packed(pattern: BlockPattern, merged: int) -> dict[str, Any]:
 
 
 def frames(history: Iterator[tuple[int, Mapping[str, BlockPattern]]], merged: int) -> list[dict[str, Any]]:
-    """Frames as JSON types; only one is held at full size at a time.
-
-    Args:
-        history: Step and patterns of every frame.
-        merged: As for `packed`.
-    """
+    """Frames as JSON types; only one is held at full size at a time."""
     return [{"step": step, "layers": [packed(p, merged) for p in patterns.values()]} for step, patterns in history]
 
 

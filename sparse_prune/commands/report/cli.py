@@ -9,7 +9,7 @@ from sparse_prune.commands.report import compare, page
 from sparse_prune.commands.report.logs import read_run
 from sparse_prune.export.history import FOLDER
 from sparse_prune.files import user_path, write_output
-from sparse_prune.install_hints import with_remedy
+from sparse_prune.install_hints import refusals
 
 
 def main(args: list[str] | None = None) -> None:
@@ -24,13 +24,9 @@ def main(args: list[str] | None = None) -> None:
         "--output", type=user_path, help="where to write; report.html, or comparison.html, beside the first logs"
     )
     given = parser.parse_args(args)
-    try:
+    with refusals(parser):
         runs = [read_run(run) for run in given.run]
         text = page.render(runs[0]) if len(runs) == 1 else compare.render(runs)
-    except ImportError as error:
-        parser.error(with_remedy(error))
-    except (OSError, ValueError) as error:
-        parser.error(str(error))
     first = runs[0]
     if len(runs) == 1 and not first.steps:
         where = (first.history or first.folder) / FOLDER

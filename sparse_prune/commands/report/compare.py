@@ -17,11 +17,7 @@ def render(runs: Sequence[RunLogs]) -> str:
 
 
 def describe(runs: Sequence[RunLogs]) -> dict[str, Any]:
-    """Everything that the page shows, as JSON types.
-
-    Args:
-        runs: Two or more.
-    """
+    """Everything that the page shows, as JSON types."""
     shared = os.path.commonpath([run.folder for run in runs])
     names = _names([os.path.relpath(run.folder, shared) for run in runs])
     found = [numbers(run) for run in runs]

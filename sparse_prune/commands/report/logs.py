@@ -40,9 +40,6 @@ class RunLogs:
     def frame(self, step: int) -> Mapping[str, BlockPattern]:
         """Layer -> pattern after a step.
 
-        Args:
-            step: One of `steps`.
-
         Raises:
             ValueError: If the frame is damaged.
         """
@@ -51,9 +48,6 @@ class RunLogs:
 
 def read_run(folder: Path) -> RunLogs:
     """Read what `CSVLogger` wrote, or else W&B's client on disk, and find what `SparsityLogger` did.
-
-    Args:
-        folder: Where the logs are, or any folder above them: then the latest below is taken.
 
     Raises:
         FileNotFoundError: If there are no logs.
@@ -135,12 +129,7 @@ def _settings(home: Path) -> dict[str, str]:
 
 
 def flat(value: Any, name: str = "") -> dict[str, str]:
-    """Nested settings as text by path, such as trainer/max_steps.
-
-    Args:
-        value: Mappings, lists and plain values.
-        name: Path so far.
-    """
+    """Nested settings as text by path, such as trainer/max_steps."""
     if isinstance(value, list) and any(isinstance(part, Mapping) for part in value):
         value = dict(enumerate(value))
     if not isinstance(value, Mapping):

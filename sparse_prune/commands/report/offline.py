@@ -20,9 +20,6 @@ def read_offline(path: Path) -> tuple[Rows, dict[str, str]]:
 
     Format: https://github.com/google/leveldb/blob/main/doc/log_format.md, wandb/proto/wandb_internal.proto.
 
-    Args:
-        path: The file.
-
     Returns:
         (step as logged, key -> number) in order, and the run's config, flat, as text.
 

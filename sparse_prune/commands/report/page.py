@@ -26,11 +26,7 @@ def render(logs: RunLogs) -> str:
 
 
 def fill(data: Mapping[str, Any]) -> str:
-    """The template with its data.
-
-    Args:
-        data: JSON types; `kind` says what is drawn.
-    """
+    """The template with its data."""
     text = json.dumps(data, separators=(",", ":"), allow_nan=False)
     # Inside a script element only "</" and "<!--" could end or comment out what follows.
     text = text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")

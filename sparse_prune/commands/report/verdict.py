@@ -109,12 +109,7 @@ def swap_steps(logs: RunLogs) -> list[int]:
 
 
 def sentence(found: Numbers, planned: str | None) -> str:
-    """The run in a sentence.
-
-    Args:
-        found: Its numbers.
-        planned: How many steps it was to take, if that is known.
-    """
+    """The run in a sentence."""
     begin = "" if found.finished else f"Unfinished, step {found.step}{f' of {planned}' if planned else ''}: "
     if found.sparsity is None:
         return f"{begin}nothing was pruned yet."

@@ -21,6 +21,17 @@ MIN_TILE = 16
 """Smallest side of a tensor-core product."""
 
 
+class Traits(NamedTuple):
+    """What of an attention call's options a kernel is compiled for; the last fields of a `Call`."""
+
+    masks: int = 0
+    """As `mask_kinds` gives it."""
+    softcap: bool = False
+    """Whether logits are capped."""
+    dropout: bool = False
+    """Whether weights are dropped."""
+
+
 class Call(NamedTuple):
     """What of an attention call the choice of a configuration hangs on."""
 
@@ -44,9 +55,9 @@ def mask_kinds(options: AttentionOptions) -> int:
     return masks + 4 * (options.documents is not None) + 8 * (options.window is not None)
 
 
-def traits(options: AttentionOptions) -> tuple[int, bool, bool]:
-    """The last three fields of a `Call`: kinds of masks, soft cap, dropout."""
-    return mask_kinds(options), options.softcap is not None, options.dropout_p > 0
+def traits(options: AttentionOptions) -> Traits:
+    """What of the options a kernel is compiled for."""
+    return Traits(mask_kinds(options), options.softcap is not None, options.dropout_p > 0)
 
 
 @dataclass(frozen=True)
