@@ -60,8 +60,8 @@ def _retrieval(pruner: AttentionPruner, unasked: str | None) -> str:
         kept.append(f"{heads} whole heads" if heads > 1 else "one whole head")
     if kept:
         return (
-            f"Retrieval: pruning keeps {' and '.join(kept)}. A language model loses what it looks up long before its loss "
-            "tells: `sparse-prune evaluate` measures both on an export."
+            f"Retrieval: pruning keeps {' and '.join(kept)}. A language model loses what it looks up long before its "
+            "loss tells: `sparse-prune evaluate` measures both on an export."
         )
     why = f"the model was not asked for what stands far back ({unasked})" if unasked else "nothing was kept for it"
     return (
