@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -56,13 +57,20 @@ def probe(watcher: AttentionPruner, model: Any, sequences: Tensor) -> dict[str, 
 
 
 def prune(
-    watcher: AttentionPruner, model: Any, seen: dict[str, BlockStatistics], sparsity: float, **changes: Any
+    watcher: AttentionPruner,
+    model: Any,
+    seen: dict[str, BlockStatistics],
+    sparsity: float,
+    asked: Iterable[dict[str, BlockStatistics]] = (),
+    **changes: Any,
 ) -> AttentionPruner:
-    """A pruner like `watcher` but for the changes, after its only decision, by what was seen."""
+    """A pruner like `watcher` but for the changes, after its only decision, by what was seen and asked."""
     pruner = replace(watcher, sparsity=ConstantSchedule(final=sparsity), **changes)
     pruner.attach(model)
     for name, state in pruner.layers.items():
         state.layer.pattern, state.layer.mode, state.layer.statistics = None, "dense", seen[name]
+    for statistics in asked:
+        pruner.ask(statistics)
     pruner.update(step=1)
     return pruner
 

@@ -1,11 +1,11 @@
-"""What whole retrieval heads keep and cost: loss and retrieval tasks after one-shot pruning, no fine-tuning.
+"""What questions keep and cost: loss and retrieval tasks after one-shot pruning, no fine-tuning.
 
-    python benchmarks/research/retrieval.py --length 1024 --block-size 16 \
-        --output benchmarks/results/retrieval_1024.json
+    python benchmarks/research/retrieval.py --length 1024 --block-size 16 --sparsities 0.7 \
+        --output benchmarks/results/retrieval_asked_1024.json
 
-Blocks are scored, and heads sought, on training documents; heads by questions in the wordings for choosing, or by the
-tokens of the documents alone. Loss and tasks are of validation documents, in the wordings for testing. Each row is
-written as soon as it is there; rows that are there are not measured again.
+Blocks are scored, and heads sought, on training documents; questions are in the wordings for choosing, or made of the
+documents' tokens alone. Loss and tasks are of validation documents, in the wordings for testing. Each row is written as
+soon as it is there; rows that are there are not measured again.
 """
 
 from __future__ import annotations
@@ -20,37 +20,53 @@ import torch
 from one_shot import load, parser, probe, prune, save
 from torch import Tensor
 
-from sparse_prune import AttentionPruner, ConstantSchedule, Constraints
+from sparse_prune import AttentionPruner, BlockStatistics, ConstantSchedule, Constraints
 from sparse_prune.evaluation import TASKS, all_connections, fresh_cache, mean_loss, measure_task
-from sparse_prune.retrieval import far_field_influence, retrieval_probes, strongest_heads, text_probes
+from sparse_prune.precision import fast_autocast
+from sparse_prune.retrieval import (
+    RetrievalProbe,
+    far_field_influence,
+    look_at,
+    repeat_passages,
+    retrieval_probes,
+    strongest_heads,
+    text_probes,
+)
 
-_PRUNED_FIRST = "blocks by attention"
+_UNASKED = "blocks by attention"
 
 
 def main() -> None:
-    """Find heads, then a row per share of heads and per way to find them."""
-    options = parser(__doc__, probes=6, sequences=6, prompts=60, block_size=16)
-    options.add_argument("--shares", type=float, nargs="+", default=[0.15, 0.1])
-    options.add_argument("--by", nargs="+", choices=["words", "tokens"], default=["words"])
-    options.add_argument("--tasks", nargs="+", choices=list(TASKS), default=["passkey", "needle", "multi_key"])
-    options.add_argument("--questions", type=int, default=4, help="sequences with questions to find heads by")
+    """A row per way to ask and per share of whole heads."""
+    options = parser(__doc__, probes=8, sequences=6, prompts=60, block_size=16)
+    options.add_argument("--shares", type=float, nargs="+", default=[0.0, 0.05])
+    options.add_argument("--by", nargs="+", choices=["words", "tokens"], default=["words", "tokens"])
+    options.add_argument("--tasks", nargs="+", choices=list(TASKS), default=["passkey", "needle", "multi_query"])
     arguments = options.parse_args()
     model, tokenizer, sequences = load(arguments)
     watcher = AttentionPruner(ConstantSchedule(final=0.5), block_size=arguments.block_size)
     watcher.attach(model)
-    rows = _there(arguments)
-    seen = probe(watcher, model, sequences["train"])
+    train, rows = sequences["train"], _there(arguments)
+    seen, asked = probe(watcher, model, train), dict[str, list[dict[str, BlockStatistics]]]()
     influence: dict[str, dict[str, Tensor]] = {}
+    ways: list[tuple[str, str | None, float]] = [(_UNASKED, None, 0.0)]
+    for by in arguments.by:
+        for share in arguments.shares:
+            heads = f", {share:.0%} of heads whole" if share else ""
+            ways.append((f"{_UNASKED} and by questions in {by}{heads}", by, share))
     for sparsity in arguments.sparsities:
-        for name, by, share in [(_PRUNED_FIRST, None, 0.0)] + [
-            (f"{share:.0%} of heads whole, by {by}", by, share) for share in arguments.shares for by in arguments.by
-        ]:
+        for name, by, share in ways:
             if any((row["name"], row["asked"]) == (name, sparsity) for row in rows):
                 continue
-            if by is not None and by not in influence:
-                influence[by] = _influence(model, tokenizer, watcher, sequences["train"], by, arguments.questions)
-            heads = None if by is None else strongest_heads(influence[by], share)
-            pruner = prune(watcher, model, seen, sparsity, constraints=Constraints(protected_heads=heads))
+            if by is not None and by not in asked:
+                questions = text_probes(tokenizer, train, 8) if by == "words" else retrieval_probes(train, 8)
+                asked[by] = _looked_at(model, watcher, train, questions)
+                if any(arguments.shares):
+                    influence[by] = _influence(model, watcher, questions)
+            whole = strongest_heads(influence[by], share) if by is not None and share else None
+            pruner = prune(
+                watcher, model, seen, sparsity, asked.get(by or "", ()), constraints=Constraints(protected_heads=whole)
+            )
             rows.append(_row(arguments, model, tokenizer, sequences["val"], name, sparsity, pruner.total_sparsity))
             save(arguments, rows)
     if not any(row["name"] == "dense" for row in rows):
@@ -66,14 +82,25 @@ def _there(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     return found
 
 
-def _influence(
-    model: Any, tokenizer: Any, watcher: AttentionPruner, sequences: Tensor, by: str, count: int
-) -> dict[str, Tensor]:
-    asked = text_probes(tokenizer, sequences, count) if by == "words" else retrieval_probes(sequences, count)
+def _looked_at(
+    model: Any, watcher: AttentionPruner, sequences: Tensor, questions: list[RetrievalProbe]
+) -> list[dict[str, BlockStatistics]]:
+    """What the model looks at in questions, and in passages that repeat."""
+    layers = [state.layer for state in watcher.layers.values()]
+    call, start = partial(model, use_cache=False), time.perf_counter()
+    texts: list[Any] = [[question.tokens for question in questions], repeat_passages(sequences, 1)]
+    found = [look_at(model, call, layers, text, watcher.sides) for text in texts]
+    print(f"looking at {sum(map(len, texts))} sequences: {time.perf_counter() - start:.0f} s", flush=True)
+    return found
+
+
+def _influence(model: Any, watcher: AttentionPruner, questions: list[RetrievalProbe]) -> dict[str, Tensor]:
     layers = [state.layer for state in watcher.layers.values()]
     start = time.perf_counter()
-    found = far_field_influence(model, lambda tokens: model(input_ids=tokens, use_cache=False).logits, layers, asked)
-    print(f"{count} probes by {by}: {time.perf_counter() - start:.0f} s", flush=True)
+    found = far_field_influence(
+        model, lambda tokens: model(input_ids=tokens, use_cache=False).logits, layers, questions
+    )
+    print(f"influence on {len(questions)} sequences: {time.perf_counter() - start:.0f} s", flush=True)
     return found
 
 
@@ -102,4 +129,5 @@ def _row(
 
 
 if __name__ == "__main__":
-    main()
+    with fast_autocast("cpu"):
+        main()
