@@ -13,8 +13,8 @@ from transformers import TrainerCallback
 
 from sparse_prune.distributed import on_first_rank, sum_over_ranks
 from sparse_prune.files import whole_file
-from sparse_prune.pattern import whole_number
 from sparse_prune.pruner import AttentionPruner, PruneReport
+from sparse_prune.ranges import check_whole
 from sparse_prune.swap_event import SwapEvent, tell
 from sparse_prune.swap_timer import SwapTimer
 
@@ -46,12 +46,10 @@ class AttentionPruningCallback(TrainerCallback):  # type: ignore[misc]
     def __init__(
         self, pruner: AttentionPruner, *, every_n_steps: int = 10, swap: bool = True, checkpoint: str | None = None
     ) -> None:
-        steps = whole_number(every_n_steps)
         if not isinstance(pruner, AttentionPruner):
             raise TypeError(f"`pruner` must be an AttentionPruner, got {pruner!r}. Write AttentionPruner(schedule).")
-        if steps is None or steps < 1:
-            raise ValueError(f"`every_n_steps` must be a whole number of at least 1, got {every_n_steps!r}.")
-        self.pruner, self.every_n_steps, self.swap, self.checkpoint = pruner, steps, swap, checkpoint
+        self.every_n_steps = check_whole("every_n_steps", every_n_steps)
+        self.pruner, self.swap, self.checkpoint = pruner, swap, checkpoint
         self.report: PruneReport | None = None
         """The latest decision of this process."""
         self._schedule = pruner.schedule  # as it was given
