@@ -5,11 +5,12 @@ if __name__ != "sparse_prune.callbacks":
 
 from sparse_prune.callbacks.attention_pruning import AttentionPruning
 from sparse_prune.callbacks.checkpoints import newest_checkpoint
-from sparse_prune.callbacks.kernel_swap import KernelSwap, SwapEvent
+from sparse_prune.callbacks.kernel_swap import KernelSwap
 from sparse_prune.callbacks.restore import restore_patterns
 from sparse_prune.callbacks.sparsity_logger import SparsityLogger
 from sparse_prune.callbacks.wandb_logger import FallbackWandbLogger
 from sparse_prune.retrieval import Retrieval, RetrievalHeads
+from sparse_prune.swap_event import SwapEvent
 
 __all__ = [
     "AttentionPruning",

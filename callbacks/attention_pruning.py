@@ -25,8 +25,8 @@ from sparse_prune.callbacks.sparsity_logger import SparsityLogger
 from sparse_prune.callbacks.training_step import StandIn
 from sparse_prune.constraints import Constraints
 from sparse_prune.distributed import sum_over_ranks
-from sparse_prune.pattern import whole_number
 from sparse_prune.pruner import AttentionPruner, PruneReport, Reduce
+from sparse_prune.ranges import check_whole
 from sparse_prune.retrieval import Retrieval
 from sparse_prune.schedules import Schedule
 from sparse_prune.scores import Criterion, Score, Statistic
@@ -95,15 +95,12 @@ class AttentionPruning(Driver):
         swap: KernelSwap | None = None,
         logging: SparsityLogger | None = None,
     ) -> None:
-        steps = whole_number(every_n_steps)
-        if steps is None or steps < 1:
-            raise ValueError(f"`every_n_steps` must be a whole number of at least 1, got {every_n_steps!r}.")
         parts: list[tuple[str, object, type]] = [("retrieval", None if retrieval == "auto" else retrieval, Retrieval)]
         parts += [("swap", swap, KernelSwap), ("logging", logging, SparsityLogger)]
         for name, given, kind in parts:
             if given is not None and not isinstance(given, kind):
                 raise TypeError(f"`{name}` must be a {kind.__name__} or None, got {given!r}. Write {kind.__name__}().")
-        self.every_n_steps = steps
+        self.every_n_steps = check_whole("every_n_steps", every_n_steps)
         self.module = module
         self.retrieval = retrieval
         self.pruner = AttentionPruner(

@@ -6,9 +6,8 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from sparse_prune.callbacks.kernel_swap import SwapEvent
-from sparse_prune.callbacks.swap_forecast import NO_GAIN, NO_GAIN_REMEDY, measurement
 from sparse_prune.pruner import AttentionPruner, PruneReport
+from sparse_prune.swap_event import NO_GAIN, NO_GAIN_REMEDY, SwapEvent, measurement
 
 
 def closing(

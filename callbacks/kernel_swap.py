@@ -2,44 +2,19 @@
 
 from __future__ import annotations
 
-import logging
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from typing import Any
 
 import pytorch_lightning as pl
 from typing_extensions import override
 
 from sparse_prune.attention.layer import PrunableAttention
-from sparse_prune.attention.measure import fastest, in_words
 from sparse_prune.callbacks.collaborator import Collaborator
-from sparse_prune.callbacks.swap_forecast import NO_GAIN, forecast_swap, measurement, warn_of_loss
+from sparse_prune.callbacks.swap_forecast import forecast_swap, warn_of_loss
 from sparse_prune.kernels import BACKENDS, check_trains
 from sparse_prune.pruner import AttentionPruner
+from sparse_prune.swap_event import SwapEvent, tell
 from sparse_prune.swap_timer import SwapTimer
-
-log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class SwapEvent:
-    """The swap of a settled layer."""
-
-    step: int
-    """Optimizer step of the swap."""
-    layer: str
-    """Qualified name of the layer."""
-    backend: str
-    """The layer's backend after the swap; "dense" if no other was faster and the layer was reverted."""
-    sparsity: float
-    """Share of the layer's possible blocks that was pruned when it settled."""
-    dense_ms: float | None = None
-    """Milliseconds of a forward and backward pass with dense SDPA. None if not measured."""
-    sparse_ms: float | None = None
-    """The same with the fastest sparse backend."""
-    measured_ms: dict[str, float] = field(default_factory=dict)
-    """The same with every backend that was measured."""
-    tokens: int | None = None
-    """Length of the call that was measured. None if none was."""
 
 
 class KernelSwap(Collaborator):
@@ -102,17 +77,14 @@ class KernelSwap(Collaborator):
         for event in trainer.strategy.broadcast(events, src=0):
             pruner.swap(event.layer, event.backend)
             self.events.append(event)
-            _tell(event)
+            tell(event)
 
     def _event(self, layer: PrunableAttention, step: int) -> SwapEvent:
+        if self.backend == "auto" and layer.last_shape is not None:
+            return self.timer.event(layer, step)
         assert layer.pattern is not None
-        sparsity = layer.pattern.sparsity
-        if self.backend != "auto" or layer.last_shape is None:
-            return SwapEvent(step, layer.name, "gather" if self.backend == "auto" else self.backend, sparsity)
-        tokens = layer.last_shape.kv_len
-        times = self.timer.times(layer)
-        sparse = min((ms for name, ms in times.items() if name != "dense"), default=None)
-        return SwapEvent(step, layer.name, fastest(times), sparsity, times.get("dense"), sparse, times, tokens)
+        backend = "gather" if self.backend == "auto" else self.backend
+        return SwapEvent(step, layer.name, backend, layer.pattern.sparsity)
 
     @override
     def state(self) -> dict[str, Any]:
@@ -122,12 +94,3 @@ class KernelSwap(Collaborator):
     def load_state(self, state: dict[str, Any]) -> None:
         self.events = [SwapEvent(**event) for event in state["events"]]
         self._forecast_due = state.get("forecast_due", False)  # older state has none
-
-
-def _tell(event: SwapEvent) -> None:
-    if event.backend != "dense":
-        times = in_words(event.measured_ms) or "not measured"
-        log.info("Step %d: %s -> %s (%s)", event.step, event.layer, event.backend, times)
-    else:
-        found = measurement(event.layer, event.sparsity, event.tokens, event.measured_ms)
-        log.info("Step %d: %s reverts to dense attention, because %s: %s", event.step, event.layer, NO_GAIN, found)

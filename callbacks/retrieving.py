@@ -130,7 +130,7 @@ class AskedModel:
     def __init__(self, pl_module: pl.LightningModule, pruner: AttentionPruner, settings: Retrieval) -> None:
         self.pruner, self.settings = pruner, settings
         self._ask = getattr(pl_module, "retrieval_probes", retrieval_probes)
-        self.module: nn.Module = _module_with_logits(pl_module, pruner.layers, settings.module, "Retrieval.module")
+        self.module: nn.Module = _module_with_logits(pl_module, pruner.layers, settings.module)
         if settings.heads and is_sharded(self.module):
             raise ValueError(
                 f"`Retrieval.heads` must be 0 where FSDP2 keeps the weights in parts, got {settings.heads}. Find the "
@@ -218,9 +218,7 @@ def _whole(tokens: Tensor) -> bool:
     return not tokens.is_floating_point() and tokens.dtype != torch.bool
 
 
-def _module_with_logits(
-    pl_module: pl.LightningModule, layers: Iterable[str], wanted: str | None, argument: str
-) -> nn.Module:
+def _module_with_logits(pl_module: pl.LightningModule, layers: Iterable[str], wanted: str | None) -> nn.Module:
     """Return the module of that name, or the only child that holds all attention layers.
 
     Raises:
@@ -231,16 +229,16 @@ def _module_with_logits(
     if wanted is not None:
         if wanted not in modules:
             raise ValueError(
-                f"`{argument}` must name a module of {type(pl_module).__name__}, got {wanted!r}. Its children are "
-                f"{children}."
+                f"`Retrieval.module` must name a module of {type(pl_module).__name__}, got {wanted!r}. Its "
+                f"children are {children}."
             )
         return modules[wanted]
     layers = list(layers)
     holding = [child for child in children if all(holds(child, layer) for layer in layers)]
     if len(holding) != 1:
         raise ValueError(
-            f"`{argument}` must be given for {type(pl_module).__name__}: none of its children {children} holds all "
-            "attention layers. Name the module that ends with the logits."
+            f"`Retrieval.module` must be given for {type(pl_module).__name__}: none of its children {children} "
+            "holds all attention layers. Name the module that ends with the logits."
         )
     return modules[holding[0]]
 

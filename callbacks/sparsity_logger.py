@@ -15,7 +15,7 @@ from typing_extensions import override
 
 from sparse_prune.callbacks import logger_kinds
 from sparse_prune.callbacks.collaborator import Collaborator
-from sparse_prune.callbacks.kernel_swap import KernelSwap, SwapEvent
+from sparse_prune.callbacks.kernel_swap import KernelSwap
 from sparse_prune.callbacks.run_folder import run_folder
 from sparse_prune.callbacks.step_clock import StepClock
 from sparse_prune.callbacks.uploads import Uploads
@@ -27,6 +27,7 @@ from sparse_prune.pattern import BlockPattern
 from sparse_prune.pictures import draw_layer, views
 from sparse_prune.pruner import AttentionPruner, PruneReport
 from sparse_prune.ranges import check_range
+from sparse_prune.swap_event import SwapEvent
 
 log = logging.getLogger(__name__)
 

@@ -3,29 +3,17 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable
 from dataclasses import dataclass
 
 from sparse_prune.attention.layer import PrunableAttention
-from sparse_prune.attention.measure import fastest, in_words
+from sparse_prune.attention.measure import fastest
 from sparse_prune.fixed_patterns import random_pattern
 from sparse_prune.pruner import AttentionPruner
+from sparse_prune.swap_event import NO_GAIN, NO_GAIN_REMEDY, measurement
 from sparse_prune.swap_timer import SwapTimer
 
 log = logging.getLogger(__name__)
-
-NO_GAIN = "no backend is faster than dense attention"
-"""Why a layer reverts to dense attention."""
-NO_GAIN_REMEDY = (
-    "Use longer sequences, larger blocks or more sparsity; or name a backend, as in KernelSwap('sdpa'), to keep the "
-    "patterns without a measurement."
-)
-
-
-def measurement(layer: str, sparsity: float, tokens: int | None, measured_ms: Mapping[str, float]) -> str:
-    """Describe a measurement in words."""
-    length = "" if tokens is None else f" and {tokens} tokens"
-    return f"at {sparsity:.0%} sparsity{length}, attention like that of {layer} measures {in_words(measured_ms)}"
 
 
 @dataclass(frozen=True)

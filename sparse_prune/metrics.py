@@ -6,9 +6,10 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 from sparse_prune.pruner import AttentionPruner, PruneReport
+from sparse_prune.swap_event import SwapEvent
 
 Style = Literal["main", "second", "accent", "muted", "thin"]
 Section = Literal["Over the run", "Layers", "Speed and savings"]
@@ -30,18 +31,6 @@ class Chart:
     """Whether `sparse-prune report` draws it; its table of layers may say the same."""
 
 
-class Swap(Protocol):
-    """A swap, as metrics read it; `sparse_prune.callbacks.SwapEvent` is one."""
-
-    @property
-    def layer(self) -> str:
-        """The layer's qualified name."""
-
-    @property
-    def backend(self) -> str:
-        """The layer's backend after the swap; "dense" if the layer was reverted to dense attention."""
-
-
 @dataclass(frozen=True, eq=False)
 class Moment:
     """The state of a run that metrics are read from."""
@@ -50,9 +39,9 @@ class Moment:
     """The pruner."""
     report: PruneReport
     """The latest decision."""
-    fresh: Sequence[Swap] = ()
+    fresh: Sequence[SwapEvent] = ()
     """Swaps that were not logged yet."""
-    swaps: Sequence[Swap] = ()
+    swaps: Sequence[SwapEvent] = ()
     """All swaps of the run."""
 
     @cached_property
@@ -265,7 +254,7 @@ def markdown_table() -> str:
 HEAD_COLUMNS = ("layer", "head", "sparsity", "mass kept", "change", "settled at", "backend")
 
 
-def head_table(pruner: AttentionPruner, swaps: Sequence[Swap]) -> list[list[Any]]:
+def head_table(pruner: AttentionPruner, swaps: Sequence[SwapEvent]) -> list[list[Any]]:
     """Return a row per layer and head, with the columns `HEAD_COLUMNS`."""
     backends = {swap.layer: swap.backend for swap in swaps}
     rows: list[list[Any]] = []

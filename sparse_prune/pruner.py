@@ -374,6 +374,8 @@ class AttentionPruner:
         state.layer.pattern = replace(pattern, keep=pattern.possible.expand_as(pattern.keep).clone())
         state.layer.mode = "dense"
 
+    restore = revert  # its former name
+
     def _settled(self, name: str) -> LayerState:
         state = self.layers[name]
         if state.settled_at is None:

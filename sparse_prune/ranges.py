@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 
+from sparse_prune.pattern import whole_number
+
 
 def check_range(interval: str, remedy: str = "", /, **values: float) -> None:
     """Refuse numbers outside an interval; NaN is outside of every one.
@@ -25,3 +27,11 @@ def check_range(interval: str, remedy: str = "", /, **values: float) -> None:
             if math.isinf(high):
                 wanted = f"be at least {low:g}" if interval[0] == "[" else f"be above {low:g}"
             raise ValueError(f"`{name}` must {wanted}, got {value}. {remedy}".rstrip())
+
+
+def check_whole(name: str, value: object, least: int = 1) -> int:
+    """Convert a whole number of any type to int; refuse anything else, and numbers below `least`."""
+    number = whole_number(value)
+    if number is None or number < least:
+        raise ValueError(f"`{name}` must be a whole number of at least {least}, got {value!r}.")
+    return number

@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 
 from sparse_prune.attention.layer import PrunableAttention
-from sparse_prune.attention.measure import time_attention
+from sparse_prune.attention.measure import fastest, time_attention
 from sparse_prune.clock import hides_host, now
 from sparse_prune.kernels import skipping_backends
 from sparse_prune.pattern import BlockPattern
+from sparse_prune.swap_event import SwapEvent
 
 
 class SwapTimer:
@@ -38,3 +39,12 @@ class SwapTimer:
         found = time_attention(layer, skipping_backends(device), repeats, self.tuned, pattern, self._hidden)
         self.seconds += now(device) - start
         return found
+
+    def event(self, layer: PrunableAttention, step: int) -> SwapEvent:
+        """Measure a settled layer, and choose its fastest backend, or dense attention if no other is faster."""
+        assert layer.pattern is not None
+        assert layer.last_shape is not None
+        times = self.times(layer)
+        sparse = min((ms for name, ms in times.items() if name != "dense"), default=None)
+        sizes = (layer.pattern.sparsity, times.get("dense"), sparse, times, layer.last_shape.kv_len)
+        return SwapEvent(step, layer.name, fastest(times), *sizes)

@@ -11,11 +11,11 @@ import torch
 from torch import nn
 from transformers import TrainerCallback
 
-from sparse_prune.attention.measure import fastest, in_words
 from sparse_prune.distributed import on_first_rank, sum_over_ranks
 from sparse_prune.files import whole_file
-from sparse_prune.pattern import whole_number
 from sparse_prune.pruner import AttentionPruner, PruneReport
+from sparse_prune.ranges import check_whole
+from sparse_prune.swap_event import SwapEvent, tell
 from sparse_prune.swap_timer import SwapTimer
 
 log = logging.getLogger(__name__)
@@ -46,12 +46,10 @@ class AttentionPruningCallback(TrainerCallback):  # type: ignore[misc]
     def __init__(
         self, pruner: AttentionPruner, *, every_n_steps: int = 10, swap: bool = True, checkpoint: str | None = None
     ) -> None:
-        steps = whole_number(every_n_steps)
         if not isinstance(pruner, AttentionPruner):
             raise TypeError(f"`pruner` must be an AttentionPruner, got {pruner!r}. Write AttentionPruner(schedule).")
-        if steps is None or steps < 1:
-            raise ValueError(f"`every_n_steps` must be a whole number of at least 1, got {every_n_steps!r}.")
-        self.pruner, self.every_n_steps, self.swap, self.checkpoint = pruner, steps, swap, checkpoint
+        self.every_n_steps = check_whole("every_n_steps", every_n_steps)
+        self.pruner, self.swap, self.checkpoint = pruner, swap, checkpoint
         self.report: PruneReport | None = None
         """The latest decision of this process."""
         self._schedule = pruner.schedule  # as it was given
@@ -86,8 +84,8 @@ class AttentionPruningCallback(TrainerCallback):  # type: ignore[misc]
         report = self.pruner.update(state.global_step, reduce)
         self.report = report or self.report
         if self.swap and report is not None and report.settled:
-            for name, backend in on_first_rank(partial(self._measured, report.settled)).items():
-                self.pruner.swap(name, backend)
+            for event in on_first_rank(partial(self._measured, report)):
+                self.pruner.swap(event.layer, event.backend)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Write the state of pruning into the checkpoint's folder."""
@@ -124,15 +122,11 @@ class AttentionPruningCallback(TrainerCallback):  # type: ignore[misc]
         self._run_steps = held["run_steps"]
         self.pruner.load_state_dict(held["pruner"])
 
-    def _measured(self, names: tuple[str, ...]) -> dict[str, str]:
-        """Layer -> fastest backend, or "dense"."""
-        chosen = {}
-        for name in names:
-            layer = self.pruner.layers[name].layer
-            times = self._timer.times(layer)
-            chosen[name] = fastest(times)
-            log.info("%s -> %s (%s)", name, chosen[name], in_words(times))
-        return chosen
+    def _measured(self, report: PruneReport) -> list[SwapEvent]:
+        events = [self._timer.event(self.pruner.layers[name].layer, report.step) for name in report.settled]
+        for event in events:
+            tell(event)
+        return events
 
 
 def _folder(args: Any, state: Any) -> Path:

@@ -25,7 +25,7 @@ LAYERS = (
     "selection distributed fixed_patterns",
     "kernels",
     "attention",
-    "layer_state cache swap_timer",
+    "layer_state cache swap_event swap_timer",
     "pruner transformers_callback",
     "evaluation retrieval metrics",
     "export",

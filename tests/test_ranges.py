@@ -2,9 +2,10 @@
 
 import math
 
+import numpy as np
 import pytest
 
-from sparse_prune.ranges import check_range
+from sparse_prune.ranges import check_range, check_whole
 
 
 @pytest.mark.parametrize(
@@ -30,3 +31,10 @@ def test_the_error_names_argument_range_value_and_remedy():
         check_range("[1, inf)", patience=0)
     with pytest.raises(ValueError, match=r"^`std` must be above 0, got 0.$"):
         check_range("(0, inf)", std=0)
+
+
+def test_whole_numbers_of_any_type_are_taken():
+    assert type(check_whole("steps", np.int64(3))) is int
+    for wrong in (0, 1.0, True, "1"):
+        with pytest.raises(ValueError, match="^`steps` must be a whole number of at least 1, got"):
+            check_whole("steps", wrong)

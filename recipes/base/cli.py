@@ -30,7 +30,7 @@ from sparse_prune.recipes.base.history import RunHistory
 from sparse_prune.recipes.base.module import FineTuneModule
 from sparse_prune.recipes.base.parser import RecipeParser
 from sparse_prune.recipes.base.pretrained import check_vocabulary
-from sparse_prune.recipes.base.progress import Progress
+from sparse_prune.recipes.base.progress import Heartbeat, Progress
 from sparse_prune.recipes.base.refusals import program_of, refusals
 from sparse_prune.recipes.base.report import CacheComparison, DenseRun, RunReport
 from sparse_prune.recipes.base.trainer import RecipeTrainer
@@ -179,7 +179,8 @@ class FineTuneCLI(LightningCLI):
         )
 
     def _cache(self) -> CacheComparison | None:
-        return None if self._in_parts else on_first_rank(partial(_attempt, "the KV cache", self.cache))
+        with Heartbeat("the KV cache"):
+            return None if self._in_parts else on_first_rank(partial(_attempt, "the KV cache", self.cache))
 
     @property
     def _in_parts(self) -> bool:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import threading
 import time
+from types import TracebackType
 from typing import Any
 
 import pytorch_lightning as pl
@@ -12,8 +14,54 @@ from typing_extensions import override
 log = logging.getLogger(__name__)
 
 
+class Heartbeat:
+    """A context manager that logs the current activity after every `seconds` without a message.
+
+    Args:
+        what: The activity, as in "Still at ...".
+        seconds: Seconds of silence, positive.
+    """
+
+    def __init__(self, what: str, seconds: float = 60.0) -> None:
+        self.seconds = seconds
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="sparse_prune-heartbeat", daemon=True)
+        self.at(what)
+
+    def at(self, what: str) -> None:
+        """Set another activity."""
+        self._what, self._since = what, time.monotonic()
+        self.heard()
+
+    def heard(self) -> None:
+        """Note that a message was logged."""
+        self._heard = time.monotonic()
+
+    @property
+    def silent(self) -> bool:
+        """Whether `seconds` have passed without a message."""
+        return time.monotonic() - self._heard >= self.seconds
+
+    def __enter__(self) -> Heartbeat:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._ended.set()
+
+    def _watch(self) -> None:
+        while not self._ended.wait(self.seconds / 10):
+            if self.silent:
+                log.info("Still at %s, for %s.", self._what, spoken(time.monotonic() - self._since))
+                self.heard()
+
+
 class Progress(pl.Callback):
     """Logs, on rank 0, how long the run will take: after the first step, and then once a minute.
+
+    After a minute of silence it logs the current activity, such as a long step, validation or a test.
 
     Args:
         twin: Whether a run of the same length will follow.
@@ -22,8 +70,27 @@ class Progress(pl.Callback):
 
     def __init__(self, twin: bool = False, seconds: float = 60.0) -> None:
         self.twin, self.seconds = twin, seconds
+        self._heartbeat: Heartbeat | None = None
         self._begun, self._said = 0.0, 0.0  # seconds of the clock
         self._first, self._step = 0, 0
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if trainer.is_global_zero:
+            self._heartbeat = Heartbeat("set-up", self.seconds).__enter__()
+
+    @override
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._end()
+
+    @override
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self._end()
+
+    def _end(self) -> None:
+        if self._heartbeat is not None:
+            self._heartbeat.__exit__(None, None, None)
+            self._heartbeat = None
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -31,17 +98,36 @@ class Progress(pl.Callback):
         self._step = self._first
 
     @override
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if self._heartbeat is not None:
+            self._heartbeat.at(f"step {trainer.global_step + 1}")
+
+    @override
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        step = trainer.global_step
-        if step == self._step or not trainer.is_global_zero:
+        step, heartbeat = trainer.global_step, self._heartbeat
+        if heartbeat is None or step == self._step:
             return
-        first, self._step = self._step == self._first, step
-        if first or time.monotonic() - self._said >= self.seconds:
-            line = self._forecast if first else self._remainder
-            log.info("%s", line(step, trainer.estimated_stepping_batches))
+        if self._step == self._first:
+            log.info("%s", self._forecast(step, trainer.estimated_stepping_batches))
             self._said = time.monotonic()
+        elif time.monotonic() - self._said >= self.seconds:
+            log.info("%s", self._remainder(step, trainer.estimated_stepping_batches))
+            self._said = time.monotonic()
+        self._step = step
+
+    @override
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._heartbeat is not None:
+            self._heartbeat.at("validation")
+
+    @override
+    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._heartbeat is not None:
+            self._heartbeat.at("the test")
 
     def _seconds_left(self, step: int, last: float) -> float:
         done = step - self._first

@@ -12,6 +12,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from sparse_prune.files import user_path, whole_folder
+from sparse_prune.install_hints import refusals
 
 _PACKAGE = "sparse_prune.recipes"
 
@@ -89,10 +90,8 @@ def main(args: list[str] | None = None) -> None:
     if given.action == "run":
         _run(running, known, given, rest)
     elif given.action == "copy":
-        try:
+        with refusals(parser):
             written = copy(known[given.name], given.folder)
-        except (OSError, ValueError) as error:
-            parser.error(str(error))
         print(f"Copied {len(written)} files. Edit them, then, in {given.folder.resolve().parent}:")
         print(f"  python -m {given.folder.name} fit --config quickstart")
     else:

@@ -7,6 +7,7 @@ from typing import Any
 
 from typing_extensions import deprecated
 
+from sparse_prune.ranges import check_range
 from sparse_prune.retrieval.probes import LEAST_LENGTH
 
 
@@ -35,10 +36,8 @@ class Retrieval:
     that holds all attention layers."""
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.heads <= 1.0:
-            raise ValueError(f"`heads` must lie in [0, 1], got {self.heads}. 0.1 keeps 10 % of the heads whole.")
-        if self.probes < 2:
-            raise ValueError(f"`probes` must be at least 2, one of each kind, got {self.probes}.")
+        check_range("[0, 1]", "0.05 keeps 5 % of the heads whole.", heads=self.heads)
+        check_range("[2, inf)", "One of each kind.", probes=self.probes)
         if self.length is not None and self.length < LEAST_LENGTH:
             raise ValueError(f"`length` must be at least {LEAST_LENGTH} tokens or None, got {self.length}.")
 

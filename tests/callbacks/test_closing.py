@@ -12,8 +12,8 @@ from pytorch_lightning.loggers import CSVLogger
 from sparse_prune import Constraints, swap_timer
 from sparse_prune.callbacks import KernelSwap, attention_pruning
 from sparse_prune.callbacks.closing import closing
-from sparse_prune.callbacks.swap_forecast import NO_GAIN, NO_GAIN_REMEDY
 from sparse_prune.export import load_patterns
+from sparse_prune.swap_event import NO_GAIN, NO_GAIN_REMEDY
 from support.tiny import TinyModule, batches, pruning, trainer
 
 

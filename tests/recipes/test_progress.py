@@ -1,4 +1,4 @@
-"""A run says how long it will take."""
+"""A run says how long it will take, and is never silent for long."""
 
 import logging
 import time
@@ -7,7 +7,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 
-from sparse_prune.recipes.base.progress import Progress, spoken
+from sparse_prune.recipes.base.progress import Heartbeat, Progress, spoken
 
 
 class Slow(pl.LightningModule):
@@ -48,6 +48,23 @@ def test_accumulated_batches_are_one_step_and_later_lines_say_what_is_left(tmp_p
     lines = [record.getMessage() for record in caplog.records if record.name.endswith("progress")]
     assert "3 more will take about" in lines[0]
     assert [line for line in lines if line.startswith("Step 3 of 4 is done; about 0.")]
+
+
+def test_a_long_step_is_not_silent(tmp_path, caplog):
+    with caplog.at_level(logging.INFO, "sparse_prune"):
+        fit(Progress(seconds=0.2), 0.7, tmp_path, max_steps=1)
+        count = len(caplog.records)
+        time.sleep(0.5)  # the thread ends with the run
+    assert len(caplog.records) == count
+    assert [line for line in caplog.messages if line.startswith("Still at step 1, for 0.")]
+
+
+def test_a_heartbeat_names_what_is_being_done(caplog):
+    with caplog.at_level(logging.INFO, "sparse_prune"), Heartbeat("one thing", seconds=0.1) as heartbeat:
+        heartbeat.at("another")
+        time.sleep(0.3)
+    assert caplog.messages
+    assert all(line.startswith("Still at another, for 0.") for line in caplog.messages)
 
 
 @pytest.mark.parametrize(
