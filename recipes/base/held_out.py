@@ -65,7 +65,8 @@ class HeldOutMean(Metric):
     @override
     def update(self, mean: Tensor, counted: int) -> None:
         """Add a batch: the mean over its examples, (), and the number of them that count."""
-        self.total += mean * counted
+        # Under `precision="bf16-true"` Lightning casts the state, in which small numbers would not add up.
+        self.total = self.total.float() + mean.float() * counted
         self.examples += counted
 
     @override
