@@ -74,7 +74,7 @@ def _sink_and_window(distance: Tensor, num_heads: int, generator: torch.Generato
 
 def _bigbird(distance: Tensor, num_heads: int, generator: torch.Generator) -> Tensor:
     rows = len(distance)
-    chance = torch.rand(num_heads, rows, rows, generator=generator).argsort(-1).argsort(-1)
+    chance = torch.rand(num_heads, rows, rows, dtype=torch.float32, generator=generator).argsort(-1).argsort(-1)
     # Only the random places that a query may see count, so the rank is scaled to the row's own length.
     places = torch.arange(1, rows + 1)[:, None] / rows
     columns = torch.arange(rows).expand(rows, -1)

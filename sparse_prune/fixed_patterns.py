@@ -35,7 +35,7 @@ def random_pattern(
     dense = BlockPattern.dense(num_heads, length, length, block_size, causal)
     block_q, block_kv = dense.block_size
     rows = torch.arange(dense.keep.shape[1])
-    order = torch.rand(dense.keep.shape, generator=torch.Generator().manual_seed(seed))
+    order = torch.rand(dense.keep.shape, dtype=torch.float32, generator=torch.Generator().manual_seed(seed))
     order[:, :, 0] = 2.0
     order[:, rows, rows * block_q // block_kv] = 2.0
     order = order.masked_fill(~dense.keep, -1.0)

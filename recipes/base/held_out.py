@@ -59,13 +59,14 @@ class HeldOutMean(Metric):
 
     def __init__(self) -> None:
         super().__init__()
-        self.add_state("total", torch.tensor(0.0), dist_reduce_fx="sum")
+        self.add_state("total", torch.tensor(0.0, dtype=torch.float32), dist_reduce_fx="sum")
         self.add_state("examples", torch.tensor(0), dist_reduce_fx="sum")
 
     @override
     def update(self, mean: Tensor, counted: int) -> None:
         """Add a batch: the mean over its examples, (), and the number of them that count."""
-        self.total += mean * counted
+        # Under `precision="bf16-true"` Lightning casts the state, in which small numbers would not add up.
+        self.total = self.total.float() + mean.float() * counted
         self.examples += counted
 
     @override

@@ -168,7 +168,7 @@ class PrunableAttention:
         options: AttentionOptions,
         *,
         dense: Callable[[], Tensor],
-        whole: bool = True,
+        dropped: int | None = 0,
         causal: bool | None = None,
     ) -> Tensor:
         """Compute attention in the layer's mode.
@@ -179,7 +179,8 @@ class PrunableAttention:
             value: (batch, num_kv_heads, kv_len, value_dim), or the `PackedKeys` of a `PatternCache`.
             options: The options of the call.
             dense: The model's own attention.
-            whole: Whether the keys are all of the sequence's so far, so that no cache has dropped any.
+            dropped: Keys of the sequence before these, which a cache has dropped and no query sees; None if a query may
+                see some.
             causal: Whether this call hides later keys from every query. If not, the masks among its options hide what
                 is hidden. None: as the layer.
 
@@ -214,13 +215,13 @@ class PrunableAttention:
         if self.mode == "dense" or self._pattern is None:
             return self._with_gradient(dense(), query, key, value, options, causal)
         if q_len != kv_len:
-            if not whole:
+            if dropped is None:
                 raise ValueError(
                     f"Layer {self.name!r} sees a window of its tokens, and its cache may have dropped keys that the "
                     "pattern counts. Generate with past_key_values=PatternCache(model), or with DynamicCache() where "
                     "that refuses the model."
                 )
-            return self._attend_cached(query, key, value, options, causal)
+            return self._attend_cached(query, key, value, options, causal, dropped)
         pattern = self._pattern_of_call(q_len, kv_len, causal)
         if causal and not pattern.causal:
             options = _causal_too(options, q_len, query.device)
@@ -355,18 +356,18 @@ class PrunableAttention:
         return key
 
     def _attend_cached(
-        self, query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions, causal: bool
+        self, query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions, causal: bool, dropped: int
     ) -> Tensor:
         """Attention of the last queries against a cache: by the backend's decoding, or else under a mask."""
         assert self._pattern is not None
         q_len, kv_len = query.shape[2], key.shape[2]
-        decode = self._decode
+        decode = None if dropped else self._decode
         # The last query sees every key in any case.
         if decode is not None and self._pattern.causal and (causal or q_len == 1):
             decoded = decode(query, key, value, self._pattern, options)
             if decoded is not None:
                 return decoded
-        mask = last_rows(self._pattern, q_len, kv_len, causal, query.device)[None]
+        mask = last_rows(self._pattern, q_len, dropped + kv_len, causal, query.device)[None, ..., dropped:]
         if options.key_mask is not None:
             mask = mask & options.key_mask[:, None, None, :]
         if options.attn_mask is not None:

@@ -16,6 +16,11 @@ from sparse_prune.pattern import BlockPattern, num_blocks
 Per = Literal["row", "sample", "call"]
 
 
+def mask_heads(attn_mask: Tensor | None) -> int:
+    """Return how many heads a mask, broadcastable to (batch, num_heads, q_len, kv_len), tells apart: all, or 1."""
+    return 1 if attn_mask is None or attn_mask.dim() < 3 else attn_mask.shape[-3]
+
+
 @dataclass(frozen=True, eq=False)
 class AttentionCall:
     """The inputs of a layer's call. A score iterates over its `tiles`.
@@ -143,8 +148,8 @@ class Tile:
 
     @cached_property
     def valid(self) -> Tensor:
-        """Queries that are real and may see a key: boolean, (batch, rows)."""
-        return self.mask.any(-1).any(1).expand(len(self.call.query), -1)
+        """Queries that are real and may see a key: boolean, (batch, num_heads, rows), or 1 for all heads."""
+        return self.mask.any(-1).expand(len(self.call.query), -1, -1)
 
     @cached_property
     def logits(self) -> Tensor:
@@ -190,11 +195,11 @@ class Tile:
         return self.call._keep[:, self.row, : self.kv_blocks]
 
     def count(self, unit: Per) -> Tensor:
-        """Count the query rows, samples or calls (1) that may see a key, ()."""
+        """Count the query rows, samples or calls (1) that may see a key, (num_heads,), or (1,) if heads are alike."""
         if unit == "row":
-            return self.valid.sum()
+            return self.valid.sum((0, 2))
         samples = self.valid.any(-1)
-        return samples.sum() if unit == "sample" else samples.any()
+        return samples.sum(0) if unit == "sample" else samples.any(0)
 
     def per_block(self, numbers: Tensor) -> Tensor:
         """Sum over the keys of each block.

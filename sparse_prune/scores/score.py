@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from sparse_prune.scores.call import AttentionCall, Per, Tile
+from sparse_prune.scores.call import AttentionCall, Per, Tile, mask_heads
 from sparse_prune.scores.statistics import BlockStatistics, Statistic
 
 Sees = Literal["keys", "values", "gradient"]
@@ -86,7 +86,7 @@ def collect(call: AttentionCall, scores: Sequence[Score], units: Sequence[Per]) 
     """
     device, heads = call.query.device, call.query.shape[1]
     sums = torch.zeros(len(scores), heads, call.q_blocks, call.kv_blocks, dtype=torch.float64, device=device)
-    counts = torch.zeros(len(units), call.q_blocks, dtype=torch.float64, device=device)
+    counts = torch.zeros(len(units), mask_heads(call.attn_mask), call.q_blocks, 1, dtype=torch.float64, device=device)
     for tile in call.tiles():
         for place, score in enumerate(scores):
             added = score.add(tile)
@@ -97,5 +97,5 @@ def collect(call: AttentionCall, scores: Sequence[Score], units: Sequence[Per]) 
                 )
             sums[place, :, tile.row, : tile.kv_blocks] = added
         for place, unit in enumerate(units):
-            counts[place, tile.row] = tile.count(unit)
+            counts[place, :, tile.row, 0] = tile.count(unit)
     return BlockStatistics(sums, counts, tuple(score.kind for score in scores))

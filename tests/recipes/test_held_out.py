@@ -41,3 +41,12 @@ def test_the_mean_is_that_of_all_examples():
     assert mean.compute() == losses.mean()
     mean.update(torch.tensor(torch.nan), 1)
     assert mean.compute().isnan()
+
+
+def test_many_losses_add_up_in_a_module_of_half_precision():
+    mean = torch.nn.ModuleList([HeldOutMean()]).to(torch.bfloat16)[0]  # as under `precision="bf16-true"`
+    for _ in range(2):
+        for _ in range(300):
+            mean.update(torch.tensor(1.001), 16)
+        assert mean.compute() == pytest.approx(1.001, rel=1e-5)
+        mean.reset()
