@@ -113,7 +113,8 @@ def choose(case):
         return config, values | {"BLOCK_Q": case.block, "TILES": case.block // tile, "TILE_K": tile, "PACK": pack}
     config = launch_config(case.kernel, case.capability, call)
     values |= {"TILE_Q": config.tile[0], "TILE_K": config.tile[1], "DROPOUT": case.dropout}
-    return config, values | ({"SHIFTED": False} if case.kernel == "dq" else {})
+    own = {"dq": {"SHIFTED": False}, "forward": {"SPAN": config.span}}
+    return config, values | own.get(case.kernel, {})
 
 
 def source(case, values):
@@ -165,7 +166,7 @@ def compiled(case):
     config, values = choose(case)
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
     kernel = triton.compile(source(case, values), target=GPUTarget("cuda", case.capability, 32), options=options)
-    return kernel, vars(case) | {"dtype": NAMES[case.dtype], "tile": config.tile, **options}
+    return kernel, vars(case) | {"dtype": NAMES[case.dtype], "tile": config.tile, "span": config.span, **options}
 
 
 def main(group):

@@ -28,7 +28,8 @@ def launch_forward(
     output = torch.empty_like(query)
     lse = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
     strides = (*query.stride(), *key.stride(), *value.stride(), *output.stride())
-    _launch(forward_kernel, (query, key, value, output, lse), tables, strides, config, query, key, causal, options)
+    tensors = (query, key, value, output, lse)
+    _launch(forward_kernel, tensors, tables, strides, config, query, key, causal, options, SPAN=config.span)
     return output, lse
 
 
@@ -129,7 +130,7 @@ def launch_decode(
 
 def _launch(
     kernel: Any, tensors: tuple[Tensor, ...], tables: Tables, strides: tuple[int, ...], config: LaunchConfig,
-    query: Tensor, key: Tensor, causal: bool, options: AttentionOptions, **constants: bool,
+    query: Tensor, key: Tensor, causal: bool, options: AttentionOptions, **constants: int,
 ) -> None:  # fmt: skip
     """One launch of forward, dq or dkdv: a program per entry of the tables and per sample."""
     batch, heads, q_len, head_dim = query.shape
