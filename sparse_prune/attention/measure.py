@@ -46,7 +46,8 @@ def time_attention(
     Returns:
         "dense" and every backend that can do the call -> milliseconds.
     """
-    pattern = pattern or _own_pattern(layer)
+    assert layer.last_shape is not None
+    pattern = pattern or layer.pattern_at(layer.last_shape.q_len, layer.last_shape.kv_len)
     if tuned:
         backends = list(_each(layer, backends, partial(tune, pattern=pattern)))
     clock = partial(_time, pattern=pattern, hidden=hidden)
@@ -82,11 +83,6 @@ def _each(
     return results
 
 
-def _own_pattern(layer: PrunableAttention) -> BlockPattern:
-    assert layer.last_shape is not None
-    return layer.pattern_at(layer.last_shape.q_len, layer.last_shape.kv_len)
-
-
 def tune(layer: PrunableAttention, backend: str, pattern: BlockPattern) -> None:
     """Find the backend's fastest launch configurations, if it has any, for the layer's last training call.
 
@@ -98,9 +94,12 @@ def tune(layer: PrunableAttention, backend: str, pattern: BlockPattern) -> None:
         find(*_inputs(layer), pattern, _options(layer))
 
 
+@torch.enable_grad()  # type: ignore[untyped-decorator, unused-ignore]
 def _time(layer: PrunableAttention, backend: str, pattern: BlockPattern, hidden: bool) -> float:
     inputs = _inputs(layer)
-    return _milliseconds(_attention(layer, backend, pattern, *inputs), inputs, hidden)
+    attend = _attention(layer, backend, pattern, *inputs)
+    grad = inputs[0].new_ones(*inputs[0].shape[:3], inputs[2].shape[3])
+    return milliseconds(lambda: torch.autograd.grad(attend(), inputs, grad), grad.device, hidden)
 
 
 def _attention(
@@ -162,9 +161,3 @@ def _inputs(layer: PrunableAttention) -> tuple[Tensor, Tensor, Tensor]:
     (wide, value_wide), kv_heads = call.channels, layer.num_kv_heads
     query, key = random(layer.num_heads, call.q_len, wide), random(kv_heads, call.kv_len, wide)
     return query, key, random(kv_heads, call.kv_len, value_wide)
-
-
-@torch.enable_grad()  # type: ignore[untyped-decorator, unused-ignore]
-def _milliseconds(attend: Callable[[], Tensor], inputs: tuple[Tensor, Tensor, Tensor], hidden: bool = True) -> float:
-    grad = inputs[0].new_ones(*inputs[0].shape[:3], inputs[2].shape[3])
-    return milliseconds(lambda: torch.autograd.grad(attend(), inputs, grad), grad.device, hidden)

@@ -109,7 +109,7 @@ def test_a_broken_file_is_reported_and_written_anew(folder, text, caplog):
     (folder / "triton_tuning.json").write_text(text)
     with caplog.at_level(logging.WARNING):
         found, _ = tune()
-    assert ("is not readable" in caplog.text) is ("[7, 16" not in text)  # an unsound entry is left out alone
+    assert ("cannot be read" in caplog.text) is ("[7, 16" not in text)  # an unsound entry is left out alone
     written = json.loads((folder / "triton_tuning.json").read_text())["entries"]
     assert sorted(written.values()) == sorted([*c.tile, c.num_warps, c.num_stages] for c in found.values())
     assert tuning.tuned("dq", PATTERN, CALL, DEVICE) == found["dq"]
@@ -119,7 +119,7 @@ def test_a_folder_that_cannot_be_written_stops_nothing(tmp_path, monkeypatch, ca
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("SPARSE_PRUNE_CACHE_DIR", str(tmp_path / "file"))
     found, _ = tune()
-    assert "cannot be kept" in caplog.text
+    assert "cannot be written" in caplog.text
     assert tuning.tuned("dq", PATTERN, CALL, DEVICE) == found["dq"]
 
 
@@ -171,7 +171,7 @@ def test_candidates_that_do_not_fit_the_device_are_passed_over():
     def measure(launch):
         raise OutOfResources(2, 1, "shared memory")
 
-    with pytest.raises(ValueError, match="No configuration of the forward kernel fits"):
+    with pytest.raises(ValueError, match="must fit a configuration of the forward kernel"):
         tuning.tune(*tensors(), PATTERN, measure=measure)
 
 
@@ -190,7 +190,7 @@ def test_a_candidate_that_the_compiler_fails_on_is_left_out(caplog):
     calls, broken = [], 2
     found = tuning.tune(*tensors(), PATTERN, measure=measure)
     assert found["forward"] == launch_config("forward", 90, CALL)
-    assert "is left out: RuntimeError: PassManager" in caplog.text
+    assert "RuntimeError: PassManager" in caplog.text
 
 
 @given(

@@ -7,8 +7,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from sparse_prune.kernels.backend import Backend, named_pattern
-from sparse_prune.kernels.held import HeldBlocks
+from sparse_prune.kernels.backend import Backend, HeldBlocks, named_pattern
 from sparse_prune.kernels.options import AttentionOptions
 from sparse_prune.kernels.triton.interpreter import triton_interprets
 from sparse_prune.pattern import BlockPattern
