@@ -308,7 +308,7 @@ class AttentionPruning(Driver):
 
     @override
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.swap.after_backward(pl_module.device)
+        self.swap.timer.after_backward(pl_module.device)
         # Other callbacks may run the model after the batch. After a manual backward pass the step may continue.
         if pl_module.automatic_optimization:
             self.pruner.probe(False)

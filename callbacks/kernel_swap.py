@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import pytorch_lightning as pl
-import torch
 from typing_extensions import override
 
 from sparse_prune.attention.layer import PrunableAttention
-from sparse_prune.attention.measure import fastest, in_words, time_attention
+from sparse_prune.attention.measure import fastest, in_words
 from sparse_prune.callbacks.collaborator import Collaborator
 from sparse_prune.callbacks.swap_forecast import NO_GAIN, forecast_swap, measurement, warn_of_loss
-from sparse_prune.clock import hides_host, now
-from sparse_prune.kernels import BACKENDS, check_trains, skipping_backends
+from sparse_prune.kernels import BACKENDS, check_trains
 from sparse_prune.pruner import AttentionPruner
+from sparse_prune.swap_timer import SwapTimer
 
 log = logging.getLogger(__name__)
 
@@ -64,13 +61,11 @@ class KernelSwap(Collaborator):
         if backend != "auto" and backend not in BACKENDS:
             raise ValueError(f"`backend` must be 'auto' or one of {sorted(BACKENDS)}, got {backend!r}.")
         self.backend = backend
-        self.tune = tune
         self.events: list[SwapEvent] = []
         """All swaps so far, in order."""
-        self.measuring_seconds = 0.0
-        """Total time of measurements in this process, in seconds: step times leave it out."""
+        self.timer = SwapTimer(tune)
+        """Measures layers; step times leave its seconds out."""
         self._forecast_due = backend == "auto"
-        self._hidden = True  # whether the host runs ahead of its device; assumed before the first step
 
     @override
     def forget_run(self) -> None:
@@ -95,17 +90,7 @@ class KernelSwap(Collaborator):
             return
         self._forecast_due = False
         if trainer.is_global_zero:
-            with self._measuring(pl_module.device):
-                forecasts = forecast_swap(pruner, self.tune)
-            warn_of_loss(forecasts)
-
-    def after_backward(self, device: torch.device) -> None:
-        """Note whether the host runs ahead of its device, which decides what `clock.milliseconds` measures.
-
-        Args:
-            device: The module's device, for which nothing has waited since the backward pass.
-        """
-        self._hidden = hides_host(device)
+            warn_of_loss(forecast_swap(pruner, self.timer))
 
     def end_batch(self, trainer: pl.Trainer, pl_module: pl.LightningModule, pruner: AttentionPruner) -> None:
         """Swap the layers that have settled.
@@ -125,19 +110,11 @@ class KernelSwap(Collaborator):
         # Clocks differ between ranks but decisions must not: rank 0 measures for all.
         events: list[SwapEvent] = []
         if trainer.is_global_zero:
-            with self._measuring(pl_module.device):
-                events = [self._event(pruner.layers[name].layer, trainer.global_step) for name in waiting]
+            events = [self._event(pruner.layers[name].layer, trainer.global_step) for name in waiting]
         for event in trainer.strategy.broadcast(events, src=0):
             pruner.swap(event.layer, event.backend)
             self.events.append(event)
             _tell(event)
-
-    @contextmanager
-    def _measuring(self, device: torch.device) -> Iterator[None]:
-        """Add the time of the block to `measuring_seconds`, without the work that a GPU still had to finish."""
-        start = now(device)
-        yield
-        self.measuring_seconds += now(device) - start
 
     def _event(self, layer: PrunableAttention, step: int) -> SwapEvent:
         assert layer.pattern is not None
@@ -145,8 +122,7 @@ class KernelSwap(Collaborator):
         if self.backend != "auto" or layer.last_shape is None:
             return SwapEvent(step, layer.name, "gather" if self.backend == "auto" else self.backend, sparsity)
         tokens = layer.last_shape.kv_len
-        backends = skipping_backends(layer.last_shape.device)
-        times = time_attention(layer, backends, tuned=self.tune, hidden=self._hidden)
+        times = self.timer.times(layer)
         sparse = min((ms for name, ms in times.items() if name != "dense"), default=None)
         return SwapEvent(step, layer.name, fastest(times), sparsity, times.get("dense"), sparse, times, tokens)
 

@@ -112,7 +112,7 @@ class SparsityLogger(Collaborator):
 
     def begin_batch(self, pl_module: pl.LightningModule, swap: KernelSwap) -> None:
         """Start the clock of a batch."""
-        self._measured = swap.measuring_seconds
+        self._measured = swap.timer.seconds
         self._clock.start(pl_module.device)
 
     def end_batch(
@@ -132,7 +132,7 @@ class SparsityLogger(Collaborator):
             report: The latest decision; None before the first.
             swap: The KernelSwap, with all swaps so far.
         """
-        self._clock.stop(pl_module.device, _tokens(pruner), apart=swap.measuring_seconds - self._measured)
+        self._clock.stop(pl_module.device, _tokens(pruner), apart=swap.timer.seconds - self._measured)
         metrics = self._clock.read(trainer.global_step, trainer.log_every_n_steps)  # type: ignore[attr-defined]
         decided = report is not None and report.step > self._logged_step
         fresh = swap.events[self._logged_swaps :]

@@ -7,10 +7,10 @@ from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 
 from sparse_prune.attention.layer import PrunableAttention
-from sparse_prune.attention.measure import fastest, in_words, time_attention
+from sparse_prune.attention.measure import fastest, in_words
 from sparse_prune.fixed_patterns import random_pattern
-from sparse_prune.kernels import skipping_backends
 from sparse_prune.pruner import AttentionPruner
+from sparse_prune.swap_timer import SwapTimer
 
 log = logging.getLogger(__name__)
 
@@ -56,12 +56,12 @@ class SwapForecast:
         return len(self.measured_ms) < 2 or fastest(self.measured_ms) != "dense"
 
 
-def forecast_swap(pruner: AttentionPruner, tuned: bool) -> list[SwapForecast]:
+def forecast_swap(pruner: AttentionPruner, timer: SwapTimer) -> list[SwapForecast]:
     """Measure once per shape of attention call; empty if the schedule is not of sparsity.
 
     Args:
         pruner: A pruner whose layers have seen a training call.
-        tuned: See `time_attention`.
+        timer: It measures them.
     """
     if pruner.sparsity is None or pruner.sparsity.final == 0.0:
         return []
@@ -73,7 +73,7 @@ def forecast_swap(pruner: AttentionPruner, tuned: bool) -> list[SwapForecast]:
         pattern = random_pattern(layer.num_heads, tokens, pruner.sides, density=density, causal=layer.causal)
         if not pattern.sparsity:
             continue  # sequences so short that nothing can be pruned
-        times = time_attention(layer, skipping_backends(layer.last_shape.device), 1, tuned, pattern)
+        times = timer.times(layer, pattern, repeats=1)
         found.append(SwapForecast(layer.name, len(alike), tokens, pattern.sparsity, times))
     return found
 

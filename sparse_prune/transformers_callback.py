@@ -11,13 +11,12 @@ import torch
 from torch import nn
 from transformers import TrainerCallback
 
-from sparse_prune.attention.measure import fastest, in_words, time_attention
-from sparse_prune.clock import hides_host
+from sparse_prune.attention.measure import fastest, in_words
 from sparse_prune.distributed import on_first_rank, sum_over_ranks
 from sparse_prune.files import whole_file
-from sparse_prune.kernels import skipping_backends
 from sparse_prune.pattern import whole_number
 from sparse_prune.pruner import AttentionPruner, PruneReport
+from sparse_prune.swap_timer import SwapTimer
 
 log = logging.getLogger(__name__)
 STATE_FILE = "attention_pruning.pt"
@@ -57,7 +56,7 @@ class AttentionPruningCallback(TrainerCallback):  # type: ignore[misc]
         """The latest decision of this process."""
         self._schedule = pruner.schedule  # as it was given
         self._run_steps = 0
-        self._hidden = True  # whether the host runs ahead of its device
+        self._timer = SwapTimer()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any) -> None:
         """Attach to the model, and restore the state of a checkpoint that is resumed."""
@@ -76,7 +75,7 @@ class AttentionPruningCallback(TrainerCallback):  # type: ignore[misc]
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Stop probing: the backward pass is done."""
         self.pruner.probe(False)
-        self._hidden = hides_host(args.device)
+        self._timer.after_backward(args.device)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Decide, then swap the layers that have settled."""
@@ -130,9 +129,7 @@ class AttentionPruningCallback(TrainerCallback):  # type: ignore[misc]
         chosen = {}
         for name in names:
             layer = self.pruner.layers[name].layer
-            assert layer.last_shape is not None
-            backends = skipping_backends(layer.last_shape.device)
-            times = time_attention(layer, backends, tuned=True, hidden=self._hidden)
+            times = self._timer.times(layer)
             chosen[name] = fastest(times)
             log.info("%s -> %s (%s)", name, chosen[name], in_words(times))
         return chosen

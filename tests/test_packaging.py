@@ -25,7 +25,7 @@ LAYERS = (
     "selection distributed fixed_patterns",
     "kernels",
     "attention",
-    "layer_state cache",
+    "layer_state cache swap_timer",
     "pruner transformers_callback",
     "evaluation retrieval metrics",
     "export",

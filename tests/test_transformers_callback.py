@@ -43,10 +43,10 @@ def test_a_resumed_run_is_the_unbroken_one(tmp_path, step, score):
 def test_settled_layers_are_swapped_by_measurement(tmp_path, monkeypatch):
     times = iter([{"dense": 2.0, "gather": 1.0}, {"dense": 1.0, "gather": 2.0}])
     asked = []
-    monkeypatch.setattr("sparse_prune.transformers_callback.hides_host", lambda device: False)
+    monkeypatch.setattr("sparse_prune.swap_timer.hides_host", lambda device: False)
     monkeypatch.setattr(
-        "sparse_prune.transformers_callback.time_attention",
-        lambda *_, hidden, **__: asked.append(hidden) or next(times),
+        "sparse_prune.swap_timer.time_attention",
+        lambda *args: asked.append(args[-1]) or next(times),
     )
     _, callback = run(tmp_path)
     assert asked == [False, False]

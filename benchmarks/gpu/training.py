@@ -93,7 +93,7 @@ class Steps(pl.Callback):
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
         self._swapped = sum(state.layer.mode == "sparse" for state in self._states())
-        self._measured = self.pruning.swap.measuring_seconds if self.pruning else 0.0
+        self._measured = self.pruning.swap.timer.seconds if self.pruning else 0.0
         self._begin = time.perf_counter()
 
     def on_train_batch_end(
@@ -107,7 +107,7 @@ class Steps(pl.Callback):
         self.rows.append(
             {
                 "step": trainer.global_step, "wall_s": wall, "host_s": host, "loss": float(pl_module.losses[-1]),
-                "measuring_s": self.pruning.swap.measuring_seconds - self._measured if self.pruning else 0.0,
+                "measuring_s": self.pruning.swap.timer.seconds - self._measured if self.pruning else 0.0,
                 "sparsity": self.pruning.pruner.total_sparsity if self._states() else 0.0,
                 "swapped": self._swapped,
                 "decided": bool(self.pruning) and (trainer.global_step - 1) % self.pruning.every_n_steps == 0,

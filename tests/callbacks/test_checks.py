@@ -8,8 +8,8 @@ from jsonargparse import ArgumentParser
 from pytorch_lightning.callbacks import Callback, GradientAccumulationScheduler, ModelCheckpoint
 from torch.utils.data import DataLoader, IterableDataset
 
-from sparse_prune import ConstantSchedule, Constraints, CubicSchedule, LinearSchedule
-from sparse_prune.callbacks import AttentionPruning, KernelSwap, swap_forecast
+from sparse_prune import ConstantSchedule, Constraints, CubicSchedule, LinearSchedule, swap_timer
+from sparse_prune.callbacks import AttentionPruning, KernelSwap
 from sparse_prune.callbacks.checks import earliest_settling
 from support.tiny import BLOCK, TinyModule, batches, pruning, trainer
 
@@ -223,7 +223,7 @@ class FirstUpdate(Callback):
 
 
 def test_what_cannot_be_won_is_told_before_the_first_update(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(swap_forecast, "time_attention", lambda *args: {"dense": 1.0, "gather": 2.0})
+    monkeypatch.setattr(swap_timer, "time_attention", lambda *args: {"dense": 1.0, "gather": 2.0})
     first = FirstUpdate(caplog)
     trainer(tmp_path, [pruning(block_size=16, final=0.6), first], steps=1).fit(TinyModule(), batches())
     assert any("At most 30.0 % of the attention can be pruned in sequences of 64 tokens" in text for text in first.told)

@@ -9,8 +9,8 @@ import pytest
 from pytorch_lightning.callbacks import LambdaCallback
 from pytorch_lightning.loggers import CSVLogger
 
-from sparse_prune import Constraints
-from sparse_prune.callbacks import KernelSwap, attention_pruning, kernel_swap
+from sparse_prune import Constraints, swap_timer
+from sparse_prune.callbacks import KernelSwap, attention_pruning
 from sparse_prune.callbacks.closing import closing
 from sparse_prune.callbacks.swap_forecast import NO_GAIN, NO_GAIN_REMEDY
 from sparse_prune.export import load_patterns
@@ -28,8 +28,7 @@ def told(monkeypatch):
 def slower(monkeypatch):
     """No backend is faster, says the clock."""
     times = {"dense": 1.0, "gather": 2.0}
-    monkeypatch.setattr(kernel_swap, "time_attention", lambda *args, **kwargs: dict(times))
-    monkeypatch.setattr("sparse_prune.callbacks.swap_forecast.time_attention", lambda *args: dict(times))
+    monkeypatch.setattr(swap_timer, "time_attention", lambda *args: dict(times))
 
 
 def test_a_run_that_went_well(tmp_path, told):

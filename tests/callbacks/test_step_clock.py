@@ -9,7 +9,8 @@ import torch
 from pytorch_lightning.loggers import CSVLogger
 
 from sparse_prune import clock as device_clock
-from sparse_prune.callbacks import KernelSwap, kernel_swap, step_clock, swap_forecast
+from sparse_prune import swap_timer
+from sparse_prune.callbacks import KernelSwap, step_clock
 from sparse_prune.callbacks.step_clock import StepClock
 from support.logs import read_csv
 from support.tiny import TinyModule, batches, pruning, trainer
@@ -60,8 +61,7 @@ def test_measurements_of_the_swap_are_no_part_of_a_step_and_swaps_are_marked(tmp
         clock.now += 100.0
         return {"dense": 2.0, "gather": 1.0}
 
-    monkeypatch.setattr(kernel_swap, "time_attention", measure)
-    monkeypatch.setattr(swap_forecast, "time_attention", measure)
+    monkeypatch.setattr(swap_timer, "time_attention", measure)
     logger = CSVLogger(tmp_path, name="", version="")
     run = trainer(tmp_path, [pruning()], logger=logger)
     run.fit(Timed(clock), batches())

@@ -5,9 +5,10 @@ import logging
 import pytest
 import torch
 
-from sparse_prune import AttentionPruner, ConstantSchedule
-from sparse_prune.callbacks import KernelSwap, swap_forecast
+from sparse_prune import AttentionPruner, ConstantSchedule, swap_timer
+from sparse_prune.callbacks import KernelSwap
 from sparse_prune.callbacks.swap_forecast import SwapForecast, forecast_swap
+from sparse_prune.swap_timer import SwapTimer
 from support.tiny import LENGTH, TinyModule, batches, pruning, tiny_llama, trainer
 
 
@@ -21,11 +22,11 @@ def scripted(monkeypatch, times):
     """Give the forecast these times in place of a clock's; the patterns that it asks for."""
     asked = []
 
-    def time_attention(layer, backends, repeats, tuned, pattern):
+    def time_attention(layer, backends, repeats, tuned, pattern, hidden):
         asked.append(pattern)
         return dict(times)
 
-    monkeypatch.setattr(swap_forecast, "time_attention", time_attention)
+    monkeypatch.setattr(swap_timer, "time_attention", time_attention)
     return asked
 
 
@@ -80,16 +81,19 @@ def test_times_are_real_and_of_every_shape():
     pruner.attach(model)
     tokens = torch.randint(0, 32, (2, 64))
     model(input_ids=tokens, use_cache=False).logits.sum().backward()
-    (forecast,) = forecast_swap(pruner, tuned=False)
+    (forecast,) = forecast_swap(pruner, SwapTimer(tuned=False))
     assert list(forecast.measured_ms) == ["dense", "gather"]
     assert all(0 < ms < 10_000 for ms in forecast.measured_ms.values())
     assert (forecast.layers, forecast.tokens) == (2, 64)
     first = next(iter(pruner.layers.values())).layer
     first.last_shape = first.last_shape._replace(q_len=32, kv_len=32)
-    assert [(found.layers, found.tokens) for found in forecast_swap(pruner, tuned=False)] == [(1, 32), (1, 64)]
+    assert [(found.layers, found.tokens) for found in forecast_swap(pruner, SwapTimer(tuned=False))] == [
+        (1, 32),
+        (1, 64),
+    ]
 
 
 def test_thresholds_tell_no_sparsity():
     pruner = AttentionPruner(threshold=ConstantSchedule(final=0.1), block_size=8)
     pruner.attach(tiny_llama())
-    assert forecast_swap(pruner, tuned=False) == []
+    assert forecast_swap(pruner, SwapTimer(tuned=False)) == []

@@ -67,10 +67,10 @@ def test_a_new_backend_is_measured_and_taken(toy, monkeypatch):
     assert list(time_attention(layer, ["toy"], repeats=1, tuned=True)) == ["dense", "toy"]
     assert toy[0] == "tuned"
 
-    def times(layer, names, **options):
+    def times(layer, names, *options):
         return dict.fromkeys(("dense", *names), 2.0) | {"toy": 1.0}
 
-    monkeypatch.setattr("sparse_prune.callbacks.kernel_swap.time_attention", times)
+    monkeypatch.setattr("sparse_prune.swap_timer.time_attention", times)
     assert KernelSwap()._event(layer, 3).backend == "toy"
     assert KernelSwap("toy")._event(layer, 3).backend == "toy"
 

@@ -12,6 +12,7 @@ from support.cases import inputs, random_pattern
 pytest.importorskip("triton")
 from sparse_prune.kernels.triton import ops  # noqa: E402
 from sparse_prune.kernels.triton.attend import plan  # noqa: E402
+from sparse_prune.kernels.triton.configs import Traits  # noqa: E402
 from sparse_prune.kernels.triton.tables import Visits  # noqa: E402
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -22,7 +23,7 @@ def tensors():
 
 
 def arguments(pattern):
-    tables, configs = plan(pattern, 16, torch.float32, DEVICE)
+    tables, configs = plan(pattern, 16, torch.float32, DEVICE, Traits())
     return [tables, configs, pattern.causal, *ops.option_arguments(AttentionOptions())]
 
 

@@ -16,6 +16,7 @@ from sparse_prune.kernels.triton import ops, tuning
 from sparse_prune.kernels.triton.configs import (
     KERNELS,
     Call,
+    Traits,
     capability,
     decode_config,
     launch_config,
@@ -47,7 +48,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, pattern: BlockPattern, opt
     """
     query, key, value = _cast(query, key, value)
     check_supported(query)
-    planned = plan(pattern, width(query, value), query.dtype, query.device, *traits(options))
+    planned = plan(pattern, width(query, value), query.dtype, query.device, traits(options))
     return attend_planned(query, key, value, planned, pattern.causal, options)
 
 
@@ -87,19 +88,18 @@ def _scale(query: Tensor, options: AttentionOptions) -> float:
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator, unused-ignore]
 def plan(
-    pattern: BlockPattern, head_dim: int, dtype: torch.dtype, device: torch.device, masks: int = 0,
-    softcap: bool = False, dropout: bool = False,
+    pattern: BlockPattern, head_dim: int, dtype: torch.dtype, device: torch.device, traits: Traits
 ) -> Plan:  # fmt: skip
     """Make index tables and launch configurations of a pattern, as `ops.block_sparse_attention` takes them.
 
     The configurations are those measured on this device for such calls, or the shipped ones. Plans are kept with the
     pattern until something new is measured. torch.compile takes the result for a constant: compile only what calls it
-    with a frozen pattern. `masks`, `softcap` and `dropout` are `configs.traits(options)`.
+    with a frozen pattern. `traits` are `configs.traits(options)`.
 
     Raises:
         ValueError: If head size or block size are not supported.
     """
-    call = Call(head_dim, dtype, pattern.block_size, masks, softcap, dropout)
+    call = Call(head_dim, dtype, pattern.block_size, *traits)
     tables, configs = derived(
         pattern, ("plan", call, device), lambda: _plan(pattern, call, device), tuning.revision
     )  # fmt: skip

@@ -21,6 +21,17 @@ MIN_TILE = 16
 """Smallest side of a tensor-core product."""
 
 
+class Traits(NamedTuple):
+    """The traits of an attention call's options that a kernel is compiled for; the last fields of a `Call`."""
+
+    masks: int = 0
+    """Kinds of masks, as `mask_kinds` counts them."""
+    softcap: bool = False
+    """Whether logits are capped."""
+    dropout: bool = False
+    """Whether weights are dropped."""
+
+
 class Call(NamedTuple):
     """The traits of an attention call that decide on its launch configuration."""
 
@@ -44,9 +55,9 @@ def mask_kinds(options: AttentionOptions) -> int:
     return masks + 4 * (options.documents is not None) + 8 * (options.window is not None)
 
 
-def traits(options: AttentionOptions) -> tuple[int, bool, bool]:
-    """Return the last three fields of a `Call`: kinds of masks, soft cap, dropout."""
-    return mask_kinds(options), options.softcap is not None, options.dropout_p > 0
+def traits(options: AttentionOptions) -> Traits:
+    """Return what of the options a kernel is compiled for."""
+    return Traits(mask_kinds(options), options.softcap is not None, options.dropout_p > 0)
 
 
 @dataclass(frozen=True)
