@@ -15,9 +15,9 @@ from sparse_prune.attention.cached_keys import CachedKeys
 from sparse_prune.attention.handles import handle_of
 from sparse_prune.attention.hf_masks import (
     boolean,
+    dropped_keys,
     expand,
     keep_apart,
-    may_lack_keys,
     newest,
     shows_all,
     tells_documents,
@@ -171,9 +171,9 @@ def _attend(
     def dense() -> Tensor:
         return _dense(module, query, key, value, mask, window, dropout, scaling, is_causal, softcap, **kwargs)
 
-    options = _options(mask, window, query.shape[2], dropout, scaling, softcap)
-    whole = not may_lack_keys(attention_mask, q_len, kv_len, handle.sliding_window)
-    output = handle.attend(query, key, value, options, dense=dense, whole=whole, causal=causal)
+    options = _options(newest(mask, kv_len), window, q_len, dropout, scaling, softcap)
+    dropped = dropped_keys(attention_mask, q_len, kv_len, handle.sliding_window)
+    output = handle.attend(query, key, value, options, dense=dense, dropped=dropped, causal=causal)
     return output.transpose(1, 2).contiguous(), None
 
 

@@ -221,18 +221,26 @@ def newest(mask: Tensor | None, kv_len: int) -> Tensor | None:
     return mask if mask is None or mask.shape[-1] <= kv_len else mask[..., -kv_len:]
 
 
-def may_lack_keys(mask: Tensor | None, q_len: int, kv_len: int, window: int | None) -> bool:
-    """Whether a cache may have dropped keys of a sequence before its last `kv_len`.
+def dropped_keys(mask: Tensor | None, q_len: int, kv_len: int, window: int | None) -> int | None:
+    """Return how many keys of a sequence, which no query sees, a cache has dropped before its last `kv_len`.
 
-    The width of a mask of `make_mask` tells, even if the model cut it. Other masks may cover the remaining keys alone,
-    as many as a window leaves.
+    None if that cannot be told, or a query sees them. A mask of `make_mask` tells, even if the model cut it. Other
+    masks may cover the remaining keys alone, as many as a window leaves.
     """
     if q_len == kv_len:
-        return False
-    made = None if mask is None else _MADE.get(_root(mask))  # type: ignore[no-untyped-call, unused-ignore]
-    if made is not None:
-        return bool(made > kv_len)
-    return (mask is not None and mask.shape[-1] > kv_len) or (window is not None and kv_len == window - 1 + q_len)
+        return 0
+    whole = None if mask is None else _root(mask)
+    made: int | None = None if whole is None else _MADE.get(whole)  # type: ignore[no-untyped-call, unused-ignore]
+    if whole is not None and made is not None:
+        dropped = max(0, made - kv_len)
+        return None if _shows_first(whole, dropped) else dropped
+    unknown = (mask is not None and mask.shape[-1] > kv_len) or (window is not None and kv_len == window - 1 + q_len)
+    return None if unknown else 0
+
+
+def _shows_first(mask: Tensor, keys: int) -> bool:
+    """Whether a boolean mask shows any of the first keys, read once per forward pass."""
+    return keys > 0 and of_tensor(mask, ("shows", keys), lambda: bool(mask[..., :keys].any()))
 
 
 def _root(mask: Tensor) -> Tensor:

@@ -161,7 +161,7 @@ class PrunableAttention:
         options: AttentionOptions,
         *,
         dense: Callable[[], Tensor],
-        whole: bool = True,
+        dropped: int | None = 0,
         causal: bool | None = None,
     ) -> Tensor:
         """Compute attention in the layer's mode.
@@ -172,7 +172,8 @@ class PrunableAttention:
             value: (batch, num_kv_heads, kv_len, value_dim), or the `CachedKeys` of a `PatternCache`.
             options: The options of the call.
             dense: The model's own attention.
-            whole: Whether the keys are all of the sequence's so far, so that no cache has dropped any.
+            dropped: Keys of the sequence before these, which a cache has dropped and no query sees; None if a query may
+                see some.
             causal: Whether this call hides later keys from every query. If not, the masks among its options hide what
                 is hidden. None: as the layer.
 
@@ -206,13 +207,13 @@ class PrunableAttention:
         if self.mode == "dense" or self._pattern is None:
             return self._with_gradient(dense(), call)
         if call.q_len != call.kv_len:
-            if not whole:
+            if dropped is None:
                 raise ValueError(
                     f"Layer {self.name!r} sees a window of its tokens, and its cache may have dropped keys that the "
                     "pattern counts. Generate with past_key_values=PatternCache(model), or with DynamicCache() where "
                     "that refuses the model."
                 )
-            return self._attend_cached(call)
+            return self._attend_cached(call, dropped)
         pattern = self._pattern_of(call)
         if call.causal and not pattern.causal:
             call = call._replace(options=_causal_too(options, call.q_len, query.device))
@@ -329,17 +330,17 @@ class PrunableAttention:
             )
         return key
 
-    def _attend_cached(self, call: _Call) -> Tensor:
+    def _attend_cached(self, call: _Call, dropped: int) -> Tensor:
         """Attention of the last queries against a cache: by the backend's decoding, or else under a mask."""
         assert self._pattern is not None
         query, key, value, options, causal = call
-        decode = self._decode
+        decode = None if dropped else self._decode
         # The last query sees every key in any case.
         if decode is not None and self._pattern.causal and (causal or call.q_len == 1):
             decoded = decode(query, key, value, self._pattern, options)
             if decoded is not None:
                 return decoded
-        mask = last_rows(self._pattern, call.q_len, call.kv_len, causal, query.device)[None]
+        mask = last_rows(self._pattern, call.q_len, dropped + call.kv_len, causal, query.device)[None, ..., dropped:]
         visible = options.token_mask(call.q_len, call.kv_len, query.device)
         return masked_attention(query, key, value, mask if visible is None else mask & visible, options)
 

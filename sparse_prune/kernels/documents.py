@@ -96,7 +96,7 @@ def per_document(
     reached = _rows_that_reach(documents, options.key_mask, block_size, causal)  # (batch, q_blocks, kv_blocks)
     samples = (reached > 0).double()
     counts = {"row": reached.sum(0), "sample": samples.sum(0), "call": samples.amax(0)}
-    weights = torch.stack([counts[kind] for kind in per])
+    weights = torch.stack([counts[kind] for kind in per])[:, None]
     least = _NEXT_TO_NOTHING * weights.amax(-1, keepdim=True)
     return BlockStatistics(statistics.sums, torch.maximum(weights, least), statistics.kinds)
 

@@ -21,7 +21,7 @@ def dropout_uniform(seed: int, head: Tensor, query: Tensor, key: Tensor) -> Tens
     shape = torch.broadcast_shapes(head.shape, query.shape, key.shape)  # type: ignore[no-untyped-call, unused-ignore]
     if head.device.type != "cpu" or not shape or shape.numel() <= _AT_ONCE:
         return _philox(seed, head, query, key).expand(shape)
-    result = torch.empty(shape)
+    result = torch.empty(shape, dtype=torch.float32)
     parts = [part.view((1,) * (len(shape) - part.dim()) + part.shape) for part in (head, query, key)]
     step = max(1, _AT_ONCE * shape[0] // shape.numel())
     for start in range(0, shape[0], step):

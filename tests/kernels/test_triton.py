@@ -93,6 +93,12 @@ def _mask(q_len=37, kv_len=37):
     return (torch.rand(2, 1, q_len, kv_len, generator=torch.Generator().manual_seed(3)) < 0.6).to(DEVICE)
 
 
+def _rows_of_heads(length=37):
+    """Every head misses rows of its own."""
+    shown = torch.arange(length) // 10 != torch.arange(4)[:, None]
+    return shown[None, ..., None].expand(2, 4, length, length).to(DEVICE)
+
+
 def _documents(length=37):
     """Packed sequences: two documents in each sample, which do not see each other."""
     return (torch.arange(length) >= torch.tensor([[length // 2], [length // 7]])).int().to(DEVICE)
@@ -210,9 +216,10 @@ def test_any_pattern(q_len, extra, block, causal, density, seed):
         {"softcap": 1.5},
         {"key_mask": (torch.arange(37) < torch.tensor([[20], [37]])).to(DEVICE)},
         {"attn_mask": _mask()},
+        {"attn_mask": _rows_of_heads()},
         {"documents": _documents()},
     ],
-    ids=["plain", "softcap", "padding", "mask", "documents"],
+    ids=["plain", "softcap", "padding", "mask", "rows of heads", "documents"],
 )
 def test_probe_equals_the_probe_in_torch(causal, options):
     query, key, _ = on_device(inputs(dim=24), torch.float32)

@@ -31,6 +31,7 @@ from sparse_prune.kernels.triton.memory import within_memory
 from sparse_prune.kernels.triton.tables import index_tables, sent
 from sparse_prune.pattern import BlockPattern, num_blocks
 from sparse_prune.scores import BlockStatistics
+from sparse_prune.scores.call import mask_heads
 
 Plan = tuple[list[Tensor], list[int]]
 """Tables and configurations, as `ops.block_sparse_attention` takes them."""
@@ -213,9 +214,11 @@ def probe(
         lambda config: launch_probe(query.detach(), key.detach(), config, causal, masked),
     )  # fmt: skip
     # A row with a key has mass 1, any other row none: the rows are counted by their mass.
-    per_row = sums[0].sum(-1).amax(1).double().round()  # (batch, rows)
+    per_row = sums[0].sum(-1).double().round()  # (batch, num_heads, q_blocks)
+    if mask_heads(masked.attn_mask) == 1:
+        per_row = per_row.amax(1, keepdim=True)
     counts = torch.stack([per_row.sum(0), (per_row > 0).sum(0).double()])
-    return BlockStatistics(sums.double().sum(1), counts)
+    return BlockStatistics(sums.double().sum(1), counts[..., None])
 
 
 @dataclass(frozen=True, eq=False)

@@ -16,6 +16,7 @@ from sparse_prune.kernels.triton.tables import sent
 from sparse_prune.kernels.triton.tiles import load_tile, scaled, visible
 from sparse_prune.pattern import BlockPattern
 from sparse_prune.scores import BlockStatistics, Influence
+from sparse_prune.scores.call import mask_heads
 from sparse_prune.scores.influence import LARGEST_LOGIT, LEAST_REST
 
 _MOST_ROWS = 64
@@ -163,5 +164,7 @@ def probe_influence(
             num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
     sums = rises.double().unflatten(2, (blocks, tiles)).sum((0, 3)) * size
-    counts = shown.amax((0, 1)).unflatten(0, (blocks, tiles)).amax(1).double()
-    return BlockStatistics(sums[None], counts[None], (Influence().kind,))
+    alike = mask_heads(options.attn_mask) == 1
+    seen = shown.amax((0, 1) if alike else 0, keepdim=True)
+    counts = seen.unflatten(2, (blocks, tiles)).amax(3, keepdim=True).double()
+    return BlockStatistics(sums[None], counts, (Influence().kind,))

@@ -134,7 +134,7 @@ def _launcher(
     if kernel == "forward":
         return lambda: launch_forward(query, key, value, rows, config, pattern.causal, options)
     # The time of a backward pass does not hang on what is in gradient, output and row sums.
-    sums = torch.zeros(query.shape[:3], device=query.device)
+    sums = torch.zeros(query.shape[:3], dtype=torch.float32, device=query.device)
     if kernel == "dq":
         return lambda: launch_dq(query, key, value, query, query, sums, rows, config, pattern.causal, options)
     return lambda: launch_dkdv(query, key, value, query, sums, sums, cols, config, pattern.causal, options)
