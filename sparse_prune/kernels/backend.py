@@ -88,5 +88,5 @@ class Backend:
     `name_pattern`), its causality, and options. None: calls break the graph."""
     decode: Decode | None = None
     """Computes attention of the last few queries against a cache. None: a mask does it."""
-    tune: Callable[[Tensor, Tensor, Tensor, BlockPattern, AttentionOptions], None] | None = None
-    """Finds the fastest launch configurations of a call. None: it has none."""
+    tune: Callable[[Tensor, Tensor, Tensor, BlockPattern, AttentionOptions, float], None] | None = None
+    """Finds the fastest launch configurations of a call; the last argument is a limit in seconds. None: it has none."""

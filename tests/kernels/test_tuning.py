@@ -71,6 +71,34 @@ def test_the_fastest_candidate_is_taken_and_kept():
     assert not launches
 
 
+def test_a_limit_breaks_off_and_the_next_run_goes_on(monkeypatch, caplog):
+    clock, launches = [0.0], []
+    monkeypatch.setattr(tuning.time, "monotonic", lambda: clock[0])
+
+    def measure(launch):
+        """A second each, and each faster than the one before."""
+        clock[0] += 1.0
+        launches.append(inspect.getclosurevars(launch).nonlocals["config"])
+        return -float(len(launches))
+
+    assert tuning.tune(*tensors(), PATTERN, measure=measure, seconds=0.0) == {}
+    with caplog.at_level("INFO"):
+        first = tuning.tune(*tensors(), PATTERN, measure=measure, seconds=10.0)
+    assert len(launches) == 11  # the last one began within the limit
+    tried = {kernel: candidates(kernel, 90, CALL) for kernel in KERNELS}
+    assert first["forward"] == tried["forward"][3]
+    assert f"forward: {len(tried['forward']) - 4} configurations are left for the next run to measure." in caplog.text
+    assert tuning.tuned("forward", PATTERN, CALL, DEVICE) == first["forward"]
+    launches.clear()
+    monkeypatch.setattr(tuning, "_KNOWN", {})  # another process
+    last = tuning.tune(*tensors(), PATTERN, measure=measure)
+    assert launches[: len(tried["forward"]) - 3] == tried["forward"][3:]
+    assert last == {kernel: tried[kernel][-1] for kernel in KERNELS}
+    launches.clear()
+    assert tuning.tune(*tensors(), PATTERN, measure=measure) == last
+    assert not launches
+
+
 def test_the_tuned_kernels_compute_the_same():
     args = tensors()
     before = run(args, PATTERN, None, "triton")
@@ -103,7 +131,7 @@ def test_another_process_finds_them_on_disk(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{", "[]", '{"entries": {"a": [7, 16, 4, 2]}}', '{"entries": {"a": "x"}}', "\x00"]
+    "text", ["", "{", "[]", '{"entries": {"a": [7, 16, 4, 2, 1]}}', '{"entries": {"a": "x"}}', "\x00"]
 )
 def test_a_broken_file_is_reported_and_written_anew(folder, text, caplog):
     folder.mkdir()
@@ -112,7 +140,9 @@ def test_a_broken_file_is_reported_and_written_anew(folder, text, caplog):
         found, _ = tune()
     assert ("cannot be read" in caplog.text) is ("[7, 16" not in text)  # an unsound entry is left out alone
     written = json.loads((folder / "triton_tuning.json").read_text())["entries"]
-    assert sorted(written.values()) == sorted([*c.tile, c.num_warps, c.num_stages] for c in found.values())
+    assert sorted(entry[:4] for entry in written.values()) == sorted(
+        [*c.tile, c.num_warps, c.num_stages] for c in found.values()
+    )
     assert tuning.tuned("dq", PATTERN, CALL, DEVICE) == found["dq"]
 
 
@@ -130,7 +160,7 @@ def test_what_another_process_measures_is_seen_at_the_next_call():
     assert tuning.tuned("dq", PATTERN, CALL, DEVICE) is None
     writer = (
         "import json, sys; from pathlib import Path; path = Path(sys.argv[1]); path.parent.mkdir(exist_ok=True);"
-        "path.write_text(json.dumps({'entries': {sys.argv[2]: [16, 32, 4, 2]}}))"
+        "path.write_text(json.dumps({'entries': {sys.argv[2]: [16, 32, 4, 2, 99]}}))"
     )
     key = tuning._key("dq", PATTERN, CALL, DEVICE)
     subprocess.run([sys.executable, "-c", writer, tuning.cache_file(), key], check=True)

@@ -66,12 +66,14 @@ def _decode(
     return decode(query, key, value, pattern, options, held, kv_len)
 
 
-def _tune(query: Tensor, key: Tensor, value: Tensor, pattern: BlockPattern, options: AttentionOptions) -> None:
+def _tune(
+    query: Tensor, key: Tensor, value: Tensor, pattern: BlockPattern, options: AttentionOptions, seconds: float
+) -> None:
     from sparse_prune.kernels.triton.attend import check_supported, same_width
     from sparse_prune.kernels.triton.tuning import tune
 
     check_supported(query)
-    tune(*same_width(query, key, value), pattern, options)
+    tune(*same_width(query, key, value), pattern, options, seconds=seconds)
 
 
 BACKEND = Backend(

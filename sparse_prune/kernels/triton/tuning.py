@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import tempfile
+import time
 from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
@@ -61,51 +63,77 @@ def tuned(kernel: Kernel, pattern: BlockPattern, call: Call, device: torch.devic
     What another process has measured meanwhile counts: under DDP the first rank measures for all.
     """
     entry = _read(cache_file()).get(_key(kernel, pattern, call, device))
-    return None if entry is None else LaunchConfig((entry[0], entry[1]), entry[2], entry[3])
+    return None if entry is None else _config(entry)
+
+
+def _config(entry: list[int]) -> LaunchConfig:
+    return LaunchConfig((entry[0], entry[1]), entry[2], entry[3])
 
 
 def tune(
     query: Tensor, key: Tensor, value: Tensor, pattern: BlockPattern, options: AttentionOptions | None = None,
-    measure: Measure | None = None,
+    measure: Measure | None = None, seconds: float = math.inf,
 ) -> dict[Kernel, LaunchConfig]:  # fmt: skip
     """Measure the candidates of every kernel on a call, shaped as in `attend`, and keep the fastest for calls like it.
 
-    What is known already is not measured again. Calls are alike if they agree in device, versions, dtype, head size,
-    block, causality, length (to a power of two), the kinds of masks, soft cap or not, and dropout or not. `measure`
-    times one launch, by default Triton's `do_bench`.
+    What is known already is not measured again, and what was broken off goes on. Calls are alike if they agree in
+    device, versions, dtype, head size, block, causality, length (to a power of two), the kinds of masks, soft cap or
+    not, and dropout or not.
+
+    Args:
+        query: As in `attend`, like key, value, pattern and options.
+        measure: Times one launch; by default Triton's `do_bench`.
+        seconds: Limit, compiling included: a kernel's candidates begin within its share. What was fastest by then is
+            kept, and a later call goes on with the other candidates. Without a second, nothing is measured.
+
+    Returns:
+        Kernel -> the fastest configuration so far.
 
     Raises:
         ValueError: If head size or block size are not supported, or no configuration fits the device.
     """
     options = options or AttentionOptions()
     call = Call(query.shape[3], query.dtype, pattern.block_size, *traits(options))
+    end = time.monotonic() + seconds
     found: dict[Kernel, LaunchConfig] = {}
-    missing: dict[str, list[int]] = {}
-    for kernel in KERNELS:
-        config = tuned(kernel, pattern, call, query.device)
-        if config is None:
+    news: dict[str, list[int]] = {}
+    for kernel, waiting in zip(KERNELS, (3, 2, 1), strict=True):
+        name = _key(kernel, pattern, call, query.device)
+        entry, untried = _read(cache_file()).get(name), candidates(kernel, capability(query.device), call)
+        best = [] if entry is None else [_config(entry)]
+        tried = 0 if entry is None else entry[4]
+        left, untried = end - time.monotonic(), untried[tried:]
+        if untried and left > 0:
             launcher = partial(_launcher, kernel, query.detach(), key.detach(), value.detach(), pattern, options)
-            config = _fastest(kernel, call, query.device, launcher, measure or _bench)
-            missing[_key(kernel, pattern, call, query.device)] = [*config.tile, config.num_warps, config.num_stages]
-        found[kernel] = config
-    if missing:
-        _write(cache_file(), missing)
+            limit = time.monotonic() + left / waiting
+            fastest, seen = _fastest(kernel, call, [*best, *untried], launcher, measure or _bench, limit)
+            best, tried = [fastest], tried + seen - len(best)
+            news[name] = [*fastest.tile, fastest.num_warps, fastest.num_stages, tried]
+        if best:
+            found[kernel] = best[0]
+    if news:
+        _write(cache_file(), news)
     return found
 
 
 def _fastest(
-    kernel: Kernel, call: Call, device: torch.device, launcher: Callable[[LaunchConfig], Callable[[], object]],
-    measure: Measure,
-) -> LaunchConfig:  # fmt: skip
+    kernel: Kernel, call: Call, configs: list[LaunchConfig],
+    launcher: Callable[[LaunchConfig], Callable[[], object]], measure: Measure, limit: float,
+) -> tuple[LaunchConfig, int]:  # fmt: skip
+    """The fastest configuration, and how many were looked at until the limit, a time of the monotonic clock."""
     times: dict[LaunchConfig, float] = {}
-    shipped, *others = candidates(kernel, capability(device), call)
-    for config in (shipped, *others):
+    seen = 0
+    for config in configs:
+        if times and time.monotonic() > limit:
+            log.info("%s: %d configurations are left for the next run to measure.", kernel, len(configs) - seen)
+            break
+        seen += 1
         try:
             times[config] = measure(launcher(config))
         except OutOfResources as error:
             log.debug("The %s kernel does not fit with %s: %s", kernel, config, error)
         except Exception as error:  # a compiler that fails on one candidate says nothing of the others
-            if config == shipped:
+            if config == configs[0]:
                 raise
             log.warning("The %s kernel is not tried with %s: %s: %s", kernel, config, type(error).__name__, error)
     if not times:
@@ -114,15 +142,9 @@ def _fastest(
             "Use backend='gather'."
         )
     best = min(times, key=lambda config: times[config])
-    ours = f"{times[shipped]:.3f} ms" if shipped in times else "does not fit"
-    log.info(
-        "The %s kernel is fastest with %s, %.3f ms; with the shipped configuration: %s.",
-        kernel,
-        best,
-        times[best],
-        ours,
-    )
-    return best
+    before = f"{times[configs[0]]:.3f} ms" if configs[0] in times else "does not fit"
+    log.info("The %s kernel is fastest with %s, %.3f ms; before: %s.", kernel, best, times[best], before)
+    return best, seen
 
 
 def _launcher(
@@ -185,9 +207,12 @@ def _load(path: Path) -> dict[str, list[int]]:
 
 
 def _sound(entry: list[int]) -> bool:
-    """Whether an entry can be a configuration: [query tile, key tile, warps, stages]."""
-    tile_q, tile_k, warps, stages = entry
-    return {tile_q, tile_k} <= {16, 32, 64, 128, 256} and warps in (4, 8) and stages in (1, 2, 3, 4)
+    """Whether an entry can be a configuration and how many candidates it won against, itself included:
+    [query tile, key tile, warps, stages, candidates]."""
+    if isinstance(entry, list) and len(entry) == 4:  # of an older version
+        return False
+    tile_q, tile_k, warps, stages, tried = entry
+    return {tile_q, tile_k} <= {16, 32, 64, 128, 256} and warps in (4, 8) and stages in (1, 2, 3, 4) and tried > 0
 
 
 def _write(path: Path, entries: dict[str, list[int]]) -> None:
