@@ -43,7 +43,7 @@ def feed(pruner: AttentionPruner, blocks: int, generator: torch.Generator) -> No
     for state in pruner.layers.values():
         shape = (3, state.layer.num_heads, blocks, blocks)
         sums = torch.rand(shape, generator=generator).double().tril()
-        state.layer.statistics = BlockStatistics(sums, torch.ones(2, blocks, dtype=torch.float64))
+        state.layer.statistics = BlockStatistics(sums, torch.ones(2, 1, blocks, 1, dtype=torch.float64))
 
 
 def seconds(repeats: int, run: Callable[[], Any], prepare: Callable[[], Any] = lambda: None) -> dict[str, float]:
@@ -79,7 +79,7 @@ def one_rank(rank: int, ranks: int, folder: Path, layers: int, heads: int, block
     dist.init_process_group("gloo", init_method=f"file://{folder / 'meet'}", rank=rank, world_size=ranks)
     generator = torch.Generator().manual_seed(rank)
     shape = (2, heads, blocks, blocks)
-    counts = torch.ones(2, blocks, dtype=torch.float64)
+    counts = torch.ones(2, 1, blocks, 1, dtype=torch.float64)
     seen = {
         str(layer): BlockStatistics(torch.rand(shape, generator=generator).double(), counts, ("max", "mean"))
         for layer in range(layers)

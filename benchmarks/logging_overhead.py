@@ -86,7 +86,7 @@ class Made(pl.LightningModule):
             layer.last_shape = CallShape(1, self.length, self.length, 64, torch.float32, torch.device("cpu"))
             if layer.probe_block_size is not None:
                 noisy = scores * (1.0 + 0.1 * torch.rand_like(scores))
-                layer.statistics = BlockStatistics(noisy, torch.ones(2, scores.shape[-1], dtype=torch.float64))
+                layer.statistics = BlockStatistics(noisy, torch.ones(2, 1, scores.shape[-1], 1, dtype=torch.float64))
         return self.weight * 1.0
 
     def configure_optimizers(self) -> torch.optim.Optimizer:

@@ -209,7 +209,9 @@ def _reach(pruner: AttentionPruner, sides: tuple[int, int], length: int | None =
         if layer.last_shape is not None:
             tokens = length or layer.last_shape.q_len
             dense = BlockPattern.dense(layer.num_heads, tokens, tokens, sides, layer.causal)
-            layers.append(LayerScores(layer.name, torch.ones(dense.keep.shape), dense, layer.num_kv_heads))
+            # Under `precision="bf16-true"` other tensors would be of bfloat16.
+            scores = torch.ones(dense.keep.shape, dtype=torch.float32)
+            layers.append(LayerScores(layer.name, scores, dense, layer.num_kv_heads))
     patterns, _ = select(layers, pruner.constraints, sparsity=1.0)
     return total_sparsity(patterns)
 

@@ -58,8 +58,8 @@ def _summed(seen: BlockStatistics | None, like: BlockStatistics, device: torch.d
     if seen is None:
         seen = BlockStatistics(torch.zeros(like.sums.shape), torch.zeros(like.counts.shape), like.kinds)
     grown = seen.grown(*like.sums.shape[2:])
-    grown = grown.of_blocks() if like.counts.dim() == 3 else grown
-    numbers = torch.cat([part.float().flatten() for part in (grown.sums, grown.counts)]).to(device)
+    counts = grown.counts.expand(like.counts.shape)
+    numbers = torch.cat([part.float().flatten() for part in (grown.sums, counts)]).to(device)
     total, count = _sum_in_rank_order(numbers).cpu().double(), like.sums.numel()
     return BlockStatistics(total[:count].view(like.sums.shape), total[count:].view(like.counts.shape), like.kinds)
 

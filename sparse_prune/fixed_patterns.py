@@ -86,7 +86,7 @@ def random_pattern(
     dense = BlockPattern.dense(num_heads, length, length, block_size, causal)
     block_q, block_kv = dense.block_size
     rows = torch.arange(dense.keep.shape[1])
-    order = torch.rand(dense.keep.shape, generator=torch.Generator().manual_seed(seed))
+    order = torch.rand(dense.keep.shape, dtype=torch.float32, generator=torch.Generator().manual_seed(seed))
     order[:, :, 0] = 2.0
     order[:, rows, rows * block_q // block_kv] = 2.0
     order = order.masked_fill(~dense.keep, -1.0)
@@ -111,7 +111,7 @@ def _sink_and_window(distance: Tensor, num_heads: int, generator: torch.Generato
 
 def _bigbird(distance: Tensor, num_heads: int, generator: torch.Generator) -> Tensor:
     rows = len(distance)
-    chance = torch.rand(num_heads, rows, rows, generator=generator).argsort(-1).argsort(-1)
+    chance = torch.rand(num_heads, rows, rows, dtype=torch.float32, generator=generator).argsort(-1).argsort(-1)
     # Only the random places that a query may see count, so the rank is scaled to the row's own length.
     places = torch.arange(1, rows + 1)[:, None] / rows
     columns = torch.arange(rows).expand(rows, -1)

@@ -164,7 +164,12 @@ def _compressed(seen: BlockStatistics | None) -> dict[str, Any] | None:
 
 
 def _decompressed(held: Mapping[str, Any] | None, kinds: tuple[str, ...]) -> BlockStatistics | None:
-    return None if held is None else BlockStatistics(decompress(held["sums"]), held["counts"], kinds)
+    if held is None:
+        return None
+    counts = held["counts"]
+    if counts.dim() < 4:  # older state: one for all heads, with or without key blocks
+        counts = counts.reshape(len(counts), 1, counts.shape[1], -1)
+    return BlockStatistics(decompress(held["sums"]), counts, kinds)
 
 
 def _fitted(pattern: BlockPattern, scores: torch.Size) -> BlockPattern:

@@ -23,13 +23,13 @@ def statistics(rank):
     found = {
         name: BlockStatistics(
             torch.rand(2, 3, rows, cols, generator=generator, dtype=torch.float64),
-            torch.randint(0, 999, (2, rows), generator=generator).double(),
+            torch.randint(0, 999, (2, 1, rows, 1), generator=generator).double(),
             KINDS,
         )
         for name, (rows, cols) in shapes.items()
     }
-    if rank == 2:  # it saw packed sequences
-        found["all"] = found["all"].of_blocks()
+    if rank == 2:  # it saw packed sequences, under a mask of every head
+        found["all"].counts = found["all"].counts * torch.randint(0, 9, (2, 3, 6, 5), generator=generator)
     return found
 
 
@@ -110,6 +110,6 @@ def test_a_number_is_sent_twice_as_float32_and_nothing_large_is_pickled(monkeypa
         "all_gather": spread,
     }.items():
         monkeypatch.setattr(dist, name, stand_in)
-    seen = BlockStatistics(torch.ones(2, 4, 8, 8).double(), torch.ones(2, 8).double(), KINDS)
+    seen = BlockStatistics(torch.ones(2, 4, 8, 8).double(), torch.ones(2, 1, 8, 1).double(), KINDS)
     sum_over_ranks({"a": seen, "b": seen})
     assert sum(sent) == 2 * 4 * (2 * 4 * 8 * 8 + 2 * 8)

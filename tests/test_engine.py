@@ -22,7 +22,7 @@ from sparse_prune import (
     select,
 )
 from sparse_prune.attention import PrunableAttention
-from sparse_prune.pattern import possible_blocks, suited_block_size
+from sparse_prune.pattern import possible_blocks, suited_block_size, whole_blocks
 from sparse_prune.scores.mass_share import row_mass
 from sparse_prune.selection import _solve
 from support.tiny import tiny_llama
@@ -86,14 +86,16 @@ def test_a_share_of_a_run_has_no_value_before_the_length_is_known():
 
 
 @given(st.integers(1, 30), st.integers(0, 20), BLOCKS, st.booleans())
-def test_possible_blocks_hold_exactly_the_visible_tokens(q_len, extra, block, causal):
+def test_possible_blocks_hold_visible_tokens_and_whole_ones_no_others(q_len, extra, block, causal):
     kv_len = q_len + extra
     possible = possible_blocks(q_len, kv_len, block, causal)
-    brute = torch.zeros_like(possible)
+    visible = torch.zeros_like(possible, dtype=torch.int64)
     for i, j in itertools.product(range(q_len), range(kv_len)):
         if not causal or j <= i + extra:
-            brute[i // block[0], j // block[1]] = True
-    assert torch.equal(possible, brute)
+            visible[i // block[0], j // block[1]] += 1
+    assert torch.equal(possible, visible > 0)
+    rows = (q_len - torch.arange(len(possible)) * block[0]).clamp(max=block[0])
+    assert torch.equal(whole_blocks(q_len, kv_len, block, causal), visible == rows[:, None] * block[1])
 
 
 @given(st.integers(1, 40), BLOCKS, st.integers(0, 2**31))
@@ -196,8 +198,36 @@ def test_probe_ignores_padding():
     padded = probe_blocks(query, key, (4, 4), causal=False, key_mask=real)
     plain = probe_blocks(query[:, :, :10], key[:, :, :10], (4, 4), causal=False)
     torch.testing.assert_close(padded.sums[:, :, :3, :3], plain.sums, atol=1e-6, rtol=1e-5)
-    assert torch.equal(padded.counts[:, :3], plain.counts)
+    assert torch.equal(padded.counts[:, :, :3], plain.counts)
     assert padded.sums[:, :, :, 3].abs().max() == 0
+
+
+def test_rows_that_a_head_does_not_see_do_not_lower_its_scores():
+    query, key = torch.randn(2, 2, 2, 8, 8)
+    mask = torch.ones(1, 2, 8, 8, dtype=torch.bool)
+    mask[:, 0, 1:4] = mask[:, 1, :6] = False
+    seen = probe_blocks(query, key, (4, 4), causal=False, attn_mask=mask)
+    assert seen.counts[0, ..., 0].tolist() == [[2, 8], [0, 4]]
+    assert seen.counts[1, ..., 0].tolist() == [[2, 2], [0, 2]]
+    average = ScoreAverage("mean", 0.5)
+    average.update(probe_blocks(query, key, (4, 4), causal=False, attn_mask=mask[:, :1]))
+    average.update(seen)
+    weights = ((query @ key.mT) * 8**-0.5).softmax(-1).unflatten(-1, (2, 4)).sum(-1)
+    scores = average.value()
+    torch.testing.assert_close(scores[0, 0], weights[:, 0, 0].mean(0))
+    torch.testing.assert_close(scores[1, 0], weights[:, 1, 0].mean(0))
+    later = (4 * weights[:, 1, 4:].sum((0, 1)) / 8 + weights[:, 1, 6:].sum((0, 1))) / 8
+    torch.testing.assert_close(scores[1, 1], later)
+
+
+def test_a_shorter_batch_says_nothing_of_blocks_that_it_lacks():
+    query, key = torch.randn(2, 1, 1, 8, 8)
+    long, short = (probe_blocks(query[:, :, :n], key[:, :, :n], (4, 4), causal=False) for n in (8, 4))
+    for both in (long + short, short + long):
+        total, weight = both.of("mean")
+        scores, alone = total / weight, long.of("mean")[0] / 4
+        torch.testing.assert_close(scores[0, :, 1], alone[0, :, 1])
+        torch.testing.assert_close(scores[0, 0, 0], (alone[0, 0, 0] + 1) / 2)
 
 
 @pytest.mark.parametrize(("block", "rows", "cols"), [((4, 4), 3, 3), ((8, 4), 2, 4), ((4, 8), 3, 2)])
@@ -207,9 +237,9 @@ def test_the_end_that_was_padding_in_all_samples_is_trimmed(block, rows, cols):
     padded = probe_blocks(*torch.randn(2, 2, 3, 20, 8), block, causal=False, key_mask=real)
     trimmed = padded.trimmed(block)
     assert trimmed.sums.shape == (3, 3, rows, cols)
-    assert trimmed.counts.shape == (2, rows)
+    assert trimmed.counts.shape == (2, 1, rows, 1)
     torch.testing.assert_close(trimmed.sums.sum(), padded.sums.sum())
-    assert not padded.counts[:, rows:].any()
+    assert not padded.counts[:, :, rows:].any()
 
 
 def test_padding_does_not_hold_sparsity_down():

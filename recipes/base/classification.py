@@ -130,8 +130,9 @@ class ClassificationDataModule(SplitDataModule):
             self.examples[split] = self.make(split, self.counts[split])
             if not len(self.examples[split]):
                 raise ValueError(
-                    f"The {split} split must hold at least one example, got none. Give more data: a class needs "
-                    f"{len(SPLITS)} to be in every split."
+                    f"`data` must hold a class with an example for every split, {len(SPLITS)} or more, got "
+                    f"{len(self.classes)} classes and none for {split}. Give more data, or name another column of "
+                    "labels if these are no classes."
                 )
         self.examples["train"] = _shuffled(self.examples["train"], self.seed)
 

@@ -54,6 +54,42 @@ def locate(model: str) -> tuple[str, dict[str, str]]:
     return str(path), {}
 
 
+def load_pretrained(auto: Any, model: str, **settings: Any) -> Any:
+    """Load a model by one of transformers' auto classes.
+
+    Args:
+        auto: The class, such as `AutoModelForCausalLM`.
+        model: As in `locate`, like further errors.
+        **settings: For its `from_pretrained`.
+
+    Raises:
+        ValueError: If it does not load, or the hub does not have it or cannot be reached.
+    """
+    where, options = locate(model)
+    try:
+        return auto.from_pretrained(where, **settings, **options)
+    except (ImportError, MemoryError):
+        raise
+    except Exception as error:
+        if options or isinstance(error, OSError | ValueError):
+            raise _not_loaded(model, where, options, error) from error
+        raise
+
+
+def _not_loaded(model: str, where: str, options: dict[str, str], error: Exception) -> ValueError:
+    """The error for what transformers does not load; the first line of its own error says why."""
+    remedy = "Copy it again, or name another"
+    if options:
+        wanted, got = "a whole GGUF file of a kind that transformers reads", str(Path(where) / options["gguf_file"])
+    elif Path(where).is_dir():
+        wanted, got = "a folder that `save_pretrained` of transformers wrote", where
+    else:
+        wanted, got = "a folder, a `.gguf` file or a model of the hub", model
+        remedy = "Check the name and the connection; log in with `hf auth login` where it is private or gated"
+    why = str(error).partition("\n")[0].rstrip(".")
+    return ValueError(f"`model` must be {wanted}, got {got!r}: {why}. {remedy}.")
+
+
 def check_length(model: Any, length: int, argument: str) -> None:
     """Refuse inputs that a transformers model has no positions for.
 
@@ -137,7 +173,7 @@ def load_tokenizer(model: str, padding: bool = False) -> Any:
         padding: Whether it must pad: a tokenizer without a padding token, such as GPT-2's, then uses another one.
 
     Raises:
-        ValueError: If a folder has no tokenizer, or the tokenizer has no special token that could pad.
+        ValueError: If there is no tokenizer, or it has no special token that could pad.
     """
     from transformers import AutoTokenizer
 
@@ -146,7 +182,7 @@ def load_tokenizer(model: str, padding: bool = False) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(where, **options)
     except (OSError, ValueError) as error:
         if not Path(where).is_dir():
-            raise
+            raise _not_loaded(model, where, options, error) from error
         raise ValueError(
             f"`model` must have a tokenizer beside its weights, got none that loads in {model!r}. Save it there: "
             "`tokenizer.save_pretrained(folder)`."

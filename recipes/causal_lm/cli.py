@@ -37,6 +37,11 @@ class CausalLMCLI(FineTuneCLI):
         return load_tokenizer(self.config["fit"]["model"]["model"])
 
     @override
+    def before_fit(self) -> None:
+        super().before_fit()
+        self.model.check_passkeys(self.datamodule.context_length)
+
+    @override
     def quality(self, trainer: pl.Trainer) -> dict[str, float]:
         found = trainer.callback_metrics.get("val/passkey_accuracy")
         return {} if found is None else {"passkey accuracy": float(found)}

@@ -10,6 +10,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from typing_extensions import override
 
 from sparse_prune.evaluation import TASKS, measure_task
+from sparse_prune.evaluation.tasks import build
 from sparse_prune.recipes.base.held_out import HeldOutBatch
 from sparse_prune.recipes.base.module import FineTuneModule
 from sparse_prune.recipes.base.pretrained import check_length, load_tokenizer
@@ -99,6 +100,24 @@ class CausalLMModule(FineTuneModule):
         if batch_idx == 0 and prompts:
             accuracy = self._passkeys(batch.examples["input_ids"], prompts)
             self.log("val/passkey_accuracy", accuracy, sync_dist=True, batch_size=1)
+
+    def check_passkeys(self, length: int) -> None:
+        """Refuse sequences that are too short for the passkey prompts of a validation.
+
+        Args:
+            length: Tokens per sequence.
+
+        Raises:
+            ValueError: If a prompt does not fit.
+        """
+        for seed in range(self.hparams["passkey_prompts"]):
+            try:
+                build(TASKS["passkey"], self.tokenizer, [0], length, 0.5, seed)
+            except ValueError as error:
+                raise ValueError(
+                    f"`data.context_length` must hold a passkey prompt, got {length}: {error} Or set "
+                    "`model.passkey_prompts` to 0."
+                ) from error
 
     def _passkeys(self, text: Tensor, prompts: int) -> float:
         """Share of the passkeys that are found in a text as long as a sequence, at evenly spread depths."""

@@ -9,7 +9,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from sparse_prune.recipes.base.classification import ClassificationModule, class_settings
-from sparse_prune.recipes.base.pretrained import check_length, load_tokenizer, locate
+from sparse_prune.recipes.base.pretrained import check_length, load_pretrained, load_tokenizer
 
 
 class TextClassificationModule(ClassificationModule):
@@ -35,10 +35,8 @@ class TextClassificationModule(ClassificationModule):
     ) -> None:
         from transformers import AutoModelForSequenceClassification
 
-        where, options = locate(model)
-        encoder = AutoModelForSequenceClassification.from_pretrained(
-            where, dtype=torch.float32, ignore_mismatched_sizes=True, **class_settings(classes), **options
-        )
+        settings = {"dtype": torch.float32, "ignore_mismatched_sizes": True, **class_settings(classes)}
+        encoder = load_pretrained(AutoModelForSequenceClassification, model, **settings)
         if encoder.config.pad_token_id is None:  # decoders need it to find the last real token
             encoder.config.pad_token_id = load_tokenizer(model, padding=True).pad_token_id
         super().__init__(encoder.train(), len(classes), learning_rate, warmup_steps, weight_decay, train_only)

@@ -18,8 +18,8 @@ from sparse_prune.recipes.base.sources import files_by_class
 log = logging.getLogger(__name__)
 _NAMED = 3  # broken files that an error names
 _BROKEN = (OSError, SyntaxError, ValueError)  # Pillow's errors for broken images
-_WHITE = {"I": 2**16 - 1, "F": 1.0}
-"""Mode of Pillow -> the value of white if not 255: 16 bits, also as I;16, and fractions."""
+_BITS, _SIGNED = 258, 339
+"""Tags of TIFF: bits of a sample, and its format, of which 2 is a signed integer."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def _source(image: Path | Mapping[str, Any]) -> Path | io.BytesIO:
 
 
 def _decoded(source: Path | io.BytesIO) -> np.ndarray[Any, Any]:
-    """The image, rotated as its camera was; 16 bits and fractions keep their scale."""
+    """The image, rotated as its camera was; values are of white, as `_white` tells it."""
     from PIL import Image, ImageOps
 
     try:
@@ -101,14 +101,30 @@ def _decoded(source: Path | io.BytesIO) -> np.ndarray[Any, Any]:
     except Image.DecompressionBombError as error:  # none of the errors that say what is wrong with a file
         raise ValueError(str(error)) from error
     with opened:
+        white = _white(opened)
         image = ImageOps.exif_transpose(opened)
-        white = _WHITE.get(image.mode.partition(";")[0])
         if white is None:
             return np.asarray(image.convert("RGB"), dtype=np.float32) / 255.0
         values = np.asarray(image, dtype=np.float32) / white
     if values.min() < 0 or values.max() > 1:
         raise ValueError(f"values from {values.min() * white:g} to {values.max() * white:g}, beyond 0 to {white:g}")
     return values
+
+
+def _white(image: Any) -> float | None:
+    """The value of white by the image's mode in Pillow; None if Pillow brings it to 255.
+
+    Only few formats hold 16 bits as integers of 32. Other integers of 32 bits may be of any scale, and a guess by the
+    values would show the images of one data set in several.
+    """
+    if image.mode == "F":
+        return 1.0
+    if not image.mode.startswith("I"):
+        return None
+    tags = getattr(image, "tag_v2", {})
+    if image.mode == "I" and image.format not in ("PNG", "PPM") and tags.get(_BITS) != (16,):
+        raise ValueError("integers of 32 bits, of which no one knows what is white: save them as 8 or 16 bits")
+    return 2.0**15 - 1 if tags.get(_SIGNED) == (2,) else 2.0**16 - 1
 
 
 def load_images(data: str) -> LabelledImages:

@@ -6,7 +6,7 @@ import torch
 
 from sparse_prune.recipes.base.check_counts import check_counts
 from sparse_prune.recipes.base.classification import ClassificationModule, class_settings
-from sparse_prune.recipes.base.pretrained import locate
+from sparse_prune.recipes.base.pretrained import load_pretrained
 
 
 class VisionModule(ClassificationModule):
@@ -28,7 +28,7 @@ class VisionModule(ClassificationModule):
 
     Raises:
         ValueError: If a number is out of range, `width` is not a multiple of `heads`, or `image_size` not the model's
-            own, or not a multiple of `patch_size`.
+            own, or not a multiple of `patch_size`, or the model takes other images than those of 3 channels.
     """
 
     def __init__(
@@ -64,11 +64,15 @@ class VisionModule(ClassificationModule):
             )
             vit = ViTForImageClassification(config)
         else:
-            where, options = locate(model)
-            vit = AutoModelForImageClassification.from_pretrained(
-                where, dtype=torch.float32, ignore_mismatched_sizes=True, **class_settings(classes), **options
-            )
+            settings = {"dtype": torch.float32, "ignore_mismatched_sizes": True, **class_settings(classes)}
+            vit = load_pretrained(AutoModelForImageClassification, model, **settings)
             if getattr(vit.config, "image_size", image_size) != image_size:
                 raise ValueError(f"`data.image_size` must be {vit.config.image_size} for {model}, got {image_size}.")
+            channels = getattr(vit.config, "num_channels", 3)
+            if channels != 3:
+                raise ValueError(
+                    f"`model` must take images of 3 channels (red, green, blue), got {model!r} with {channels}. Name "
+                    "another."
+                )
         super().__init__(vit.train(), len(classes), learning_rate, warmup_steps, weight_decay, train_only)
         self.save_hyperparameters()

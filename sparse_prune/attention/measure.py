@@ -108,9 +108,12 @@ def tune(
     return list(_each(layer, backends, find))
 
 
+@torch.enable_grad()  # type: ignore[untyped-decorator, unused-ignore]
 def _time(layer: PrunableAttention, backend: str, pattern: BlockPattern, hidden: bool) -> float:
     inputs = _inputs(layer)
-    return _milliseconds(_attention(layer, backend, pattern, *inputs), inputs, hidden)
+    attend = _attention(layer, backend, pattern, *inputs)
+    grad = inputs[0].new_ones(*inputs[0].shape[:3], inputs[2].shape[3])
+    return milliseconds(lambda: torch.autograd.grad(attend(), inputs, grad), grad.device, hidden)
 
 
 def _attention(
@@ -172,9 +175,3 @@ def _inputs(layer: PrunableAttention) -> tuple[Tensor, Tensor, Tensor]:
     (wide, value_wide), kv_heads = call.channels, layer.num_kv_heads
     query, key = random(layer.num_heads, call.q_len, wide), random(kv_heads, call.kv_len, wide)
     return query, key, random(kv_heads, call.kv_len, value_wide)
-
-
-@torch.enable_grad()  # type: ignore[untyped-decorator, unused-ignore]
-def _milliseconds(attend: Callable[[], Tensor], inputs: tuple[Tensor, Tensor, Tensor], hidden: bool = True) -> float:
-    grad = inputs[0].new_ones(*inputs[0].shape[:3], inputs[2].shape[3])
-    return milliseconds(lambda: torch.autograd.grad(attend(), inputs, grad), grad.device, hidden)

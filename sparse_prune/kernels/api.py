@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pkgutil import resolve_name
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -12,7 +14,7 @@ from sparse_prune.kernels.backends.triton import triton_kernels
 from sparse_prune.kernels.documents import spanned
 from sparse_prune.kernels.options import AttentionOptions
 from sparse_prune.pattern import BlockPattern
-from sparse_prune.scores import AttentionCall, BlockStatistics, Influence, Score, probe_blocks
+from sparse_prune.scores import AttentionCall, BlockStatistics, Score, probe_blocks
 
 
 def probe_attention(
@@ -29,8 +31,8 @@ def probe_attention(
         causal: Whether query i sees only keys up to i + kv_len - q_len.
         options: Masks, scale and soft cap.
     """
-    kernels = triton_kernels() if query.device.type == "cuda" else None
-    if kernels is not None and kernels.probes(query, block_size):
+    kernels = _probe_kernels(query, block_size)
+    if kernels is not None:
         statistics: BlockStatistics = kernels.probe(query, key, block_size, causal=causal, options=options)
         return statistics
     return probe_blocks(
@@ -59,7 +61,7 @@ def probe_score(
 ) -> BlockStatistics:
     """Collect the sums of a score over one call, in torch on any device, in full precision, without dropout.
 
-    On a GPU `Influence` has a kernel, which multiplies in the query's type and holds no weights in memory.
+    On a GPU the score's own kernel does it, if its class names one (`Score.kernel`).
 
     Args:
         score: Any score.
@@ -75,9 +77,11 @@ def probe_score(
     Raises:
         ValueError: If `pattern` has other blocks or lengths, or the score uses more than its `sees` says.
     """
-    kernels = triton_kernels() if query.device.type == "cuda" else None
-    if type(score) is Influence and gradient is not None and kernels is not None and kernels.probes(query, block_size):
-        statistics: BlockStatistics = kernels.influence(
+    kernel = vars(type(score)).get("kernel")  # a subclass may add up something else
+    complete = gradient is not None or score.sees != "gradient"
+    if kernel is not None and complete and _probe_kernels(query, block_size) is not None:
+        launch = resolve_name(kernel)
+        statistics: BlockStatistics = launch(
             query, key, value, gradient, block_size, causal=causal, options=options, pattern=pattern
         )
         return statistics
@@ -96,6 +100,12 @@ def probe_score(
     )
     with torch.autocast(query.device.type, enabled=False):
         return score.probe(call)
+
+
+def _probe_kernels(query: Tensor, block_size: tuple[int, int]) -> ModuleType | None:
+    """The Triton kernels, if they probe such a call on its device."""
+    kernels = triton_kernels() if query.device.type == "cuda" else None
+    return kernels if kernels is not None and kernels.probes(query, block_size) else None
 
 
 def _hidden_but_padding(options: AttentionOptions, query: Tensor, key: Tensor) -> Tensor | None:

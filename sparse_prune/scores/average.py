@@ -34,17 +34,18 @@ class ScoreAverage:
         """Add the statistics of one optimizer step."""
         total, weight = statistics.of(self.kind)
         if self._sum is None or self._weight is None:
-            self._sum, self._weight = total.clone(), weight.expand(total.shape[1:]).clone()
+            self._sum, self._weight = total.clone(), weight.expand(-1, *total.shape[1:]).clone()
             return
+        heads = max(len(self._weight), len(weight))
         rows, cols = (max(self._sum.shape[i], total.shape[i]) for i in (1, 2))
-        if (rows, cols) != self._sum.shape[1:]:
+        if (heads, rows, cols) != self._weight.shape:
             grow = (0, cols - self._sum.shape[2], 0, rows - self._sum.shape[1])
-            self._sum, self._weight = F.pad(self._sum, grow), F.pad(self._weight, grow)
-        corner = (slice(total.shape[1]), slice(total.shape[2]))
+            self._sum, self._weight = F.pad(self._sum, grow), F.pad(self._weight.expand(heads, -1, -1), grow)
+        corner = (slice(None), slice(total.shape[1]), slice(total.shape[2]))
         # Rows that were not seen keep their sums: they add nothing, either.
         fade = torch.full_like(weight, self.decay).masked_fill_(weight <= 0, 1.0)
         self._weight[corner].mul_(fade).add_(weight)
-        self._sum[(slice(None), *corner)].mul_(fade).add_(total)
+        self._sum[corner].mul_(fade).add_(total)
 
     @property
     def empty(self) -> bool:
@@ -75,7 +76,7 @@ class ScoreAverage:
         return self._sum, self._weight
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the sums, compressed, and the weights, (q_blocks, kv_blocks). Later updates do not change them."""
+        """Return copies of the sums, compressed, and of the weights, (1 or num_heads, q_blocks, kv_blocks)."""
         if self._sum is None or self._weight is None:
             return {"sum": None, "weight": None}
         return {"sum": compress(self._sum), "weight": self._weight.clone()}
@@ -84,4 +85,5 @@ class ScoreAverage:
         """Restore the state that `state_dict` returned."""
         total, weight = state["sum"], state["weight"]
         self._sum = None if total is None else decompress(total).clone()
-        self._weight = None if weight is None else weight.clone()
+        # Older state has no heads here.
+        self._weight = None if weight is None else weight.reshape(-1, *weight.shape[-2:]).clone()

@@ -13,6 +13,11 @@ from torch.nn import functional as F
 from sparse_prune.pattern import BlockPattern, num_blocks
 
 
+def mask_heads(attn_mask: Tensor | None) -> int:
+    """Return how many heads a mask, broadcastable to (batch, num_heads, q_len, kv_len), tells apart: all, or 1."""
+    return 1 if attn_mask is None or attn_mask.dim() < 3 else attn_mask.shape[-3]
+
+
 @dataclass(frozen=True, eq=False)
 class AttentionCall:
     """The inputs of a layer's call. A score iterates over its `tiles`.
@@ -140,8 +145,8 @@ class Tile:
 
     @cached_property
     def valid(self) -> Tensor:
-        """Queries that are real and may see a key: boolean, (batch, rows)."""
-        return self.mask.any(-1).any(1).expand(len(self.call.query), -1)
+        """Queries that are real and may see a key: boolean, (batch, num_heads, rows), or 1 for all heads."""
+        return self.mask.any(-1).expand(len(self.call.query), -1, -1)
 
     @cached_property
     def logits(self) -> Tensor:

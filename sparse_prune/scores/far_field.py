@@ -35,7 +35,7 @@ class FarField(Score):
         near, share = self._near(tile), tile.weights * tile.gradient_by_key
         left = (tile.weights * near).sum(-1).clamp_min(torch.finfo(torch.float32).tiny)
         rise = (share * near).sum(-1) / left - share.sum(-1)
-        total = rise.masked_fill(~tile.valid[:, None], 0.0).sum((0, 2), dtype=torch.float64)
+        total = rise.masked_fill(~tile.valid, 0.0).sum((0, 2), dtype=torch.float64)
         return torch.nn.functional.pad(total[:, None], (0, tile.kv_blocks - 1))
 
     def _near(self, tile: Tile) -> Tensor:

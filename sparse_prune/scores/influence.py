@@ -32,6 +32,7 @@ class Influence(Score):
     sees: ClassVar[Sees] = "gradient"
     per: ClassVar[Per] = "call"
     signed: ClassVar[bool] = True
+    kernel: ClassVar[str | None] = "sparse_prune.kernels.triton.attend:influence"
 
     def add(self, tile: Tile) -> Tensor:
         """Sum of the rises over rows and samples."""

@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from sparse_prune.scores.call import AttentionCall, Tile
+from sparse_prune.scores.call import AttentionCall, Tile, mask_heads
 from sparse_prune.scores.score import Per, Score
 from sparse_prune.scores.statistics import BlockStatistics, Statistic
 
@@ -85,11 +85,11 @@ def probe_blocks(
     )
     device, heads = query.device, query.shape[1]
     sums = torch.zeros(3, heads, call.q_blocks, call.kv_blocks, dtype=torch.float64, device=device)
-    counts = torch.zeros(2, call.q_blocks, dtype=torch.float64, device=device)
+    counts = torch.zeros(2, mask_heads(attn_mask), call.q_blocks, 1, dtype=torch.float64, device=device)
     for tile in call.tiles():
         mass, row, width = row_masses(tile), tile.row, tile.kv_blocks
         sums[0, :, row, :width] = mass.sum((0, 2))
         sums[1, :, row, :width] = mass.square().sum((0, 2))
         sums[2, :, row, :width] = mass.amax(2).sum(0)
-        counts[0, row], counts[1, row] = tile.valid.sum(), tile.valid.any(-1).sum()
+        counts[0, :, row, 0], counts[1, :, row, 0] = tile.valid.sum((0, 2)), tile.valid.any(-1).sum(0)
     return BlockStatistics(sums, counts)

@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from sparse_prune.scores.call import AttentionCall, Tile
+from sparse_prune.scores.call import AttentionCall, Tile, mask_heads
 from sparse_prune.scores.statistics import BlockStatistics, Statistic
 
 Sees = Literal["keys", "values", "gradient"]
@@ -33,6 +33,10 @@ class Score(ABC):
     means (see `select`)."""
     statistic: ClassVar[Statistic | None] = None
     """The statistic of row mass whose average is the score; these are always collected. None: sums of its own."""
+    kernel: ClassVar[str | None] = None
+    """The function that collects the sums on a GPU, as "package.module:function", with the arguments of `probe_score`
+    behind the score: query, key, value, gradient, block size, and the rest by name. It is asked for calls that the
+    Triton probe takes, and not inherited. None: torch does it."""
 
     @property
     def kind(self) -> str:
@@ -73,7 +77,7 @@ class Score(ABC):
         """
         device, heads = call.query.device, call.query.shape[1]
         sums = torch.zeros(1, heads, call.q_blocks, call.kv_blocks, dtype=torch.float64, device=device)
-        counts = torch.zeros(1, call.q_blocks, dtype=torch.float64, device=device)
+        counts = torch.zeros(1, mask_heads(call.attn_mask), call.q_blocks, 1, dtype=torch.float64, device=device)
         for tile in call.tiles():
             added = self.add(tile)
             if added.shape != (heads, tile.kv_blocks):
@@ -82,14 +86,15 @@ class Score(ABC):
                     f"{tuple(added.shape)}. Sum `tile.per_block(...)` over samples and rows: `.sum((0, 2))`."
                 )
             sums[0, :, tile.row, : tile.kv_blocks] = added
-            counts[0, tile.row] = self._count(tile)
+            counts[0, :, tile.row, 0] = self._count(tile)
         return BlockStatistics(sums, counts, (self.kind,))
 
     def _count(self, tile: Tile) -> Tensor:
+        """Units of the average that a block of queries adds, (num_heads,) or (1,)."""
         if self.per == "row":
-            return tile.valid.sum()
+            return tile.valid.sum((0, 2))
         samples = tile.valid.any(-1)
-        return samples.sum() if self.per == "sample" else samples.any()
+        return samples.sum(0) if self.per == "sample" else samples.any(0)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}()"

@@ -27,8 +27,9 @@ class BlockStatistics:
     """float64, (kinds, num_heads, q_blocks, kv_blocks): mass, squared mass, largest mass of each sample. Rows that were
     not seen are 0."""
     counts: Tensor
-    """float64, (2, q_blocks): query rows seen, samples seen. A score with sums of its own has a row of its own, the
-    last or the only one. For packed sequences (2, q_blocks, kv_blocks): those whose document reaches into the block."""
+    """float64, (2, num_heads, q_blocks, kv_blocks): query rows seen, samples seen. A score with sums of its own has a
+    row of its own, the last or the only one. There is 1 for all heads where their masks are alike, and 1 for all key
+    blocks unless sequences are packed: then those whose document reaches into the block."""
     kinds: tuple[str, ...] = STATISTICS
     """Names of the parts of `sums`, in order."""
 
@@ -39,19 +40,9 @@ class BlockStatistics:
         return BlockStatistics(sums, counts, self.kinds)
 
     def _alike(self, other: BlockStatistics) -> tuple[BlockStatistics, BlockStatistics]:
-        """Both with equally many blocks, and counts of the same shape."""
+        """Both with equally many blocks."""
         rows, cols = (max(self.sums.shape[i], other.sums.shape[i]) for i in (2, 3))
-        both = self.grown(rows, cols), other.grown(rows, cols)
-        if self.counts.dim() != other.counts.dim():
-            return both[0].of_blocks(), both[1].of_blocks()
-        return both
-
-    def of_blocks(self) -> BlockStatistics:
-        """Return the same with counts per block."""
-        if self.counts.dim() == 3:
-            return self
-        counts = self.counts[:, :, None].expand(-1, -1, self.sums.shape[3])
-        return BlockStatistics(self.sums, counts, self.kinds)
+        return self.grown(rows, cols), other.grown(rows, cols)
 
     def grown(self, rows: int, cols: int) -> BlockStatistics:
         """Extend to more blocks, of which nothing was seen, at the bottom right.
@@ -63,8 +54,8 @@ class BlockStatistics:
         pad_rows, pad_cols = rows - self.sums.shape[2], cols - self.sums.shape[3]
         if not (pad_rows or pad_cols):
             return self
-        sums, counts = F.pad(self.sums, (0, pad_cols, 0, pad_rows)), self.counts
-        counts = F.pad(counts, (0, pad_rows) if counts.dim() == 2 else (0, pad_cols, 0, pad_rows))
+        counts = self.counts.expand(-1, -1, -1, self.sums.shape[3]) if pad_cols else self.counts
+        sums, counts = (F.pad(part, (0, pad_cols, 0, pad_rows)) for part in (self.sums, counts))
         return BlockStatistics(sums, counts, self.kinds)
 
     def trimmed(self, block_size: tuple[int, int]) -> BlockStatistics:
@@ -73,11 +64,10 @@ class BlockStatistics:
         Args:
             block_size: Tokens per block side, (query, key).
         """
-        seen = self.counts[0].nonzero()[:, 0]
+        seen = self.counts[0].amax((0, 2)).nonzero()
         rows = int(seen.max()) + 1 if seen.numel() else 0
         cols = min(num_blocks(rows * block_size[0], block_size[1]), self.sums.shape[3])
-        counts = self.counts[:, :rows] if self.counts.dim() == 2 else self.counts[:, :rows, :cols]
-        return BlockStatistics(self.sums[:, :, :rows, :cols], counts, self.kinds)
+        return BlockStatistics(self.sums[:, :, :rows, :cols], self.counts[:, :, :rows, :cols], self.kinds)
 
     def beside(self, own: BlockStatistics | None, kind: str) -> BlockStatistics:
         """Append the sums and counts of a score with its own, or zeros.
@@ -89,8 +79,9 @@ class BlockStatistics:
         if own is None:
             own = BlockStatistics(torch.zeros_like(self.sums[:1]), torch.zeros_like(self.counts[:1]), (kind,))
         mine, other = self._alike(own)
-        sums, counts = torch.cat((mine.sums, other.sums)), torch.cat((mine.counts, other.counts))
-        return BlockStatistics(sums, counts, (*self.kinds, kind))
+        shape = torch.broadcast_shapes(mine.counts.shape[1:], other.counts.shape[1:])
+        counts = torch.cat([part.counts.expand(-1, *shape) for part in (mine, other)])
+        return BlockStatistics(torch.cat((mine.sums, other.sums)), counts, (*self.kinds, kind))
 
     def only(self, kinds: tuple[str, ...]) -> BlockStatistics:
         """Select some of the statistics.
@@ -103,10 +94,9 @@ class BlockStatistics:
         return BlockStatistics(self.sums[[self.kinds.index(kind) for kind in kinds]], self.counts, kinds)
 
     def of(self, kind: str) -> tuple[Tensor, Tensor]:
-        """Return a kind's sum, (num_heads, q_blocks, kv_blocks), and count, (q_blocks, 1) or (q_blocks, kv_blocks).
+        """Return a kind's sum, (num_heads, q_blocks, kv_blocks), and count, which broadcasts against it.
 
         Args:
             kind: One of `kinds`.
         """
-        weight = self.counts[_COUNTS.get(kind, -1)]
-        return self.sums[self.kinds.index(kind)], weight[:, None] if weight.dim() == 1 else weight
+        return self.sums[self.kinds.index(kind)], self.counts[_COUNTS.get(kind, -1)]

@@ -3,6 +3,7 @@ import gc
 import io
 import pickle
 import weakref
+from functools import partial
 
 import pytest
 import torch
@@ -213,7 +214,7 @@ UNTOLD = {  # their window does not reach the attention function
 
 @pytest.mark.parametrize("name", UNTOLD)
 @torch.no_grad()
-def test_keys_that_a_cache_dropped_are_missed_even_where_no_window_is_told(name):
+def test_keys_that_a_cache_dropped_are_counted_even_where_no_window_is_told(name):
     torch.manual_seed(0)
     model, ids = UNTOLD[name]().eval(), tokens()
     settings = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
@@ -221,27 +222,57 @@ def test_keys_that_a_cache_dropped_are_missed_even_where_no_window_is_told(name)
     handles = attach(model)
     assert torch.equal(model.generate(ids, **settings), expected)
     set_patterns(handles, "sparse", density=0.3)
-    with pytest.raises(ValueError, match=r"layers\.0\.self_attn.*PatternCache"):
-        model.generate(ids, **settings)
-    cached = model.generate(ids, past_key_values=PatternCache(model), **settings)
-    assert torch.equal(cached, model.generate(ids, use_cache=False, **settings))
+    expected = model.generate(ids, use_cache=False, **settings)
+    for cache in (None, PatternCache(model)):
+        assert torch.equal(model.generate(ids, past_key_values=cache, **settings), expected)
 
 
 @torch.no_grad()
-def test_a_window_that_drops_keys_is_refused_unless_the_cache_knows_positions():
+def test_patterns_count_keys_that_a_window_has_dropped():
     model, ids = make("mistral, sliding window"), tokens()
     set_patterns(attach(model), "sparse", density=0.3)
     settings = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
     for prompt in (ids, ids[:, :3]):
-        with pytest.raises(ValueError, match=r"layers\.0\.self_attn.*PatternCache.*DynamicCache\(\)"):
-            model.generate(prompt, **settings)
         expected = model.generate(prompt, use_cache=False, **settings)
-        for cache in (DynamicCache(), PatternCache(model)):
-            assert torch.equal(model.generate(prompt, past_key_values=cache, **settings), expected)
+        for cache in (DynamicCache, partial(PatternCache, model), lambda: None):  # None: the model's, which drops keys
+            for more in ({}, {"prefill_chunk_size": 4}):
+                assert torch.equal(model.generate(prompt, past_key_values=cache(), **more, **settings), expected)
     own = torch.ones(2, 1, 1, 6, dtype=torch.bool)  # as wide as the window: it does not tell what was dropped
     cache = model(ids[:, :7]).past_key_values
-    with pytest.raises(ValueError, match="may have dropped keys"):
+    with pytest.raises(
+        ValueError, match=r"layers\.0\.self_attn.* may have dropped keys .*PatternCache.*DynamicCache\(\)"
+    ):
         model(ids[:, 7:8], attention_mask=own, past_key_values=cache)
+
+
+@torch.no_grad()
+def test_a_mask_that_shows_dropped_keys_is_refused():
+    model, ids = make("mistral, sliding window"), tokens()
+    set_patterns(attach(model), "sparse", density=0.3)
+    cache = model(ids[:, :9]).past_key_values
+    shown = hf_masks.make_mask(2, 1, 6, q_offset=9, kv_offset=4, allow_is_causal_skip=False)
+    assert shown.shape[-1] == 10
+    with pytest.raises(ValueError, match="may have dropped keys"):
+        model(ids[:, 9:10], attention_mask=shown, past_key_values=cache)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["llama", "mistral, sliding window"])
+def test_helpers_of_generation_make_caches_of_their_own(name):
+    model, other, ids = make(name), make(name), tokens()
+    set_patterns(attach(model), "sparse", density=0.3)
+    settings = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    for helped in (
+        {"assistant_model": model},
+        {"assistant_model": other},
+        {"assistant_early_exit": 1},
+        {"prompt_lookup_num_tokens": 2},
+        {"guidance_scale": 1.5, "negative_prompt_ids": ids[1:, :4]},
+    ):
+        plain = {key: value for key, value in helped.items() if "guid" in key or "negative" in key}
+        expected = model.generate(ids[:1], use_cache=False, **plain, **settings)
+        for cache in (DynamicCache(), PatternCache(model)):
+            assert torch.equal(model.generate(ids[:1], past_key_values=cache, **helped, **settings), expected), helped
 
 
 @torch.no_grad()

@@ -140,9 +140,10 @@ def test_gradient_checkpointing_changes_nothing(tmp_path, reentrant):
     assert results[0][1] == pytest.approx(results[1][1], rel=1e-5)
 
 
-def test_bf16_mixed_trains_and_swaps(tmp_path):
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "64-true"])
+def test_other_precisions_train_and_swap(tmp_path, precision):
     callback, module = pruning(), TinyModule()
-    trainer(tmp_path, [callback, KernelSwap("gather")], precision="bf16-mixed").fit(module, batches())
+    trainer(tmp_path, [callback, KernelSwap("gather")], precision=precision).fit(module, batches())
     assert all(state.layer.mode == "sparse" for state in callback.pruner.layers.values())
     assert torch.isfinite(torch.tensor(module.losses)).all()
 

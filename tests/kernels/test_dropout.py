@@ -39,6 +39,17 @@ def test_pieces_and_the_whole_are_one(monkeypatch, head, query, key, at_once):
     assert torch.equal(dropout_uniform(7 << 40, *full), whole)
 
 
+def test_the_numbers_do_not_hang_on_the_default_type():
+    head, query, key = (torch.arange(size).view(shape) for size, shape in ((9, (9, 1, 1)), (64, (64, 1)), (64, (64,))))
+    wanted = dropout_uniform(5, head, query, key)
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)  # as in a training step under `precision="bf16-true"`
+    try:
+        assert torch.equal(dropout_uniform(5, head, query, key), wanted)
+    finally:
+        torch.set_default_dtype(default)
+
+
 def test_what_is_worked_on_at_once_stays_small(monkeypatch):
     sizes, philox = [], dropout._philox
 

@@ -17,6 +17,9 @@ OPTIONS = {
     "scale and soft cap": AttentionOptions(scale=0.7, softcap=2.0),
     "padding": AttentionOptions(key_mask=torch.arange(LENGTH) >= torch.tensor([[5], [40]])),
     "mask": AttentionOptions(attn_mask=torch.rand(2, 1, LENGTH, LENGTH, generator=torch.Generator()) < 0.7),
+    "rows of heads": AttentionOptions(
+        attn_mask=(torch.arange(LENGTH) // 20 != torch.arange(4)[:, None])[None, ..., None].expand(2, 4, LENGTH, LENGTH)
+    ),
     "window": AttentionOptions(window=19),
     "documents": AttentionOptions(documents=(torch.arange(LENGTH) >= 33).int().expand(2, -1)),
 }

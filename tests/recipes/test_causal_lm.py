@@ -285,6 +285,10 @@ def test_what_would_fail_after_the_training_is_refused_before_it(config, tmp_pat
         options = ["--trainer.logger.init_args.save_dir", str(tmp_path / logs), "--export", str(tmp_path / "new")]
         with refusal(capsys, rf"`export` must .* without the run's own files, .* go to '.*/{logs}'\. Name another"):
             fit(config, monkeypatch, *options, *processes)
+    with refusal(
+        capsys, r"`data\.context_length` must hold a passkey prompt, got 64: .* `model\.passkey_prompts` to 0"
+    ):
+        fit(config, monkeypatch, "--data.context_length", "64", "--model.passkey_prompts", "1", *processes)
     settings = yaml.safe_load(config.read_text())
     callbacks = settings["trainer"]["callbacks"]
     for missing in callbacks[:2]:

@@ -90,7 +90,10 @@ def test_labelled_csv_is_read_and_bad_data_is_refused(tiny_bert, tmp_path, caplo
     path = tmp_path / "rows.csv"
     path.write_text("text,label\nhello,1\n  ,1\nbye,0\n")
     assert load_labelled(str(path)) == {"0": {"2": "bye"}, "1": {"0": "hello"}}
-    with pytest.raises(ValueError, match=r"val split must hold at least one .* a class needs 3 to be in every split"):
+    with pytest.raises(
+        ValueError,
+        match=r"`data` must hold a class with an .* every split, 3 or more, got 2 classes and none for val\.",
+    ):
         LabelledTextDataModule(tiny_bert, str(path)).setup("fit")
     path.write_text("words,label\nhello,1\n")
     with pytest.raises(ValueError, match=r"a column of .*, one of \['words', 'label'\], .* as in NAME::TEXT:LABEL"):
@@ -183,6 +186,9 @@ def test_a_pretrained_head_that_fits_is_kept_and_named(tmp_path):
         assert torch.equal(module.model.classifier.weight, head.weight)
         assert module.model.config.id2label == {0: "a", 1: "b", 2: "c"}
     assert VisionModule(["a", "b"], 8, str(tmp_path / "image")).model.config.label2id == {"a": 0, "b": 1}
+    ViTForImageClassification(ViTConfig(image_size=8, num_channels=1, **sizes)).save_pretrained(tmp_path / "gray")
+    with pytest.raises(ValueError, match=r"`model` must take images of 3 channels \(.*\), got '.*gray' with 1\."):
+        VisionModule(classes, 8, str(tmp_path / "gray"))
 
 
 def test_texts_longer_than_the_model_are_refused(tiny_bert):

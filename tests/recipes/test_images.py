@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from datasets import ClassLabel, Image
 from PIL import Image as Pictures
+from PIL import TiffImagePlugin
 
 from sparse_prune.recipes.vision.data import ImageDataModule
 from sparse_prune.recipes.vision.images import load_images
@@ -29,7 +30,10 @@ def test_sixteen_bits_keep_their_scale(tmp_path):
     fractions = (values / 65535).astype(np.float32)
     for name in ("16.png", "16.tif"):
         put(Pictures.fromarray(values.astype(np.uint16)), tmp_path / "set" / "a" / name)
-    put(Pictures.fromarray(values.astype(np.int32)), tmp_path / "set" / "a" / "32.tif")
+    signed = TiffImagePlugin.ImageFileDirectory_v2()
+    signed[339] = (2,)
+    put(Pictures.fromarray((values // 2).astype(np.uint16)), tmp_path / "set" / "a" / "signed.tif", tiffinfo=signed)
+    (tmp_path / "set" / "a" / "16.pgm").write_bytes(b"P5 9 7 65535\n" + values.astype(">u2").tobytes())
     put(Pictures.fromarray(fractions), tmp_path / "set" / "b" / "float.tif")
     put(Pictures.fromarray((values / 257).astype(np.uint8)), tmp_path / "set" / "b" / "8.png")
     found = load_images(str(tmp_path / "set"))
@@ -39,7 +43,23 @@ def test_sixteen_bits_keep_their_scale(tmp_path):
         np.testing.assert_allclose(image if image.ndim == 2 else image[..., 0], fractions, atol=1 / 255)
     put(Pictures.fromarray(fractions * 9), tmp_path / "set" / "b" / "float.tif")
     with pytest.raises(ValueError, match=r"float\.tif.*values from 0 to 9, beyond 0 to 1"):
-        load_images(str(tmp_path / "set")).check(range(5))
+        load_images(str(tmp_path / "set")).check(range(6))
+
+
+@pytest.mark.parametrize("largest", [200, 60000, 10**6])
+def test_integers_of_32_bits_are_refused_as_they_do_not_tell_their_white(tmp_path, largest):
+    for label in "ab":
+        values = np.linspace(0, largest, 63).reshape(7, 9).astype(np.int32)
+        put(Pictures.fromarray(values), tmp_path / "set" / label / "0.tif")
+    for name in (str(tmp_path / "set"), f"hub:{tmp_path / 'set'}"):
+        found = load_images(name)
+        wanted = (
+            r"must hold images that can be read, got '.*0\.tif'.*integers of 32 bits, .*: save them as 8 or 16 bits"
+        )
+        with pytest.raises(ValueError, match=wanted):
+            found.read(0)
+        with pytest.raises(ValueError, match=wanted):
+            found.check(range(2))
 
 
 def test_images_stand_as_their_camera_was_held(tmp_path):

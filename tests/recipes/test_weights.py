@@ -56,6 +56,16 @@ def test_what_is_no_folder_and_a_folder_without_tokenizer_are_refused(folder):
         load_tokenizer(str(folder))
 
 
+def test_what_transformers_does_not_load_is_refused_by_name(folder, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    for load in (load_model, load_tokenizer):
+        with pytest.raises(ValueError, match=r"a model of the hub, got 'someone/nothing': .*\. Check the name and the"):
+            load("someone/nothing")
+    (folder / "config.json").write_text('{"model_type": "of tomorrow"}')
+    with pytest.raises(ValueError, match=r"that `save_pretrained` of transformers wrote, got '.*model': .*of tomorrow"):
+        load_model(str(folder))
+
+
 @pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin", "model.gguf"])
 def test_pointers_of_git_lfs_are_refused_by_name(folder, name):
     (folder / name).write_bytes(POINTER)

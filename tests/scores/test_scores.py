@@ -64,7 +64,7 @@ def test_row_mass_scores_are_the_statistics_of_that_name(score, causal):
     own = score.probe(AttentionCall(query, key, SIDES, causal))
     assert own.kinds == (score.kind,) == (score.statistic,)
     assert torch.equal(own.sums[0], total)
-    assert torch.equal(own.counts[0][:, None], weight)
+    assert torch.equal(own.counts[0], weight)
 
 
 def test_names_of_before_are_scores():
@@ -114,7 +114,7 @@ def test_mass_gradient_answers_to_logits():
     slope = torch.stack([part.amax(2) for part in by_block(answer).abs().split(BLOCK, 2)], 2)
     seen = MassGradient().probe(AttentionCall(query, key, SIDES, True, value=value, gradient=gradient))
     torch.testing.assert_close(seen.sums[0].float(), (mass * slope).sqrt().sum(0), rtol=1e-4, atol=1e-3)
-    assert seen.counts.tolist() == [[2.0] * 6]
+    assert seen.counts.flatten().tolist() == [2.0] * 6
 
 
 def test_output_change_is_how_far_the_output_moves():
@@ -150,7 +150,7 @@ def test_a_score_sees_the_same_in_every_backend(score, backend):
     assert seen.kinds == (score.kind, "mean")
     total, weight = seen.of(score.kind)
     torch.testing.assert_close(total, wanted.sums[0], rtol=1e-4, atol=1e-5)
-    assert torch.equal(weight, wanted.counts[0][:, None])
+    assert torch.equal(weight, wanted.counts[0])
     assert torch.equal(seen.of("mean")[0], probe_blocks(query, key, sides, causal=True).of("mean")[0])
     # Watching changes neither the output nor the gradients.
     layer.probe_block_size = None
@@ -166,7 +166,8 @@ def test_own_sums_add_up_beside_row_mass_at_any_length():
     long = score.probe(AttentionCall(query, key, SIDES, True))
     both = short + long
     assert both.kinds == ("LargestWeight",)
-    assert both.counts.tolist() == [[4.0] * 3 + [2.0] * 3]
+    assert both.counts[0, 0, :, 0].tolist() == [4.0] * 3 + [2.0] * 3
+    assert both.counts[0, 0, :, 5].tolist() == [2.0] * 6
     beside = probe_blocks(query, key, SIDES, causal=True).beside(both, score.kind)
     assert torch.equal(beside.of(score.kind)[0], both.sums[0])
     assert torch.equal(beside.of("max")[0], probe_blocks(query, key, SIDES, causal=True).of("max")[0])
@@ -248,9 +249,9 @@ def test_unknown_blocks_stay_whatever_a_score_makes_of_them():
     pruner = AttentionPruner(ConstantSchedule(final=0.5), block_size=BLOCK, score=Negated(), constraints=FREE)
     pruner._begin([PrunableAttention("a", HEADS, KV_HEADS, causal=True)])
     state = pruner.layers["a"]
-    counts = torch.tensor([[4.0] * 6, [1.0] * 6])
+    counts = torch.tensor([[4.0] * 6, [1.0] * 6]).view(2, 1, 6, 1)
     state.layer.statistics = BlockStatistics(torch.rand(3, HEADS, 6, 6), counts)
-    own = torch.tensor([[1.0] * 5 + [0.0]])
+    own = torch.tensor([1.0] * 5 + [0.0]).view(1, 1, 6, 1)
     state.layer.score_sums = BlockStatistics(torch.rand(1, HEADS, 6, 6).tril(), own, (Negated().kind,))
     pruner.update(1)
     assert state.layer.pattern.keep[:, 5].all()

@@ -19,5 +19,5 @@ def feed(pruner, step, blocks):
     generator = torch.Generator().manual_seed(step)
     for state in pruner.layers.values():
         sums = torch.rand(3, HEADS, blocks, blocks, generator=generator, dtype=torch.float64).tril()
-        state.layer.statistics = BlockStatistics(sums, torch.full((2, blocks), 4.0, dtype=torch.float64))
+        state.layer.statistics = BlockStatistics(sums, torch.full((2, 1, blocks, 1), 4.0, dtype=torch.float64))
     return pruner

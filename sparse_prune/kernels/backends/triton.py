@@ -7,9 +7,9 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from sparse_prune.kernels.backend import Backend, named_pattern
-from sparse_prune.kernels.held import HeldBlocks
+from sparse_prune.kernels.backend import Backend, HeldBlocks, named_pattern
 from sparse_prune.kernels.options import AttentionOptions
+from sparse_prune.kernels.triton.configs import Traits, traits
 from sparse_prune.kernels.triton.interpreter import triton_interprets
 from sparse_prune.pattern import BlockPattern
 
@@ -38,22 +38,20 @@ def _suits_moving(query: Tensor, pattern: BlockPattern, options: AttentionOption
 
 def _traced(query: Tensor, key: Tensor, value: Tensor, name: str, causal: bool, options: AttentionOptions) -> Tensor:
     from sparse_prune.kernels.triton.attend import attend_planned, call_dtype, width
-    from sparse_prune.kernels.triton.configs import traits
 
     lengths, dtype = (query.shape[2], key.shape[2]), call_dtype(query)
-    planned = _plan(name, *lengths, width(query, value), dtype, query.device, *traits(options))
+    planned = _plan(name, *lengths, width(query, value), dtype, query.device, traits(options))
     return attend_planned(query, key, value, planned, causal, options)
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator, unused-ignore]
 def _plan(
-    name: str, q_len: int, kv_len: int, head_dim: int, dtype: torch.dtype, device: torch.device, masks: int,
-    softcap: bool, dropout: bool,
+    name: str, q_len: int, kv_len: int, head_dim: int, dtype: torch.dtype, device: torch.device, traits: Traits
 ) -> tuple[list[Tensor], list[int]]:  # fmt: skip
     from sparse_prune.kernels.triton.attend import plan
 
     pattern = named_pattern(name).at(q_len, kv_len)
-    planned: tuple[list[Tensor], list[int]] = plan(pattern, head_dim, dtype, device, masks, softcap, dropout)
+    planned: tuple[list[Tensor], list[int]] = plan(pattern, head_dim, dtype, device, traits)
     return planned
 
 

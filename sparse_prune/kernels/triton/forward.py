@@ -99,20 +99,14 @@ def forward_kernel(
     acc = tl.zeros([TILE_Q, HEAD], tl.float32)
     top = tl.full([TILE_Q], float("-inf"), tl.float32)
     total = tl.zeros([TILE_Q], tl.float32)
-    acc, top, total = _visit(
-        acc, top, total, q_tile, begin, middle, index, k_base, v_base, query, dims, flat_head, key_mask, mask_base,
-        documents,
-        stride_kt, stride_kd, stride_vt, stride_vd, stride_mask_q, stride_mask_k, window,
-        q_len, kv_len, head_dim, scale, softcap, dropout_p, seed,
-        TILE_K, SPAN, CAUSAL, MASKS, SOFTCAP, DROPOUT, PADDED, False,
-    )  # fmt: skip
-    acc, top, total = _visit(
-        acc, top, total, q_tile, middle, end, index, k_base, v_base, query, dims, flat_head, key_mask, mask_base,
-        documents,
-        stride_kt, stride_kd, stride_vt, stride_vd, stride_mask_q, stride_mask_k, window,
-        q_len, kv_len, head_dim, scale, softcap, dropout_p, seed,
-        TILE_K, 1, CAUSAL, MASKS, SOFTCAP, DROPOUT, PADDED, True,
-    )  # fmt: skip
+    for edge in tl.static_range(2):
+        acc, top, total = _visit(
+            acc, top, total, q_tile, middle if edge else begin, end if edge else middle, index, k_base, v_base, query,
+            dims, flat_head, key_mask, mask_base, documents,
+            stride_kt, stride_kd, stride_vt, stride_vd, stride_mask_q, stride_mask_k, window,
+            q_len, kv_len, head_dim, scale, softcap, dropout_p, seed,
+            TILE_K, 1 if edge else SPAN, CAUSAL, MASKS, SOFTCAP, DROPOUT, PADDED, edge == 1,
+        )  # fmt: skip
     empty = total == 0.0
     acc = acc / tl.where(empty, 1.0, total)[:, None]
     inside = (query < q_len)[:, None]
