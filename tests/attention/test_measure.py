@@ -26,7 +26,7 @@ def test_times_are_of_every_candidate_and_real(layer):
 
 def test_candidates_take_turns_and_a_disturbed_turn_does_not_count(layer, monkeypatch):
     script = iter([0.0, 0.0, 3.0, 50.0, 90.0, 2.0, 4.0, 2.5])
-    monkeypatch.setattr(measure, "_milliseconds", lambda attend, inputs, hidden: next(script))
+    monkeypatch.setattr(measure, "milliseconds", lambda run, device, hidden: next(script))
     assert measure.time_attention(layer, ["gather"]) == {"dense": 3.0, "gather": 2.0}
 
 
