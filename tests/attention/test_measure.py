@@ -85,7 +85,7 @@ def test_a_candidate_that_fails_is_left_out(layer, monkeypatch, caplog, runs):
 def test_configurations_are_found_before_the_clock_runs(layer, monkeypatch):
     calls = []
     monkeypatch.setattr(measure, "tune", lambda layer, backend, pattern: calls.append(backend))
-    monkeypatch.setattr(measure, "_milliseconds", lambda attend, inputs, hidden: calls.append("run") or 1.0)
+    monkeypatch.setattr(measure, "milliseconds", lambda run, device, hidden: calls.append("run") or 1.0)
     measure.time_attention(layer, ["gather"], repeats=1, tuned=True)
     assert calls == ["gather", "run", "run", "run", "run"]
     calls.clear()
