@@ -11,11 +11,11 @@ from sparse_prune.kernels import AttentionOptions, block_sparse_attention
 NAMES = ("output", "gradient of query", "gradient of key", "gradient of value")
 
 
-def errors(
+def check(
     tensors: tuple[Tensor, Tensor, Tensor], grad: Tensor, pattern: BlockPattern,
     options: AttentionOptions | None = None, eager: str = "sdpa",
 ) -> dict[str, float]:  # fmt: skip
-    """Largest error of output and gradients, as a share of what is allowed: above 1, or NaN, the kernels are wrong.
+    """Largest error of output and gradients, as a share of what is allowed.
 
     Allowed is three times the error of another backend in the same dtype, and four units of that dtype.
 
@@ -25,6 +25,9 @@ def errors(
         pattern: The connections to keep, for these lengths.
         options: Masks, scale, dropout, soft cap.
         eager: The other backend.
+
+    Raises:
+        ArithmeticError: If an error is more than is allowed, or NaN: the kernels are wrong.
     """
     dtype = tensors[0].dtype
     exact = _results(tensors, grad, pattern, options, "reference", torch.float64)
@@ -34,16 +37,6 @@ def errors(
         largest = wanted.abs().max().clamp(min=1.0)
         allowed = 3 * (other - wanted).abs().max() + 4 * torch.finfo(dtype).eps * largest
         found[name] = float((is_ - wanted).abs().max() / allowed)
-    return found
-
-
-def check(*call: object, **options: object) -> dict[str, float]:
-    """What `errors` finds; arguments as there.
-
-    Raises:
-        ArithmeticError: If it is more than is allowed.
-    """
-    found = errors(*call, **options)  # type: ignore[arg-type]
     wrong = {name: share for name, share in found.items() if not share <= 1.0}
     if wrong:
         raise ArithmeticError(", ".join(f"{name} {share:.3g} times what is allowed" for name, share in wrong.items()))

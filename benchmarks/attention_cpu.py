@@ -6,6 +6,7 @@ python benchmarks/attention_cpu.py --output benchmarks/results/attention_cpu.jso
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import subprocess
@@ -91,17 +92,12 @@ def main() -> None:
         "| dtype | length | block | sparsity | " + " | ".join(f"{n} f / f+b ms" for n in names) + " | vs causal f+b |"
     )
     print("| --- " * 8 + "|")
-    for dtype in args.dtypes:
-        for length in args.lengths:
-            for block in args.blocks:
-                for sparsity in args.sparsities:
-                    row = measure(length, block, sparsity, getattr(torch, dtype), args.repeats)
-                    rows.append(row)
-                    times = " | ".join(f"{row[f'{n}_forward_ms']:.1f} / {row[f'{n}_both_ms']:.1f}" for n in names)
-                    gain = row["causal_both_ms"] / row["gather_both_ms"]
-                    print(
-                        f"| {dtype} | {length} | {block} | {row['sparsity']:.2f} | {times} | {gain:.2f}x |", flush=True
-                    )
+    for dtype, length, block, sparsity in itertools.product(args.dtypes, args.lengths, args.blocks, args.sparsities):
+        row = measure(length, block, sparsity, getattr(torch, dtype), args.repeats)
+        rows.append(row)
+        times = " | ".join(f"{row[f'{n}_forward_ms']:.1f} / {row[f'{n}_both_ms']:.1f}" for n in names)
+        gain = row["causal_both_ms"] / row["gather_both_ms"]
+        print(f"| {dtype} | {length} | {block} | {row['sparsity']:.2f} | {times} | {gain:.2f}x |", flush=True)
     if args.output:
         commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
         record = {"command": " ".join(sys.argv), "commit": commit, **describe_machine(), "rows": rows}

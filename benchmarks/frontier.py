@@ -42,24 +42,10 @@ from sparse_prune.recipes.causal_lm.data import TextDataModule
 from sparse_prune.recipes.causal_lm.module import CausalLMModule
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "cpu": {
-        "length": 512,
-        "block_size": 16,
-        "steps": 12,
-        "seeds": [0, 1],
-        "sparsities": [0.7],
-        "tests": 4,
-        "prompts": 60,
-    },
-    "gpu": {
-        "length": 8192,
-        "block_size": 64,
-        "steps": 500,
-        "seeds": [0, 1, 2],
-        "sparsities": [0.5, 0.7, 0.8, 0.9],
-        "tests": 32,
-        "prompts": 60,
-    },
+    "cpu": dict(length=512, block_size=16, steps=12, seeds=[0, 1], sparsities=[0.7], tests=4, prompts=60),
+    "gpu": dict(
+        length=8192, block_size=64, steps=500, seeds=[0, 1, 2], sparsities=[0.5, 0.7, 0.8, 0.9], tests=32, prompts=60
+    ),
 }
 TESTED = ("passkey", "needle")
 

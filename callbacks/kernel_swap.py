@@ -25,20 +25,22 @@ class KernelSwap(Collaborator):
             shapes, forward and backward, and reverts a layer that gains nothing to dense attention. In the first
             training step it measures the final sparsity in advance, and warns if no layer would gain. The name of a
             backend takes that one unmeasured.
-        tune: On a GPU, measure the launch configurations of the Triton kernels on the first layer of a shape. They are
-            cached on disk (`SPARSE_PRUNE_CACHE_DIR`), so that each device is measured once.
+        tuning_seconds: What measuring launch configurations of the Triton kernels may take in a run on a GPU,
+            compiling included; 0: none are measured. The fastest are kept on disk (`SPARSE_PRUNE_CACHE_DIR`) by device
+            and kind of call, and the next run goes on with those that are left.
 
     Raises:
-        ValueError: If there is no such backend; when training starts, if it cannot train on the module's device.
+        ValueError: If there is no such backend, or `tuning_seconds` is negative; when training starts, if the backend
+            cannot train on the module's device.
     """
 
-    def __init__(self, backend: str = "auto", tune: bool = True) -> None:
+    def __init__(self, backend: str = "auto", tuning_seconds: float = 10.0) -> None:
         if backend != "auto" and backend not in BACKENDS:
             raise ValueError(f"`backend` must be 'auto' or one of {sorted(BACKENDS)}, got {backend!r}.")
         self.backend = backend
         self.events: list[SwapEvent] = []
         """All swaps so far, in order."""
-        self.timer = SwapTimer(tune)
+        self.timer = SwapTimer(tuning_seconds)
         """Measures layers; step times leave its seconds out."""
         self._forecast_due = backend == "auto"
 

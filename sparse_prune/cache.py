@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
+from sparse_prune.attention.cached_keys import CachedKeys, HeadKeys, HeldKeys
 from sparse_prune.attention.handles import handle_of
 from sparse_prune.attention.hf import attached_layers
 from sparse_prune.attention.layer import PrunableAttention
-from sparse_prune.attention.packed import HeadKeys, Held, PackedKeys
 from sparse_prune.pattern import BlockPattern, num_blocks
 
 
@@ -58,7 +58,7 @@ class PatternCache(Cache):  # type: ignore[misc]
     def _tensors(self) -> Iterator[Tensor]:
         for layer in self.layers:
             if isinstance(layer, PatternLayer):
-                held = [] if layer.held is None else [layer.held, layer.held.blocks, *layer.held.buckets]
+                held = [] if layer.held is None else [layer.held, layer.held.blocks, *layer.held.head_sets]
                 for part in held:
                     yield from (value for value in vars(part).values() if isinstance(value, Tensor))
             elif layer.keys is not None:
@@ -81,7 +81,7 @@ class PatternLayer(CacheLayerMixin):  # type: ignore[misc]
         """Evict nothing: what comes may be taken back."""
         self.judged_at: int | None = None
         """Length at the latest `crop` while recording; None before the first one."""
-        self.held: Held | None = None
+        self.held: HeldKeys | None = None
         """None before the first token."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PatternLayer:
@@ -98,7 +98,7 @@ class PatternLayer(CacheLayerMixin):  # type: ignore[misc]
     @torch.compiler.disable  # type: ignore[untyped-decorator, unused-ignore]
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[PackedKeys, PackedKeys]:
+    ) -> tuple[CachedKeys, CachedKeys]:
         """Take new keys and values, (batch, num_kv_heads, new tokens, head_dim).
 
         Returns:
@@ -128,7 +128,7 @@ class PatternLayer(CacheLayerMixin):  # type: ignore[misc]
             blocks = torch.arange(num_blocks(new, block))
             heads = zip(key_states.unbind(1), value_states.unbind(1), strict=True)
             self._evict([HeadKeys(blocks, *head) for head in heads])
-            first = PackedKeys(self._known(), shape, self.pattern, (key_states, value_states))
+            first = CachedKeys(self._known(), shape, self.pattern, (key_states, value_states))
             return first, first
         crossed = new > -start % block
         if crossed:
@@ -136,12 +136,12 @@ class PatternLayer(CacheLayerMixin):  # type: ignore[misc]
             self._evict(self._known().heads(), room=new)
         self._known().write(key_states, value_states, num_blocks(start + new, block) * block - start)
         self.length += new
-        packed = PackedKeys(self._known(), shape, self.pattern)
+        cached = CachedKeys(self._known(), shape, self.pattern)
         if crossed and new > 1:
             self._evict()
-        return packed, packed
+        return cached, cached
 
-    def _known(self) -> Held:
+    def _known(self) -> HeldKeys:
         assert self.held is not None
         return self.held
 
@@ -165,7 +165,7 @@ class PatternLayer(CacheLayerMixin):  # type: ignore[misc]
         kept = [own[head.blocks].nonzero()[:, 0] for own, head in zip(lasting, found, strict=True)]
         if heads is not None or any(len(places) < len(head.blocks) for places, head in zip(kept, found, strict=True)):
             more = num_blocks(self.length + room, block) - count
-            self.held = Held.gather(found, kept, more, block, self.length)
+            self.held = HeldKeys.gather(found, kept, more, block, self.length)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Masks cover all positions, evicted or not."""
@@ -212,7 +212,7 @@ class PatternLayer(CacheLayerMixin):  # type: ignore[misc]
         if after < before:
             heads = self._known().heads()
             kept = [(head.blocks < after).nonzero()[:, 0] for head in heads]
-            self.held = Held.gather(heads, kept, 0, self.pattern.block_size[1], self.length)
+            self.held = HeldKeys.gather(heads, kept, 0, self.pattern.block_size[1], self.length)
         if not self.length:
             self.reset()
         elif self.record_past:

@@ -72,6 +72,17 @@ def possible_blocks(
     return last_query[:, None] >= col * block_kv
 
 
+def whole_blocks(
+    q_len: int, kv_len: int, block_size: tuple[int, int], causal: bool, device: torch.device | str = "cpu"
+) -> Tensor:
+    """Mark the blocks in which every query may see every key, and all keys are real: (q_blocks, kv_blocks), boolean."""
+    block_q, block_kv = block_size
+    row = torch.arange(num_blocks(q_len, block_q), device=device)[:, None]
+    last_key = (torch.arange(num_blocks(kv_len, block_kv), device=device) + 1) * block_kv - 1
+    whole = (last_key < kv_len).expand(len(row), -1)
+    return whole & (last_key <= row * block_q + kv_len - q_len) if causal else whole
+
+
 @dataclass(frozen=True, eq=False)
 class BlockPattern:
     """The connections that one attention layer keeps.

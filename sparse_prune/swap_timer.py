@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 
 from sparse_prune.attention.layer import PrunableAttention
-from sparse_prune.attention.measure import fastest, time_attention
+from sparse_prune.attention.measure import fastest, time_attention, tune
 from sparse_prune.clock import hides_host, now
 from sparse_prune.kernels import skipping_backends
 from sparse_prune.pattern import BlockPattern
+from sparse_prune.ranges import check_range
 from sparse_prune.swap_event import SwapEvent
 
 
@@ -16,11 +17,17 @@ class SwapTimer:
     """Times layers with dense attention and with every backend that skips blocks on their device.
 
     Args:
-        tuned: Whether to find the backends' launch configurations first.
+        tuning_seconds: What finding the backends' launch configurations may take, over all layers; 0: none is looked
+            for.
+
+    Raises:
+        ValueError: If `tuning_seconds` is negative.
     """
 
-    def __init__(self, tuned: bool = True) -> None:
-        self.tuned = tuned
+    def __init__(self, tuning_seconds: float = 10.0) -> None:
+        check_range("[0, inf)", "0 takes launch configurations as they are.", tuning_seconds=tuning_seconds)
+        self.tuning_seconds = tuning_seconds
+        """What is left of them."""
         self.seconds = 0.0
         """Total time of measurements in this process, in seconds."""
         self._hidden = True  # whether the host runs ahead of its device; assumed before the first step
@@ -36,7 +43,11 @@ class SwapTimer:
         assert layer.last_shape is not None
         device = layer.last_shape.device
         start = now(device)  # a GPU may still have work of the step to finish
-        found = time_attention(layer, skipping_backends(device), repeats, self.tuned, pattern, self._hidden)
+        backends = skipping_backends(device)
+        if self.tuning_seconds > 0.0:
+            backends = tuple(tune(layer, backends, self.tuning_seconds, pattern))
+            self.tuning_seconds = max(0.0, self.tuning_seconds - (now(device) - start))
+        found = time_attention(layer, backends, repeats, pattern, self._hidden)
         self.seconds += now(device) - start
         return found
 

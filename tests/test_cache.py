@@ -284,7 +284,7 @@ def test_tokens_within_a_block_bring_nothing_from_the_host_and_ask_for_nothing(m
 
     decode(20 * block + 1, 20 * block + 1)
     decode(1, 20 * block + 2)
-    assert len(layer.held.buckets) > 1  # heads that hold different numbers of blocks
+    assert len(layer.held.head_sets) > 1  # heads that hold different numbers of blocks
     before = NoKernel.launches
     with HostCopies() as copies:
         decode(1, 20 * block + 3)
@@ -313,7 +313,7 @@ def test_swapped_layers_decode_by_the_kernel(name, monkeypatch):
         torch.testing.assert_close(found[real], whole[:, start:end][real], atol=2e-4, rtol=2e-4)
     assert len(calls) == 7 * len(cache.layers)
     # Behind a window of 9 tokens all heads hold equally many blocks.
-    assert any(len(layer.held.buckets) > 1 for layer in cache.layers) == ("window" not in name)
+    assert any(len(layer.held.head_sets) > 1 for layer in cache.layers) == ("window" not in name)
 
 
 def live_bytes():
@@ -342,7 +342,7 @@ def test_memory_of_the_process_falls():
     assert large == sum(2 * layer.keys.untyped_storage().nbytes() for layer in everything.layers)
     assert small == evicting.nbytes()
     assert small < large / 4
-    held = [bucket.blocks.shape for bucket in evicting.layers[0].held.buckets]
+    held = [head_set.blocks.shape for head_set in evicting.layers[0].held.head_sets]
     pattern = evicting.layers[0].pattern
     needed = pattern.needed_after(200).view(2, 2, -1).any(1).sum(-1)
     assert sum(heads * blocks for heads, blocks in held) == int(needed.sum()) + 2  # and the latest, per KV head
@@ -386,7 +386,7 @@ def test_dense_heads_and_dense_layers_hold_everything():
     torch.testing.assert_close(found[:, -1], whole[:, -1], atol=2e-4, rtol=2e-4)
     first, second = cache.layers
     assert isinstance(first, PatternLayer)
-    assert sorted(bucket.blocks.shape[1] for bucket in first.held.buckets)[-1] == 23
+    assert sorted(head_set.blocks.shape[1] for head_set in first.held.head_sets)[-1] == 23
     assert second.keys.shape[2] == 90
 
 
@@ -401,7 +401,7 @@ def test_decoding_under_autocast_equals_the_masked_model(name):
         for step in range(30, 70):
             found = model(ids[:, step : step + 1], past_key_values=cache).logits.float()
             torch.testing.assert_close(found[:, -1], whole[:, step], atol=0.6, rtol=0.1)
-            ragged |= any(len(layer.held.buckets) > 1 for layer in cache.layers)
+            ragged |= any(len(layer.held.head_sets) > 1 for layer in cache.layers)
     assert ragged  # heads that hold different numbers of blocks
 
 

@@ -22,7 +22,7 @@ from sparse_prune import (
     select,
 )
 from sparse_prune.attention import PrunableAttention
-from sparse_prune.pattern import possible_blocks, suited_block_size
+from sparse_prune.pattern import possible_blocks, suited_block_size, whole_blocks
 from sparse_prune.scores.mass_share import row_mass
 from sparse_prune.selection import _solve
 from support.tiny import tiny_llama
@@ -86,14 +86,16 @@ def test_a_share_of_a_run_has_no_value_before_the_length_is_known():
 
 
 @given(st.integers(1, 30), st.integers(0, 20), BLOCKS, st.booleans())
-def test_possible_blocks_hold_exactly_the_visible_tokens(q_len, extra, block, causal):
+def test_possible_blocks_hold_visible_tokens_and_whole_ones_no_others(q_len, extra, block, causal):
     kv_len = q_len + extra
     possible = possible_blocks(q_len, kv_len, block, causal)
-    brute = torch.zeros_like(possible)
+    visible = torch.zeros_like(possible, dtype=torch.int64)
     for i, j in itertools.product(range(q_len), range(kv_len)):
         if not causal or j <= i + extra:
-            brute[i // block[0], j // block[1]] = True
-    assert torch.equal(possible, brute)
+            visible[i // block[0], j // block[1]] += 1
+    assert torch.equal(possible, visible > 0)
+    rows = (q_len - torch.arange(len(possible)) * block[0]).clamp(max=block[0])
+    assert torch.equal(whole_blocks(q_len, kv_len, block, causal), visible == rows[:, None] * block[1])
 
 
 @given(st.integers(1, 40), BLOCKS, st.integers(0, 2**31))

@@ -31,7 +31,7 @@ KERNELS = {
     "influence": influence_kernel,
 }  # fmt: skip
 TRAINING = ("forward", "dq", "dkdv")
-FLOATS = {"rises", "lse", "delta", "known_lse", "sums", "part", "part_lse", "grad_k", "grad_v"}
+FLOATS = {"rises", "lse", "delta", "sums", "part", "part_lse", "grad_k", "grad_v"}
 INDEX = {"shown", "start", "full", "index", "place", "order", "documents"}
 BYTES = {"key_mask", "attn_mask", "keep"}
 NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
@@ -102,18 +102,18 @@ def choose(case):
         "HEAD": head_dim, "CAUSAL": True, "MASKS": case.masks, "SOFTCAP": case.softcap, "PADDED": False,
     }  # fmt: skip
     if case.kernel == "probe":
-        values |= {"BLOCK_Q": case.block, "BLOCK_K": case.block, "HAS_LSE": False}
+        values |= {"BLOCK_Q": case.block, "BLOCK_K": case.block}
         return probe_config(call), values
     if case.kernel == "influence":
         tile = influence_tile((case.block, case.block))
         return probe_config(call), values | {"TILE_Q": tile, "TILES": case.block // tile, "BLOCK_K": case.block}
     if case.kernel == "decode":
         config = decode_config(case.rows, head_dim, case.dtype, sides)
-        pack, tile = config.tile
-        return config, values | {"BLOCK_Q": case.block, "TILES": case.block // tile, "TILE_K": tile, "PACK": pack}
+        stack, tile = config.tile
+        return config, values | {"BLOCK_Q": case.block, "TILES": case.block // tile, "TILE_K": tile, "STACK": stack}
     config = launch_config(case.kernel, case.capability, call)
     values |= {"TILE_Q": config.tile[0], "TILE_K": config.tile[1], "DROPOUT": case.dropout}
-    return config, values | ({"SHIFTED": False} if case.kernel == "dq" else {})
+    return config, values | ({"SPAN": config.span} if case.kernel == "forward" else {})
 
 
 def source(case, values):
@@ -165,7 +165,7 @@ def compiled(case):
     config, values = choose(case)
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
     kernel = triton.compile(source(case, values), target=GPUTarget("cuda", case.capability, 32), options=options)
-    return kernel, vars(case) | {"dtype": NAMES[case.dtype], "tile": config.tile, **options}
+    return kernel, vars(case) | {"dtype": NAMES[case.dtype], "tile": config.tile, "span": config.span, **options}
 
 
 def main(group):

@@ -50,15 +50,24 @@ def same_bits(call: Call) -> dict[str, float]:
     return {}
 
 
+def close(found: Tensor, wanted: Tensor, least: float, limit: float) -> dict[str, float]:
+    """The largest error as a share of the largest number wanted, or of `least`, if it is within the limit.
+
+    Raises:
+        ArithmeticError: If it is not.
+    """
+    error = float((found.double() - wanted).abs().max() / wanted.abs().max().clamp(min=least))
+    if not error <= limit:
+        raise ArithmeticError(f"off by {error:.3g} of the largest, at most {limit:.3g} is allowed")
+    return {"error": error}
+
+
 def probes(call: Call) -> dict[str, float]:
     """The probe's sums, against those of torch in float64."""
     (query, key, _), _, pattern = call
-    found = probe(query.detach(), key.detach(), pattern.block_size, causal=True).sums.double()
+    found = probe(query.detach(), key.detach(), pattern.block_size, causal=True).sums
     wanted = probe_blocks(query.detach().double(), key.detach().double(), pattern.block_size, causal=True).sums
-    error = float((found - wanted).abs().max() / wanted.abs().max())
-    if not error <= 1e-2:
-        raise ArithmeticError(f"the probe's sums are off by {error:.3g} of the largest")
-    return {"error": error}
+    return close(found, wanted, 0.0, 1e-2)
 
 
 def influences(call: Call) -> dict[str, float]:
@@ -69,10 +78,7 @@ def influences(call: Call) -> dict[str, float]:
     found = influence(*inputs, grad, pattern.block_size, **given).sums
     exact = [tensor.double().cpu() for tensor in (*inputs, grad)]
     wanted = probe_score(Influence(), *exact[:3], pattern.block_size, gradient=exact[3], **given).sums.to(found.device)
-    error = float((found - wanted).abs().max() / wanted.abs().max())
-    if not error <= 2e-2:
-        raise ArithmeticError(f"the sums of Influence are off by {error:.3g} of the largest")
-    return {"error": error}
+    return close(found, wanted, 0.0, 2e-2)
 
 
 def decodes(call: Call) -> dict[str, float]:
@@ -81,30 +87,19 @@ def decodes(call: Call) -> dict[str, float]:
     exact = [tensor.detach().double() for tensor in (query, key, value)]
     wanted = block_sparse_attention(*exact, pattern, backend="reference")[:, :, -1:]
     found = decode(query.detach()[:, :, -1:], key.detach(), value.detach(), pattern, AttentionOptions())
-    error = float((found.double() - wanted).abs().max() / wanted.abs().max().clamp(min=1.0))
-    if not error <= 8 * torch.finfo(query.dtype).eps:
-        raise ArithmeticError(f"decoding is off by {error:.3g}")
-    return {"error": error}
+    return close(found, wanted, 1.0, 8 * torch.finfo(query.dtype).eps)
 
 
 def waits_for_nothing(call: Call) -> dict[str, float]:
     """A warm call, forward, backward, probe and decoding, never makes the host wait; torch raises where it does."""
-    (query, key, value), _, pattern = call
-    last = query.detach()[:, :, -1:]
+    (query, key, value), grad, pattern = call
+    query, key, value, options = query.detach(), key.detach(), value.detach(), AttentionOptions()
+    given = {"causal": True, "options": options, "pattern": pattern}
     steps: list[Callable[[], object]] = [
         lambda: results(call),
-        lambda: probe(query.detach(), key.detach(), pattern.block_size, causal=True),
-        lambda: influence(
-            query.detach(),
-            key.detach(),
-            value.detach(),
-            call[1],
-            pattern.block_size,
-            causal=True,
-            options=AttentionOptions(),
-            pattern=pattern,
-        ),
-        lambda: decode(last, key.detach(), value.detach(), pattern, AttentionOptions()),
+        lambda: probe(query, key, pattern.block_size, causal=True),
+        lambda: influence(query, key, value, grad, pattern.block_size, **given),
+        lambda: decode(query[:, :, -1:], key, value, pattern, options),
     ]
     for step in steps:
         step()
@@ -125,19 +120,18 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, nargs="+", default=[64, 128])
     arguments = parser.parse_args()
     kept = Rows(arguments.output, {"length": arguments.length, "blocks": arguments.blocks}, about())
-    checks: list[Callable[[Call], dict[str, Any]]] = [
-        lambda call: check(call[0], call[1], call[2]), same_bits, probes, influences, decodes,
-    ]  # fmt: skip
-    names = ["output and gradients", "same bits", "probe", "influence", "decode"]
+    checks: dict[str, Callable[[Call], dict[str, Any]]] = {
+        "output and gradients": lambda call: check(*call), "same bits": same_bits, "probe": probes,
+        "influence": influences, "decode": decodes,
+    }  # fmt: skip
     if DEVICE == "cuda":
-        checks.append(waits_for_nothing)
-        names.append("no synchronisation")
+        checks["no synchronisation"] = waits_for_nothing
     done = {row["name"] for row in kept.rows}
     for dim in (64, 128):
         for dtype in dtypes():
             for block in arguments.blocks:
                 call = made(dim, dtype, arguments.length, block)
-                for name, run in zip(names, checks, strict=True):
+                for name, run in checks.items():
                     label = f"{name}, d{dim} block {block} {str(dtype).removeprefix('torch.')}"
                     found = None if label in done else kept.attempt(label, partial(run, call))
                     if found is not None:

@@ -77,15 +77,7 @@ def _all_attached(modules: dict[str, nn.Module]) -> bool:
 
 
 def find_layers(model: nn.Module, example: Any = None) -> dict[str, nn.Module]:
-    """Return the attention modules that can be pruned, by qualified name.
-
-    Args:
-        model: Any module.
-        example: An input, as in `list_layers`.
-
-    Raises:
-        ValueError: If the model does not take the example.
-    """
+    """Return the attention modules that can be pruned, by qualified name; arguments and errors as in `list_layers`."""
     return {layer.name: layer.module for layer in list_layers(model, example) if layer.problem is None}
 
 
@@ -141,11 +133,7 @@ def attach(model: nn.Module, example: Any = None, *, module: str | None = None) 
 
 
 def detach(model: nn.Module) -> None:
-    """Undo `attach`: every layer computes by its own attention again.
-
-    Args:
-        model: The model that was attached; any other one stays as it is.
-    """
+    """Undo `attach`: every layer computes by its own attention again. A model that is not attached stays as it is."""
     for family in FAMILIES:
         family.detach(model)
     for module in model.modules():

@@ -10,6 +10,7 @@ from torch import nn
 
 from sparse_prune.attention.access import attach
 from sparse_prune.attention.layer import PrunableAttention
+from sparse_prune.attention.prefixes import renamings
 from sparse_prune.kernels import check_backend, usable_backend
 from sparse_prune.pattern import BlockPattern
 
@@ -50,16 +51,7 @@ def apply_patterns(
 def fitting_layers(
     model: nn.Module, patterns: Mapping[str, BlockPattern], example: Any = None
 ) -> dict[str, PrunableAttention]:
-    """Return the layers of a model that patterns belong to, by the patterns' names.
-
-    Args:
-        model: Any module; it is attached if it is not yet.
-        patterns: Layer -> pattern.
-        example: See `list_layers`.
-
-    Raises:
-        ValueError: If a layer does not exist, is ambiguous, or differs from its pattern in heads or causality.
-    """
+    """Return the layers of a model that patterns belong to, by the patterns' names; as `apply_patterns` finds them."""
     layers = {layer.name: layer for layer in attach(model, example)}
     names = _names_here(list(patterns), list(layers))
     for name, pattern in patterns.items():
@@ -81,31 +73,19 @@ def _names_here(there: list[str], here: list[str]) -> dict[str, str]:
     """
     if set(there) <= set(here):
         return {name: name for name in there}
-    ways = {_prefixes(there[0], name) for name in here}
-    found = []
-    for cut, put in sorted(ways):
-        names = {name: put + name.removeprefix(cut) for name in there if name.startswith(cut)}
-        # If both have a prefix of their own, they are the same only if all layers match.
-        all_fit = set(names) == set(there) and set(names.values()) <= set(here)
-        if all_fit and (not (cut and put) or len(there) == len(here)):
-            found.append((cut, put, names))
-    if len(found) == 1:
-        cut, put, names = found[0]
+    # If both have a prefix of their own, they are the same only if all layers match.
+    ways = {
+        (cut, put): names
+        for (cut, put), names in renamings(there, here).items()
+        if not (cut and put) or len(there) == len(here)
+    }
+    if len(ways) == 1:
+        [((cut, put), names)] = ways.items()
         log.info("Patterns of layers %r are matched with layers %r of this model.", f"{cut}...", f"{put}...")
         return names
     missing = sorted(set(there) - set(here))
-    ways_in_words = f" in {len(found)} ways, by the prefixes {[put for _, put, _ in found]}" if found else ""
+    ways_in_words = f" in {len(ways)} ways, by the prefixes {[put for _, put in ways]}" if ways else ""
     raise ValueError(
         f"The patterns are of another model: they name layers {missing[:4]}, this one has {list(here)[:4]}"
         f"{ways_in_words}. Give the module that was pruned, or patterns with the names of this one's layers."
     )
-
-
-def _prefixes(there: str, here: str) -> tuple[str, str]:
-    """The prefixes of two names before their longest common suffix, in whole parts."""
-    one, other = there.split("."), here.split(".")
-    common = 0
-    while common < min(len(one), len(other)) and one[-1 - common] == other[-1 - common]:
-        common += 1
-    cut, put = (".".join([*parts[: len(parts) - common], ""]) for parts in (one, other))
-    return cut, put

@@ -10,12 +10,9 @@ from sparse_prune.pattern import BlockPattern, num_blocks
 
 
 def opened(pattern: BlockPattern) -> BlockPattern:
-    """Make a causal pattern bidirectional: it keeps every block with a later key for any of its queries.
+    """Make a causal pattern of self-attention bidirectional: it keeps every block with a later key for any query.
 
     The call's mask must hide the later keys that are hidden.
-
-    Args:
-        pattern: A causal pattern of equally many queries and keys.
     """
 
     def make() -> BlockPattern:
@@ -27,17 +24,9 @@ def opened(pattern: BlockPattern) -> BlockPattern:
 
 
 def last_rows(pattern: BlockPattern, q_len: int, kv_len: int, causal: bool, device: torch.device) -> Tensor:
-    """Return the token mask of the last queries of a sequence.
+    """Return the token mask of a sequence's last queries: boolean, (num_heads, q_len, kv_len), True = may attend.
 
-    Args:
-        pattern: Causal or not.
-        q_len: Queries, at the last positions.
-        kv_len: Positions.
-        causal: Whether the call hides later keys. If not, a causal pattern keeps all of them.
-        device: Device of the mask.
-
-    Returns:
-        Boolean, (num_heads, q_len, kv_len), True = may attend.
+    In a call that is not `causal`, a causal pattern keeps all later keys.
     """
     if causal and pattern.causal:
         return pattern.token_mask(q_len, kv_len, device)

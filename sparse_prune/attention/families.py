@@ -14,58 +14,36 @@ from sparse_prune.attention.trial_run import TrialCalls
 
 
 class Family(Protocol):
-    """Attention layers that are reached in the same way. A module of this package that has these names is a family."""
+    """Attention layers that are reached in the same way. A module of this package that has these names is a family.
+
+    `modules` are all modules of a model, by qualified name.
+    """
 
     KIND: str
     """Its name in `FoundLayer.kind`."""
 
     def candidates(self, modules: Mapping[str, nn.Module]) -> Collection[str]:
-        """Return the names of the modules that may be attention layers of this family.
-
-        Args:
-            modules: All modules of a model, by qualified name.
-        """
+        """Return the names of the modules that may be attention layers of this family."""
 
     def refused(self, name: str, module: nn.Module) -> str | None:
-        """Return why a candidate cannot be pruned, whatever its arguments; None if no reason is known.
-
-        Args:
-            name: Qualified name.
-            module: The candidate.
-        """
+        """Return why a candidate cannot be pruned, whatever its arguments; None if no reason is known."""
 
     def observing(self, model: nn.Module) -> AbstractContextManager[TrialCalls]:
-        """Record the attention calls of the family's modules inside the block. These modules become candidates too.
+        """Record the attention calls of the family's modules inside the block, in which the model runs once.
 
-        Args:
-            model: The model, which runs once inside.
+        These modules become candidates too.
         """
 
     def find(
         self, modules: Mapping[str, nn.Module], names: Collection[str], calls: TrialCalls | None
     ) -> Iterator[FoundLayer]:
-        """Describe layers: heads, causality, and why one cannot be pruned.
-
-        Args:
-            modules: All modules of a model, by qualified name.
-            names: Names of the layers.
-            calls: The calls of a trial run; None if there was none.
-        """
+        """Describe layers by name, and why one cannot be pruned; without a trial run `calls` is None."""
 
     def attach(self, model: nn.Module, layers: list[FoundLayer]) -> None:
-        """Route the calls of layers through their handles.
-
-        Args:
-            model: The model that holds them.
-            layers: Layers with handles; some may be attached already.
-        """
+        """Route the calls of layers, which have handles, through these; some may be attached already."""
 
     def detach(self, model: nn.Module) -> None:
-        """Undo `attach` for all layers of the family.
-
-        Args:
-            model: Any module, attached or not.
-        """
+        """Undo `attach` for all layers of the family in any module."""
 
 
 FAMILIES: list[Family] = [hf, mha, sdpa]

@@ -56,12 +56,7 @@ def run_original(module: nn.Module, own: Callable[..., Any] | None, *args: Any, 
 def routed(
     through: Callable[..., Any], module: nn.Module, own: Callable[..., Any] | None, *args: Any, **kwargs: Any
 ) -> Any:
-    """Run the forward pass through the module's handle, unless it has none or the handle is idle.
-
-    Args:
-        through: Called with the module, `own`, the handle and the arguments.
-        module: As `replace_forward` passes it on, like the rest.
-    """
+    """Run `through(module, own, handle, ...)`, or the original forward pass if there is no handle or it is idle."""
     layer = handle_of(module)
     if layer is None or not layer.traceable:
         return _routed_eagerly(through, module, own, layer, *args, **kwargs)
@@ -86,13 +81,7 @@ def _seat(module: nn.Module) -> str:
 
 
 def replaced(module: nn.Module, function: Callable[..., Any], seat: str | None = None) -> bool:
-    """Whether `replace_forward` routes the module's calls to a function.
-
-    Args:
-        module: Any module.
-        function: The function that was given to `replace_forward`.
-        seat: The attribute to look at; None: the one that holds the module's forward.
-    """
+    """Whether `replace_forward` routes a module's calls to a function, in its `forward` or in the attribute `seat`."""
     found = vars(module).get(seat or _seat(module))
     return isinstance(found, _Replacement) and found.func is function and found.args[0] is module
 

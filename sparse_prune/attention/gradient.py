@@ -15,14 +15,8 @@ def with_gradient(output: Tensor, query: Tensor, key: Tensor, value: Tensor, the
     """Return the output unchanged; the backward pass calls `then` with its gradient and the inputs.
 
     The inputs are saved as every operator of torch saves its own, so activation checkpointing drops and recomputes
-    them. The gradient arrives once, however often the forward pass ran.
-
-    Args:
-        output: Attention output, (batch, num_heads, q_len, head_dim).
-        query: (batch, num_heads, q_len, head_dim).
-        key: (batch, num_kv_heads, kv_len, head_dim).
-        value: As `key`.
-        then: Called without grad mode with query, key, value and the gradient, which it must not change.
+    them. The gradient arrives once, however often the forward pass ran. `then` is called without grad mode with query,
+    key, value and the gradient, which it must not change.
     """
     watched: Tensor = _Watched.apply(  # type: ignore[no-untyped-call, unused-ignore]
         output, query.detach(), key.detach(), value.detach(), then

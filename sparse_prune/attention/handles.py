@@ -37,12 +37,13 @@ class FoundLayer:
 
 
 def handle_of(module: nn.Module) -> PrunableAttention | None:
-    """Return the handle of an attention module; None if it is not attached.
-
-    Args:
-        module: The attention module, not the model around it.
-    """
+    """Return the handle of an attention module (not of the model around it); None if it is not attached."""
     return vars(module).get(_HANDLE)
+
+
+def handles_in(model: nn.Module) -> dict[str, PrunableAttention]:
+    """Return the handles of all attached layers of a model, by the qualified names of their modules."""
+    return {name: handle for name, m in modules_of(model).items() if (handle := handle_of(m)) is not None}
 
 
 def give_handle(layer: FoundLayer) -> PrunableAttention:
@@ -59,12 +60,7 @@ def give_handle(layer: FoundLayer) -> PrunableAttention:
 
 
 def share_handle(own: nn.Module, copy: nn.Module) -> None:
-    """Give a copy of an attached module the module's own handle: both are pruned as one.
-
-    Args:
-        own: The module.
-        copy: Its copy, which may have a copy of the handle.
-    """
+    """Give a copy of an attached module, which may have copied the handle, its own handle: both are pruned as one."""
     handle, other = handle_of(own), handle_of(copy)
     assert handle is not None
     if other is not handle:

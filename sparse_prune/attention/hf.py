@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from sparse_prune.attention.handles import FoundLayer, handle_of, modules_of
 from sparse_prune.attention.hf_attention import BESIDE_EAGER, IMPLEMENTATION, REFUSED, attention_forward, claims_causal
-from sparse_prune.attention.hf_configs import TakeOver, restore_implementation
+from sparse_prune.attention.hf_configs import restore_implementation, set_implementation
 from sparse_prune.attention.hf_masks import make_mask, newest, window_of
 from sparse_prune.attention.layer import PrunableAttention
 from sparse_prune.attention.trial_run import TrialCall, TrialCalls, describe, named_cross
@@ -103,14 +103,20 @@ def attach(model: nn.Module, layers: list[FoundLayer]) -> None:
             for module in sharing:
                 vars(module)[_OWN] = config._attn_implementation
         before = next(vars(module)[_OWN] for module in sharing if _OWN in vars(module))
-        take_over = TakeOver(config, _implementation(model, config, sharing), before, register)
+        take_over = partial(_take_over, config, _implementation(model, config, sharing), before)
         take_over()
         for layer in layers:
             if layer.module.config is config:
                 handle = handle_of(layer.module)
                 assert handle is not None
-                others = (known for known in handle.on_load if getattr(known, "config", None) is not config)
+                others = (known for known in handle.on_load if known.args[0] is not config)
                 handle.on_load = (*others, take_over)
+
+
+def _take_over(config: Any, implementation: str, before: str | None) -> None:
+    """Set a config's implementation, here or where its layers were copied or loaded: another process registers none."""
+    register()
+    set_implementation(config, implementation, before)
 
 
 def register() -> None:
@@ -138,10 +144,7 @@ def _sdpa_holds(modules: Iterable[nn.Module], config: Any) -> bool:
 
 
 def attached_layers(model: nn.Module) -> list[PrunableAttention]:
-    """Return the handles of an attached decoder, one per layer, in the order of its cache.
-
-    Args:
-        model: A transformers model.
+    """Return the handles of an attached transformers decoder, one per layer, in the order of its cache.
 
     Raises:
         ValueError: If the model is no decoder, or a layer of its cache has no handle or is not causal.
@@ -151,20 +154,18 @@ def attached_layers(model: nn.Module) -> list[PrunableAttention]:
         raise ValueError(
             f"`model` must be a transformers decoder, got {type(model).__name__}. Give the model that generates."
         )
-    every = modules_of(model)
-    found = [layer for layer in find(every, candidates(every), None) if layer.problem is None]
-    modules = {getattr(layer.module, "layer_idx", None): layer.module for layer in found}
-    handles: dict[Any, PrunableAttention | None] = {index: handle_of(module) for index, module in modules.items()}
+    modules = [module for module in model.modules() if is_attention(type(module))]
+    handles = {getattr(m, "layer_idx", None): handle for m in modules if (handle := handle_of(m)) is not None}
     decoder = config.get_text_config(decoder=True)
     # A config with encoder layers too counts those as `num_hidden_layers`.
     wanted = range(getattr(decoder, "decoder_layers", decoder.num_hidden_layers))
-    missing = [index for index in wanted if handles.get(index) is None]
+    missing = [index for index in wanted if index not in handles]
     if missing:
         raise ValueError(
             f"`model` must be attached in all its layers, got no handle in layers {missing[:8]}. Call "
             "`sparse_prune.attention.attach(model)` first; models with other kinds of layers are not supported."
         )
-    attached = [handle for index in wanted if (handle := handles[index]) is not None]
+    attached = [handles[index] for index in wanted]
     bidirectional = [handle.name for handle in attached if not handle.causal]
     if bidirectional:
         raise ValueError(

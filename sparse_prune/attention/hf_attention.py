@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparse_prune.attention.cached_keys import CachedKeys
 from sparse_prune.attention.handles import handle_of
 from sparse_prune.attention.hf_masks import (
     boolean,
@@ -25,7 +26,6 @@ from sparse_prune.attention.hf_masks import (
 )
 from sparse_prune.attention.layer import PrunableAttention
 from sparse_prune.attention.masks import assert_hides_future, hides_future
-from sparse_prune.attention.packed import PackedKeys
 from sparse_prune.attention.softcap import softcapped
 from sparse_prune.attention.trial_run import BIAS
 from sparse_prune.kernels import AttentionOptions
@@ -61,7 +61,7 @@ def attention_forward(
     if handle is None:
         return _run_own_eagerly(module, query, key, value, attention_mask, **kwargs)
     traceable = handle.traceable and query.shape[2] == key.shape[2] and not kwargs.get("dropout")
-    traceable = traceable and not isinstance(key, PackedKeys)
+    traceable = traceable and not isinstance(key, CachedKeys)
     attention = _attend if traceable else _attend_eagerly
     return attention(handle, module, query, key, value, attention_mask, **kwargs)
 
@@ -153,8 +153,8 @@ def _attend(
     if beside_eager:  # the mask is whole
         is_causal = False
     _refuse_arguments(handle.name, kwargs, REFUSED)
-    if active:
-        _refuse_bias(handle, attention_mask)
+    if active and attention_mask is not None and attention_mask.dtype not in (torch.bool, torch.int32):
+        handle.refuse(BIAS)
     q_len, kv_len = query.shape[2], key.shape[2]
     if packed and q_len == kv_len:
         flag = claims_causal(module, is_causal)
@@ -241,16 +241,3 @@ def _refuse_arguments(name: str, kwargs: dict[str, Any], refused: Iterable[str])
                 f"Layer {name!r} uses {REFUSED[argument]} (`{argument}`), which pruning does not support. "
                 "Prune another model."
             )
-
-
-def _refuse_bias(handle: PrunableAttention, mask: Tensor | None) -> None:
-    """Leave a layer dense if its first call adds a bias to the mask; refuse a bias in later calls."""
-    if mask is None or mask.dtype == torch.bool or tells_documents(mask):
-        return
-    if not handle.seen and handle.pattern is None:
-        handle.set_aside(BIAS)
-    else:
-        raise ValueError(
-            f"Layer {handle.name!r} must get an attention mask that only hides keys, got one of {mask.dtype} that "
-            "adds a bias. Set `example_input_array` on the LightningModule: the layer is then left dense."
-        )

@@ -7,7 +7,6 @@ it, names the implementation that the model had before. Layers that are pickled 
 from __future__ import annotations
 
 import copyreg
-from collections.abc import Callable
 from typing import Any
 from weakref import ref
 
@@ -15,13 +14,7 @@ _BEFORE: dict[int, tuple[ref[Any], str | None]] = {}  # configs cannot be hashed
 
 
 def set_implementation(config: Any, implementation: str, before: str | None) -> None:
-    """Let a config name another attention implementation; its pickles and copies name the one before.
-
-    Args:
-        config: Config of a transformers model.
-        implementation: The implementation to name.
-        before: The implementation that pickles name.
-    """
+    """Let a config name another attention implementation; its pickles and copies name the one before."""
     key = id(config)
     _BEFORE[key] = ref(config, lambda _: _BEFORE.pop(key, None)), before
     copyreg.pickle(type(config), _reduce)
@@ -33,24 +26,6 @@ def restore_implementation(config: Any, implementation: str | None) -> None:
     """Let a config name the attention implementation that it named before."""
     _BEFORE.pop(id(config), None)
     config._attn_implementation_internal = implementation
-
-
-class TakeOver:
-    """Sets the implementation of a config, and again where the handle that holds this was copied or loaded.
-
-    Args:
-        config: Config of the handle's module.
-        implementation: The implementation to name.
-        before: The implementation that it named before.
-        register: Registers the implementation in this process.
-    """
-
-    def __init__(self, config: Any, implementation: str, before: str | None, register: Callable[[], None]) -> None:
-        self.config, self.implementation, self.before, self.register = config, implementation, before, register
-
-    def __call__(self) -> None:
-        self.register()
-        set_implementation(self.config, self.implementation, self.before)
 
 
 def _reduce(config: Any) -> Any:

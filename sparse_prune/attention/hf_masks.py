@@ -16,6 +16,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from sparse_prune.attention.masks import is_bias, visible
 from sparse_prune.kernels import documents_from_cu_seqlens
+from sparse_prune.kernels.derived import of_tensor
 
 _MADE = WeakTensorKeyDictionary()  # masks of `make_mask` -> their width
 _LARGE = object()  # no mask: one over all pairs is needed
@@ -179,10 +180,7 @@ def tokens_of(mask: Tensor | None, q_len: int) -> Tensor | None:
         return mask
     if window_of(mask, q_len) is None or shows_all(mask, q_len):
         return None
-    known = _made_of(mask)
-    if "tokens" not in known:
-        known["tokens"] = mask[:, 0, 0]
-    return known["tokens"]
+    return of_tensor(mask, "tokens", lambda: mask[:, 0, 0])
 
 
 def shows_all(mask: Tensor | None, q_len: int) -> bool:
@@ -196,28 +194,23 @@ def tells_documents(mask: Tensor | None) -> bool:
 
 
 def keep_apart(mask: Tensor | None, cu_seqlens: Tensor, batch: int, length: int, causal: bool) -> Tensor | None:
-    """Add to a mask the documents that FlashAttention's arguments tell, unless it holds documents already.
+    """Add to a mask the documents that FlashAttention's arguments tell, unless it holds documents or adds a bias.
 
-    Args:
-        mask: A mask of `make_mask`, or a boolean one; one that adds a bias stays as it is.
-        cu_seqlens: Integers, (documents + 1,), ascending from 0 to batch * length: rows follow each other.
-        batch: Samples.
-        length: Tokens of a sample.
-        causal: Whether the call is causal, if the mask does not say so.
+    `cu_seqlens`, (documents + 1,), ascends from 0 to batch * length: rows follow each other. Whether the call is causal
+    counts if the mask does not say so.
     """
     if tells_documents(mask) or (mask is not None and mask.dtype != torch.bool):
         return mask
-    known = _made_of(cu_seqlens)
-    if (batch, length) not in known:
-        known[batch, length] = documents_from_cu_seqlens(cu_seqlens, batch * length).view(batch, length)
-    documents = known[batch, length]
+    documents = of_tensor(
+        cu_seqlens,
+        (batch, length),
+        lambda: documents_from_cu_seqlens(cu_seqlens, batch * length).view(batch, length),
+    )
     if mask is None:
         return documents
     window = window_of(mask, length)
     if window is not None and shows_all(mask, length):
-        if window not in known:
-            known[window] = repeated(documents, window)
-        return known[window]
+        return of_tensor(cu_seqlens, (batch, length, window), lambda: repeated(documents, window))
     if mask.dim() == 2 or window is not None:
         mask = expand(mask, causal)
     return mask & (documents[:, None, :, None] == documents[:, None, None, :])
@@ -247,59 +240,34 @@ def dropped_keys(mask: Tensor | None, q_len: int, kv_len: int, window: int | Non
 
 def _shows_first(mask: Tensor, keys: int) -> bool:
     """Whether a boolean mask shows any of the first keys, read once per forward pass."""
-    if not keys:
-        return False
-    known: dict[Any, Any] = _made_of(mask)
-    if ("shows", keys) not in known:
-        known["shows", keys] = bool(mask[..., :keys].any())
-    return bool(known["shows", keys])
+    return keys > 0 and of_tensor(mask, ("shows", keys), lambda: bool(mask[..., :keys].any()))
 
 
 def _root(mask: Tensor) -> Tensor:
     return mask if mask._base is None else mask._base
 
 
-_BOOLEAN = WeakTensorKeyDictionary()  # by the mask of a forward pass, which all its layers get
-
-
 def boolean(mask: Tensor) -> Tensor:
     """Convert an additive mask that only hides keys to a boolean one, once per forward pass; others stay."""
     if mask.dtype == torch.bool or tells_documents(mask):
         return mask
-    if torch.compiler.is_compiling():
-        found = _if_it_only_hides(mask)
-    else:
-        if mask not in _BOOLEAN:
-            _BOOLEAN[mask] = _if_it_only_hides(mask)
-        found = _BOOLEAN[mask]
-    return mask if found is None else found
-
-
-def _if_it_only_hides(mask: Tensor) -> Tensor | None:
-    return None if is_bias(mask) else visible(mask)
-
-
-_SMALL = WeakTensorKeyDictionary()  # by the small mask, or the lengths, of a forward pass
-
-
-def _made_of(small: Tensor) -> dict[Any, Tensor]:
-    """The tensors that the layers of a forward pass have derived from a small mask."""
-    made: dict[Any, Tensor] = {}
-    return made if torch.compiler.is_compiling() else _SMALL.setdefault(small, made)  # type: ignore[no-untyped-call, no-any-return, unused-ignore]
+    hides = of_tensor(mask, "boolean", lambda: None if is_bias(mask) else visible(mask))
+    return mask if hides is None else hides
 
 
 def expand(mask: Tensor, causal: bool) -> Tensor:
     """Expand a mask with one value per token, with a window or without, to (batch, 1, length, length) for SDPA."""
-    known = _made_of(mask)
-    if causal not in known:
-        length, window = mask.shape[-1], mask.shape[2] if mask.dim() == 4 else None
-        keys = mask[:, None, None] if window is None else mask[:, :, :1]
-        if tells_documents(mask):
-            keys = keys == keys.transpose(2, 3)
-        square = torch.ones(length, length, dtype=torch.bool, device=mask.device)
-        if window is not None:
-            square = square.tril().triu(1 - window)
-        elif causal:
-            square = square.tril()
-        known[causal] = keys & square
-    return known[causal]
+    return of_tensor(mask, ("expanded", causal), lambda: _expanded(mask, causal))
+
+
+def _expanded(mask: Tensor, causal: bool) -> Tensor:
+    length, window = mask.shape[-1], mask.shape[2] if mask.dim() == 4 else None
+    keys = mask[:, None, None] if window is None else mask[:, :, :1]
+    if tells_documents(mask):
+        keys = keys == keys.transpose(2, 3)
+    square = torch.ones(length, length, dtype=torch.bool, device=mask.device)
+    if window is not None:
+        square = square.tril().triu(1 - window)
+    elif causal:
+        square = square.tril()
+    return keys & square

@@ -5,14 +5,15 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from sparse_prune.attention.cached_keys import CachedKeys
 from sparse_prune.attention.call_patterns import last_rows, opened
 from sparse_prune.attention.gradient import with_gradient
-from sparse_prune.attention.packed import PackedKeys, masked_attention
 from sparse_prune.kernels import (
     AttentionOptions,
     block_sparse_attention,
@@ -23,6 +24,7 @@ from sparse_prune.kernels import (
     probe_score,
 )
 from sparse_prune.kernels.backend import Decode
+from sparse_prune.kernels.backends.sdpa import masked_attention
 from sparse_prune.kernels.derived import at_lengths
 from sparse_prune.kernels.documents import per_document
 from sparse_prune.pattern import BlockPattern
@@ -97,7 +99,7 @@ class PrunableAttention:
     repeats_keys: bool = False
     """Whether the model's own attention repeats key heads where shared ones would get a slow kernel, as transformers
     does; otherwise it always shares them (`enable_gqa`)."""
-    on_load: tuple[Callable[[], None], ...] = ()
+    on_load: tuple[partial[None], ...] = ()
     """Called where the handle was copied or loaded, as by `torch.load` in another process."""
     seen: bool = False
     """Whether a call was seen. Until then `causal` is the module's own claim, and the first call decides."""
@@ -136,21 +138,12 @@ class PrunableAttention:
         return untouched or self.aside is not None
 
     def pattern_at(self, q_len: int, kv_len: int) -> BlockPattern:
-        """Return the pattern for a call's lengths.
-
-        Args:
-            q_len: Query tokens.
-            kv_len: Key tokens.
-        """
+        """Return the pattern for a call's lengths in tokens."""
         assert self._pattern is not None
         return at_lengths(self._pattern, q_len, kv_len)
 
     def take_statistics(self, kinds: tuple[str, ...] = STATISTICS) -> BlockStatistics | None:
-        """Return the collected statistics, on the CPU, and drop them.
-
-        Args:
-            kinds: The statistics to return; the others never leave the device.
-        """
+        """Return the collected statistics of some kinds, on the CPU, and drop all; others never leave the device."""
         statistics, self.statistics = self.statistics, None
         own, self.score_sums = self.score_sums, None
         if statistics is None:
@@ -163,8 +156,8 @@ class PrunableAttention:
     def attend(
         self,
         query: Tensor,
-        key: Tensor | PackedKeys,
-        value: Tensor | PackedKeys,
+        key: Tensor | CachedKeys,
+        value: Tensor | CachedKeys,
         options: AttentionOptions,
         *,
         dense: Callable[[], Tensor],
@@ -175,8 +168,8 @@ class PrunableAttention:
 
         Args:
             query: (batch, num_heads, q_len, head_dim).
-            key: (batch, num_kv_heads, kv_len, head_dim), or the `PackedKeys` of a `PatternCache`.
-            value: (batch, num_kv_heads, kv_len, value_dim), or the `PackedKeys` of a `PatternCache`.
+            key: (batch, num_kv_heads, kv_len, head_dim), or the `CachedKeys` of a `PatternCache`.
+            value: (batch, num_kv_heads, kv_len, value_dim), or the `CachedKeys` of a `PatternCache`.
             options: The options of the call.
             dense: The model's own attention.
             dropped: Keys of the sequence before these, which a cache has dropped and no query sees; None if a query may
@@ -198,79 +191,80 @@ class PrunableAttention:
                 f"Layer {self.name!r} must be called with {self.num_heads} query and {self.num_kv_heads} key heads, "
                 f"got {query.shape[1]} and {key.shape[1]}. Add it to `protected_layers` if it changes its heads."
             )
-        if isinstance(key, PackedKeys) or isinstance(value, PackedKeys):
-            held = self._held(key, value)
-            if held.first is None:
-                return held.attend(query, options, self._decode)
-            key, value = held.first
-        q_len, kv_len = query.shape[2], key.shape[2]
-        causal = self.causal if causal is None else causal
-        traces = torch.compiler.is_compiling() and self.traceable and causal == self.causal
+        if isinstance(key, CachedKeys) or isinstance(value, CachedKeys):
+            cached = self._cached(key, value)
+            if cached.first is None:
+                return cached.attend(query, options, self._decode)
+            key, value = cached.first
+        call = _Call(query, key, value, options, self.causal if causal is None else causal)
+        traces = torch.compiler.is_compiling() and self.traceable and call.causal == self.causal
         traced = check_backend(self.backend).traced if traces else None
         if traced is not None:
             return traced(query, key, value, self._version, self.causal, options)
-        self._watch(query, key, value, options, causal)
+        self._watch(call)
         if self.idle:
             return dense()
         if self.mode == "dense" or self._pattern is None:
-            return self._with_gradient(dense(), query, key, value, options, causal)
-        if q_len != kv_len:
+            return self._with_gradient(dense(), call)
+        if call.q_len != call.kv_len:
             if dropped is None:
                 raise ValueError(
                     f"Layer {self.name!r} sees a window of its tokens, and its cache may have dropped keys that the "
                     "pattern counts. Generate with past_key_values=PatternCache(model), or with DynamicCache() where "
                     "that refuses the model."
                 )
-            return self._attend_cached(query, key, value, options, causal, dropped)
-        pattern = self._pattern_of_call(q_len, kv_len, causal)
-        if causal and not pattern.causal:
-            options = _causal_too(options, q_len, query.device)
-        backend = moving_backend(query, pattern, options) if self.mode == "masked" else self.backend
-        output = block_sparse_attention(query, key, value, pattern, options, backend=backend)
-        return self._with_gradient(output, query, key, value, options, causal)
+            return self._attend_cached(call, dropped)
+        pattern = self._pattern_of(call)
+        if call.causal and not pattern.causal:
+            call = call._replace(options=_causal_too(options, call.q_len, query.device))
+        backend = moving_backend(query, pattern, call.options) if self.mode == "masked" else self.backend
+        output = block_sparse_attention(query, key, value, pattern, call.options, backend=backend)
+        return self._with_gradient(output, call)
 
-    def _pattern_of_call(self, q_len: int, kv_len: int, causal: bool) -> BlockPattern:
+    def _pattern_of(self, call: _Call) -> BlockPattern:
         """The pattern for a call's lengths; if the call shows later keys, it keeps all of these."""
-        pattern = self.pattern_at(q_len, kv_len)
-        return opened(pattern) if pattern.causal and not causal else pattern
+        pattern = self.pattern_at(call.q_len, call.kv_len)
+        return opened(pattern) if pattern.causal and not call.causal else pattern
 
-    def _watch(self, query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions, causal: bool) -> None:
+    def _watch(self, call: _Call) -> None:
         """Record the shape of a training call, and probe it if probing is on."""
         # A checkpointed layer runs again inside the backward pass: it was probed and counted the first time.
         first_run = torch._C._current_graph_task_id() == -1  # type: ignore[attr-defined, unused-ignore]
         if not first_run or not (torch.is_grad_enabled() or self.probe_block_size is not None):
             return
-        batch, _, q_len, head_dim = query.shape
-        kv_len = key.shape[2]
-        if q_len == kv_len:
-            self._learn(causal)
-            shapes = options.with_masks(lambda mask: mask.to("meta") if mask.dtype == torch.bool else mask)
-            self.last_shape = CallShape(
-                batch, q_len, kv_len, head_dim, value.dtype, query.device, shapes, value.shape[3]
-            )
+        if call.q_len == call.kv_len:
+            if not self.seen and self._pattern is None and self.statistics is None:  # no trial run has shown it
+                self.causal = call.causal
+            self.seen = True
+            self.last_shape = call.shape()
             if self.probe_block_size is not None:
-                self._probe(query, key, value, options, self.probe_block_size, causal)
+                self._probe(call, self.probe_block_size)
         elif self.probe_block_size is not None and torch.is_grad_enabled():  # without gradients it is a decoding step
-            if not self.seen and not causal and self._pattern is None:
-                self.set_aside(f"cross-attention ({q_len} queries, {kv_len} keys)")
+            if not self.seen and not call.causal and self._pattern is None:
+                self.refuse(f"cross-attention ({call.q_len} queries, {call.kv_len} keys)")
                 return
             raise ValueError(
-                f"Layer {self.name!r} must attend to its own tokens in training, got {q_len} queries and {kv_len} "
-                "keys. Train without `past_key_values`: patterns hold no prefix and no cached keys."
+                f"Layer {self.name!r} must attend to its own tokens in training, got {call.q_len} queries and "
+                f"{call.kv_len} keys. Train without `past_key_values`: patterns hold no prefix and no cached keys."
             )
 
-    def _learn(self, causal: bool) -> None:
-        """Take causality from the layer's first call, unless a trial run has shown it."""
-        if not self.seen and self._pattern is None and self.statistics is None:
-            self.causal = causal
-        self.seen = True
-
-    def set_aside(self, problem: str) -> None:
-        """Leave the layer dense from now on, with a warning.
+    def refuse(self, problem: str) -> None:
+        """Leave the layer dense from now on, with a warning, if the refused call is its first.
 
         Args:
-            problem: Why it cannot be pruned.
+            problem: Why the call cannot be pruned.
+
+        Raises:
+            ValueError: If other calls of the layer could be pruned.
         """
+        if self.aside is not None:
+            return
+        if self.seen or self._pattern is not None:
+            raise ValueError(
+                f"Layer {self.name!r} must be called with its own tokens and masks that only hide keys, as it was "
+                f"before, got another call: {problem}. Give an example input of the model "
+                "(LightningModule.example_input_array, or `example`): the layer is then left dense."
+            )
         self.aside, self.statistics = problem, None
         log.warning(
             "This attention layer stays dense: %r: %s. It is left out of all totals; give an example input of the "
@@ -279,25 +273,16 @@ class PrunableAttention:
             problem,
         )
 
-    def _probe(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        options: AttentionOptions,
-        block_size: tuple[int, int],
-        causal: bool,
-    ) -> None:
+    def _probe(self, call: _Call, block_size: tuple[int, int]) -> None:
+        call = call.detached()
         if self.mass:
-            seen = probe_attention(query.detach(), key.detach(), block_size, causal=causal, options=options)
-            seen = per_document(seen, options, block_size, causal, "row", "sample")
+            seen = probe_attention(call.query, call.key, block_size, causal=call.causal, options=call.options)
+            seen = per_document(seen, call.options, block_size, call.causal, "row", "sample")
             self.statistics = seen if self.statistics is None else self.statistics + seen
         if self.score is not None and self.score.sees != "gradient":
-            self._add_to_score(self.score, query.detach(), key.detach(), value.detach(), options, block_size, causal)
+            self._add_to_score(self.score, call, block_size)
 
-    def _with_gradient(
-        self, output: Tensor, query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions, causal: bool
-    ) -> Tensor:
+    def _with_gradient(self, output: Tensor, call: _Call) -> Tensor:
         """Show the output's gradient to the score in the backward pass, if the score sees gradients.
 
         Unlike a probe of the forward pass this counts recomputations too: with reentrant checkpointing only these have
@@ -306,33 +291,23 @@ class PrunableAttention:
         score, block_size = self.score, self.probe_block_size
         if score is None or score.sees != "gradient" or block_size is None or not output.requires_grad:
             return output
-        if query.shape[2] != key.shape[2]:
+        if call.q_len != call.kv_len:
             return output
 
         def add(query: Tensor, key: Tensor, value: Tensor, gradient: Tensor) -> None:
-            gradient = gradient.float() / self.gradient_scale
-            self._add_to_score(score, query, key, value, options, block_size, causal, gradient)
+            saved = _Call(query, key, value, call.options, call.causal)
+            self._add_to_score(score, saved, block_size, gradient.float() / self.gradient_scale)
 
-        return with_gradient(output, query, key, value, add)
+        return with_gradient(output, call.query, call.key, call.value, add)
 
     def _add_to_score(
-        self,
-        score: Score,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        options: AttentionOptions,
-        block_size: tuple[int, int],
-        causal: bool,
-        gradient: Tensor | None = None,
+        self, score: Score, call: _Call, block_size: tuple[int, int], gradient: Tensor | None = None
     ) -> None:
-        pattern = None
-        if self.mode != "dense" and self._pattern is not None:
-            pattern = self._pattern_of_call(query.shape[2], key.shape[2], causal)
+        query, key, value, options, causal = call
+        pattern = None if self.mode == "dense" or self._pattern is None else self._pattern_of(call)
         seen = probe_score(
-            score, query, key, value, block_size, causal=causal, options=options, gradient=gradient,
-            pattern=pattern,
-        )  # fmt: skip
+            score, query, key, value, block_size, causal=causal, options=options, gradient=gradient, pattern=pattern
+        )
         seen = per_document(seen, options, block_size, causal, score.per)
         self.score_sums = seen if self.score_sums is None else self.score_sums + seen
 
@@ -341,9 +316,9 @@ class PrunableAttention:
         """The decoding of the backend that the layer was swapped to, which has no gradients."""
         return check_backend(self.backend).decode if self.mode == "sparse" and not torch.is_grad_enabled() else None
 
-    def _held(self, key: Tensor | PackedKeys, value: Tensor | PackedKeys) -> PackedKeys:
+    def _cached(self, key: Tensor | CachedKeys, value: Tensor | CachedKeys) -> CachedKeys:
         """The keys and values of a `PatternCache`, checked to be of this layer's pattern."""
-        if not isinstance(key, PackedKeys) or value is not key:
+        if not isinstance(key, CachedKeys) or value is not key:
             raise ValueError(
                 f"Layer {self.name!r} must get keys and values from one PatternCache, got others. "
                 "Use a cache that evicts nothing, such as DynamicCache()."
@@ -355,27 +330,47 @@ class PrunableAttention:
             )
         return key
 
-    def _attend_cached(
-        self, query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions, causal: bool, dropped: int
-    ) -> Tensor:
+    def _attend_cached(self, call: _Call, dropped: int) -> Tensor:
         """Attention of the last queries against a cache: by the backend's decoding, or else under a mask."""
         assert self._pattern is not None
-        q_len, kv_len = query.shape[2], key.shape[2]
+        query, key, value, options, causal = call
         decode = None if dropped else self._decode
         # The last query sees every key in any case.
-        if decode is not None and self._pattern.causal and (causal or q_len == 1):
+        if decode is not None and self._pattern.causal and (causal or call.q_len == 1):
             decoded = decode(query, key, value, self._pattern, options)
             if decoded is not None:
                 return decoded
-        mask = last_rows(self._pattern, q_len, dropped + kv_len, causal, query.device)[None, ..., dropped:]
-        if options.key_mask is not None:
-            mask = mask & options.key_mask[:, None, None, :]
-        if options.attn_mask is not None:
-            mask = mask & options.attn_mask
-        group = self.num_heads // self.num_kv_heads
-        return masked_attention(
-            query, key.repeat_interleave(group, 1), value.repeat_interleave(group, 1), mask, options
-        )
+        mask = last_rows(self._pattern, call.q_len, dropped + call.kv_len, causal, query.device)[None, ..., dropped:]
+        visible = options.token_mask(call.q_len, call.kv_len, query.device)
+        return masked_attention(query, key, value, mask if visible is None else mask & visible, options)
+
+
+class _Call(NamedTuple):
+    """One attention call of a layer; tensors as `PrunableAttention.attend` takes them."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    options: AttentionOptions
+    causal: bool
+
+    @property
+    def q_len(self) -> int:
+        return self.query.shape[2]
+
+    @property
+    def kv_len(self) -> int:
+        return self.key.shape[2]
+
+    def detached(self) -> _Call:
+        return self._replace(query=self.query.detach(), key=self.key.detach(), value=self.value.detach())
+
+    def shape(self) -> CallShape:
+        """What of the call tells its time."""
+        batch, _, q_len, head_dim = self.query.shape
+        options = self.options.with_masks(lambda mask: mask.to("meta") if mask.dtype == torch.bool else mask)
+        dtype, device, value_dim = self.value.dtype, self.query.device, self.value.shape[3]
+        return CallShape(batch, q_len, self.kv_len, head_dim, dtype, device, options, value_dim)
 
 
 def _causal_too(options: AttentionOptions, length: int, device: torch.device) -> AttentionOptions:

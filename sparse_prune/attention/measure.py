@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import TypeVar
@@ -25,7 +26,6 @@ def time_attention(
     layer: PrunableAttention,
     backends: Sequence[str],
     repeats: int = 3,
-    tuned: bool = False,
     pattern: BlockPattern | None = None,
     hidden: bool = True,
 ) -> dict[str, float]:
@@ -39,7 +39,6 @@ def time_attention(
         layer: A layer that has seen a training call.
         backends: Backends to measure beside dense attention.
         repeats: Number of turns.
-        tuned: Whether to find the backends' launch configurations first.
         pattern: A pattern of the lengths of that call. None: the layer's own.
         hidden: Whether training hides the launching of kernels, as `clock.hides_host` says.
 
@@ -47,8 +46,6 @@ def time_attention(
         "dense" and every backend that can do the call -> milliseconds.
     """
     pattern = pattern or _own_pattern(layer)
-    if tuned:
-        backends = list(_each(layer, backends, partial(tune, pattern=pattern)))
     clock = partial(_time, pattern=pattern, hidden=hidden)
     times = _each(layer, ["dense", *backends], clock)  # first runs build tables and compile
     turns = []
@@ -87,20 +84,36 @@ def _own_pattern(layer: PrunableAttention) -> BlockPattern:
     return layer.pattern_at(layer.last_shape.q_len, layer.last_shape.kv_len)
 
 
-def tune(layer: PrunableAttention, backend: str, pattern: BlockPattern) -> None:
-    """Find the backend's fastest launch configurations, if it has any, for the layer's last training call.
+def tune(
+    layer: PrunableAttention, backends: Sequence[str], seconds: float, pattern: BlockPattern | None = None
+) -> list[str]:
+    """Find the backends' fastest launch configurations, where they have any, for the layer's last training call.
 
-    Raises:
-        ValueError: If the backend does not support the shape.
+    Args:
+        layer: A layer that has seen a training call.
+        backends: Names of backends.
+        seconds: After which no other configuration is tried.
+        pattern: As in `time_attention`.
+
+    Returns:
+        The backends that can do the call.
     """
-    find = check_backend(backend).tune
-    if find is not None:
-        find(*_inputs(layer), pattern, _options(layer))
+    pattern, end = pattern or _own_pattern(layer), time.monotonic() + seconds
+
+    def find(layer: PrunableAttention, backend: str) -> None:
+        search = check_backend(backend).tune
+        if search is not None:
+            search(*_inputs(layer), pattern, _options(layer), end - time.monotonic())
+
+    return list(_each(layer, backends, find))
 
 
+@torch.enable_grad()  # type: ignore[untyped-decorator, unused-ignore]
 def _time(layer: PrunableAttention, backend: str, pattern: BlockPattern, hidden: bool) -> float:
     inputs = _inputs(layer)
-    return _milliseconds(_attention(layer, backend, pattern, *inputs), inputs, hidden)
+    attend = _attention(layer, backend, pattern, *inputs)
+    grad = inputs[0].new_ones(*inputs[0].shape[:3], inputs[2].shape[3])
+    return milliseconds(lambda: torch.autograd.grad(attend(), inputs, grad), grad.device, hidden)
 
 
 def _attention(
@@ -162,9 +175,3 @@ def _inputs(layer: PrunableAttention) -> tuple[Tensor, Tensor, Tensor]:
     (wide, value_wide), kv_heads = call.channels, layer.num_kv_heads
     query, key = random(layer.num_heads, call.q_len, wide), random(kv_heads, call.kv_len, wide)
     return query, key, random(kv_heads, call.kv_len, value_wide)
-
-
-@torch.enable_grad()  # type: ignore[untyped-decorator, unused-ignore]
-def _milliseconds(attend: Callable[[], Tensor], inputs: tuple[Tensor, Tensor, Tensor], hidden: bool = True) -> float:
-    grad = inputs[0].new_ones(*inputs[0].shape[:3], inputs[2].shape[3])
-    return milliseconds(lambda: torch.autograd.grad(attend(), inputs, grad), grad.device, hidden)

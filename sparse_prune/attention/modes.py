@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 from torch import nn
 
-from sparse_prune.attention.layer import PrunableAttention
+from sparse_prune.attention.handles import handles_in
 
 
 @contextmanager
-def unpruned(handles: Iterable[PrunableAttention]) -> Iterator[None]:
-    """Let layers apply no pattern inside the block, and probe nothing."""
-    layers = list(handles)
+def all_connections(model: nn.Module) -> Iterator[None]:
+    """Let a model attend by all its connections inside the block, and probe nothing; one without patterns stays."""
+    layers = list(handles_in(model).values())
     before = [(layer.mode, layer.probe_block_size) for layer in layers]
     try:
         for layer in layers:
@@ -27,10 +27,10 @@ def unpruned(handles: Iterable[PrunableAttention]) -> Iterator[None]:
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Put a model into eval mode inside the block; afterwards each of its modules has its former mode."""
-    training = [module for module in model.modules() if module.training]
+    training = {module: module.training for module in model.modules()}
     model.eval()
     try:
         yield
     finally:
-        for module in training:
-            module.training = True
+        for module, mode in training.items():
+            module.training = mode

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -55,23 +56,29 @@ def observing(model: nn.Module) -> Iterator[TrialCalls]:
                 calls[name] = made
 
         hooks += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
+
+    def observed(*args: Any, **kwargs: Any) -> Tensor:
+        running[-1][1].append(describe(*args, **kwargs))
+        output: Tensor = F.scaled_dot_product_attention(*args, **kwargs)
+        return output
+
     try:
-        with _Observer(running):
+        with _InPlaceOfSDPA(observed):
             yield calls
     finally:
         for hook in hooks:
             hook.remove()
 
 
-class _Observer(TorchFunctionMode):
-    def __init__(self, running: list[tuple[str, list[TrialCall]]]) -> None:
+class _InPlaceOfSDPA(TorchFunctionMode):
+    """Calls a function in place of SDPA, however a module has imported SDPA."""
+
+    def __init__(self, function: Callable[..., Tensor]) -> None:
         super().__init__()
-        self.running = running
+        self.function = function
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is F.scaled_dot_product_attention:
-            self.running[-1][1].append(describe(*args, **(kwargs or {})))
-        return func(*args, **(kwargs or {}))
+        return (self.function if func is F.scaled_dot_product_attention else func)(*args, **(kwargs or {}))
 
 
 def find(modules: Mapping[str, nn.Module], names: Collection[str], calls: TrialCalls | None) -> Iterator[FoundLayer]:
@@ -122,25 +129,12 @@ def _found(name: str, module: nn.Module, calls: list[TrialCall], uncalled: str, 
     return FoundLayer(name, KIND, module, *heads, call.causal, problem=problem, seen=seen)
 
 
-class _Route(TorchFunctionMode):
-    """Routes calls of SDPA to a layer's handle, however the module has imported the function."""
-
-    def __init__(self, layer: PrunableAttention) -> None:
-        super().__init__()
-        self.layer = layer
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is F.scaled_dot_product_attention:
-            return attend(self.layer, *args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
-
-
 def _forward(module: nn.Module, own: Callable[..., Any] | None, *args: Any, **kwargs: Any) -> Any:
     return routed(_through, module, own, *args, **kwargs)
 
 
 def _through(module: nn.Module, own: Any, layer: PrunableAttention, *args: Any, **kwargs: Any) -> Any:
-    with _Route(layer):
+    with _InPlaceOfSDPA(partial(attend, layer)):
         return run_original(module, own, *args, **kwargs)
 
 
@@ -187,7 +181,7 @@ def call_is_causal(
     """
     if q_len != kv_len and (is_causal or torch.is_grad_enabled()):
         counted = " with is_causal=True, which SDPA counts from the first key" if is_causal else ""
-        _refuse(layer, f"cross-attention ({q_len} queries, {kv_len} keys{counted})")
+        layer.refuse(f"cross-attention ({q_len} queries, {kv_len} keys{counted})")
     if attn_mask is None:
         return is_causal or (q_len == 1 and layer.causal)
     if torch.compiler.is_compiling():
@@ -195,15 +189,5 @@ def call_is_causal(
             assert_hides_future(attn_mask, q_len, kv_len, layer.name)
         return layer.causal
     if is_bias(attn_mask):
-        _refuse(layer, BIAS)
+        layer.refuse(BIAS)
     return hides_future(attn_mask, q_len, kv_len)
-
-
-def _refuse(layer: PrunableAttention, problem: str) -> None:
-    if layer.aside is None and not layer.seen and layer.pattern is None:
-        layer.set_aside(problem)
-    elif layer.aside is None:
-        raise ValueError(
-            f"Layer {layer.name!r} must be called with its own tokens and masks that only hide keys, as it was before, "
-            f"got {problem}. {_EXAMPLE}"
-        )

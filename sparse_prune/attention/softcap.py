@@ -9,17 +9,9 @@ from sparse_prune.pattern import BlockPattern
 
 
 def softcapped(query: Tensor, key: Tensor, value: Tensor, causal: bool, options: AttentionOptions) -> Tensor:
-    """Compute dense attention with a soft cap. A 4D mask among the options already holds causality.
+    """Compute dense attention with a soft cap; shapes as in `block_sparse_attention`.
 
-    Args:
-        query: (batch, num_heads, q_len, head_dim).
-        key: (batch, num_kv_heads, kv_len, head_dim).
-        value: As the key.
-        causal: Whether queries see only keys up to themselves.
-        options: Soft cap, scale, dropout and masks.
-
-    Returns:
-        (batch, num_heads, q_len, head_dim).
+    An attention mask among the options already holds causality.
     """
     q_len, kv_len = query.shape[2], key.shape[2]
     pattern = BlockPattern.dense(query.shape[1], q_len, kv_len, max(q_len, kv_len), causal)

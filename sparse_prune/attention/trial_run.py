@@ -14,6 +14,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_map_only
 
 from sparse_prune.attention.masks import hides_future, is_bias
+from sparse_prune.attention.modes import evaluating
 
 BIAS = "adds a bias to attention (a mask with other values than 0 and -inf)"
 """Why a layer whose mask does more than hide keys cannot be pruned."""
@@ -46,17 +47,12 @@ def run_example(model: nn.Module, example: Any) -> None:
     """Run the model once in eval mode, without torch.compile, and leave it as it was.
 
     Gradients are on, because they tell a learned bias whose values are still zero from a mask. Nothing is saved for a
-    backward pass.
-
-    Args:
-        model: Any module.
-        example: Its input: a tuple of arguments, a dict of keyword arguments, or the only argument. Tensors in it are
-            converted to the device and the precision of the model's first floating-point parameter.
+    backward pass. The example is as in `list_layers`; its tensors are converted to the device and the precision of the
+    model's first floating-point parameter.
 
     Raises:
         ValueError: If the model does not take the example.
     """
-    training = {module: module.training for module in model.modules()}
     parameter = next((p for p in model.parameters() if p.is_floating_point()), None)
     if parameter is not None:
         example = tree_map_only(Tensor, partial(_converted, parameter), example)
@@ -64,19 +60,17 @@ def run_example(model: nn.Module, example: Any) -> None:
     kwargs = example if isinstance(example, dict) else {}
     try:
         with (
+            evaluating(model),
             torch.compiler.set_stance("force_eager"),
             torch.enable_grad(),
             saved_tensors_hooks(lambda tensor: None, _never),
         ):
-            model.eval()(*args, **kwargs)
+            model(*args, **kwargs)
     except Exception as error:
         raise ValueError(
             f"`example` must be an input of {type(model).__name__}: its forward failed with "
             f"{type(error).__name__}: {error}. Give a tuple of arguments, a dict, or the only argument."
         ) from error
-    finally:
-        for module, mode in training.items():
-            module.training = mode
 
 
 def _never(nothing: None) -> Tensor:

@@ -1,9 +1,9 @@
 """What a pruned model can still do, and what it costs: loss, retrieval, cache, speed."""
 
+from sparse_prune.attention.modes import all_connections
 from sparse_prune.evaluation.measures import (
     CacheCost,
     MakeCache,
-    all_connections,
     cache_cost,
     fresh_cache,
     handles_of,

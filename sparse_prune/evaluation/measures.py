@@ -1,11 +1,10 @@
-"""What a causal language model can do and what it costs: loss, KV bytes, tokens per second."""
+"""Measures of a causal language model and its cache: loss, KV bytes, tokens per second."""
 
 from __future__ import annotations
 
 import gc
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,8 +13,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 
-from sparse_prune.attention import PrunableAttention, find_layers, handle_of
-from sparse_prune.attention.modes import unpruned
+from sparse_prune.attention import PrunableAttention
+from sparse_prune.attention.handles import handles_in
 from sparse_prune.clock import now
 
 MakeCache = Callable[[], Any]
@@ -23,10 +22,10 @@ MakeCache = Callable[[], Any]
 
 @dataclass(frozen=True)
 class CacheCost:
-    """What prefill and decoding of one sequence cost."""
+    """The cost of prefill and decoding of one sequence."""
 
     kv_bytes: int
-    """By which the prefill made the allocator's live bytes grow, with only the cache held on to."""
+    """Growth of the allocator's live bytes by the prefill, of which only the cache was kept."""
     prefill_tokens_per_s: float
     """Tokens of the prompt per second."""
     decode_tokens_per_s: float
@@ -35,12 +34,12 @@ class CacheCost:
 
 @torch.no_grad()
 def mean_loss(model: Any, sequences: Tensor, make_cache: MakeCache, chunk: int = 1024) -> float:
-    """Loss in nats per token, through the cache as in generation: what was evicted is missed.
+    """Measure the loss in nats per token through a cache, as in generation: keys that it has evicted are missed.
 
     Args:
         model: A transformers causal language model.
         sequences: Tokens, (sequences, length), length at least 2.
-        make_cache: An empty cache for one sequence.
+        make_cache: Makes an empty cache for one sequence.
         chunk: Tokens per forward pass: logits of a whole long sequence would not fit.
     """
     total = 0.0
@@ -54,13 +53,13 @@ def mean_loss(model: Any, sequences: Tensor, make_cache: MakeCache, chunk: int =
 
 @torch.no_grad()
 def cache_cost(model: Any, sequence: Tensor, make_cache: MakeCache, decode: int, chunk: int = 1024) -> CacheCost:
-    """Prefill a sequence and decode greedily after it.
+    """Measure the prefill of a sequence and greedy decoding after it.
 
     Args:
         model: A transformers causal language model.
         sequence: Tokens, (length,).
-        make_cache: An empty cache.
-        decode: Tokens to decode for the time per token; at least 1. One more comes before them, to warm up.
+        make_cache: Makes an empty cache.
+        decode: Tokens to decode, at least 1; one more is decoded before, to warm up.
         chunk: Tokens per forward pass of the prefill.
     """
     cache, inputs = make_cache(), sequence[None].to(model.device)
@@ -81,11 +80,7 @@ def cache_cost(model: Any, sequence: Tensor, make_cache: MakeCache, decode: int,
 
 
 def fresh_cache(model: Any) -> Any:
-    """An empty cache as the model wants it: a `PatternCache` if it has patterns in force, else a `DynamicCache`.
-
-    Args:
-        model: A transformers decoder.
-    """
+    """Make an empty cache for a transformers decoder: a `PatternCache` if it has patterns, else a `DynamicCache`."""
     from transformers import DynamicCache
 
     from sparse_prune.cache import PatternCache
@@ -95,25 +90,13 @@ def fresh_cache(model: Any) -> Any:
     return DynamicCache(config=model.config)
 
 
-@contextmanager
-def all_connections(model: Any) -> Iterator[None]:
-    """The same weights with nothing pruned, for as long as the `with` block runs.
-
-    Args:
-        model: A model with patterns; one without stays as it is.
-    """
-    with unpruned(handles_of(model)):
-        yield
-
-
 def handles_of(model: Any) -> list[PrunableAttention]:
-    """The model's handles; none if its attention was never taken over."""
-    handles = [handle_of(module) for module in find_layers(model).values()]
-    return [handle for handle in handles if handle is not None]
+    """Return the model's handles; none if its attention was never taken over."""
+    return list(handles_in(model).values())
 
 
 def live_bytes(device: torch.device) -> int:
-    """Bytes that tensors occupy: by the allocator on CUDA, by all live tensors' storages on the CPU."""
+    """Count the bytes that tensors occupy: by the allocator on CUDA, by all live tensors' storages on the CPU."""
     gc.collect()
     if device.type == "cuda":
         return int(torch.cuda.memory_allocated(device))

@@ -1,4 +1,4 @@
-"""The meter: how much of a task a model solves, with its interval, by depth, through the cache or without one."""
+"""Measures how much of a task a model solves, with its interval, by depth, through the cache or without one."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ COUNTS_FROM = 0.8
 
 @dataclass(frozen=True)
 class Answered:
-    """One question and how the model did."""
+    """A model's answer to one question."""
 
     right: bool
     """Whether every token of the answer came first, with the true answer as input."""
     log_prob: float
-    """Of the answer, mean over its tokens, nats per token."""
+    """Log-probability of the true answer, mean over its tokens, nats per token."""
     depth: float | None
     """As in `Question`."""
 
 
 @dataclass(frozen=True)
 class TaskScore:
-    """How a model did in a task."""
+    """A model's answers to the questions of a task."""
 
     answers: list[Answered]
     """At least one."""
@@ -45,25 +45,22 @@ class TaskScore:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """Wilson's interval of the accuracy at 95 %.
-
-        Questions on one context are taken as independent.
-        """
+        """Wilson's interval of the accuracy at 95 %; questions on one context are taken as independent."""
         return wilson(sum(answer.right for answer in self.answers), len(self.answers))
 
     @property
     def log_prob(self) -> float:
-        """Mean over the answers, nats per token."""
+        """Mean log-probability of the true answers, nats per token."""
         return sum(answer.log_prob for answer in self.answers) / len(self.answers)
 
     def by_depth(self) -> dict[float | None, TaskScore]:
-        """The same for every depth apart."""
+        """Split the answers by the depth of their facts."""
         depths = dict.fromkeys(answer.depth for answer in self.answers)
         return {depth: TaskScore([a for a in self.answers if a.depth == depth]) for depth in depths}
 
 
 def wilson(right: int, count: int, z: float = 1.959964) -> tuple[float, float]:
-    """Wilson's score interval of a share.
+    """Compute Wilson's score interval of a share.
 
     Args:
         right: Successes, at most `count`.
@@ -74,7 +71,7 @@ def wilson(right: int, count: int, z: float = 1.959964) -> tuple[float, float]:
         ValueError: If a number is out of range.
     """
     if count < 1 or not 0 <= right <= count:
-        raise ValueError(f"`right` must lie in [0, count] and `count` be positive, got {right} of {count}.")
+        raise ValueError(f"`right` must lie in [0, count] and `count` be at least 1, got {right} of {count}.")
     share, extra = right / count, z * z / count
     middle = (share + extra / 2) / (1 + extra)
     half = z / (1 + extra) * math.sqrt(share * (1 - share) / count + extra / count / 4)
@@ -98,13 +95,14 @@ def measure_task(
     Args:
         model: A transformers causal language model.
         tokenizer: Its tokenizer; it, `filler`, `length` and `split` as in `build`.
-        task: Which; `TASKS` has them.
+        task: One of `TASKS`.
         filler: Tokens of a text.
-        length: Tokens.
-        make_cache: An empty cache for one sequence, such as `partial(fresh_cache, model)`; None: as in `answer`.
-        prompts: Questions; at least 1. Through a cache, several questions on one context share its prefill.
+        length: Tokens of a context with its question and answer.
+        make_cache: Makes an empty cache for one sequence, such as `partial(fresh_cache, model)`; None: as in `answer`.
+        prompts: Number of questions, at least 1. Through a cache, several questions on one context share its prefill.
         depths: Where facts lie, in [0, 1], in turn.
-        seed: Of names, numbers and wordings.
+        seed: Seed of names, numbers and wordings.
+        split: "test", or "choose" for choosing patterns and for training.
 
     Raises:
         ValueError: As in `build`, or if `prompts` is not positive or there are no depths.
@@ -123,14 +121,11 @@ def measure_task(
 
 @torch.no_grad()
 def answer(model: Any, example: Example, make_cache: Callable[[], Any] | None = None) -> list[Answered]:
-    """Answer an example's questions, seen with the true answer as input.
+    """Answer an example's questions, with the true answer as input.
 
-    Args:
-        model: A transformers causal language model.
-        example: What to ask.
-        make_cache: An empty cache for one sequence, through which all questions follow one prefill: what was evicted is
-            missed. None: each question with all that stands before it in a pass of its own, for models without a cache
-            and for layers that compute as in training.
+    All questions follow one prefill through the empty cache that `make_cache` makes: keys that it has evicted are
+    missed. Without it each question, with all that stands before it, has a pass of its own, for models without a cache
+    and for layers that compute as in training.
     """
     logits_of = _uncached(model, example) if make_cache is None else _cached(model, example, make_cache())
     answers = []
@@ -177,7 +172,7 @@ def counted(dense: TaskScore) -> bool:
 
 
 def table(rows: Iterable[tuple[str, TaskScore, TaskScore]]) -> str:
-    """Markdown, a row per task: its name, the dense model's score and the pruned one's."""
+    """Format a Markdown table: per task its name, the dense model's score and the pruned one's."""
     lines = [
         "| task | dense | pruned | log-probability, nats per token | counted |",
         "| --- | ---: | ---: | ---: | --- |",

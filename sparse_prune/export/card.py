@@ -23,14 +23,14 @@ _MARK = "<!-- written by sparse_prune, which replaces it if nothing below was ch
 
 
 def update_card(folder: str | os.PathLike[str], evaluation: str | os.PathLike[str]) -> None:
-    """Put what was measured of an export into its model card. A card that somebody wrote or edited stays.
+    """Put the results of an evaluation into an export's model card. A card that somebody wrote or edited stays.
 
     Args:
-        folder: That `save_pretrained` wrote.
-        evaluation: That `sparse-prune evaluate` wrote.
+        folder: A folder that `save_pretrained` wrote.
+        evaluation: A folder that `sparse-prune evaluate` wrote.
 
     Raises:
-        FileNotFoundError: If there is no export.
+        FileNotFoundError: If `folder` holds no export.
         ValueError: If `evaluation` holds no evaluation.
     """
     target = Path(folder).expanduser()
@@ -41,15 +41,7 @@ def update_card(folder: str | os.PathLike[str], evaluation: str | os.PathLike[st
 
 
 def write_card(folder: Path, evaluation: str | os.PathLike[str] | None = None) -> None:
-    """Write README.md and its picture into an export, whatever is there.
-
-    Args:
-        folder: The export.
-        evaluation: A folder that `sparse-prune evaluate` wrote; None: nothing was measured.
-
-    Raises:
-        ValueError: If `evaluation` holds no evaluation.
-    """
+    """Write README.md and its picture into an export, whatever is there; arguments and errors as in `update_card`."""
     from huggingface_hub import ModelCardData
 
     patterns, header = read_pattern_file(folder / PATTERN_FILE)
@@ -77,15 +69,15 @@ def write_card(folder: Path, evaluation: str | os.PathLike[str] | None = None) -
 
 def tell_of_card(where: object) -> None:
     """Say that a card is left as it is."""
-    log.warning("%s has a %s that is not as sparse_prune wrote it: it stays. Remove it to get a new card.", where, CARD)
+    log.warning(
+        "%s has a %s that sparse_prune did not write, or that was edited. It stays; remove it to get a new one.",
+        where,
+        CARD,
+    )
 
 
 def is_own(card: Path) -> bool:
-    """Whether a card was written by `write_card` and nobody has changed its text, or there is none.
-
-    Args:
-        card: A README.md.
-    """
+    """Whether `write_card` wrote a README.md whose text nobody has changed, or there is none."""
     if not card.is_file():
         return not os.path.lexists(card)
     _, found, after = card.read_text("utf-8", errors="replace").partition(_MARK.partition("{}")[0])
@@ -133,7 +125,8 @@ def _evaluation(folder: Path) -> dict[str, Any]:
         return {key: report[key] for key in ("setup", "dense", "pruned", "tasks")}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
-            f"`evaluation` must be a folder that `sparse-prune evaluate` wrote, got {os.fspath(folder)!r}: {error!r}."
+            f"`evaluation` must be a folder that `sparse-prune evaluate` wrote, got {os.fspath(folder)!r}: {error!r}. "
+            "Evaluate the export first."
         ) from error
 
 
@@ -170,20 +163,11 @@ def _results(report: Mapping[str, Any]) -> list[Any]:
         return []
     text = {"task_type": "text-generation", "dataset_type": "text"}
     name = str(report["setup"].get("text", "text"))
-    found = [
-        EvalResult(
-            **text, dataset_name=f"{name}, {part['length']} tokens", metric_type="loss", metric_value=part["loss"]
-        )
-        for part in report["pruned"]
-    ]
-    return found + [
-        EvalResult(
-            **text,
-            dataset_name=f"{task['task']}, {task['length']} tokens",
-            metric_type="accuracy",
-            metric_value=task["pruned"]["accuracy"],
-        )
-        for task in report["tasks"]
+    measured = [(name, part["length"], "loss", part["loss"]) for part in report["pruned"]]
+    measured += [(t["task"], t["length"], "accuracy", t["pruned"]["accuracy"]) for t in report["tasks"]]
+    return [
+        EvalResult(**text, dataset_name=f"{of}, {length} tokens", metric_type=kind, metric_value=value)
+        for of, length, kind, value in measured
     ]
 
 

@@ -1,4 +1,4 @@
-"""Patterns whose heads are full or see sinks and a window: what other programs can say about heads."""
+"""Patterns whose heads are full or see sinks and a window, which other programs can express."""
 
 from __future__ import annotations
 
@@ -14,33 +14,30 @@ from sparse_prune.pattern import BlockPattern, num_blocks
 
 @dataclass(frozen=True)
 class Reach:
-    """What a head that is not full may look back at, in tokens."""
+    """The tokens that a streaming head sees."""
 
     sink: int
     """First tokens of the sequence."""
     recent: int
-    """Tokens of the window, in whole blocks, the one in which the query stands included."""
+    """Tokens of the window, in whole blocks, the query's own included."""
 
 
 @dataclass(frozen=True)
 class StreamingHeads:
-    """Which KV heads of a model are full, and what all the others see."""
+    """Says which KV heads of a model see everything, and what all others, the streaming heads, see."""
 
     full: tuple[tuple[bool, ...], ...]
-    """Layer by layer, KV head by KV head."""
+    """Layer by layer, KV head by KV head, True = sees everything."""
     reach: Reach
-    """Of every head that is not full."""
+    """Sinks and window of the streaming heads."""
 
     @classmethod
     def of(cls, model: nn.Module) -> StreamingHeads:
-        """What the patterns of a model say; layers without one are full.
-
-        Args:
-            model: With patterns.
+        """Read them from the patterns of a model; layers without one are full.
 
         Raises:
             ValueError: If a head is neither full nor sinks and a window, if the query heads of a KV head differ, or if
-                two heads see other sinks or windows. The message names layer and head.
+                two heads see different sinks or windows. The message names layer and head.
         """
         reach: Reach | None = None
         full = []
@@ -60,12 +57,7 @@ class StreamingHeads:
         return cls(tuple(full), reach)
 
     def patterns(self, model: nn.Module, length: int, block_size: int) -> dict[str, BlockPattern]:
-        """Patterns for `sparse_prune.attention.apply_patterns`; sinks and windows are rounded up to whole blocks.
-
-        Args:
-            model: Whose layers and KV heads these are.
-            length: Tokens that the patterns cover; `BlockPattern.at` continues them.
-            block_size: Tokens per block side.
+        """Make patterns of these heads for a model; see `Format.read`.
 
         Raises:
             ValueError: If the model has other layers or KV heads.
@@ -73,7 +65,9 @@ class StreamingHeads:
         layers = attach(model)
         here, there = [layer.num_kv_heads for layer in layers], [len(row) for row in self.full]
         if here != there:
-            raise ValueError(f"The heads must be those of `model`, got KV heads {there} by layer, {here} in the model.")
+            raise ValueError(
+                f"`model` must have the KV heads of the file, {there} by layer, got {here}. Give the model of the file."
+            )
         sinks, recent = num_blocks(self.reach.sink, block_size), num_blocks(self.reach.recent, block_size)
         return {
             layer.name: _pattern(row, layer.num_heads, sinks, recent, length, block_size)
@@ -86,20 +80,17 @@ _REMEDY = 'Prune with Constraints(far_field="head", share_kv_groups=True).'
 
 
 def reaches(pattern: BlockPattern, layer: str) -> list[Reach | None]:
-    """What every query head sees; None if it is full.
-
-    Args:
-        pattern: Causal, of self-attention, in square blocks.
-        layer: Its layer, for the error.
+    """Return what every query head of a causal pattern of self-attention in square blocks sees; None if it is full.
 
     Raises:
-        ValueError: If a head is neither full nor sinks and a window; the message names it.
+        ValueError: If a head is neither full nor sinks and a window; the message names it and the `layer`.
     """
     side, other = pattern.block_size
     if not pattern.causal or pattern.q_len != pattern.kv_len or side != other:
         raise ValueError(
             f"Layer {layer!r} must have a causal pattern of self-attention in square blocks, got causal="
-            f"{pattern.causal}, lengths ({pattern.q_len}, {pattern.kv_len}), blocks {pattern.block_size}."
+            f"{pattern.causal}, lengths ({pattern.q_len}, {pattern.kv_len}), blocks {pattern.block_size}. "
+            "Export the model with `save_pretrained`."
         )
     found: list[Reach | None] = []
     for head, keep in enumerate(pattern.keep):
@@ -109,7 +100,9 @@ def reaches(pattern: BlockPattern, layer: str) -> list[Reach | None]:
         sinks = int(keep[-1].long().cumprod(0).sum())
         recent = int(keep[-1].flip(0).long().cumprod(0).sum())
         if not torch.equal(keep, _streaming(len(keep), sinks, recent)):
-            raise ValueError(f"Layer {layer!r}, head {head} must be full, or sinks and a window. {_REMEDY}")
+            raise ValueError(
+                f"Layer {layer!r}, head {head} must see everything, or sinks and a window, got other blocks. {_REMEDY}"
+            )
         found.append(Reach(sinks * side, recent * side))
     return found
 

@@ -1,4 +1,4 @@
-"""Patterns over the steps of a run, kept beside its logs: what the report animates."""
+"""The patterns of a run, step by step, beside its logs: the report animates them."""
 
 from __future__ import annotations
 
@@ -19,15 +19,9 @@ FOLDER = "pattern_history"
 
 
 def save_frame(patterns: Mapping[str, BlockPattern], folder: Path, step: int) -> Path:
-    """Write the patterns in force after a step, whole or not at all; a bit per block.
+    """Write the patterns (by layer) that are in force after so many optimizer steps, a bit per block.
 
-    Args:
-        patterns: Layer -> pattern.
-        folder: The run's folder; frames go into `pattern_history` inside.
-        step: Optimizer steps taken.
-
-    Returns:
-        The file's path.
+    The frame goes into `pattern_history` inside the run's folder, whole or not at all. Returns its path.
     """
     target = _path(folder, step)
     arrays: dict[str, Any] = {key: tensor.numpy() for key, tensor in encode(patterns).items()}
@@ -37,32 +31,19 @@ def save_frame(patterns: Mapping[str, BlockPattern], folder: Path, step: int) ->
 
 
 def remove_frames(folder: Path, after: int) -> None:
-    """Make room for what happens from a step on: those frames are of another run, or of one that was given up.
-
-    Args:
-        folder: The run's folder.
-        after: Optimizer steps taken; later frames go.
-    """
+    """Remove the frames after a step: they are of another run, or of one that was given up."""
     for step in frame_steps(folder):
         if step > after:
             _path(folder, step).unlink()
 
 
 def frame_steps(folder: Path) -> list[int]:
-    """The steps of which there are frames, ascending; none if the run kept no history.
-
-    Args:
-        folder: The run's folder.
-    """
+    """List the steps of which the run's folder holds frames, ascending; none if the run kept no history."""
     return sorted(int(path.stem.removeprefix("step_")) for path in (folder / FOLDER).glob("step_*.npz"))
 
 
 def load_frame(folder: Path, step: int) -> dict[str, BlockPattern]:
-    """The patterns of one frame, by layer.
-
-    Args:
-        folder: The run's folder.
-        step: One of `frame_steps`.
+    """Read the patterns of one of the `frame_steps`, by layer.
 
     Raises:
         ValueError: If the frame is damaged; the message names the file.

@@ -37,18 +37,10 @@ class _Layer(NamedTuple):
 def flash_attn_forward(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, Tensor | None]:
-    """Attention over the blocks that the model's pattern file keeps; without a pattern a layer sees everything.
+    """Compute attention over the blocks that the model's pattern file keeps; a layer without a pattern sees everything.
 
-    Args:
-        module: The attention layer, with `layer_idx` and `config`, whose `name_or_path` is an export.
-        query: (batch, num_heads, q_len, head_dim).
-        key: (batch, num_kv_heads, kv_len, head_dim).
-        value: As `key`.
-        attention_mask: As transformers makes it for SDPA; None hides nothing but what is later.
-        **kwargs: What else the AttentionInterface hands over.
-
-    Returns:
-        (batch, q_len, num_heads, head_dim), and None.
+    Arguments and result are those of transformers' AttentionInterface, with SDPA's masks. The `name_or_path` of the
+    layer's `config` is an export.
 
     Raises:
         ValueError: If there is no pattern file, or it is of another model.

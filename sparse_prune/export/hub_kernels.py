@@ -1,4 +1,4 @@
-"""Attention by patterns as a repository that the `kernels` package loads, for programs without this library."""
+"""Writes attention by patterns as a repository that the `kernels` package loads, for programs without this library."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ def save_kernels(folder: str | os.PathLike[str]) -> Path:
     is asked there, the code needs Python 3.11 and imports numpy, safetensors and huggingface_hub, as transformers does.
 
     Args:
-        folder: Its `build` is written whole; whatever else is there stays.
+        folder: The repository. Its `build` is replaced as a whole; whatever else is there stays.
 
     Returns:
         The folder.
 
     Raises:
-        ValueError: If `build` is there and was not written by this function.
+        ValueError: If there is a `build` that this function did not write.
     """
     target = Path(folder).expanduser().resolve()
     build = target / "build"

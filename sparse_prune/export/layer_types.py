@@ -1,4 +1,4 @@
-"""Patterns that are the same for all heads of a layer, as the sliding windows that the architecture has itself."""
+"""Patterns that are the same for all heads of a layer, as sliding windows in the model's own configuration."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ _REMEDY = 'Prune with Constraints(far_field="layer", sink_blocks=0).'
 
 
 def with_layer_types(model: Any) -> Any:
-    """A model whose configuration says what its patterns say: `layer_types` and `sliding_window`.
+    """Make a model whose configuration says what its patterns say, by `layer_types` and `sliding_window`.
 
-    Whatever its `save_pretrained` writes then computes the same in plain transformers, and in every program that
-    honours the two, without this library. A window of n blocks becomes one of n blocks' tokens to the token: queries
-    see all that they saw, and those that do not stand at their block's end up to a block less a token more. So measure
-    the new model, or train it further. Its patterns cover the windows, for the sparse kernels.
+    What its `save_pretrained` writes then computes the same in plain transformers, and in every program that honours
+    the two, without this library. A window of n blocks becomes one of as many tokens, counted from each query: queries
+    see all that they saw, and those before their block's end see up to a block less a token more. So measure the new
+    model, or train it further. Its patterns cover the windows, for the sparse kernels.
 
     Args:
-        model: A transformers model with patterns, whose layers are full or windows of one width without sinks.
+        model: A transformers model with patterns, whose layers see everything or a window, of one width, without sinks.
 
     Returns:
         A new model of the class, with the same parameters, in the mode (training or not) of the first.
 
     Raises:
-        ValueError: If a layer is neither full nor such a window, if windows differ, or if the architecture does not
-            honour what it would be told. The message names the layer.
+        ValueError: If a layer sees neither everything nor such a window, if windows differ, or if the architecture does
+            not honour the two settings. The message names the layer.
     """
     model = loadable(model)
     layers = attach(model)
@@ -150,7 +150,10 @@ def _check_same(model: Any, twin: Any, window: int) -> None:
         )
     wrong = [name for name, module in twin.named_modules() if _ignores(module, window)]
     if wrong:
-        raise ValueError(f"{type(model).__name__} must honour `layer_types`, got none in layer {wrong[0]!r}.")
+        raise ValueError(
+            f"{type(model).__name__} must honour `layer_types`, got another window in layer {wrong[0]!r}. "
+            "Export the model with `save_pretrained` and load it with `load`."
+        )
 
 
 def _ignores(module: Any, window: int) -> bool:

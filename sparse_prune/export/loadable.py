@@ -12,10 +12,7 @@ from sparse_prune.export.sharded import plain_class
 
 
 def loadable(model: Any) -> Any:
-    """The model as `load` makes it again: without the wrapper of torch.compile.
-
-    Args:
-        model: A transformers model.
+    """Return a transformers model as `load` makes it again: without the wrapper of torch.compile.
 
     Raises:
         ValueError: If its class is not one of transformers, or its weights are not those of its class.
@@ -55,11 +52,9 @@ def _from_its_class(model: Any) -> str:
 
 
 def check_loaded(kind: type[Any], report: Mapping[str, Any]) -> None:
-    """Refuse a model whose weights did not all come from its files, or that has no place for some of them.
+    """Refuse a model of class `kind` whose weights did not all come from its files, or that has no place for some.
 
-    Args:
-        kind: The model's class.
-        report: What `from_pretrained` gives with `output_loading_info=True`.
+    `report` is what `from_pretrained` gives with `output_loading_info=True`.
 
     Raises:
         ValueError: If something is missing, left over, or of another shape.
@@ -76,7 +71,7 @@ def check_loaded(kind: type[Any], report: Mapping[str, Any]) -> None:
 
 
 def model_class(name: str) -> Any:
-    """Transformers' model class of that name; None if there is none."""
+    """Return transformers' model class of that name; None if there is none."""
     import transformers
 
     found = getattr(transformers, name, None)
@@ -84,18 +79,13 @@ def model_class(name: str) -> Any:
 
 
 def quantization(model: Any) -> str | None:
-    """How the model's weights are quantized; "gguf" if they were, in the file that it was loaded from."""
+    """Tell how the model's weights are quantized; "gguf" if they were, in the file that it was loaded from."""
     method = getattr(getattr(model.config, "quantization_config", None), "quant_method", None)
     return None if method is None else str(getattr(method, "value", method))
 
 
 def empty_twin(model: Any, changes: Mapping[str, Any] | None = None) -> Any:
-    """What `load` makes before it reads weights: the same class and configuration, on the meta device.
-
-    Args:
-        model: A transformers model.
-        changes: What the configuration says otherwise.
-    """
+    """Make what `load` makes before it reads weights: the same class, on the meta device, its configuration changed."""
     config = copy.deepcopy(model.config)
     if changes:
         config = type(config).from_dict({**config.to_dict(), **changes})
@@ -108,7 +98,7 @@ def empty_twin(model: Any, changes: Mapping[str, Any] | None = None) -> Any:
 
 
 def _shapes(model: Any) -> dict[str, Any]:
-    """Packed weights have none."""
+    """Shapes of weights; those that a quantizer keeps in a form of its own have none."""
     return {name: getattr(value, "shape", None) for name, value in model.state_dict().items()}
 
 

@@ -14,8 +14,9 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from sparse_prune.attention import PrunableAttention, find_layers, handle_of
+from sparse_prune.attention import PrunableAttention
 from sparse_prune.attention.apply import fitting_layers
+from sparse_prune.attention.handles import handles_in
 from sparse_prune.attention.layer import Mode
 from sparse_prune.distributed import is_first_rank, on_first_rank
 from sparse_prune.export.card import CARD, PICTURE, is_own, tell_of_card, write_card
@@ -32,6 +33,7 @@ log = logging.getLogger(__name__)
 
 _HEADER = {"model", "attention", "buffers", "files"}
 """What the header of an export holds, and that of patterns alone does not."""
+_HALVES = ("bfloat16", "float16")
 _HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
 _SHAPE = ("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "hidden_size", "vocab_size")
 
@@ -63,13 +65,16 @@ def save_pretrained(
         tokenizer: To be saved with it.
         base_model: What it was fine-tuned from, for the card; None: the hub's name that it was loaded by, if any.
         data: What it was trained on, in words, for the card.
-        held_out: What tells which part of the data it was not trained on, as JSON types, for `sparse-prune evaluate`.
+        held_out: Tells which part of the data it was not trained on, as JSON types, for `sparse-prune evaluate`.
         evaluation: A folder that `sparse-prune evaluate` wrote, for the card. A README.md of others, or one that was
             edited, stays, and the log says so.
 
+    Returns:
+        The folder, as an absolute path.
+
     Raises:
-        ValueError: If no layer has a pattern, `load` could not make the model again, `check_folder` refuses the folder,
-            or `evaluation` holds none.
+        ValueError: If no layer has a pattern, if `load` could not make the model again, if `check_folder` refuses the
+            folder, or if `evaluation` holds no evaluation.
         RuntimeError: On other ranks than 0, if rank 0 failed to write a sharded model.
     """
     model = loadable(model)
@@ -89,7 +94,7 @@ def _write(
     evaluation: str | os.PathLike[str] | None,
     weights: dict[str, Tensor] | None,
 ) -> Path:
-    """`weights` are those of a model in parts."""
+    """Write an export; `weights` are those of a sharded model."""
     target = _absolute(folder)
     patterns, layers = _state(model)
     check_folder(folder)
@@ -121,14 +126,14 @@ def _write(
 
 
 def check_folder(folder: str | os.PathLike[str], argument: str = "folder") -> None:
-    """Refuse a folder that `save_pretrained` would refuse: to be asked before a long training, not after it.
+    """Refuse a folder that `save_pretrained` would refuse; ask before a long training, not after it.
 
     Args:
         folder: New, empty, or an earlier export.
         argument: What the error calls it.
 
     Raises:
-        ValueError: If `folder` holds something else, or no other folder could take its place: a mount point, the
+        ValueError: If `folder` holds something else, or if no other folder can take its place: a mount point, the
             working folder, a place where this process may not write.
     """
     target = _absolute(folder)
@@ -155,23 +160,24 @@ def load(
     token: str | None = None,
     **options: Any,
 ) -> Any:
-    """A pruned model as it was saved, in eval mode: the same logits, bit for bit, on the same machine.
+    """Load a pruned model as it was saved, in eval mode; on the same machine its logits are the same, bit for bit.
 
-    Another machine, or another `backend`, gives them to rounding. No file is unpickled and no code of the folder runs.
+    Another machine, or another `backend`, gives them up to rounding. No file is unpickled and no code of the folder
+    runs.
 
     Args:
         name: A folder that `save_pretrained` wrote, or a hub repository.
-        backend: One of `BACKENDS` for all pruned layers; None: those at the time of saving ("gather" in the place of
+        backend: One of `BACKENDS` for all pruned layers; None: those at the time of saving ("gather" in place of
             "triton" where there is no GPU).
-        verify: Compare every file's SHA-256 with the one at the time of saving.
-        revision: Of the hub repository.
-        token: For the hub.
-        **options: For the model class's `from_pretrained`; its dtype is that of the export unless given.
+        verify: Whether to compare every file's SHA-256 with the one at the time of saving.
+        revision: Branch, tag or commit of the hub repository.
+        token: Access token of the hub.
+        **options: Passed to the model class's `from_pretrained`; its dtype is that of the export unless given.
 
     Raises:
         FileNotFoundError: If there is no such folder, or no patterns in it.
-        ValueError: If a file was altered, or patterns, weights and model do not belong together; the message names what
-            differs.
+        ValueError: If a file was altered, or if patterns, weights and model do not belong together; the message names
+            what differs.
     """
     if backend is not None:
         check_backend(backend)
@@ -209,12 +215,12 @@ def load(
 def export_header(
     name: str | os.PathLike[str], *, revision: str | None = None, token: str | None = None
 ) -> dict[str, Any]:
-    """What an export tells of itself, as JSON types.
+    """Read what an export tells of itself, as JSON types.
 
     Args:
         name: A folder that `save_pretrained` wrote, or a hub repository.
-        revision: Of the hub repository.
-        token: For the hub.
+        revision: Branch, tag or commit of the hub repository.
+        token: Access token of the hub.
 
     Raises:
         FileNotFoundError: If there is no such folder, or no patterns in it.
@@ -227,33 +233,25 @@ def push_to_hub(
     model: Any,
     repo_id: str,
     *,
-    pruner: AttentionPruner | None = None,
-    tokenizer: Any = None,
-    base_model: str | None = None,
-    data: str | None = None,
-    held_out: Mapping[str, Any] | None = None,
-    evaluation: str | os.PathLike[str] | None = None,
     private: bool | None = None,
     revision: str | None = None,
     token: str | None = None,
     commit_message: str = "Upload pruned model",
+    **saving: Any,
 ) -> str:
     """Put an export on the hub in one commit, with `huggingface_hub`; `load(repo_id)` gets it back.
 
+    A card that the repository has of others, or that was edited, stays.
+
     Args:
-        model: As in `save_pretrained`, like `pruner` and `tokenizer`. With several processes call it on every rank if
-            the model is sharded, on rank 0 alone if it is whole.
+        model: As in `save_pretrained`. With several processes call it on every rank if the model is sharded, on rank 0
+            alone if it is whole.
         repo_id: "owner/name"; made if it does not exist.
-        pruner: See `save_pretrained`.
-        tokenizer: See `save_pretrained`.
-        base_model: See `save_pretrained`.
-        data: See `save_pretrained`.
-        held_out: See `save_pretrained`.
-        evaluation: See `save_pretrained`. A card that the repository has of others, or edited, stays.
         private: Whether a new repository is private; None: the owner's default.
         revision: Branch to commit to.
-        token: None: the one that is logged in.
+        token: Access token of the hub; None: that of the user who is logged in.
         commit_message: What the commit says.
+        **saving: The other arguments of `save_pretrained`: `pruner`, `tokenizer` and what the card tells.
 
     Returns:
         The commit's address.
@@ -274,10 +272,8 @@ def push_to_hub(
         )
         return str(commit.commit_url)
 
-    card = {"pruner": pruner, "tokenizer": tokenizer, "base_model": base_model, "data": data}
-    card |= {"held_out": held_out, "evaluation": evaluation}
     with TemporaryDirectory() as parent:
-        folder = save_pretrained(model, Path(parent) / "export", **card)
+        folder = save_pretrained(model, Path(parent) / "export", **saving)
         return on_first_rank(partial(upload, folder)) if is_sharded(model) else upload(folder)
 
 
@@ -307,9 +303,8 @@ def _hub_name(model: Any) -> str | None:
 def _state(model: Any) -> tuple[dict[str, BlockPattern], dict[str, dict[str, Any]]]:
     """Patterns by layer name, and how each layer computes."""
     patterns, layers = {}, {}
-    for name, module in find_layers(model).items():
-        handle = handle_of(module)
-        if handle is None or handle.pattern is None:
+    for name, handle in handles_in(model).items():
+        if handle.pattern is None:
             continue
         patterns[name] = handle.pattern
         layers[name] = {
@@ -327,29 +322,27 @@ def _state(model: Any) -> tuple[dict[str, BlockPattern], dict[str, dict[str, Any
 
 def _names(model: Any) -> dict[str, str]:
     """Layer as the pruner calls it, which may have found it in a module around the model -> its name in the model."""
-    handles = {name: handle_of(module) for name, module in find_layers(model).items()}
-    return {handle.name: name for name, handle in handles.items() if handle is not None}
+    return {handle.name: name for name, handle in handles_in(model).items()}
 
 
 def _buffers(model: Any) -> dict[str, str]:
     """Types of the buffers that loading makes anew: `model.to(bfloat16)` casts rotary frequencies, loading does not."""
-    saved = set(model.state_dict())
-    computed = {name: buffer for name, buffer in model.named_buffers() if name not in saved}
-    kinds = {name: str(b.dtype).removeprefix("torch.") for name, b in computed.items() if b.dtype.is_floating_point}
-    return {name: kind for name, kind in kinds.items() if kind in ("bfloat16", "float16")}
+    saved = model.state_dict()
+    kinds = {name: str(b.dtype).removeprefix("torch.") for name, b in model.named_buffers() if name not in saved}
+    return {name: kind for name, kind in kinds.items() if kind in _HALVES}
 
 
 def _cast_buffers(model: Any, kinds: Mapping[str, str]) -> None:
-    known, dtypes = dict(model.named_buffers()), {"bfloat16": torch.bfloat16, "float16": torch.float16}
+    known = dict(model.named_buffers())
     for name, kind in kinds.items():
-        if name not in known or kind not in dtypes:
+        if name not in known or kind not in _HALVES:
             raise ValueError(f"The patterns are of another model: it has a buffer {name!r} of type {kind!r}.")
         owner, _, attribute = name.rpartition(".")
-        setattr(model.get_submodule(owner), attribute, known[name].to(dtypes[kind]))
+        setattr(model.get_submodule(owner), attribute, known[name].to(getattr(torch, kind)))
 
 
 def _save_model(model: Any, folder: Path, weights: dict[str, Tensor] | None) -> None:
-    """`weights` are those of a model in parts."""
+    """Save the model's own files; `weights` are those of a sharded model."""
     if weights is None and quantization(model) != "gguf":
         model.save_pretrained(folder)
         return

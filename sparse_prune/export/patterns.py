@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sparse_prune.codec import decode, encode
 from sparse_prune.files import whole_file
-from sparse_prune.pattern import BlockPattern
+from sparse_prune.pattern import BlockPattern, total_sparsity
 
 PATTERN_FILE = "attention_pattern.safetensors"
 """Name of the file that holds the patterns, beside the model's own files."""
@@ -35,13 +35,13 @@ def save_patterns(
     details: Mapping[str, Any] | None = None,
     unused: Mapping[str, BlockPattern] | None = None,
 ) -> Path:
-    """Write patterns atomically: the file is whole or not there.
+    """Write patterns to a file, which is whole or not there at any time.
 
     Args:
         patterns: Layer -> pattern.
-        path: Where to.
+        path: The file.
         details: What else the header tells, as JSON types: see `describe_pruning`.
-        unused: Layer -> pattern that it learned and does not use, as nothing was gained where it was trained.
+        unused: Layer -> pattern that it learned and does not use, because it was no faster where it was trained.
 
     Raises:
         ValueError: If there are no patterns.
@@ -49,11 +49,10 @@ def save_patterns(
     if not patterns:
         raise ValueError("`patterns` must not be empty. Train until the first decision before saving.")
     target = Path(path)
-    kept = sum(pattern.kept_blocks for pattern in patterns.values())
     header = {
         "layers": {name: _describe(pattern) for name, pattern in patterns.items()},
         "rule": RULE,
-        "sparsity": 1.0 - kept / sum(pattern.possible_count for pattern in patterns.values()),
+        "sparsity": total_sparsity(patterns.values()),
         **({"unused": {name: _describe(pattern) for name, pattern in unused.items()}} if unused else {}),
         **(details or {}),
     }
@@ -69,19 +68,19 @@ def save_patterns(
 
 
 def load_patterns(path: str | os.PathLike[str], unused: bool = False) -> dict[str, BlockPattern]:
-    """The patterns that `save_patterns` wrote.
+    """Read the patterns that `save_patterns` wrote.
 
     Args:
         path: The file.
-        unused: Give layers that got their connections back the patterns that they had learned before: another machine
-            may gain by them. Since then these layers have trained with all connections.
+        unused: Whether layers that were reverted to dense attention get the patterns that they had learned before:
+            another machine may gain by them. Since then these layers have trained with all connections.
 
     Returns:
         Layer -> pattern.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it is not such a file, of another version or rule, cut short or altered.
+        ValueError: If it is no such file, of another version or rule, cut short or altered.
     """
     patterns, learned, _ = _read(path)
     return {**patterns, **learned} if unused else patterns
@@ -95,7 +94,7 @@ def read_pattern_file(path: str | os.PathLike[str]) -> tuple[dict[str, BlockPatt
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it is not such a file, of another version or rule, cut short or altered.
+        ValueError: As `load_patterns`.
     """
     patterns, _, header = _read(path)
     return patterns, header
@@ -112,7 +111,9 @@ def _read(
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
     except SafetensorError as error:
-        raise ValueError(f"`path` must be a whole pattern file, got {os.fspath(path)!r}: {error}.") from error
+        raise ValueError(
+            f"`path` must be a whole pattern file, got {os.fspath(path)!r}: {error}. Copy it again."
+        ) from error
     if metadata.get("format") != FORMAT or metadata.get("version") not in _READABLE:
         raise ValueError(
             f"`path` must be a {FORMAT} file of version {' or '.join(_READABLE)}, got format "
@@ -120,7 +121,8 @@ def _read(
         )
     if metadata.get("sha256") != _checksum(metadata.get("header", ""), tensors):
         raise ValueError(
-            f"`path` must be a pattern file as it was written, got {os.fspath(path)!r}, which was altered."
+            f"`path` must be a pattern file as it was written, got {os.fspath(path)!r}, which was altered. "
+            "Copy it again."
         )
     try:
         header = json.loads(metadata["header"])
@@ -130,7 +132,10 @@ def _read(
         patterns = {name: found[name] for name in header["layers"]}
         unused = {name: found[_UNUSED + name] for name in header.get("unused", {})}
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"`path` must be a pattern file of this library, got {os.fspath(path)!r}: {error}.") from error
+        raise ValueError(
+            f"`path` must be a pattern file of this library, got {os.fspath(path)!r}: {error}. "
+            "Write it with `save_patterns`."
+        ) from error
     return patterns, unused, header
 
 

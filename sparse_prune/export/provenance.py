@@ -1,4 +1,4 @@
-"""How patterns came about, for the header of their file."""
+"""Describes how patterns came about, for the header of their file."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from sparse_prune.pruner import AttentionPruner
 
 
 def describe_pruning(pruner: AttentionPruner, names: Mapping[str, str] | None = None) -> dict[str, Any]:
-    """How patterns came about, for a header: schedule, settings, and the scores they rest on, as JSON types.
+    """Describe how patterns came about, for a header: schedule, settings and a summary of scores, as JSON types.
 
     Args:
-        pruner: What pruned.
-        names: The pruner's name of a layer -> its name in the header; the same if left out.
+        pruner: The pruner that made them.
+        names: The pruner's name of a layer -> its name in the header. None: the same names.
     """
     schedule, names, scores, settled = pruner.schedule, names or {}, {}, {}
     for name, state in pruner.layers.items():

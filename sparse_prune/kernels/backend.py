@@ -11,12 +11,23 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
-from sparse_prune.kernels.held import HeldBlocks
 from sparse_prune.kernels.options import AttentionOptions
 from sparse_prune.pattern import BlockPattern
 
 Attend = Callable[[Tensor, Tensor, Tensor, BlockPattern, AttentionOptions], Tensor]
 """Computes the output from query, key, value, pattern and options; shapes as in `reference.attend`."""
+
+
+@dataclass(frozen=True, eq=False)
+class HeldBlocks:
+    """Says where key blocks stand in a tensor that holds those of all heads side by side."""
+
+    place: Tensor
+    """Number of each block among those held, int64, (num_kv_heads, kv_blocks), on the CPU; -1 if it was evicted."""
+
+    def shown(self, everything: Tensor) -> Tensor:
+        """View (batch, 1, slots, dim) as (batch, num_kv_heads, slots, dim): every head sees all slots."""
+        return everything.expand(-1, len(self.place), -1, -1)
 
 
 class Decode(Protocol):
@@ -37,8 +48,7 @@ _NAMED: WeakValueDictionary[str, BlockPattern] = WeakValueDictionary()
 def name_pattern(pattern: BlockPattern) -> str:
     """Give a pattern a new name for torch.compile, which recompiles when the name changes.
 
-    Args:
-        pattern: A pattern; the name is valid as long as the pattern lives.
+    The name is valid as long as the pattern lives.
     """
     name = str(next(_COUNT))
     _NAMED[name] = pattern
@@ -46,11 +56,7 @@ def name_pattern(pattern: BlockPattern) -> str:
 
 
 def named_pattern(name: str) -> BlockPattern:
-    """Return the pattern that has a name.
-
-    Args:
-        name: The result of `name_pattern` for a pattern that still lives.
-    """
+    """Return the pattern, which must still live, that `name_pattern` gave a name."""
     return _NAMED[name]
 
 
@@ -82,5 +88,5 @@ class Backend:
     `name_pattern`), its causality, and options. None: calls break the graph."""
     decode: Decode | None = None
     """Computes attention of the last few queries against a cache. None: a mask does it."""
-    tune: Callable[[Tensor, Tensor, Tensor, BlockPattern, AttentionOptions], None] | None = None
-    """Finds the fastest launch configurations of a call. None: it has none."""
+    tune: Callable[[Tensor, Tensor, Tensor, BlockPattern, AttentionOptions, float], None] | None = None
+    """Finds the fastest launch configurations of a call; the last argument is a limit in seconds. None: it has none."""

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import replace
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.weak import WeakTensorKeyDictionary
 
+from sparse_prune.kernels.derived import of_tensor
 from sparse_prune.kernels.options import AttentionOptions
 from sparse_prune.pattern import BlockPattern, num_blocks
 from sparse_prune.scores import BlockStatistics
@@ -44,41 +44,26 @@ def _ascends(ends: Tensor, length: int) -> bool:
     return bool((ends[0] == 0) & (ends[-1] == length) & (ends.diff() >= 0).all())
 
 
-_MEETS = WeakTensorKeyDictionary()  # documents -> blocks inside a document: the layers of a forward pass share them
-_LEFT = WeakTensorKeyDictionary()  # documents -> pattern -> its part inside documents
-
-
 def spanned(pattern: BlockPattern, options: AttentionOptions) -> BlockPattern:
     """Remove the blocks between documents from a call's pattern, so that backends skip them.
 
-    Reads the documents, once per tensor.
-
-    Args:
-        pattern: The pattern at the lengths of the call.
-        options: The call's options. Documents may have any order; if they ascend, all such blocks are removed.
+    Reads the documents, once per tensor. They may have any order; if they ascend, all such blocks are removed.
     """
     documents = options.documents
     if documents is None or not documents.numel():
         return pattern
-    if documents.is_inference():  # writes into it are not counted, so it is read each time
-        return _left(pattern, _meets(pattern, documents))
-    kind = (documents._version, pattern.block_size, pattern.q_len)
-    meets: dict[Any, Tensor] = _MEETS.setdefault(documents, {})  # type: ignore[no-untyped-call, unused-ignore]
-    if kind not in meets:
-        meets[kind] = _meets(pattern, documents)
-    left: Any = _LEFT.setdefault(documents, WeakKeyDictionary())  # type: ignore[no-untyped-call, unused-ignore]
-    known, found = left.get(pattern, (None, None))
-    if known is not meets[kind]:
-        found = _left(pattern, meets[kind])
-        left[pattern] = meets[kind], None if found is pattern else found
-    return pattern if found is None else found
+    left: WeakKeyDictionary[BlockPattern, BlockPattern | None] = of_tensor(documents, "left", WeakKeyDictionary)
+    if pattern not in left:
+        sides = pattern.block_size, pattern.q_len
+        meets = of_tensor(documents, sides, lambda: _meets(pattern, documents))
+        left[pattern] = _left(pattern, meets)
+    return left[pattern] or pattern
 
 
-def _left(pattern: BlockPattern, meets: Tensor) -> BlockPattern:
+def _left(pattern: BlockPattern, meets: Tensor) -> BlockPattern | None:
+    """The part of a pattern inside documents; None: all of it."""
     keep = pattern.keep & meets
-    if torch.equal(keep, pattern.keep):
-        return pattern
-    return BlockPattern(keep, pattern.block_size, pattern.causal, pattern.q_len, pattern.kv_len)
+    return None if torch.equal(keep, pattern.keep) else replace(pattern, keep=keep)
 
 
 def _meets(pattern: BlockPattern, documents: Tensor) -> Tensor:
@@ -101,14 +86,9 @@ def per_document(
 ) -> BlockStatistics:
     """Let every block of a probe's statistics count only the rows whose document reaches into it.
 
-    Otherwise a block for which few documents are long enough would score low, however much attention they give it.
-
-    Args:
-        statistics: Statistics of self-attention under documents that ascend.
-        options: The call's options.
-        block_size: Tokens per block side, (query, key).
-        causal: Whether queries see only keys up to themselves.
-        per: The unit of each row of `statistics.counts`: "row", "sample" or "call".
+    Otherwise a block for which few documents are long enough would score low, however much attention they give it. The
+    statistics are of self-attention under documents that ascend; `per` is the unit of each row of their counts: "row",
+    "sample" or "call".
     """
     documents = options.documents
     if documents is None or not documents.numel():

@@ -15,14 +15,8 @@ def dropout_uniform(seed: int, head: Tensor, query: Tensor, key: Tensor) -> Tens
     Philox4x32-10 (Salmon et al., SC 2011), keyed by the seed, with counter (key, query, head, 0); the first of
     the four outputs is used. Integers are kept in int64, whose products wrap modulo 2**64.
 
-    Args:
-        seed: Non-negative, below 2**63.
-        head: Index batch * num_heads + head; int64, broadcastable with `query` and `key`.
-        query: Query position, int64.
-        key: Key position, int64.
-
-    Returns:
-        float32, of the broadcast shape.
+    `seed` lies in 0..2**63 - 1. `head`, the index batch * num_heads + head, and the positions `query` and `key` are
+    int64 and broadcastable. The numbers are float32, of the broadcast shape.
     """
     shape = torch.broadcast_shapes(head.shape, query.shape, key.shape)  # type: ignore[no-untyped-call, unused-ignore]
     if head.device.type != "cpu" or not shape or shape.numel() <= _AT_ONCE:

@@ -12,7 +12,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from sparse_prune.kernels.derived import derived
 from sparse_prune.kernels.options import AttentionOptions
-from sparse_prune.pattern import BlockPattern
+from sparse_prune.pattern import BlockPattern, whole_blocks
 
 _COMPILERS = {"cuda": "inductor", "cpu": "eager"}
 _KINDS_KEPT = 64
@@ -94,13 +94,9 @@ def _compiled(compiler: str, tuned: bool, kind: tuple[Any, ...]) -> Any:
     """Compile `_call` for one kind of call, with a code object of its own.
 
     torch.compile counts recompilations per code object: with a common one, calls of the ninth kind would run
-    uncompiled, with all scores materialised. With `fullgraph` it fails instead.
-
-    Args:
-        compiler: Name of torch.compile's backend.
-        tuned: Let Inductor choose among its launch configurations. In the backward pass its default works only if
-            that one's tiles divide the blocks, whatever `kernel_options` say.
-        kind: Everything that torch.compile would recompile for.
+    uncompiled, with all scores materialised. With `fullgraph` it fails instead. `tuned` lets Inductor choose among its
+    launch configurations: in the backward pass its default works only if that one's tiles divide the blocks, whatever
+    `kernel_options` say.
     """
     function = FunctionType(_call.__code__.replace(), _call.__globals__)
     return torch.compile(
@@ -134,7 +130,11 @@ def _build(pattern: BlockPattern, visible: Tensor | None, device: torch.device) 
             seen = seen & visible[b if batch else b * 0, h if heads else h * 0, q, k]
         return seen
 
-    whole = torch.zeros_like(keep) if visible is not None else keep & _whole(pattern).to(device)
+    whole = (
+        torch.zeros_like(keep)
+        if visible is not None
+        else keep & whole_blocks(q_len, kv_len, pattern.block_size, causal, device)
+    )
     return BlockMask.from_kv_blocks(
         *_listed(keep & ~whole),
         *_listed(whole),
@@ -142,16 +142,6 @@ def _build(pattern: BlockPattern, visible: Tensor | None, device: torch.device) 
         mask_mod=mask_mod,
         seq_lengths=(q_len, kv_len),
     )
-
-
-def _whole(pattern: BlockPattern) -> Tensor:
-    """Blocks without an element mask, boolean, (q_blocks, kv_blocks)."""
-    block_q, block_kv = pattern.block_size
-    rows, cols = pattern.keep.shape[1:]
-    last_key = (torch.arange(cols) + 1) * block_kv - 1
-    first_seen = torch.arange(rows)[:, None] * block_q + pattern.kv_len - pattern.q_len
-    whole = (last_key < pattern.kv_len).expand(rows, cols)
-    return whole & (last_key <= first_seen) if pattern.causal else whole
 
 
 def _listed(blocks: Tensor) -> tuple[Tensor, Tensor]:

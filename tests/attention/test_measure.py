@@ -26,7 +26,7 @@ def test_times_are_of_every_candidate_and_real(layer):
 
 def test_candidates_take_turns_and_a_disturbed_turn_does_not_count(layer, monkeypatch):
     script = iter([0.0, 0.0, 3.0, 50.0, 90.0, 2.0, 4.0, 2.5])
-    monkeypatch.setattr(measure, "_milliseconds", lambda attend, inputs, hidden: next(script))
+    monkeypatch.setattr(measure, "milliseconds", lambda run, device, hidden: next(script))
     assert measure.time_attention(layer, ["gather"]) == {"dense": 3.0, "gather": 2.0}
 
 
@@ -82,17 +82,6 @@ def test_a_candidate_that_fails_is_left_out(layer, monkeypatch, caplog, runs):
     assert "layer: not measured with flex: OutOfMemoryError: out of memory" in caplog.text
 
 
-def test_configurations_are_found_before_the_clock_runs(layer, monkeypatch):
-    calls = []
-    monkeypatch.setattr(measure, "tune", lambda layer, backend, pattern: calls.append(backend))
-    monkeypatch.setattr(measure, "_milliseconds", lambda attend, inputs, hidden: calls.append("run") or 1.0)
-    measure.time_attention(layer, ["gather"], repeats=1, tuned=True)
-    assert calls == ["gather", "run", "run", "run", "run"]
-    calls.clear()
-    measure.time_attention(layer, ["gather"], repeats=1)
-    assert "gather" not in calls
-
-
 @pytest.mark.parametrize(
     ("repeats_keys", "options", "head_dim", "shared"),
     [
@@ -139,9 +128,11 @@ def test_configurations_are_found_for_what_the_layer_asks(layer, monkeypatch):
     attend, tuning = (pytest.importorskip(f"sparse_prune.kernels.triton.{name}") for name in ("attend", "tuning"))
     asked = []
     monkeypatch.setattr(attend, "check_supported", lambda query: None)
-    monkeypatch.setattr(tuning, "tune", lambda query, key, value, pattern, options: asked.append(options))
+    monkeypatch.setattr(tuning, "tune", lambda *call, seconds: asked.append((call[4], seconds)))
     layer.last_shape = layer.last_shape._replace(
         options=AttentionOptions(softcap=2.0, key_mask=torch.ones(1, 64).bool())
     )
-    measure.tune(layer, "triton", layer.pattern)
-    assert (asked[0].softcap, asked[0].key_mask.shape) == (2.0, (1, 64))
+    assert measure.tune(layer, ["gather", "triton"], 3.0) == ["gather", "triton"]
+    ((options, seconds),) = asked
+    assert (options.softcap, options.key_mask.shape) == (2.0, (1, 64))
+    assert 0.0 < seconds <= 3.0

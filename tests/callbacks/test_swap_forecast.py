@@ -22,7 +22,7 @@ def scripted(monkeypatch, times):
     """Give the forecast these times in place of a clock's; the patterns that it asks for."""
     asked = []
 
-    def time_attention(layer, backends, repeats, tuned, pattern, hidden):
+    def time_attention(layer, backends, repeats, pattern, hidden):
         asked.append(pattern)
         return dict(times)
 
@@ -81,13 +81,13 @@ def test_times_are_real_and_of_every_shape():
     pruner.attach(model)
     tokens = torch.randint(0, 32, (2, 64))
     model(input_ids=tokens, use_cache=False).logits.sum().backward()
-    (forecast,) = forecast_swap(pruner, SwapTimer(tuned=False))
+    (forecast,) = forecast_swap(pruner, SwapTimer(tuning_seconds=0.0))
     assert list(forecast.measured_ms) == ["dense", "gather"]
     assert all(0 < ms < 10_000 for ms in forecast.measured_ms.values())
     assert (forecast.layers, forecast.tokens) == (2, 64)
     first = next(iter(pruner.layers.values())).layer
     first.last_shape = first.last_shape._replace(q_len=32, kv_len=32)
-    assert [(found.layers, found.tokens) for found in forecast_swap(pruner, SwapTimer(tuned=False))] == [
+    assert [(found.layers, found.tokens) for found in forecast_swap(pruner, SwapTimer(tuning_seconds=0.0))] == [
         (1, 32),
         (1, 64),
     ]
@@ -96,4 +96,4 @@ def test_times_are_real_and_of_every_shape():
 def test_thresholds_tell_no_sparsity():
     pruner = AttentionPruner(threshold=ConstantSchedule(final=0.1), block_size=8)
     pruner.attach(tiny_llama())
-    assert forecast_swap(pruner, SwapTimer(tuned=False)) == []
+    assert forecast_swap(pruner, SwapTimer(tuning_seconds=0.0)) == []

@@ -60,7 +60,8 @@ def test_wordings_for_choosing_and_testing_are_disjoint(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_names_words_and_numbers_are_not_shared_by_the_splits(tokenizer, name):
-    for pool in (CITIES, VARIABLES, WORDS):
+    words = {split: text.split() for split, text in WORDS.items()}
+    for pool in (CITIES, VARIABLES, words):
         assert not set(pool["choose"]) & set(pool["test"])
     answers = {
         split: {

@@ -88,7 +88,7 @@ def test_its_own_card_is_renewed_and_an_edited_one_stays(tmp_path, evaluation, c
     caplog.clear()
     save_pretrained(model, path)
     assert (path / "README.md").read_text() == card + "\nI add that it rhymes.\n"
-    assert "README.md that is not as sparse_prune wrote it: it stays" in caplog.text
+    assert "README.md that sparse_prune did not write, or that was edited. It stays" in caplog.text
     update_card(path, evaluation)
     assert "rhymes" in (path / "README.md").read_text()
     load(path)  # cards may be edited

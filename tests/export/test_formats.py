@@ -142,7 +142,7 @@ def scattered():
 @pytest.mark.parametrize(
     ("second", "message"),
     [
-        (scattered(), r"Layer 'model.layers.1.self_attn', head 2 must be full, or sinks and a window"),
+        (scattered(), r"Layer 'model.layers.1.self_attn', head 2 must see everything, or sinks and a window"),
         (heads([False, False], recent=3), r"layer 'model.layers.1.self_attn', KV head 0"),
     ],
 )
@@ -169,7 +169,7 @@ def test_query_heads_of_a_kv_head_must_agree(tmp_path):
 def test_heads_of_another_model_are_refused(tmp_path):
     KVPress().write(pruned(), tmp_path)
     other = LlamaForCausalLM(LlamaConfig(**{**SMALL, "num_hidden_layers": 3}))
-    with pytest.raises(ValueError, match=r"got KV heads \[2, 2\] by layer, \[2, 2, 2\]"):
+    with pytest.raises(ValueError, match=r"KV heads of the file, \[2, 2\] by layer, got \[2, 2, 2\]"):
         KVPress().read(tmp_path, other, length=64)
     (tmp_path / "kvpress.json").write_text("{}")
     with pytest.raises(ValueError, match="must hold files of KVPress"):

@@ -10,7 +10,7 @@ from torch import nn
 from sparse_prune import BlockPattern
 from sparse_prune.attention import apply_patterns
 from sparse_prune.attention.layer import PrunableAttention
-from sparse_prune.attention.measure import time_attention
+from sparse_prune.attention.measure import time_attention, tune
 from sparse_prune.callbacks import KernelSwap
 from sparse_prune.fixed_patterns import random_pattern
 from sparse_prune.kernels import (
@@ -64,8 +64,9 @@ def test_a_new_backend_is_measured_and_taken(toy, monkeypatch):
     layer.pattern = random_pattern(2, 64, 16, density=0.5)
     layer.attend(*torch.randn(3, 1, 2, 64, 16), AttentionOptions(), dense=lambda: None)
     assert "toy" in skipping_backends(torch.device("cpu"))
-    assert list(time_attention(layer, ["toy"], repeats=1, tuned=True)) == ["dense", "toy"]
-    assert toy[0] == "tuned"
+    assert tune(layer, ["toy"], 1.0) == ["toy"]
+    assert toy == ["tuned"]
+    assert list(time_attention(layer, ["toy"], repeats=1)) == ["dense", "toy"]
 
     def times(layer, names, *options):
         return dict.fromkeys(("dense", *names), 2.0) | {"toy": 1.0}

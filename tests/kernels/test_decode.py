@@ -123,9 +123,9 @@ def test_a_layer_masks_what_has_too_many_rows_for_the_kernel():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"options": AttentionOptions(dropout_p=0.1, seed=1)}, "no dropout"),
-        ({"causal": False}, "causal pattern"),
-        ({"q_len": 17}, "at most 32 rows.*float32, got 34.*fewer queries"),
+        ({"options": AttentionOptions(dropout_p=0.1, seed=1)}, "`dropout_p` 0 in decoding"),
+        ({"causal": False}, "`pattern` must be causal"),
+        ({"q_len": 17}, "at most 32 rows.*float32 in decoding, got 34.*fewer queries"),
         ({"block": 8}, "factor 16"),
     ],
 )

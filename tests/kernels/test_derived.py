@@ -1,4 +1,4 @@
-"""What is derived from a pattern is made once, and goes when the pattern goes."""
+"""What is derived from a pattern or a mask is made once, and goes when that goes."""
 
 import gc
 import weakref
@@ -6,7 +6,7 @@ import weakref
 import torch
 
 from sparse_prune.fixed_patterns import random_pattern
-from sparse_prune.kernels.derived import at_lengths, derived
+from sparse_prune.kernels.derived import at_lengths, derived, of_tensor
 
 
 def test_it_is_made_once_per_pattern_and_key():
@@ -84,3 +84,34 @@ def test_what_is_kept_at_other_lengths_does_not_keep_the_pattern():
     gc.collect()
     assert itself() is None
     assert longer.q_len == 96
+
+
+def test_what_a_mask_gives_is_made_once_per_key_and_anew_after_a_write():
+    mask, made = torch.ones(3), []
+
+    def ask(key):
+        return of_tensor(mask, key, lambda: made.append(key) or mask.sum())
+
+    assert ask("sum") is ask("sum")
+    mask[0] = 5.0
+    assert ask("sum") == 7.0
+    assert ask("other") == 7.0
+    assert made == ["sum", "sum", "other"]
+
+
+def test_what_a_mask_gives_goes_with_the_mask():
+    mask = torch.ones(3)
+    found = weakref.ref(of_tensor(mask, "tensor", lambda: torch.ones(1)))
+    gc.collect()
+    assert found() is not None
+    del mask
+    gc.collect()
+    assert found() is None
+
+
+def test_inference_mode_which_counts_no_writes_keeps_nothing_of_a_mask():
+    with torch.inference_mode():
+        mask = torch.ones(3)
+        assert of_tensor(mask, "sum", mask.sum) == 3.0
+        mask[0] = 5.0
+        assert of_tensor(mask, "sum", mask.sum) == 7.0

@@ -83,20 +83,17 @@ def test_the_schema_knows_every_option():
     assert len(ops.option_arguments(AttentionOptions())) == len(given)
 
 
-def test_the_log_sum_exp_and_its_gradient():
+def test_the_log_sum_exp_which_has_no_gradient():
     pattern = random_pattern(4, 37, 37, 16, True, 0.8)
     pattern.keep.diagonal(dim1=1, dim2=2).fill_(True)  # no row without a key: its log-sum-exp is infinite
     args = tensors()
-    output, lse = ops.block_sparse_attention(*args, *arguments(pattern))
-    exact = [t.detach().double().requires_grad_() for t in args]
+    _, lse = ops.block_sparse_attention(*args, *arguments(pattern))
+    exact = [t.detach().double() for t in args]
     logits = exact[0] @ exact[1].repeat_interleave(2, 1).transpose(-1, -2) / 4.0
     mask = pattern.token_mask(37, 37, DEVICE)
     wanted = logits.masked_fill(~mask, -torch.inf).logsumexp(-1) / math.log(2.0)
     torch.testing.assert_close(lse.double(), wanted, atol=1e-5, rtol=1e-5)
-    truth = block_sparse_attention(*exact, pattern, backend="reference")
-    found = torch.autograd.grad(lse.square().sum() + output.sum(), args)
-    for f, w in zip(found, torch.autograd.grad(wanted.square().sum() + truth.sum(), exact), strict=True):
-        torch.testing.assert_close(f.double(), w, atol=1e-4, rtol=1e-4)
+    assert not lse.requires_grad
 
 
 @pytest.mark.parametrize(

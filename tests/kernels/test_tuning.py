@@ -64,10 +64,38 @@ def test_the_fastest_candidate_is_taken_and_kept():
         assert found[kernel] in candidates(kernel, 90, CALL)
         assert found[kernel] != shipped
     after = plan(PATTERN, 16, torch.float16, DEVICE, Traits())[1]
-    assert after == [n for k in KERNELS for n in (*found[k].tile, found[k].num_warps, found[k].num_stages)]
+    assert after == [n for k in KERNELS for n in found[k].numbers()]
     assert before != after
     again, launches = tune()
     assert again == found
+    assert not launches
+
+
+def test_a_limit_breaks_off_and_the_next_run_goes_on(monkeypatch, caplog):
+    clock, launches = [0.0], []
+    monkeypatch.setattr(tuning.time, "monotonic", lambda: clock[0])
+
+    def measure(launch):
+        """A second each, and each faster than the one before."""
+        clock[0] += 1.0
+        launches.append(inspect.getclosurevars(launch).nonlocals["config"])
+        return -float(len(launches))
+
+    assert tuning.tune(*tensors(), PATTERN, measure=measure, seconds=0.0) == {}
+    with caplog.at_level("INFO"):
+        first = tuning.tune(*tensors(), PATTERN, measure=measure, seconds=10.0)
+    assert len(launches) == 11  # the last one began within the limit
+    tried = {kernel: candidates(kernel, 90, CALL) for kernel in KERNELS}
+    assert first["forward"] == tried["forward"][3]
+    assert f"forward: {len(tried['forward']) - 4} configurations are left for the next run to measure." in caplog.text
+    assert tuning.tuned("forward", PATTERN, CALL, DEVICE) == first["forward"]
+    launches.clear()
+    monkeypatch.setattr(tuning, "_KNOWN", {})  # another process
+    last = tuning.tune(*tensors(), PATTERN, measure=measure)
+    assert launches[: len(tried["forward"]) - 3] == tried["forward"][3:]
+    assert last == {kernel: tried[kernel][-1] for kernel in KERNELS}
+    launches.clear()
+    assert tuning.tune(*tensors(), PATTERN, measure=measure) == last
     assert not launches
 
 
@@ -103,16 +131,16 @@ def test_another_process_finds_them_on_disk(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{", "[]", '{"entries": {"a": [7, 16, 4, 2]}}', '{"entries": {"a": "x"}}', "\x00"]
+    "text", ["", "{", "[]", '{"entries": {"a": [7, 16, 4, 2, 1, 1]}}', '{"entries": {"a": "x"}}', "\x00"]
 )
 def test_a_broken_file_is_reported_and_written_anew(folder, text, caplog):
     folder.mkdir()
     (folder / "triton_tuning.json").write_text(text)
     with caplog.at_level(logging.WARNING):
         found, _ = tune()
-    assert ("is not readable" in caplog.text) is ("[7, 16" not in text)  # an unsound entry is left out alone
+    assert ("cannot be read" in caplog.text) is ("[7, 16" not in text)  # an unsound entry is left out alone
     written = json.loads((folder / "triton_tuning.json").read_text())["entries"]
-    assert sorted(written.values()) == sorted([*c.tile, c.num_warps, c.num_stages] for c in found.values())
+    assert sorted(entry[:-1] for entry in written.values()) == sorted(config.numbers() for config in found.values())
     assert tuning.tuned("dq", PATTERN, CALL, DEVICE) == found["dq"]
 
 
@@ -120,7 +148,7 @@ def test_a_folder_that_cannot_be_written_stops_nothing(tmp_path, monkeypatch, ca
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("SPARSE_PRUNE_CACHE_DIR", str(tmp_path / "file"))
     found, _ = tune()
-    assert "cannot be kept" in caplog.text
+    assert "cannot be written" in caplog.text
     assert tuning.tuned("dq", PATTERN, CALL, DEVICE) == found["dq"]
 
 
@@ -130,13 +158,13 @@ def test_what_another_process_measures_is_seen_at_the_next_call():
     assert tuning.tuned("dq", PATTERN, CALL, DEVICE) is None
     writer = (
         "import json, sys; from pathlib import Path; path = Path(sys.argv[1]); path.parent.mkdir(exist_ok=True);"
-        "path.write_text(json.dumps({'entries': {sys.argv[2]: [16, 32, 4, 2]}}))"
+        "path.write_text(json.dumps({'entries': {sys.argv[2]: [16, 32, 4, 2, 1, 99]}}))"
     )
     key = tuning._key("dq", PATTERN, CALL, DEVICE)
     subprocess.run([sys.executable, "-c", writer, tuning.cache_file(), key], check=True)
     assert tuning.tuned("dq", PATTERN, CALL, DEVICE) == other
     after = plan(PATTERN, 16, torch.float16, DEVICE, Traits())[1]
-    assert after == [*before[:4], 16, 32, 4, 2, *before[8:]]
+    assert after == [*before[:5], 16, 32, 4, 2, 1, *before[10:]]
     found, launches = tune()
     assert found["dq"] == other
     assert launches
@@ -172,7 +200,7 @@ def test_candidates_that_do_not_fit_the_device_are_passed_over():
     def measure(launch):
         raise OutOfResources(2, 1, "shared memory")
 
-    with pytest.raises(ValueError, match="No configuration of the forward kernel fits"):
+    with pytest.raises(ValueError, match="must fit a configuration of the forward kernel"):
         tuning.tune(*tensors(), PATTERN, measure=measure)
 
 
@@ -191,7 +219,7 @@ def test_a_candidate_that_the_compiler_fails_on_is_left_out(caplog):
     calls, broken = [], 2
     found = tuning.tune(*tensors(), PATTERN, measure=measure)
     assert found["forward"] == launch_config("forward", 90, CALL)
-    assert "is left out: RuntimeError: PassManager" in caplog.text
+    assert "RuntimeError: PassManager" in caplog.text
 
 
 @given(

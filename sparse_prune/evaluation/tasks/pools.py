@@ -1,4 +1,4 @@
-"""What tasks draw from: names, variables, words and numbers, which the splits do not share."""
+"""Names, variables, words and numbers of the tasks, which the splits do not share."""
 
 from __future__ import annotations
 
@@ -6,40 +6,14 @@ from random import Random
 
 from sparse_prune.evaluation.tasks.task import Split
 
-NAMES: dict[Split, tuple[str, ...]] = {
-    "choose": ("Athens", "Bogota", "Cairo", "Dublin", "Geneva", "Lima", "Madrid", "Warsaw"),
-    "test": ("Lisbon", "Nairobi", "Oslo", "Quito", "Seoul", "Toronto", "Vienna", "Zagreb"),
+NAMES: dict[Split, list[str]] = {
+    "choose": ["Athens", "Bogota", "Cairo", "Dublin", "Geneva", "Lima", "Madrid", "Warsaw"],
+    "test": ["Lisbon", "Nairobi", "Oslo", "Quito", "Seoul", "Toronto", "Vienna", "Zagreb"],
 }
 VARIABLES: dict[Split, str] = {"choose": "ABCDEFGHJKLM", "test": "NPQRSTUVWXYZ"}
-WORDS: dict[Split, tuple[str, ...]] = {
-    "choose": (
-        "orange",
-        "forest",
-        "metal",
-        "lamp",
-        "meadow",
-        "door",
-        "golden",
-        "letter",
-        "horse",
-        "tower",
-        "summer",
-        "sugar",
-    ),
-    "test": (
-        "apple",
-        "river",
-        "stone",
-        "candle",
-        "garden",
-        "window",
-        "silver",
-        "paper",
-        "monkey",
-        "bridge",
-        "winter",
-        "salt",
-    ),
+WORDS: dict[Split, str] = {
+    "choose": "orange forest metal lamp meadow door golden letter horse tower summer sugar",
+    "test": "apple river stone candle garden window silver paper monkey bridge winter salt",
 }
 
 

@@ -1,4 +1,4 @@
-"""What a task is, and how its facts are hidden in a given number of tokens."""
+"""The description of a task, and the examples that hide its facts in a given number of tokens."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Question:
     answer: list[int]
     """The right answer, which follows the question."""
     depth: float | None
-    """Where in the context the fact lies, in [0, 1]; None if the whole context matters."""
+    """Place of the fact in the context, in [0, 1]; None if the whole context matters."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Wording:
-    """How a task is put: format strings, with fields that the task fills."""
+    """The wording of a task: format strings, with fields that the task fills."""
 
     fact: str
     question: str
@@ -44,10 +44,10 @@ class Wording:
 
 @dataclass(frozen=True)
 class Facts:
-    """What one example says and asks, as text."""
+    """The facts and questions of one example, as text."""
 
     facts: list[str]
-    """To hide, spread over the context."""
+    """The texts to hide, spread over the context."""
     asks: list[tuple[str, str, int | None]]
     """Question, answer, and which fact tells the answer; None if all do."""
     filler: Callable[[int], str] | None = None
@@ -87,14 +87,14 @@ def build(
     """Build one example whose context and longest end take exactly `length` tokens together.
 
     Args:
-        task: Which.
+        task: One of `TASKS`.
         tokenizer: A transformers tokenizer; no special tokens are added.
         filler: Tokens of a text to hide facts in; repeated if there are too few.
         length: Tokens. The end is a question with its answer, or all of them if they are turns.
-        depth: Where the first fact lies, in [0, 1]; others follow at even distances and wrap around. Ordered facts
-            take the same places from the start on.
-        seed: Of names, numbers and the wording.
-        split: Which wordings, names, words and numbers.
+        depth: Place of the first fact, in [0, 1]; others follow at even distances and wrap around. Ordered facts take
+            the same places from the start on.
+        seed: Seed of names, numbers and the wording.
+        split: "test", or "choose": wordings, names, words and numbers of choosing and testing differ.
 
     Raises:
         ValueError: If an argument is out of range, the filler is empty or the facts do not fit.

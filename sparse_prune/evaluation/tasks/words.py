@@ -19,7 +19,8 @@ def _tracking(random: Random, wording: Wording, split: Split) -> Facts:
 
 def _counts(shares: tuple[float, ...]) -> Callable[[Random, Wording, Split], Facts]:
     def make(random: Random, wording: Wording, split: Split) -> Facts:
-        words = random.sample(WORDS[split], len(WORDS[split]))
+        pool = WORDS[split].split()
+        words = random.sample(pool, len(pool))
         rest = (1.0 - sum(shares)) / (len(words) - len(shares))
         weights = [*shares, *[rest] * (len(words) - len(shares))]
 

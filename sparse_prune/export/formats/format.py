@@ -22,15 +22,15 @@ class Format(ABC):
         """Write the heads of a model.
 
         Args:
-            model: With patterns.
+            model: A model with patterns.
             folder: Made if it is not there; files of the format in it are replaced.
 
         Returns:
             The folder.
 
         Raises:
-            ValueError: If a head is neither full nor sinks and a window, or heads differ in what the format can say
-                only once. The message names layer and head.
+            ValueError: If a head sees neither everything nor sinks and a window, or if heads differ in what the format
+                can say only once. The message names layer and head.
         """
         heads, target = StreamingHeads.of(model), Path(folder).expanduser()
         target.mkdir(parents=True, exist_ok=True)
@@ -40,11 +40,11 @@ class Format(ABC):
     def read(
         self, folder: str | os.PathLike[str], model: nn.Module, *, length: int, block_size: int = 128
     ) -> dict[str, BlockPattern]:
-        """The patterns of a file's heads, for `sparse_prune.attention.apply_patterns`.
+        """Read heads as patterns, for `sparse_prune.attention.apply_patterns`.
 
         Args:
-            folder: That holds the files.
-            model: Whose heads they are.
+            folder: The folder that holds the files.
+            model: The model that the heads are of.
             length: Tokens that the patterns cover; `BlockPattern.at` continues them.
             block_size: Tokens per block side; sinks and windows are rounded up to whole blocks.
 
@@ -56,7 +56,10 @@ class Format(ABC):
         try:
             heads = self._read(target)
         except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"`folder` must hold files of {type(self).__name__}, got {target}: {error!r}.") from error
+            raise ValueError(
+                f"`folder` must hold files of {type(self).__name__}, got {os.fspath(folder)!r}: {error!r}. "
+                "Name another folder."
+            ) from error
         return heads.patterns(model, length, block_size)
 
     @abstractmethod

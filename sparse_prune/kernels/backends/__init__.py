@@ -24,10 +24,7 @@ _ANYWHERE = "gather"
 
 
 def check_backend(backend: str) -> Backend:
-    """Return the record of a backend.
-
-    Args:
-        backend: Name of the backend.
+    """Return the record of a backend by its name.
 
     Raises:
         ValueError: If no backend has that name.
@@ -38,20 +35,15 @@ def check_backend(backend: str) -> Backend:
 
 
 def skipping_backends(device: torch.device) -> tuple[str, ...]:
-    """Return the backends that skip pruned blocks on a device, for a measurement to choose from.
-
-    Args:
-        device: The layer's device.
-    """
+    """Return the names of the backends that skip pruned blocks on a device, for a measurement to choose from."""
     found = tuple(name for name, backend in BACKENDS.items() if device.type in backend.skips_on)
     return found or (_ANYWHERE,)
 
 
 def usable_backend(backend: str) -> str:
-    """Return the backend, or "gather" if this machine cannot run it, such as "triton" without a GPU.
+    """Return a backend's name, or "gather" if this machine cannot run it, such as "triton" without a GPU.
 
-    Args:
-        backend: Name of the backend; an unknown one is returned as it is, for `check_backend` to refuse.
+    An unknown name is returned as it is, for `check_backend` to refuse.
     """
     return backend if backend not in BACKENDS or BACKENDS[backend].usable() else _ANYWHERE
 
@@ -59,12 +51,8 @@ def usable_backend(backend: str) -> str:
 def check_trains(backend: str, device: torch.device) -> None:
     """Refuse a backend that cannot train on a device.
 
-    Args:
-        backend: One of `BACKENDS`.
-        device: The layers' device.
-
     Raises:
-        ValueError: If it cannot, or there is no such backend.
+        ValueError: If it cannot, or there is no backend of that name.
     """
     if not check_backend(backend).trains(device):
         raise ValueError(f"`backend={backend!r}` must train on a CUDA device, got {device}. Use 'auto' or 'gather'.")

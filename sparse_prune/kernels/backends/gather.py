@@ -36,7 +36,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, pattern: BlockPattern, opt
 
 
 @dataclass(frozen=True)
-class _Bucket:
+class _TileSet:
     """The (head, query block) tiles that keep equally many blocks under the same element mask."""
 
     head: Tensor
@@ -49,7 +49,7 @@ class _Bucket:
     """Boolean, (block_q, tokens), True = hidden, for the last `tokens` keys of each tile. None: all are visible."""
 
 
-def _build_buckets(pattern: BlockPattern, device: torch.device) -> list[_Bucket]:
+def _build_tile_sets(pattern: BlockPattern, device: torch.device) -> list[_TileSet]:
     block_q, block_kv = pattern.block_size
     heads, rows, cols = pattern.keep.shape
     # A block's element mask follows from two numbers: the last key that its first query sees, and its real keys.
@@ -66,27 +66,27 @@ def _build_buckets(pattern: BlockPattern, device: torch.device) -> list[_Bucket]
     code, order = code.sort(dim=-1, stable=True)
     kinds, kind_of = torch.unique(code, dim=0, return_inverse=True)
     query, key = torch.arange(block_q)[:, None], torch.arange(block_kv)
-    buckets = []
+    tile_sets = []
     for index, kind in enumerate(kinds):
         kept = kind[kind < base * block_kv].tolist()
         if not kept:
             continue
         masks = [(key > query + block_kv - 1 - c % base) | (key >= block_kv - c // base) for c in kept if c]
         tile = (kind_of == index).nonzero()[:, 0]
-        buckets.append(
-            _Bucket(
+        tile_sets.append(
+            _TileSet(
                 (tile // rows).to(device),
                 (tile % rows).to(device),
                 order[tile, : len(kept)].to(device),
                 torch.cat(masks, -1).to(device) if masks else None,
             )
         )
-    return buckets
+    return tile_sets
 
 
 @dataclass(frozen=True)
 class _Chunk:
-    """Tiles of one bucket and of any samples that are computed together."""
+    """Tiles of one set and of any samples that are computed together."""
 
     head: Tensor
     """batch * num_heads + head, (tiles,)."""
@@ -99,7 +99,7 @@ class _Chunk:
     kv_index: Tensor
     """Key blocks among those of all samples and key heads, (tiles * blocks,)."""
     hidden: Tensor | None
-    """As in `_Bucket`."""
+    """As in `_TileSet`."""
 
 
 @dataclass(frozen=True)
@@ -117,14 +117,14 @@ class _Call:
         heads, rows, cols = self.pattern.keep.shape
         block_q, block_kv = self.pattern.block_size
         in_q, in_kv = torch.arange(block_q, device=self.device), torch.arange(block_kv, device=self.device)
-        buckets = derived(self.pattern, ("gather", self.device), lambda: _build_buckets(self.pattern, self.device))
-        for bucket in buckets:
-            tiles, blocks = bucket.cols.shape
+        tile_sets = derived(self.pattern, ("gather", self.device), lambda: _build_tile_sets(self.pattern, self.device))
+        for tile_set in tile_sets:
+            tiles, blocks = tile_set.cols.shape
             count, size = self.batch * tiles, max(1, _CHUNK // (block_q * block_kv * blocks))
             for start in range(0, count, size):
                 part = torch.arange(start, min(start + size, count), device=self.device)
                 sample, tile = part // tiles, part % tiles
-                head, row, col = bucket.head[tile], bucket.row[tile], bucket.cols[tile]
+                head, row, col = tile_set.head[tile], tile_set.row[tile], tile_set.cols[tile]
                 kv_head = sample * self.kv_heads + head // (heads // self.kv_heads)
                 head = sample * heads + head
                 yield _Chunk(
@@ -133,7 +133,7 @@ class _Call:
                     (col[:, :, None] * block_kv + in_kv).flatten(1),
                     head * rows + row,
                     (kv_head[:, None] * cols + col).flatten(),
-                    bucket.hidden,
+                    tile_set.hidden,
                 )
 
     def in_blocks(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:

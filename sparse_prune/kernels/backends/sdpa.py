@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from sparse_prune.kernels import reference
 from sparse_prune.kernels.backend import Backend
 from sparse_prune.kernels.options import AttentionOptions
 from sparse_prune.pattern import BlockPattern
@@ -22,20 +23,29 @@ def attend(query: Tensor, key: Tensor, value: Tensor, pattern: BlockPattern, opt
     """
     if options.softcap is not None:
         raise ValueError("Backend 'sdpa' has no `softcap`. Use 'reference', which has.")
-    group = query.shape[1] // key.shape[1]
     mask = pattern.token_mask(query.shape[2], key.shape[2], query.device)[None]
     visible = options.token_mask(query.shape[2], key.shape[2], query.device)
-    if visible is not None:
-        mask = mask & visible
-    output: Tensor = F.scaled_dot_product_attention(
-        query,
-        key.repeat_interleave(group, 1),
-        value.repeat_interleave(group, 1),
-        attn_mask=mask,
-        dropout_p=options.dropout_p,
-        scale=options.scale,
+    return masked_attention(
+        query, key, value, mask if visible is None else mask & visible, options, dropout_p=options.dropout_p
     )
-    return output.masked_fill(~mask.any(-1, keepdim=True), 0.0)
+
+
+def masked_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: AttentionOptions, dropout_p: float = 0.0
+) -> Tensor:
+    """Compute attention under a boolean mask, with the soft cap and the scale of some options; shapes as in `attend`.
+
+    The mask is broadcastable to (batch, num_heads, q_len, kv_len), True = may attend; None: all may.
+    """
+    if options.softcap is not None:
+        everything = torch.ones(1, 1, 1, key.shape[2], dtype=torch.bool, device=query.device)
+        capped = AttentionOptions(scale=options.scale, softcap=options.softcap)
+        return reference.masked_attention(query, key, value, everything if mask is None else mask, capped)
+    group = query.shape[1] // key.shape[1]
+    if group > 1:
+        key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
+    output: Tensor = F.scaled_dot_product_attention(query, key, value, mask, dropout_p, scale=options.scale)
+    return output if mask is None else output.masked_fill(~mask.any(-1, keepdim=True), 0.0)
 
 
 def _suits_moving(query: Tensor, pattern: BlockPattern, options: AttentionOptions) -> bool:

@@ -7,8 +7,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from sparse_prune.kernels.backend import Backend, named_pattern
-from sparse_prune.kernels.held import HeldBlocks
+from sparse_prune.kernels.backend import Backend, HeldBlocks, named_pattern
 from sparse_prune.kernels.options import AttentionOptions
 from sparse_prune.kernels.triton.configs import Traits, traits
 from sparse_prune.kernels.triton.interpreter import triton_interprets
@@ -67,12 +66,14 @@ def _decode(
     return decode(query, key, value, pattern, options, held, kv_len)
 
 
-def _tune(query: Tensor, key: Tensor, value: Tensor, pattern: BlockPattern, options: AttentionOptions) -> None:
+def _tune(
+    query: Tensor, key: Tensor, value: Tensor, pattern: BlockPattern, options: AttentionOptions, seconds: float
+) -> None:
     from sparse_prune.kernels.triton.attend import check_supported, same_width
     from sparse_prune.kernels.triton.tuning import tune
 
     check_supported(query)
-    tune(*same_width(query, key, value), pattern, options)
+    tune(*same_width(query, key, value), pattern, options, seconds=seconds)
 
 
 BACKEND = Backend(

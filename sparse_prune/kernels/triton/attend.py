@@ -1,4 +1,4 @@
-"""Block-sparse attention, decoding and the probe by Triton: what is refused, and what is asked of the kernels."""
+"""Block-sparse attention, decoding and the probes by Triton: checks of a call, and what the kernels are asked for."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from sparse_prune.kernels.backend import HeldBlocks
 from sparse_prune.kernels.derived import derived
-from sparse_prune.kernels.held import HeldBlocks
 from sparse_prune.kernels.options import AttentionOptions
 from sparse_prune.kernels.triton import ops, tuning
 from sparse_prune.kernels.triton.configs import (
@@ -42,7 +42,7 @@ _MAX_BATCH = 65535
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, pattern: BlockPattern, options: AttentionOptions) -> Tensor:
-    """Shapes as in `reference.attend`. Deterministic; the backward pass recomputes the weights.
+    """Compute as `reference.attend`. Equal inputs give equal bits; the backward pass recomputes the weights.
 
     Raises:
         ValueError: If device, dtype, head size or block size are not supported; the message names the remedy.
@@ -56,7 +56,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, pattern: BlockPattern, opt
 def attend_planned(
     query: Tensor, key: Tensor, value: Tensor, planned: Plan, causal: bool, options: AttentionOptions
 ) -> Tensor:
-    """As `attend`, by the tables of a pattern: all of it can be traced by torch.compile."""
+    """Compute as `attend`, by the tables of a pattern: torch.compile can trace all of it."""
     ops.refuse_forward_mode(query, key, value)
     query, key, value = _cast(query, key, value)
     value_dim, options = value.shape[3], replace(options, scale=_scale(query, options))
@@ -68,15 +68,12 @@ def attend_planned(
 
 
 def width(query: Tensor, value: Tensor) -> int:
-    """Channels of a head that the kernels see: they know one size for keys and values."""
+    """Return the channels of a head that the kernels see: they know one size for keys and values."""
     return max(query.shape[3], value.shape[3])
 
 
 def same_width(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Query, key and value with as many channels a head, zeros behind the shorter ones', which change nothing.
-
-    The scale must be given then: by default it follows the channels.
-    """
+    """Pad query, key and value with zeros to as many channels a head, which changes nothing if the scale is given."""
     wide = width(query, value)
 
     def padded(tensor: Tensor) -> Tensor:
@@ -94,18 +91,11 @@ def _scale(query: Tensor, options: AttentionOptions) -> float:
 def plan(
     pattern: BlockPattern, head_dim: int, dtype: torch.dtype, device: torch.device, traits: Traits
 ) -> Plan:  # fmt: skip
-    """Index tables and launch configurations of a pattern, as `ops.block_sparse_attention` takes them.
+    """Make index tables and launch configurations of a pattern, as `ops.block_sparse_attention` takes them.
 
     The configurations are those measured on this device for such calls, or the shipped ones. Plans are kept with the
     pattern until something new is measured. torch.compile takes the result for a constant: compile only what calls it
-    with a frozen pattern.
-
-    Args:
-        pattern: The connections to keep.
-        head_dim: At most 256.
-        dtype: Of query, key and value.
-        device: Where the tables are needed.
-        traits: Masks, soft cap and dropout of the call (`configs.traits`).
+    with a frozen pattern. `traits` are `configs.traits(options)`.
 
     Raises:
         ValueError: If head size or block size are not supported.
@@ -125,12 +115,12 @@ def _plan(pattern: BlockPattern, call: Call, device: torch.device) -> Plan:
         config = tuning.tuned(kernel, pattern, call, device) or shipped
         found = index_tables(pattern, config.tile, device)
         tables += (found.cols if kernel == "dkdv" else found.rows).tensors()
-        configs += [*config.tile, config.num_warps, config.num_stages]
+        configs += config.numbers()
     return tables, configs
 
 
 def supports(query: Tensor, block_size: tuple[int, int]) -> bool:
-    """Whether `attend` takes such a call; `block_size` is the pattern's."""
+    """Whether `attend` takes such a call under patterns of this block size."""
     call = Call(query.shape[3], query.dtype, block_size)
     return _taken(query, lambda: launch_config("forward", capability(query.device), call))
 
@@ -158,14 +148,16 @@ def check_supported(query: Tensor) -> None:
     """
     if query.device.type != "cuda" and not triton_interprets():
         raise ValueError(
-            f"The Triton backend needs CUDA tensors, got {query.device}. "
+            f"`query` must be on a CUDA device for backend 'triton', got {query.device}. "
             "Use backend='gather', or set TRITON_INTERPRET=1 before the import to check kernels on the CPU."
         )
     if query.dtype not in _DTYPES:
-        raise ValueError(f"The Triton backend needs one of {_DTYPES}, got {query.dtype}. Use backend='gather'.")
+        raise ValueError(
+            f"`query` must be of one of {_DTYPES} for backend 'triton', got {query.dtype}. Use backend='gather'."
+        )
     if query.shape[0] > _MAX_BATCH:
         raise ValueError(
-            f"The Triton backend takes at most {_MAX_BATCH} sequences, got {query.shape[0]}. "
+            f"`query` must hold at most {_MAX_BATCH} sequences for backend 'triton', got {query.shape[0]}. "
             "Split the batch, or use backend='gather'."
         )
 
@@ -174,7 +166,7 @@ def influence(
     query: Tensor, key: Tensor, value: Tensor, gradient: Tensor, block_size: tuple[int, int], *, causal: bool,
     options: AttentionOptions, pattern: BlockPattern | None = None,
 ) -> BlockStatistics:  # fmt: skip
-    """As `scores.Influence.probe`, by its kernel, without a host synchronisation; arguments as in `probe_score`.
+    """Collect the sums of `Influence` by its kernel, without a host synchronisation; arguments as in `probe_score`.
 
     Raises:
         ValueError: If the input is unsupported, or if `configs.probe_config` refuses head or block.
@@ -189,7 +181,7 @@ def influence(
 
 
 def _padded_queries_hidden(options: AttentionOptions, query: Tensor, key: Tensor) -> AttentionOptions:
-    """For a probe: padded queries do not count, as rows without a key they add nothing; nor does dropout."""
+    """The options of a probe: padded queries are rows without a key, which add nothing, and nothing is dropped."""
     attn_mask = options.attn_mask
     if options.key_mask is not None and query.shape[2] == key.shape[2]:
         real = options.key_mask[:, None, :, None]
@@ -204,20 +196,10 @@ def probe(
     *,
     causal: bool,
     options: AttentionOptions | None = None,
-    lse: Tensor | None = None,
 ) -> BlockStatistics:
-    """As `scores.probe_blocks`, by the probe kernel, without a host synchronisation.
+    """Collect row-mass statistics by the probe kernel, without a host synchronisation; arguments as `probe_attention`.
 
     The sums stay on the device. Logits that are not finite make the sums NaN; whoever reads them checks.
-
-    Args:
-        query: (batch, num_heads, q_len, head_dim), after position encoding.
-        key: (batch, num_kv_heads, kv_len, head_dim).
-        block_size: Tokens per block side, (query, key).
-        causal: Whether query i sees only keys up to i + kv_len - q_len.
-        options: Masks, scale and soft cap.
-        lse: The base-2 log-sum-exp of each row of dense attention, float32, (batch, num_heads, q_len), where it is
-            known, as from `ops.block_sparse_attention` with a dense pattern: it saves half the work.
 
     Raises:
         ValueError: If the input is unsupported, or if `configs.probe_config` refuses head or block.
@@ -225,13 +207,11 @@ def probe(
     options = options or AttentionOptions()
     query, key, _ = _cast(query, key, key)
     check_supported(query)
-    if lse is not None and options.key_mask is not None and query.shape[2] == key.shape[2]:
-        lse = lse.masked_fill(~options.key_mask[:, None], torch.inf)
     masked = _padded_queries_hidden(options, query, key)
     config = probe_config(Call(query.shape[3], query.dtype, block_size, *traits(masked)))
     sums = within_memory(
         "probe", config, query, masked,
-        lambda config: launch_probe(query.detach(), key.detach(), lse, config, causal, masked),
+        lambda config: launch_probe(query.detach(), key.detach(), config, causal, masked),
     )  # fmt: skip
     # A row with a key has mass 1, any other row none: the rows are counted by their mass.
     per_row = sums[0].sum(-1).double().round()  # (batch, num_heads, q_blocks)
@@ -265,15 +245,17 @@ def decode(
     query: Tensor, key: Tensor, value: Tensor, pattern: BlockPattern, options: AttentionOptions,
     held: HeldBlocks | None = None, kv_len: int | None = None,
 ) -> Tensor:  # fmt: skip
-    """Attention of the last few queries over the kept blocks of a cache; no gradients, no host synchronisation.
+    """Compute attention of the last few queries over the kept blocks of a cache, without gradients.
+
+    The host does not wait for the device.
 
     Args:
         query: (batch, num_heads, q_len, head_dim), the last `q_len` of `kv_len` positions.
         key: (batch, num_kv_heads, kv_len, head_dim), or (batch, 1, slots, head_dim) with `held`.
-        value: The same with value_dim.
-        pattern: Causal, of any lengths; continued by the rule of `BlockPattern.at`.
+        value: As `key`, with value_dim.
+        pattern: A causal pattern of any lengths, continued by the rule of `BlockPattern.at`.
         options: Masks, scale and soft cap.
-        held: Where each head's key blocks stand among the slots.
+        held: Where each head's key blocks stand among the slots. None: all keys are there, in order.
         kv_len: Number of positions, with `held`.
 
     Returns:
@@ -292,7 +274,7 @@ def decode(
         key, value = held.shown(key), held.shown(value)
     if not pattern.causal or options.dropout_p:
         raise ValueError(
-            f"Decoding needs a causal pattern and no dropout, got causal={pattern.causal} and "
+            f"`pattern` must be causal and `dropout_p` 0 in decoding, got causal={pattern.causal} and "
             f"dropout_p={options.dropout_p}. Set the model to eval mode, or use backend='reference'."
         )
     heads, q_len, head_dim = query.shape[1:]

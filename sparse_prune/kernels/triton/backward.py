@@ -74,12 +74,11 @@ def dq_kernel(
     heads, group, tiles, q_len, kv_len, head_dim, scale, softcap, dropout_p, seed,
     TILE_Q: tl.constexpr, TILE_K: tl.constexpr, HEAD: tl.constexpr, CAUSAL: tl.constexpr,
     MASKS: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr,
-    PADDED: tl.constexpr, SHIFTED: tl.constexpr,
+    PADDED: tl.constexpr,
 ):  # fmt: skip
     """Writes grad_q, contiguous (batch, heads, q_len, head_dim), and delta, which `dkdv_kernel` reads.
 
-    delta, (batch, heads, q_len), is the row sum of the output times its gradient; with `SHIFTED`, added to what stood
-    there before.
+    delta, (batch, heads, q_len), is the row sum of the output times its gradient.
     """
     program = tl.load(order + tl.program_id(0))
     sample = tl.program_id(1).to(tl.int64)
@@ -97,8 +96,6 @@ def dq_kernel(
     out_tile = load_tile(out + sample * stride_ob + head.to(tl.int64) * stride_oh, first, in_tile, q_len, dims,
                          head_dim, stride_ot, stride_od, PADDED, True)  # fmt: skip
     row_delta = tl.sum(g_tile.to(tl.float32) * out_tile.to(tl.float32), 1)
-    if SHIFTED:
-        row_delta += tl.load(delta + flat_head * q_len + query, mask=query < q_len, other=0.0)
     tl.store(delta + flat_head * q_len + query, row_delta, mask=query < q_len)
     k_base, v_base = k + sample * stride_kb + kv_head * stride_kh, v + sample * stride_vb + kv_head * stride_vh
     mask_base = attn_mask + sample * stride_mask_b + head.to(tl.int64) * stride_mask_h
@@ -107,18 +104,14 @@ def dq_kernel(
     begin, end = tl.load(start + program), tl.load(start + program + 1)
     middle = begin + tl.load(full + program)
     grad = tl.zeros([TILE_Q, HEAD], tl.float32)
-    grad = _visit_keys(
-        grad, q_tile, g_tile, row_lse, row_delta, begin, middle, index, k_base, v_base, query, dims,
-        flat_head.to(tl.int32), key_mask, mask_base, documents, stride_kt, stride_kd, stride_vt, stride_vd,
-        stride_mask_q, stride_mask_k, window, q_len, kv_len, head_dim, scale, softcap, dropout_p, seed,
-        TILE_K, CAUSAL, MASKS, SOFTCAP, DROPOUT, PADDED, False,
-    )  # fmt: skip
-    grad = _visit_keys(
-        grad, q_tile, g_tile, row_lse, row_delta, middle, end, index, k_base, v_base, query, dims,
-        flat_head.to(tl.int32), key_mask, mask_base, documents, stride_kt, stride_kd, stride_vt, stride_vd,
-        stride_mask_q, stride_mask_k, window, q_len, kv_len, head_dim, scale, softcap, dropout_p, seed,
-        TILE_K, CAUSAL, MASKS, SOFTCAP, DROPOUT, PADDED, True,
-    )  # fmt: skip
+    for edge in tl.static_range(2):
+        grad = _visit_keys(
+            grad, q_tile, g_tile, row_lse, row_delta, middle if edge else begin, end if edge else middle, index, k_base,
+            v_base, query, dims, flat_head.to(tl.int32), key_mask, mask_base, documents,
+            stride_kt, stride_kd, stride_vt, stride_vd, stride_mask_q, stride_mask_k, window,
+            q_len, kv_len, head_dim, scale, softcap, dropout_p, seed,
+            TILE_K, CAUSAL, MASKS, SOFTCAP, DROPOUT, PADDED, edge == 1,
+        )  # fmt: skip
     place = (flat_head * q_len + query)[:, None] * head_dim + dims[None, :]
     inside = (query < q_len)[:, None] & (dims < head_dim)[None, :]
     tl.store(grad_q + place, (grad * scale).to(grad_q.dtype.element_ty), mask=inside)
@@ -194,20 +187,14 @@ def dkdv_kernel(
     middle = begin + tl.load(full + program)
     dk = tl.zeros([TILE_K, HEAD], tl.float32)
     dv = tl.zeros([TILE_K, HEAD], tl.float32)
-    dk, dv = _visit_queries(
-        dk, dv, k_tile, v_tile, begin, middle, index, q_base, g_base, lse, delta, key, dims, flat_head.to(tl.int32),
-        key_mask, mask_base, documents, stride_qt, stride_qd, stride_gt, stride_gd, stride_mask_q, stride_mask_k,
-        window,
-        q_len, kv_len, head_dim, scale, softcap, dropout_p, seed,
-        TILE_Q, CAUSAL, MASKS, SOFTCAP, DROPOUT, PADDED, False,
-    )  # fmt: skip
-    dk, dv = _visit_queries(
-        dk, dv, k_tile, v_tile, middle, end, index, q_base, g_base, lse, delta, key, dims, flat_head.to(tl.int32),
-        key_mask, mask_base, documents, stride_qt, stride_qd, stride_gt, stride_gd, stride_mask_q, stride_mask_k,
-        window,
-        q_len, kv_len, head_dim, scale, softcap, dropout_p, seed,
-        TILE_Q, CAUSAL, MASKS, SOFTCAP, DROPOUT, PADDED, True,
-    )  # fmt: skip
+    for edge in tl.static_range(2):
+        dk, dv = _visit_queries(
+            dk, dv, k_tile, v_tile, middle if edge else begin, end if edge else middle, index, q_base, g_base, lse,
+            delta, key, dims, flat_head.to(tl.int32), key_mask, mask_base, documents,
+            stride_qt, stride_qd, stride_gt, stride_gd, stride_mask_q, stride_mask_k, window,
+            q_len, kv_len, head_dim, scale, softcap, dropout_p, seed,
+            TILE_Q, CAUSAL, MASKS, SOFTCAP, DROPOUT, PADDED, edge == 1,
+        )  # fmt: skip
     place = (flat_head * kv_len + key)[:, None] * head_dim + dims[None, :]
     inside = (key < kv_len)[:, None] & (dims < head_dim)[None, :]
     tl.store(grad_k + place, (dk * scale).to(grad_k.dtype.element_ty), mask=inside)

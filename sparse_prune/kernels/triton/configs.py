@@ -22,10 +22,10 @@ MIN_TILE = 16
 
 
 class Traits(NamedTuple):
-    """What of an attention call's options a kernel is compiled for; the last fields of a `Call`."""
+    """The traits of an attention call's options that a kernel is compiled for; the last fields of a `Call`."""
 
     masks: int = 0
-    """As `mask_kinds` gives it."""
+    """Kinds of masks, as `mask_kinds` counts them."""
     softcap: bool = False
     """Whether logits are capped."""
     dropout: bool = False
@@ -33,16 +33,16 @@ class Traits(NamedTuple):
 
 
 class Call(NamedTuple):
-    """What of an attention call the choice of a configuration hangs on."""
+    """The traits of an attention call that decide on its launch configuration."""
 
     head_dim: int
     """1 to 256."""
     dtype: torch.dtype
     """float16, bfloat16 or float32."""
     block_size: tuple[int, int]
-    """The pattern's, (query, key); tiles divide it."""
+    """Tokens per block side of the pattern, (query, key); tiles divide it."""
     masks: int = 0
-    """As `mask_kinds` gives it."""
+    """Kinds of masks, as `mask_kinds` counts them."""
     softcap: bool = False
     """Whether logits are capped."""
     dropout: bool = False
@@ -50,28 +50,40 @@ class Call(NamedTuple):
 
 
 def mask_kinds(options: AttentionOptions) -> int:
-    """What is given, added up: 1 key mask, 2 attention mask, 4 documents, 8 window."""
+    """Add up the kinds of masks that are given: 1 key mask, 2 attention mask, 4 documents, 8 window."""
     masks = (options.key_mask is not None) + 2 * (options.attn_mask is not None)
     return masks + 4 * (options.documents is not None) + 8 * (options.window is not None)
 
 
 def traits(options: AttentionOptions) -> Traits:
-    """What of the options a kernel is compiled for."""
+    """Return what of the options a kernel is compiled for."""
     return Traits(mask_kinds(options), options.softcap is not None, options.dropout_p > 0)
 
 
 @dataclass(frozen=True)
 class LaunchConfig:
-    """How one kernel is launched."""
+    """The launch configuration of one kernel."""
 
     tile: tuple[int, int]
     """Tokens per tile, (query, key)."""
     num_warps: int
     num_stages: int
+    span: int = 1
+    """Key tiles that the forward kernel multiplies at a time where no element is masked, 1 or 2."""
+
+    def numbers(self) -> list[int]:
+        """Return the fields in order, as operators and files take them; `of` makes a configuration of them again."""
+        return [*self.tile, self.num_warps, self.num_stages, self.span]
+
+    @classmethod
+    def of(cls, numbers: list[int]) -> LaunchConfig:
+        """Make a configuration of its five numbers."""
+        tile_q, tile_k, num_warps, num_stages, span = numbers
+        return cls((tile_q, tile_k), num_warps, num_stages, span)
 
 
 def capability(device: torch.device) -> int:
-    """Compute capability, 90 for 9.0; the interpreter passes for 90."""
+    """Return the compute capability, 90 for 9.0; the interpreter passes for 90."""
     if device.type != "cuda":
         return 90
     major, minor = torch.cuda.get_device_capability(device)
@@ -83,7 +95,7 @@ SHARED_MEMORY = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024}
 
 
 def device_class(capability: int) -> int:
-    """Which entries a device takes: 90 (9.x to 11.x: H100, B200), 80 (A100), or 89 (8.6, 8.9, 12.x and older ones).
+    """Return whose entries a device takes: 90 (9.x to 11.x: H100, B200), 80 (A100), 89 (8.6, 8.9, 12.x, older ones).
 
     Shared memory decides: the last, cards for workstations and at home, have less than half of an H100's.
     """
@@ -155,17 +167,12 @@ _FLOAT32: dict[tuple[Kernel, int], LaunchConfig] = {
 
 
 def padded_head_dim(head_dim: int) -> int:
-    """The power of two, at least 16, that holds a head."""
+    """Return the power of two, at least 16, that holds a head."""
     return max(MIN_TILE, 1 << (head_dim - 1).bit_length())
 
 
 def launch_config(kernel: Kernel, capability: int, call: Call) -> LaunchConfig:
-    """The configuration for one launch.
-
-    Args:
-        kernel: Which kernel.
-        capability: Compute capability, 80 for 8.0.
-        call: What is launched. float32, attention masks and dropout take smaller tiles, and soft caps in dkdv.
+    """Choose the configuration of a call's kernel; float32, attention masks and dropout take smaller tiles.
 
     Raises:
         ValueError: If the head is too large or the block has no power of two of at least 16 as a factor.
@@ -181,6 +188,8 @@ def launch_config(kernel: Kernel, capability: int, call: Call) -> LaunchConfig:
     fitted = _fitted(_SMALL.get((kernel, width), plain) if device == 89 else plain, call.block_size)
     if _small(kernel, fitted.tile, width, device):
         fitted = replace(fitted, num_warps=4)
+    if (kernel, device, width, fitted.tile) == ("forward", 90, 64, (64, 64)) and not call.masks and not call.softcap:
+        fitted = replace(fitted, span=2)  # exponentials bound so short a head: a wider tile has less beside them
     return _MASKED.get((kernel, width, fitted.tile), fitted) if call.masks else fitted
 
 
@@ -192,7 +201,7 @@ def _small(kernel: Kernel, tile: tuple[int, int], width: int, device: int) -> bo
 
 
 def candidates(kernel: Kernel, capability: int, call: Call) -> list[LaunchConfig]:
-    """Configurations worth measuring on a device, the shipped one first; arguments and errors as `launch_config`."""
+    """List configurations worth measuring, the shipped one first; arguments and errors as `launch_config`."""
     shipped = launch_config(kernel, capability, call)
     tile_q, tile_k = shipped.tile
     tiles = [(tile_q, tile_k), (tile_q // 2, tile_k), (tile_q, tile_k // 2), (tile_q * 2, tile_k), (tile_q, tile_k * 2)]
@@ -208,18 +217,16 @@ def candidates(kernel: Kernel, capability: int, call: Call) -> list[LaunchConfig
 
 
 def most_rows(head_dim: int, dtype: torch.dtype) -> int:
-    """Most query rows of a KV group that one decoding program takes: its registers hold that many heads.
+    """Return the most query rows of a KV group that one decoding program takes: its registers hold that many.
 
-    Args:
-        head_dim: 1 to 256.
-        dtype: float32 is multiplied without tensor cores, which takes registers for the operands as well.
+    float32 is multiplied without tensor cores, which takes registers for the operands as well.
     """
     rows = 64 if padded_head_dim(head_dim) > 128 else 128
     return rows // 4 if dtype == torch.float32 else rows
 
 
 def decode_config(rows: int, head_dim: int, dtype: torch.dtype, block_size: tuple[int, int]) -> LaunchConfig:
-    """The configuration of one decoding launch; its query side holds the `rows` of a KV group.
+    """Choose the configuration of one decoding launch; its query side holds the `rows` of a KV group.
 
     Raises:
         ValueError: If there are too many rows, the head is too large, or the block has no factor of 16.
@@ -228,16 +235,16 @@ def decode_config(rows: int, head_dim: int, dtype: torch.dtype, block_size: tupl
     most = most_rows(head_dim, dtype)
     if rows > most:
         raise ValueError(
-            f"Decoding takes at most {most} rows (queries times heads of a KV group) of head_dim {head_dim} and "
-            f"{dtype}, got {rows}. Pass fewer queries at a time."
+            f"`query` must hold at most {most} rows (queries times heads of a KV group) of head_dim {head_dim} and "
+            f"{dtype} in decoding, got {rows}. Pass fewer queries at a time."
         )
-    pack = max(MIN_TILE, 1 << (rows - 1).bit_length())
-    tile_k = _fit(32 if dtype == torch.float32 or pack * padded_head_dim(head_dim) > 64 * 64 else 64, block_size[1])
-    return LaunchConfig((pack, tile_k), 8 if pack >= 64 else 4, 2)
+    stack = max(MIN_TILE, 1 << (rows - 1).bit_length())
+    tile_k = _fit(32 if dtype == torch.float32 or stack * padded_head_dim(head_dim) > 64 * 64 else 64, block_size[1])
+    return LaunchConfig((stack, tile_k), 8 if stack >= 64 else 4, 2)
 
 
 def probe_config(call: Call) -> LaunchConfig:
-    """The configuration of the probe, whose tile is the pattern's block.
+    """Choose the configuration of the probe, whose tile is the pattern's block.
 
     Raises:
         ValueError: If the head is too large, or a side of the block is not a power of two from 16 to 128 (to 32 in

@@ -1,6 +1,6 @@
 """The decode kernels: few queries against the kept blocks of a long cache.
 
-The query heads of a KV group are packed into one tile, so that each key is read once; which of them keeps a block is
+The query heads of a KV group are stacked into one tile, so that each key is read once; which of them keeps a block is
 looked up per head. The visits are split over programs, whose partial softmaxes a second kernel joins.
 """
 
@@ -19,7 +19,7 @@ def decode_kernel(
     stride_vb, stride_vh, stride_vt, stride_vd,
     stride_pb, stride_mask_b, stride_mask_h, stride_mask_q, stride_mask_k, window,
     heads, group, q_len, kv_len, head_dim, splits, first_row, rows, cols, scale, softcap,
-    BLOCK_Q: tl.constexpr, TILES: tl.constexpr, TILE_K: tl.constexpr, PACK: tl.constexpr, HEAD: tl.constexpr,
+    BLOCK_Q: tl.constexpr, TILES: tl.constexpr, TILE_K: tl.constexpr, STACK: tl.constexpr, HEAD: tl.constexpr,
     CAUSAL: tl.constexpr, MASKS: tl.constexpr, SOFTCAP: tl.constexpr, PADDED: tl.constexpr,
 ):  # fmt: skip
     """Writes part (splits, batch, heads, q_len, head_dim) and part_lse (splits, batch, heads, q_len), base 2.
@@ -29,10 +29,10 @@ def decode_kernel(
     `place` where in memory each of them stands.
     """
     kv_head, split, sample = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    packed = tl.arange(0, PACK)
-    real = packed < group * q_len
-    head = kv_head * group + tl.where(real, packed // q_len, 0)
-    query = tl.where(real, packed % q_len, 0)
+    stacked = tl.arange(0, STACK)
+    real = stacked < group * q_len
+    head = kv_head * group + tl.where(real, stacked // q_len, 0)
+    query = tl.where(real, stacked % q_len, 0)
     dims, in_tile = tl.arange(0, HEAD), tl.arange(0, TILE_K)
     row_start = sample * stride_qb + head.to(tl.int64) * stride_qh + query.to(tl.int64) * stride_qt
     inside = real[:, None]
@@ -50,9 +50,9 @@ def decode_kernel(
     share = tl.cdiv(last - first, splits)
     begin = first + split * share
     stop = tl.minimum(begin + share, last)
-    acc = tl.zeros([PACK, HEAD], tl.float32)
-    top = tl.full([PACK], float("-inf"), tl.float32)
-    total = tl.zeros([PACK], tl.float32)
+    acc = tl.zeros([STACK, HEAD], tl.float32)
+    top = tl.full([STACK], float("-inf"), tl.float32)
+    total = tl.zeros([STACK], tl.float32)
     for visit in tl.range(begin, stop):
         tile = tl.load(index + visit)
         first_slot = tl.load(place + visit) * TILE_K

@@ -121,7 +121,7 @@ def _block(
 
 
 def influence_tile(block_size: tuple[int, int]) -> int:
-    """Rows of a program; it divides a block."""
+    """Return the rows of a program; they divide a block."""
     return min(block_size[0], _MOST_ROWS)
 
 
@@ -129,17 +129,9 @@ def probe_influence(
     query: Tensor, key: Tensor, value: Tensor, gradient: Tensor, block_size: tuple[int, int], *, causal: bool,
     options: AttentionOptions, pattern: BlockPattern | None,
 ) -> BlockStatistics:  # fmt: skip
-    """What `scores.Influence` adds up over one call, without a host synchronisation.
+    """Launch the kernel of `scores.Influence`, without a host synchronisation; arguments as in `probe_score`.
 
-    Args:
-        query: (batch, num_heads, q_len, head_dim), after position encoding.
-        key: (batch, num_kv_heads, kv_len, head_dim), of the query's type, like the value.
-        value: As `key`.
-        gradient: Of the loss in the output, of any floating type: (batch, num_heads, q_len, head_dim).
-        block_size: Tokens per block side, (query, key).
-        causal: Whether query i sees only keys up to i + kv_len - q_len.
-        options: Masks, scale and soft cap; padded queries do not count.
-        pattern: What the layer kept in this call; None: everything.
+    Query, key and value have one type and width, the gradient any floating type; options hide padded queries.
 
     Raises:
         ValueError: If `configs.probe_config` refuses head or block.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from functools import cache
 from typing import Any
 
@@ -24,29 +23,28 @@ def launch_forward(
     query: Tensor, key: Tensor, value: Tensor, tables: Tables, config: LaunchConfig, causal: bool,
     options: AttentionOptions,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Output, like `query`, and the base-2 log-sum-exp of each row, float32, (batch, num_heads, q_len)."""
+    """Compute the output, like `query`, and the base-2 log-sum-exp of each row, float32, (batch, num_heads, q_len)."""
     output = torch.empty_like(query)
     lse = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
     strides = (*query.stride(), *key.stride(), *value.stride(), *output.stride())
-    _launch(forward_kernel, (query, key, value, output, lse), tables, strides, config, query, key, causal, options)
+    tensors = (query, key, value, output, lse)
+    _launch(forward_kernel, tensors, tables, strides, config, query, key, causal, options, SPAN=config.span)
     return output, lse
 
 
 def launch_dq(
-    query: Tensor, key: Tensor, value: Tensor, grad: Tensor, output: Tensor, lse: Tensor, grad_lse: Tensor | None,
-    tables: Tables, config: LaunchConfig, causal: bool, options: AttentionOptions,
+    query: Tensor, key: Tensor, value: Tensor, grad: Tensor, output: Tensor, lse: Tensor, tables: Tables,
+    config: LaunchConfig, causal: bool, options: AttentionOptions,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Gradient of the query, contiguous, and what the softmax takes off every logit's gradient, for `launch_dkdv`.
+    """Compute the query's gradient, contiguous, and the row sum of the output times its gradient, for `launch_dkdv`.
 
-    The latter, float32, (batch, num_heads, q_len), is the row sum of the output times its gradient, less `grad_lse` /
-    ln 2: the base-2 log-sum-exp moves with its logits by their weights / ln 2.
+    The latter, float32, (batch, num_heads, q_len), is what the softmax subtracts from every logit's gradient.
     """
     grad_q = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-    delta = torch.empty_like(lse) if grad_lse is None else grad_lse.float().contiguous() / -math.log(2.0)
+    delta = torch.empty_like(lse)
     strides = (*query.stride(), *key.stride(), *value.stride(), *grad.stride(), *output.stride())
     tensors = (query, key, value, grad, output, lse, delta, grad_q)
-    shifted = {"SHIFTED": grad_lse is not None}
-    _launch(dq_kernel, tensors, tables, strides, config, query, key, causal, options, **shifted)
+    _launch(dq_kernel, tensors, tables, strides, config, query, key, causal, options)
     return grad_q, delta
 
 
@@ -54,7 +52,7 @@ def launch_dkdv(
     query: Tensor, key: Tensor, value: Tensor, grad: Tensor, lse: Tensor, delta: Tensor, tables: Tables,
     config: LaunchConfig, causal: bool, options: AttentionOptions,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Gradients of key and value, contiguous; `delta` as `launch_dq` gives it."""
+    """Compute the gradients of key and value, contiguous; `delta` as `launch_dq` gives it."""
     batch, heads, _, head_dim = query.shape
     kv_heads, kv_len = key.shape[1], key.shape[2]
     # One program per query head: a KV group's gradients are added up afterwards, in a fixed order.
@@ -70,24 +68,20 @@ def launch_dkdv(
     return grad_k.view(grouped).sum(2).to(key.dtype), grad_v.view(grouped).sum(2).to(key.dtype)
 
 
-def launch_probe(
-    query: Tensor, key: Tensor, lse: Tensor | None, config: LaunchConfig, causal: bool,
-    options: AttentionOptions,
-) -> Tensor:  # fmt: skip
-    """Sums (3, batch, num_heads, q_blocks, kv_blocks), float32: mass, squared mass, largest mass over rows."""
+def launch_probe(query: Tensor, key: Tensor, config: LaunchConfig, causal: bool, options: AttentionOptions) -> Tensor:
+    """Compute sums (3, batch, num_heads, q_blocks, kv_blocks), float32: mass, squared mass, largest mass over rows."""
     batch, heads, q_len, head_dim = query.shape
     kv_heads, kv_len = key.shape[1], key.shape[2]
     rows, cols = -(-q_len // config.tile[0]), -(-kv_len // config.tile[1])
     sums = torch.zeros(3, batch, heads, rows, cols, dtype=torch.float32, device=query.device)
     masks, mask_strides, kinds = mask_arguments(options, (batch, heads, q_len, kv_len), query)
     width = padded_head_dim(head_dim)
-    known = sums if lse is None else lse.contiguous()
     with torch.cuda.device_of(query):
         probe_kernel[(rows, heads, batch)](
-            query, key, known, sums, *masks, *query.stride(), *key.stride(), *mask_strides, options.window or 0,
+            query, key, sums, *masks, *query.stride(), *key.stride(), *mask_strides, options.window or 0,
             heads, heads // kv_heads, rows, cols, q_len, kv_len, head_dim, _scale(options, head_dim),
             options.softcap or 1.0, BLOCK_Q=config.tile[0], BLOCK_K=config.tile[1], HEAD=width, CAUSAL=causal,
-            MASKS=kinds, SOFTCAP=options.softcap is not None, PADDED=width != head_dim, HAS_LSE=lse is not None,
+            MASKS=kinds, SOFTCAP=options.softcap is not None, PADDED=width != head_dim,
             num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
     return sums
@@ -98,7 +92,7 @@ def launch_decode(
     first_row: int, block_size: tuple[int, int], config: LaunchConfig, splits: int, causal: bool,
     options: AttentionOptions,
 ) -> Tensor:  # fmt: skip
-    """Output, contiguous.
+    """Compute the output of a decoding step, contiguous.
 
     `visits` are start, tiles and their places in memory, int32; `keep` is uint8, (num_heads, rows, kv_blocks), from
     query block `first_row` on.
@@ -120,7 +114,7 @@ def launch_decode(
             heads, group, q_len, kv_len, head_dim, splits, first_row, keep.shape[1], keep.shape[2],
             _scale(options, head_dim), options.softcap or 1.0,
             BLOCK_Q=block_size[0], TILES=block_size[1] // config.tile[1], TILE_K=config.tile[1],
-            PACK=config.tile[0], HEAD=width, CAUSAL=causal, MASKS=kinds, SOFTCAP=options.softcap is not None,
+            STACK=config.tile[0], HEAD=width, CAUSAL=causal, MASKS=kinds, SOFTCAP=options.softcap is not None,
             PADDED=width != head_dim, num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
         combine_kernel[(count,)](part, part_lse, output, splits, count, head_dim, HEAD=width, num_warps=1)
@@ -129,7 +123,7 @@ def launch_decode(
 
 def _launch(
     kernel: Any, tensors: tuple[Tensor, ...], tables: Tables, strides: tuple[int, ...], config: LaunchConfig,
-    query: Tensor, key: Tensor, causal: bool, options: AttentionOptions, **constants: bool,
+    query: Tensor, key: Tensor, causal: bool, options: AttentionOptions, **constants: int,
 ) -> None:  # fmt: skip
     """One launch of forward, dq or dkdv: a program per entry of the tables and per sample."""
     batch, heads, q_len, head_dim = query.shape
@@ -153,7 +147,7 @@ def _launch(
 def mask_arguments(
     options: AttentionOptions, shape: tuple[int, int, int, int], like: Tensor
 ) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[int, ...], int]:
-    """Key mask, attention mask and documents with stand-ins for those not given; their strides; which are given."""
+    """Return key mask, attention mask and documents, or stand-ins for them; their strides; which are given."""
     key_mask, attn_mask, documents = _stand_ins(like.device)
     strides: tuple[int, ...] = (0, 0, 0, 0, 0)
     if options.key_mask is not None:
@@ -170,7 +164,7 @@ def mask_arguments(
 
 @cache
 def _stand_ins(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """For masks that are not given: no kernel reads them, and no call waits for them to be made."""
+    """Make tensors in place of masks that are not given, once: no kernel reads them."""
     nothing = torch.zeros(1, dtype=torch.uint8, device=device)
     return nothing, nothing, torch.zeros(1, dtype=torch.int32, device=device)
 

@@ -1,4 +1,4 @@
-"""The safety net under the launch configurations: what does not fit a device's shared memory is launched smaller."""
+"""A safety net: a kernel that does not fit a device's shared memory is launched with fewer pipeline stages."""
 
 from __future__ import annotations
 
@@ -17,23 +17,16 @@ log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
 _STAGES: dict[tuple[object, ...], int] = {}
-"""What launches had to be cut down to, so that later ones need not fail first."""
+"""Kind of call -> stages that fit, so that later launches need not fail first."""
 
 
 def within_memory(
     kernel: str, config: LaunchConfig, query: Tensor, options: AttentionOptions, launch: Callable[[LaunchConfig], _T]
 ) -> _T:
-    """A launch by a configuration, or by the same one with fewer pipeline stages if the device has too little memory.
+    """Launch by a configuration, or by the same one with fewer pipeline stages if the device has too little memory.
 
-    Triton refuses a launch before it starts. The tiles stay, for index tables belong to them; each stage holds one
-    pair of tiles in shared memory. Each step down is warned of once.
-
-    Args:
-        kernel: Its name, for the warning.
-        config: What is tried first.
-        query: (batch, num_heads, q_len, head_dim); its dtype, device and head size are part of what needs memory.
-        options: Masks, soft cap and dropout, which are too.
-        launch: Launches by a configuration.
+    Triton refuses a launch before it starts. The tiles stay, because index tables belong to them; each stage holds one
+    pair of tiles in shared memory. Each step down is warned of once. Query and options tell what else needs memory.
 
     Raises:
         ValueError: If a single stage does not fit either; the message names the remedy.
@@ -45,9 +38,9 @@ def within_memory(
         except OutOfResources as error:
             if stages == 1:
                 raise ValueError(
-                    f"The {kernel} kernel needs more memory than {query.device} has, with {config}, head_dim "
-                    f"{query.shape[3]} and {query.dtype}: {error} Use backend='gather'."
+                    f"A call must fit the memory of the {kernel} kernel on {query.device}, got head_dim "
+                    f"{query.shape[3]} and {query.dtype} with {config}: {error} Use backend='gather'."
                 ) from error
-            log.warning("%s with %s and %d stages: %s One stage less is used.", kernel, config, stages, error)
+            log.warning("The %s kernel with %s: %s It is launched with %d stages.", kernel, config, error, stages - 1)
             _STAGES[call] = stages - 1
     raise AssertionError("a configuration has at least one stage")

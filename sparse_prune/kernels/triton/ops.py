@@ -24,7 +24,7 @@ _SCHEMA = "Tensor[] tables, SymInt[] configs, bool causal, " + ", ".join(f"{t} {
 
 
 def option_arguments(options: AttentionOptions) -> tuple[Any, ...]:
-    """Options as the operators take them, behind all other arguments."""
+    """Return options as the operators take them, behind all other arguments."""
     return tuple(getattr(options, name) for name in _OPTIONS)
 
 
@@ -40,19 +40,16 @@ def _options(arguments: tuple[Any, ...]) -> AttentionOptions:
 def block_sparse_attention(
     query: Tensor, key: Tensor, value: Tensor, tables: list[Tensor], configs: list[int], causal: bool, *arguments: Any
 ) -> tuple[Tensor, Tensor]:
-    """Attention over the tiles that the tables list.
+    """Compute attention over the tiles that the tables list; query, key and value as in `reference.attend`, one width.
 
     Args:
-        query: (batch, num_heads, q_len, head_dim).
-        key: (batch, num_kv_heads, kv_len, head_dim).
-        value: As `key`.
         tables: `Visits.tensors()` three times: for the forward pass, for dq, for dk and dv.
-        configs: (query tile, key tile, warps, stages) three times, in the same order.
-        causal: Whether query i sees only keys up to i + kv_len - q_len.
+        configs: `LaunchConfig.numbers()` three times, in the same order.
         *arguments: See `option_arguments`.
 
     Returns:
-        Output like `query`, and the base-2 log-sum-exp of each row, float32, (batch, num_heads, q_len).
+        Output like `query`, and the base-2 log-sum-exp of each row, float32, (batch, num_heads, q_len), which has no
+        gradient.
 
     Raises:
         ValueError: If a table does not fit the call.
@@ -68,19 +65,19 @@ def block_sparse_attention(
 @torch.library.custom_op(
     f"{_NAMESPACE}::block_sparse_attention_backward",
     mutates_args=(),
-    schema="(Tensor grad, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, Tensor output, Tensor lse, "
+    schema="(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor output, Tensor lse, "
     f"{_SCHEMA}) -> (Tensor, Tensor, Tensor)",
 )
 def block_sparse_attention_backward(
-    grad: Tensor, grad_lse: Tensor | None, query: Tensor, key: Tensor, value: Tensor, output: Tensor, lse: Tensor,
-    tables: list[Tensor], configs: list[int], causal: bool, *arguments: Any,
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, output: Tensor, lse: Tensor, tables: list[Tensor],
+    configs: list[int], causal: bool, *arguments: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of query, key and value, contiguous; arguments as in the forward operator."""
+    """Compute the gradients of query, key and value, contiguous; arguments as in the forward operator."""
     options = _options(arguments)
     config, rows = _part(tables, configs, 1, query, key)
     grad_q, delta = within_memory(
         "dq", config, query, options,
-        lambda config: launch_dq(query, key, value, grad, output, lse, grad_lse, rows, config, causal, options),
+        lambda config: launch_dq(query, key, value, grad, output, lse, rows, config, causal, options),
     )  # fmt: skip
     config, cols = _part(tables, configs, 2, query, key)
     grad_k, grad_v = within_memory(
@@ -96,9 +93,7 @@ def _(query: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
 
 
 @block_sparse_attention_backward.register_fake
-def _(
-    grad: Tensor, grad_lse: Tensor | None, query: Tensor, key: Tensor, value: Tensor, *args: Any
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
     return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
 
 
@@ -106,16 +101,16 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
     query, key, value, tables, ctx.configs, ctx.causal, key_mask, attn_mask, documents, *ctx.rest = inputs
     ctx.save_for_backward(query, key, value, *output, key_mask, attn_mask, documents, *tables)
     ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(output[1])
 
 
-def _backward(ctx: Any, grad: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
+def _backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Any, ...]:
     query, key, value, output, lse, key_mask, attn_mask, documents, *tables = ctx.saved_tensors
     none = ([None] * len(tables), *(None,) * (2 + len(_OPTIONS)))  # a gradient per input, of the input's structure
-    if grad is None and grad_lse is None:
+    if grad is None:
         return None, None, None, *none
-    grad = torch.zeros_like(output) if grad is None else grad
     grads = block_sparse_attention_backward(
-        grad, grad_lse, query, key, value, output, lse, tables, ctx.configs, ctx.causal, key_mask, attn_mask, documents,
+        grad, query, key, value, output, lse, tables, ctx.configs, ctx.causal, key_mask, attn_mask, documents,
         *ctx.rest,
     )  # fmt: skip
     return *grads, *none
@@ -144,11 +139,12 @@ def _part(
     tables: list[Tensor], configs: list[int], part: int, query: Tensor, key: Tensor
 ) -> tuple[LaunchConfig, list[Tensor]]:
     """Configuration and tables of forward (0), dq (1) or dkdv (2)."""
-    if len(tables) != 12 or len(configs) != 12:
-        raise ValueError(f"`tables` and `configs` must have 12 entries each, got {len(tables)} and {len(configs)}.")
-    tile_q, tile_k, warps, stages = configs[4 * part : 4 * part + 4]
+    if len(tables) != 12 or len(configs) != 15:
+        raise ValueError(f"`tables` must have 12 entries and `configs` 15, got {len(tables)} and {len(configs)}.")
+    config = LaunchConfig.of(configs[5 * part : 5 * part + 5])
+    tile_q, tile_k = config.tile
     own = tables[4 * part : 4 * part + 4]
     rows, cols = -(-query.shape[2] // tile_q), -(-key.shape[2] // tile_k)
     outer, inner = (cols, rows) if part == 2 else (rows, cols)
     check_tables(own, query.shape[1] * outer, inner, query.device)
-    return LaunchConfig((tile_q, tile_k), warps, stages), own
+    return config, own

@@ -10,17 +10,17 @@ from sparse_prune.kernels.triton.tiles import load_tile, scaled, visible
 
 @triton.jit(do_not_specialize=["q_len", "kv_len"])
 def probe_kernel(
-    q, k, known_lse, sums, key_mask, attn_mask, documents,
+    q, k, sums, key_mask, attn_mask, documents,
     stride_qb, stride_qh, stride_qt, stride_qd, stride_kb, stride_kh, stride_kt, stride_kd,
     stride_pb, stride_mask_b, stride_mask_h, stride_mask_q, stride_mask_k, window,
     heads, group, blocks_q, blocks_k, q_len, kv_len, head_dim, scale, softcap,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, HEAD: tl.constexpr, CAUSAL: tl.constexpr,
-    MASKS: tl.constexpr, SOFTCAP: tl.constexpr, PADDED: tl.constexpr, HAS_LSE: tl.constexpr,
+    MASKS: tl.constexpr, SOFTCAP: tl.constexpr, PADDED: tl.constexpr,
 ):  # fmt: skip
     """Writes sums (3, batch, heads, blocks_q, blocks_k): mass, squared mass, largest mass over the block's rows.
 
-    One program per (block of queries, head, sample): a first pass finds the log-sum-exp of its rows, unless it is
-    known, a second the mass of each block.
+    One program per (block of queries, head, sample): a first pass finds the log-sum-exp of its rows, a second the mass
+    of each block.
     """
     # The last rows of a causal pattern see the most: they start first.
     row = blocks_q - 1 - tl.program_id(0)
@@ -37,24 +37,20 @@ def probe_kernel(
     if CAUSAL:
         last = tl.minimum((row + 1) * BLOCK_Q, q_len) + kv_len - q_len
         count = tl.minimum(tl.maximum(tl.cdiv(last, BLOCK_K), 0), blocks_k)
-    if HAS_LSE:
-        lse_row = known_lse + (sample * heads + head) * q_len
-        lse = tl.load(lse_row + query, mask=query < q_len, other=float("inf"))
-    else:
-        top = tl.full([BLOCK_Q], float("-inf"), tl.float32)
-        total = tl.zeros([BLOCK_Q], tl.float32)
-        for block in tl.range(0, count):
-            logits = _logits(
-                q_tile, k_base, query, block * BLOCK_K, in_block, dims, key_mask, attn_mask, documents,
-                stride_kt, stride_kd, stride_mask_q, stride_mask_k, window,
-                q_len, kv_len, head_dim, scale, softcap, CAUSAL, MASKS, SOFTCAP, PADDED,
-            )  # fmt: skip
-            higher = tl.maximum(top, tl.max(logits, 1))
-            finite = tl.where(higher == float("-inf"), 0.0, higher)
-            total = total * tl.exp2(top - finite) + tl.sum(tl.exp2(logits - finite[:, None]), 1)
-            top = higher
-        empty = (total == 0.0) | (query >= q_len)
-        lse = tl.where(empty, float("inf"), top + tl.log2(tl.where(empty, 1.0, total)))
+    top = tl.full([BLOCK_Q], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_Q], tl.float32)
+    for block in tl.range(0, count):
+        logits = _logits(
+            q_tile, k_base, query, block * BLOCK_K, in_block, dims, key_mask, attn_mask, documents,
+            stride_kt, stride_kd, stride_mask_q, stride_mask_k, window,
+            q_len, kv_len, head_dim, scale, softcap, CAUSAL, MASKS, SOFTCAP, PADDED,
+        )  # fmt: skip
+        higher = tl.maximum(top, tl.max(logits, 1))
+        finite = tl.where(higher == float("-inf"), 0.0, higher)
+        total = total * tl.exp2(top - finite) + tl.sum(tl.exp2(logits - finite[:, None]), 1)
+        top = higher
+    empty = (total == 0.0) | (query >= q_len)
+    lse = tl.where(empty, float("inf"), top + tl.log2(tl.where(empty, 1.0, total)))
     plane = tl.num_programs(2).to(tl.int64) * heads * blocks_q * blocks_k
     place = ((sample * heads + head) * blocks_q + row) * blocks_k
     for block in tl.range(0, count):

@@ -1,8 +1,9 @@
-"""Index tables: which blocks a program visits, in the order in which it visits them."""
+"""Index tables: the blocks that a program visits, in order."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -10,12 +11,12 @@ from torch.nn import functional as F
 from torch.utils.weak import WeakIdKeyDictionary
 
 from sparse_prune.kernels.derived import derived
-from sparse_prune.pattern import BlockPattern, possible_blocks
+from sparse_prune.pattern import BlockPattern, possible_blocks, whole_blocks
 
 
 @dataclass(frozen=True, eq=False)
 class Visits:
-    """The blocks that each program visits, compressed; all tensors int32, contiguous, on one device.
+    """The blocks that each program visits, compressed. All tensors are int32, contiguous, and on one device.
 
     A program is (head, tile); it visits `index[start[p] : start[p + 1]]`, of which the first `full[p]` need no
     element mask.
@@ -32,16 +33,13 @@ class Visits:
     """(programs,): programs by descending number of visits, so that the longest start first."""
 
     def tensors(self) -> list[Tensor]:
-        """In the order in which kernels take them."""
+        """Return the tensors in the order in which kernels take them."""
         return [self.start, self.full, self.index, self.order]
 
     def check(self, programs: int, visited: int, device: torch.device) -> None:
-        """Refuse tables that would make a kernel read outside its tensors. Reads them back: a host synchronisation.
+        """Refuse tables with which so many programs a sample, visiting so many tiles, would read outside of tensors.
 
-        Args:
-            programs: Programs that will be launched per sample.
-            visited: Tiles that there are to visit.
-            device: Device of the attention call.
+        Reads the tables back: the host waits for the device.
 
         Raises:
             ValueError: If dtype, device, shape or an entry is wrong; the message names the table.
@@ -50,47 +48,36 @@ class Visits:
         start, full, index, order = (tensor.tolist() for tensor in self.tensors())
         counts = [stop - begin for begin, stop in zip(start, start[1:], strict=False)]
         if start[0] != 0 or start[-1] != len(index) - 1 or min(counts, default=0) < 0:
-            raise ValueError(f"`start` must ascend from 0 to {len(index) - 1}, got {start[0]}..{start[-1]}.")
+            _refuse("start", f"ascend from 0 to {len(index) - 1}", f"{start[0]}..{start[-1]}")
         if any(not 0 <= part <= count for part, count in zip(full, counts, strict=True)):
-            raise ValueError("`full` must lie between 0 and the visits of its program.")
+            _refuse("full", "lie between 0 and the visits of its program", f"{min(full)}..{max(full)}")
         if any(not 0 <= entry < max(visited, 1) for entry in index):
-            raise ValueError(f"`index` must lie in 0..{visited - 1}, got {min(index)}..{max(index)}.")
+            _refuse("index", f"lie in 0..{visited - 1}", f"{min(index)}..{max(index)}")
         if sorted(order) != list(range(programs)):
-            raise ValueError(f"`order` must hold every program 0..{programs - 1} once.")
+            _refuse("order", f"hold every program 0..{programs - 1} once", f"{min(order)}..{max(order)}")
 
 
 def check_layout(tensors: list[Tensor], programs: int, device: torch.device) -> None:
-    """What can be told of `Visits.tensors()` without reading them.
-
-    Raises:
-        ValueError: If dtype, device or shape is wrong; the message names the table.
-    """
+    """Refuse tables of a wrong dtype, device or shape, by name."""
     sizes = {"start": programs + 1, "full": programs, "index": None, "order": programs}
     for (name, size), tensor in zip(sizes.items(), tensors, strict=True):
         if tensor.dtype != torch.int32 or not tensor.is_contiguous():
-            raise ValueError(f"Index table `{name}` must be contiguous int32, got {tensor.dtype}. Use `index_tables`.")
+            _refuse(name, "be contiguous int32", tensor.dtype)
         if tensor.device != device:
-            raise ValueError(f"Index table `{name}` must be on {device}, got {tensor.device}. Use `index_tables`.")
+            _refuse(name, f"be on {device}", tensor.device)
         if tensor.dim() != 1 or (size is not None and tensor.shape[0] != size) or not tensor.numel():
-            raise ValueError(
-                f"Index table `{name}` must have shape ({'visits + 1' if size is None else size},), "
-                f"got {tuple(tensor.shape)}. Use `index_tables` with the pattern of this call."
-            )
+            _refuse(name, f"have shape ({'visits + 1' if size is None else size},)", tuple(tensor.shape))
+
+
+def _refuse(name: str, wanted: str, got: object) -> NoReturn:
+    raise ValueError(f"Index table `{name}` must {wanted}, got {got}. Use `index_tables` with the pattern of the call.")
 
 
 _SOUND = WeakIdKeyDictionary()  # index tensor -> the tables and tiles that it was found, or built, to be right with
 
 
 def check_tables(tensors: list[Tensor], programs: int, visited: int, device: torch.device) -> None:
-    """Refuse tables that do not fit a call. Those that `index_tables` did not build are read back once.
-
-    Args:
-        tensors: `Visits.tensors()`.
-        programs: See `Visits.check`, like the rest.
-
-    Raises:
-        ValueError: As `Visits.check`.
-    """
+    """Refuse tables as `Visits.check` does. Those that `index_tables` did not build are read back once."""
     check_layout(tensors, programs, device)
     record = (*map(id, tensors), visited)
     if _SOUND.get(tensors[2]) != record:
@@ -111,14 +98,9 @@ class IndexTables:
 
 
 def index_tables(pattern: BlockPattern, tile: tuple[int, int], device: torch.device) -> IndexTables:
-    """Tables of a pattern, built once per tile and device and kept as long as the pattern lives.
+    """Build the tables of a pattern, once per tile (query, key) and device; they are kept as long as the pattern lives.
 
     They are built on the device, without a host synchronisation: a pattern that moves costs a training step no wait.
-
-    Args:
-        pattern: The connections to keep.
-        tile: Tokens per tile, (query, key).
-        device: Where the tables are needed.
 
     Raises:
         ValueError: If the tile does not divide the pattern's block.
@@ -138,13 +120,13 @@ def sent(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def build_tables(pattern: BlockPattern, tile: tuple[int, int], keep: Tensor, total: int) -> IndexTables:
-    """As `index_tables`; `keep` is the pattern's own on the device where the tables are wanted, `total` its tiles."""
+    """Build `index_tables` on the device of `keep`, which is the pattern's own; `total` is the number of kept tiles."""
     device, (block_q, block_kv) = keep.device, pattern.block_size
     possible = possible_blocks(pattern.q_len, pattern.kv_len, tile, pattern.causal, device)
     rows, cols = possible.shape
     keep = keep.repeat_interleave(block_q // tile[0], 1)[:, :rows]
     keep = keep.repeat_interleave(block_kv // tile[1], 2)[:, :, :cols] & possible
-    full = _full(pattern, tile, possible)
+    full = whole_blocks(pattern.q_len, pattern.kv_len, tile, pattern.causal, device)
     real = (torch.arange(rows, device=device) + 1) * tile[0] <= pattern.q_len  # of a column the queries are visited
     by_row = build_visits(keep, full, total)
     by_col = build_visits(keep.transpose(1, 2), (full & real[:, None]).T, total)
@@ -154,7 +136,7 @@ def build_tables(pattern: BlockPattern, tile: tuple[int, int], keep: Tensor, tot
 
 
 def count_tiles(pattern: BlockPattern, tile: tuple[int, int]) -> int:
-    """Kept tiles, counted on the host, where the pattern lives."""
+    """Count the kept tiles on the host, where the pattern lives."""
     possible = possible_blocks(pattern.q_len, pattern.kv_len, tile, pattern.causal)
     per_row, per_col = pattern.block_size[0] // tile[0], pattern.block_size[1] // tile[1]
     blocks = F.pad(possible, (0, -possible.shape[1] % per_col, 0, -possible.shape[0] % per_row))
@@ -162,18 +144,8 @@ def count_tiles(pattern: BlockPattern, tile: tuple[int, int]) -> int:
     return int((pattern.keep * weight).sum())
 
 
-def _full(pattern: BlockPattern, tile: tuple[int, int], possible: Tensor) -> Tensor:
-    """Tiles whose every key is real and seen by every query, boolean, (q_tiles, kv_tiles)."""
-    row = torch.arange(possible.shape[0], device=possible.device)[:, None]
-    last_key = (torch.arange(possible.shape[1], device=possible.device) + 1) * tile[1] - 1
-    full = (last_key < pattern.kv_len).expand_as(possible)
-    if pattern.causal:
-        full = full & (last_key <= row * tile[0] + pattern.kv_len - pattern.q_len)
-    return full
-
-
 def build_visits(keep: Tensor, full: Tensor, total: int) -> Visits:
-    """`keep` (num_heads, tiles, visited) and `full` (tiles, visited) as compressed visits along the last axis.
+    """Compress `keep` (num_heads, tiles, visited) and `full` (tiles, visited) to visits along the last axis.
 
     Every shape is known from `total`, the number of kept tiles, so that nothing waits for the device.
     """

@@ -1,4 +1,4 @@
-"""What the kernels share: logits of one tile with every mask, and dropout."""
+"""Functions that the kernels share: loading a tile, its logits, every mask, and dropout."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ LOG2E = tl.constexpr(1.4426950408889634)
 def load_tile(
     base, first, rows, length, dims, head_dim, stride_token, stride_dim, PADDED: tl.constexpr, ON_EDGE: tl.constexpr,
 ):  # fmt: skip
-    """(rows, dims) of a (length, head_dim) matrix from row `first` on; what lies outside is 0.
+    """Load (rows, dims) of a (length, head_dim) matrix from row `first` on; what lies outside is 0.
 
     Off the edge all rows are real. The offsets within a tile are the same for every tile: a loop keeps them, and its
     turns add one number of 64 bits. A tile must not span 2^31 elements.
@@ -33,14 +33,14 @@ def load_tile(
 
 @triton.jit
 def cap(logits, softcap):
-    """softcap * tanh(logits / softcap), and its slope."""
+    """Return softcap * tanh(logits / softcap), and its slope."""
     bounded = 2.0 * tl.sigmoid(2.0 * logits / softcap) - 1.0
     return bounded * softcap, 1.0 - bounded * bounded
 
 
 @triton.jit
 def scaled(products, scale, softcap, SOFTCAP: tl.constexpr):
-    """Logits of query-key products, in units of log2, and the slope of the soft cap.
+    """Return the logits of query-key products, in units of log2, and the slope of the soft cap.
 
     Where no cap stands between them, scale and log2(e) are one factor: the compiler does not make one of two.
     """
@@ -98,7 +98,7 @@ def visible(
 
 @triton.jit
 def dropout_factor(seed, head, query, key, dropout_p):
-    """0 for dropped weights, 1 / (1 - p) for the others; the same numbers as `kernels.dropout`."""
+    """Return 0 for dropped weights, 1 / (1 - p) for the others; the same numbers as `kernels.dropout`."""
     key, query = tl.broadcast(key, query)
     head = tl.zeros_like(key) + head
     bits, _, _, _ = tl.philox(seed, key, query, head, tl.zeros_like(key))

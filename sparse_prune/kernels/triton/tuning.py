@@ -1,11 +1,13 @@
-"""Launch configurations measured on the device at hand, kept on disk by device and version."""
+"""Measures launch configurations on the device at hand, and keeps them on disk by device and versions."""
 
 from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import tempfile
+import time
 from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
@@ -28,11 +30,11 @@ log = logging.getLogger(__name__)
 Measure = Callable[[Callable[[], object]], float]
 """Takes a launch, gives its milliseconds."""
 
-_KNOWN: dict[Path, tuple[object, dict[str, list[int]]]] = {}  # file -> its stamp when it was read, and what is known
+_KNOWN: dict[Path, tuple[object, dict[str, list[int]]]] = {}  # file -> its stamp when it was read, and its entries
 
 
 def cache_file() -> Path:
-    """Where measured configurations are kept: under `SPARSE_PRUNE_CACHE_DIR`, or the user's cache folder."""
+    """Return the file of measured configurations: under `SPARSE_PRUNE_CACHE_DIR`, or the user's cache folder."""
     return _cache_file(os.environ.get("SPARSE_PRUNE_CACHE_DIR"), os.environ.get("XDG_CACHE_HOME"))
 
 
@@ -50,80 +52,95 @@ def _home() -> Path:
 
 
 def revision() -> tuple[object, ...]:
-    """Changes when measured configurations do, by this process or by another one: a look at the file, not into it."""
+    """Return what changes when this process or another one measures a configuration, without reading the file."""
     path = cache_file()
     return path, _stamp(path), len(_KNOWN[path][1]) if path in _KNOWN else 0
 
 
 def tuned(kernel: Kernel, pattern: BlockPattern, call: Call, device: torch.device) -> LaunchConfig | None:
-    """The measured configuration for such a call on this device; None if `tune` never saw one.
+    """Return the measured configuration for such a call on this device; None if none was measured.
 
-    What another process measures in the meantime counts: under DDP the first rank measures for all.
+    What another process has measured meanwhile counts: under DDP the first rank measures for all.
     """
     entry = _read(cache_file()).get(_key(kernel, pattern, call, device))
-    return None if entry is None else LaunchConfig((entry[0], entry[1]), entry[2], entry[3])
+    return None if entry is None else LaunchConfig.of(entry[:-1])
 
 
 def tune(
     query: Tensor, key: Tensor, value: Tensor, pattern: BlockPattern, options: AttentionOptions | None = None,
-    measure: Measure | None = None,
+    measure: Measure | None = None, seconds: float = math.inf,
 ) -> dict[Kernel, LaunchConfig]:  # fmt: skip
-    """Measure the candidates of every kernel on a call, and keep the fastest for calls like it.
+    """Measure the candidates of every kernel on a call, shaped as in `attend`, and keep the fastest for calls like it.
 
-    What is known already is not measured again. Calls are alike if device, versions, dtype, head size, block,
-    causality, length (to a power of two), the kinds of masks, and soft cap and dropout or not agree.
+    What is known already is not measured again, and what was broken off goes on. Calls are alike if they agree in
+    device, versions, dtype, head size, block, causality, length (to a power of two), the kinds of masks, soft cap or
+    not, and dropout or not.
 
     Args:
-        query: (batch, num_heads, q_len, head_dim).
-        key: (batch, num_kv_heads, kv_len, head_dim).
-        value: As `key`.
-        pattern: The connections to keep, for these lengths.
-        options: Masks, soft cap and dropout: they need registers and shared memory.
+        query: As in `attend`, like key, value, pattern and options.
         measure: Times one launch; by default Triton's `do_bench`.
+        seconds: Limit, compiling included: a kernel's candidates begin within its share. What was fastest by then is
+            kept, and a later call goes on with the other candidates. Without a second, nothing is measured.
+
+    Returns:
+        Kernel -> the fastest configuration so far.
 
     Raises:
         ValueError: If head size or block size are not supported, or no configuration fits the device.
     """
     options = options or AttentionOptions()
     call = Call(query.shape[3], query.dtype, pattern.block_size, *traits(options))
+    end = time.monotonic() + seconds
     found: dict[Kernel, LaunchConfig] = {}
-    missing: dict[str, list[int]] = {}
-    for kernel in KERNELS:
-        config = tuned(kernel, pattern, call, query.device)
-        if config is None:
+    news: dict[str, list[int]] = {}
+    for kernel, waiting in zip(KERNELS, (3, 2, 1), strict=True):
+        name = _key(kernel, pattern, call, query.device)
+        entry, untried = _read(cache_file()).get(name), candidates(kernel, capability(query.device), call)
+        best = [] if entry is None else [LaunchConfig.of(entry[:-1])]
+        tried = 0 if entry is None else entry[-1]
+        left, untried = end - time.monotonic(), untried[tried:]
+        if untried and left > 0:
             launcher = partial(_launcher, kernel, query.detach(), key.detach(), value.detach(), pattern, options)
-            config = _fastest(kernel, call, query.device, launcher, measure or _bench)
-            missing[_key(kernel, pattern, call, query.device)] = [*config.tile, config.num_warps, config.num_stages]
-        found[kernel] = config
-    if missing:
-        _write(cache_file(), missing)
+            limit = time.monotonic() + left / waiting
+            fastest, seen = _fastest(kernel, call, [*best, *untried], launcher, measure or _bench, limit)
+            best, tried = [fastest], tried + seen - len(best)
+            news[name] = [*fastest.numbers(), tried]
+        if best:
+            found[kernel] = best[0]
+    if news:
+        _write(cache_file(), news)
     return found
 
 
 def _fastest(
-    kernel: Kernel, call: Call, device: torch.device, launcher: Callable[[LaunchConfig], Callable[[], object]],
-    measure: Measure,
-) -> LaunchConfig:  # fmt: skip
+    kernel: Kernel, call: Call, configs: list[LaunchConfig],
+    launcher: Callable[[LaunchConfig], Callable[[], object]], measure: Measure, limit: float,
+) -> tuple[LaunchConfig, int]:  # fmt: skip
+    """The fastest configuration, and how many were looked at until the limit, a time of the monotonic clock."""
     times: dict[LaunchConfig, float] = {}
-    shipped, *others = candidates(kernel, capability(device), call)
-    for config in (shipped, *others):
+    seen = 0
+    for config in configs:
+        if times and time.monotonic() > limit:
+            log.info("%s: %d configurations are left for the next run to measure.", kernel, len(configs) - seen)
+            break
+        seen += 1
         try:
             times[config] = measure(launcher(config))
         except OutOfResources as error:
-            log.debug("%s with %s: %s", kernel, config, error)
+            log.debug("The %s kernel does not fit with %s: %s", kernel, config, error)
         except Exception as error:  # a compiler that fails on one candidate says nothing of the others
-            if config == shipped:
+            if config == configs[0]:
                 raise
-            log.warning("%s with %s is left out: %s: %s", kernel, config, type(error).__name__, error)
+            log.warning("The %s kernel is not tried with %s: %s: %s", kernel, config, type(error).__name__, error)
     if not times:
         raise ValueError(
-            f"No configuration of the {kernel} kernel fits this device at head_dim {call.head_dim}. "
+            f"`head_dim` must fit a configuration of the {kernel} kernel on this device, got {call.head_dim}. "
             "Use backend='gather'."
         )
     best = min(times, key=lambda config: times[config])
-    ours = f"{times[shipped]:.3f} ms" if shipped in times else "does not fit"
-    log.info("%s: %s, %.3f ms; the shipped one: %s", kernel, best, times[best], ours)
-    return best
+    before = f"{times[configs[0]]:.3f} ms" if configs[0] in times else "does not fit"
+    log.info("The %s kernel is fastest with %s, %.3f ms; before: %s.", kernel, best, times[best], before)
+    return best, seen
 
 
 def _launcher(
@@ -137,9 +154,7 @@ def _launcher(
     # The time of a backward pass does not hang on what is in gradient, output and row sums.
     sums = torch.zeros(query.shape[:3], dtype=torch.float32, device=query.device)
     if kernel == "dq":
-        return lambda: launch_dq(
-            query, key, value, query, query, sums, None, rows, config, pattern.causal, options
-        )  # fmt: skip
+        return lambda: launch_dq(query, key, value, query, query, sums, rows, config, pattern.causal, options)
     return lambda: launch_dkdv(query, key, value, query, sums, sums, cols, config, pattern.causal, options)
 
 
@@ -183,14 +198,18 @@ def _load(path: Path) -> dict[str, list[int]]:
         entries = json.loads(path.read_text())["entries"] if path.exists() else {}
         return {key: list(entry) for key, entry in entries.items() if _sound(entry)}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        log.warning("%s is not readable and is not used: %r. It is written anew.", path, error)
+        log.warning("%s cannot be read: %r. Configurations are measured again, and the file is replaced.", path, error)
         return {}
 
 
 def _sound(entry: list[int]) -> bool:
-    """Whether an entry can be a configuration: [query tile, key tile, warps, stages]."""
-    tile_q, tile_k, warps, stages = entry
-    return {tile_q, tile_k} <= {16, 32, 64, 128, 256} and warps in (4, 8) and stages in (1, 2, 3, 4)
+    """Whether an entry can be a configuration and how many candidates it won against, itself included:
+    [query tile, key tile, warps, stages, span, candidates]."""
+    if isinstance(entry, list) and len(entry) == 4:  # of an older version
+        return False
+    tile_q, tile_k, warps, stages, span, tried = entry
+    sides = {tile_q, tile_k} <= {16, 32, 64, 128, 256}
+    return sides and warps in (4, 8) and stages in (1, 2, 3, 4) and span in (1, 2) and tried > 0
 
 
 def _write(path: Path, entries: dict[str, list[int]]) -> None:
@@ -200,5 +219,10 @@ def _write(path: Path, entries: dict[str, list[int]]) -> None:
         with whole_file(path) as file:
             file.write_text(json.dumps({"entries": entries}, indent=1))
     except OSError as error:
-        log.warning("Measured configurations cannot be kept in %s: %r. They last as long as this process.", path, error)
+        log.warning(
+            "Measured configurations cannot be written to %s: %r. They last as long as this process; "
+            "SPARSE_PRUNE_CACHE_DIR names another folder.",
+            path,
+            error,
+        )
     _KNOWN[path] = (_stamp(path), entries)

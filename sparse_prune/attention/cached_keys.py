@@ -4,27 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from sparse_prune.kernels import AttentionOptions, reference
-from sparse_prune.kernels.backend import Decode
-from sparse_prune.kernels.held import HeldBlocks
+from sparse_prune.kernels import AttentionOptions
+from sparse_prune.kernels.backend import Decode, HeldBlocks
+from sparse_prune.kernels.backends.sdpa import masked_attention
 from sparse_prune.pattern import BlockPattern, num_blocks
 
 
 @dataclass(eq=False)
-class Bucket:
-    """A group of KV heads that hold equally many blocks.
+class HeadSet:
+    """KV heads that hold equally many blocks.
 
     Held blocks stand side by side, in order. All are full but the one that the latest token is in.
     """
 
     heads: Tensor
     """KV heads, ascending, int64, (heads,), on the CPU."""
+    num_kv_heads: int
+    """KV heads of all sets."""
     blocks: Tensor
     """Key blocks that each of them holds, ascending, int64, (heads, blocks), on the CPU."""
     block: int
@@ -35,8 +37,6 @@ class Bucket:
     """Device of keys and values."""
     _row: int = -1
     _row_mask: Tensor | None = None
-    _index: Tensor | slice | None = None
-    _positions: Tensor | None = None
 
     @property
     def slots(self) -> int:
@@ -44,39 +44,36 @@ class Bucket:
         return self.blocks.shape[1] * self.block
 
     def of(self, everything: Tensor) -> Tensor:
-        """View the bucket's part of keys or values, (batch, all slots, dim), as (batch, heads, slots, dim)."""
+        """View the set's part of keys or values, (batch, all slots, dim), as (batch, heads, slots, dim)."""
         own = everything.narrow(1, self.first, len(self.heads) * self.slots)
         return own.view(own.shape[0], len(self.heads), self.slots, own.shape[2])
 
-    def index(self, num_kv_heads: int) -> Tensor | slice:
-        """What picks the bucket's heads out of all on their device, where it stays: a copy per token would wait."""
-        if self._index is None:
-            everyone = len(self.heads) == num_kv_heads
-            self._index = slice(None) if everyone else self.heads.to(self.device)
-        return self._index
+    @cached_property
+    def index(self) -> Tensor | slice:
+        """What picks the heads out of all on their device, where it stays: a copy per token would wait."""
+        return slice(None) if len(self.heads) == self.num_kv_heads else self.heads.to(self.device)
 
+    @cached_property
     def positions(self) -> Tensor:
-        """Position in the sequence of every slot, (heads, slots), on the keys' device, where it stays."""
-        if self._positions is None:
-            slots = self.blocks[:, :, None] * self.block + torch.arange(self.block)
-            self._positions = slots.flatten(1).to(self.device)
-        return self._positions
+        """Position in the sequence of every slot, (heads, slots), on the keys' device."""
+        slots = self.blocks[:, :, None] * self.block + torch.arange(self.block)
+        return slots.flatten(1).to(self.device)
 
-    def row_mask(self, row: int, pattern: BlockPattern, num_kv_heads: int) -> Tensor | None:
+    def row_mask(self, row: int, pattern: BlockPattern) -> Tensor | None:
         """Slots that the queries of one pattern row attend to, (heads, group, 1, slots); None: all of them.
 
         Kept until another row is asked for, as decoding stays in a row for many tokens.
         """
         if row != self._row:
-            keep = self.block_mask(row, row + 1, pattern, num_kv_heads)
+            keep = self.block_mask(row, row + 1, pattern)
             slots = keep.repeat_interleave(self.block, -1).to(self.device)
             self._row, self._row_mask = row, None if bool(keep.all()) else slots
         return self._row_mask
 
-    def block_mask(self, first_row: int, end_row: int, pattern: BlockPattern, num_kv_heads: int) -> Tensor:
+    def block_mask(self, first_row: int, end_row: int, pattern: BlockPattern) -> Tensor:
         """Held blocks that rows of the pattern attend to, (heads, group, rows, blocks), on the CPU."""
         cols = int(self.blocks.max()) + 1 if self.blocks.numel() else 0
-        keep = torch.unflatten(pattern.keep_rows(first_row, end_row, cols), 0, (num_kv_heads, -1))[self.heads]
+        keep = torch.unflatten(pattern.keep_rows(first_row, end_row, cols), 0, (self.num_kv_heads, -1))[self.heads]
         return keep.take_along_dim(self.blocks[:, None, None, :], -1)
 
 
@@ -92,17 +89,17 @@ class HeadKeys(NamedTuple):
 
 
 @dataclass(eq=False)
-class Held:
+class HeldKeys:
     """Keys and values of all heads, side by side in one tensor each, so that one kernel reaches them all.
 
-    The heads of a bucket stand side by side, so that a bucket is a view.
+    The heads of a set stand side by side, so that it is a view.
     """
 
     keys: Tensor
     """(batch, slots, head_dim)."""
     values: Tensor
     """(batch, slots, value_dim)."""
-    buckets: tuple[Bucket, ...]
+    head_sets: tuple[HeadSet, ...]
     """Every KV head is in one of them, and each holds the latest block."""
     blocks: HeldBlocks
     """Where each head's blocks stand."""
@@ -110,15 +107,11 @@ class Held:
     """Per KV head the slot behind its last one, int64, on the keys' device."""
 
     @classmethod
-    def gather(cls, heads: list[HeadKeys], kept: list[Tensor], room: int, block: int, length: int) -> Held:
-        """Copy the blocks that are kept.
+    def gather(cls, heads: list[HeadKeys], kept: list[Tensor], room: int, block: int, length: int) -> HeldKeys:
+        """Copy the blocks that are `kept` of each head (their places among its blocks, ascending).
 
-        Args:
-            heads: Keys and values of each KV head.
-            kept: For each head which of its blocks are kept, ascending.
-            room: Number of blocks for later tokens, after the last one of the sequence.
-            block: Tokens per key block.
-            length: Tokens of the sequence, held or evicted.
+        There is room for as many later blocks of tokens behind the last one of the sequence, whose length counts what
+        was evicted as well.
         """
         fresh = torch.arange(room) + num_blocks(length, block)
         of_count: dict[int, list[int]] = {}
@@ -127,10 +120,10 @@ class Held:
         total = sum(len(places) + room for places in kept) * block
         keys, values = (like.new_empty(len(like), total, like.shape[2]) for like in heads[0][1:])
         place = torch.full((len(heads), num_blocks(length, block) + room), -1)
-        ends, buckets, first = torch.empty(len(heads), dtype=torch.int64), [], 0
+        ends, head_sets, first = torch.empty(len(heads), dtype=torch.int64), [], 0
         for count, members in sorted(of_count.items()):
             blocks = torch.stack([torch.cat([heads[head].blocks[kept[head]], fresh]) for head in members])
-            buckets.append(Bucket(torch.tensor(members), blocks, block, first, keys.device))
+            head_sets.append(HeadSet(torch.tensor(members), len(heads), blocks, block, first, keys.device))
             for head, own in zip(members, blocks, strict=True):
                 place[head, own] = torch.arange(count + room) + first // block
                 slots = (kept[head][:, None] * block + torch.arange(block)).flatten()
@@ -141,43 +134,40 @@ class Held:
                 values[:, first : first + len(slots)] = heads[head].values[:, slots]
                 first += (count + room) * block
                 ends[head] = first
-        return cls(keys, values, tuple(buckets), HeldBlocks(place), ends.to(keys.device))
+        return cls(keys, values, tuple(head_sets), HeldBlocks(place), ends.to(keys.device))
 
     def heads(self) -> list[HeadKeys]:
         """Return the keys and values of each KV head, in order."""
         found = {
-            head: HeadKeys(bucket.blocks[place], bucket.of(self.keys)[:, place], bucket.of(self.values)[:, place])
-            for bucket in self.buckets
-            for place, head in enumerate(bucket.heads.tolist())
+            head: HeadKeys(head_set.blocks[place], head_set.of(self.keys)[:, place], head_set.of(self.values)[:, place])
+            for head_set in self.head_sets
+            for place, head in enumerate(head_set.heads.tolist())
         }
         return [found[head] for head in sorted(found)]
 
     def write(self, keys: Tensor, values: Tensor, behind: int) -> None:
-        """Write new tokens into the room that is left.
+        """Write new tokens, (batch, num_kv_heads, tokens, channels), into the room that is left.
 
-        Args:
-            keys: (batch, num_kv_heads, new tokens, head_dim).
-            values: (batch, num_kv_heads, new tokens, value_dim).
-            behind: Number of slots from the first new token to the end of each head's.
+        Each head has `behind` slots from the first new token to its end.
         """
         slots = (self.ends[:, None] - behind + torch.arange(keys.shape[2], device=keys.device)).flatten()
         self.keys[:, slots] = keys.flatten(1, 2)
         self.values[:, slots] = values.flatten(1, 2)
 
-    def chosen(self, change: Callable[[Tensor], Tensor]) -> Held:
+    def chosen(self, change: Callable[[Tensor], Tensor]) -> HeldKeys:
         """Return the same for other samples of the batch, which `change` selects from keys and values."""
         return replace(self, keys=change(self.keys), values=change(self.values))
 
 
 @dataclass(frozen=True, eq=False)
-class PackedKeys:
+class CachedKeys:
     """All keys and values that a layer's cache holds, those of the latest queries included.
 
     The model's code gets it from its cache in place of both tensors and passes it on. It is no tensor: whatever
     computes with it, other than attention that was taken over, fails instead of taking some keys for all.
     """
 
-    held: Held
+    held: HeldKeys
     """The keys and values that are left."""
     shape: tuple[int, int, int, int]
     """(batch, num_kv_heads, length, head_dim), as if nothing had been evicted."""
@@ -198,15 +188,9 @@ class PackedKeys:
         raise TypeError(_misused(func.__name__))
 
     def attend(self, query: Tensor, options: AttentionOptions, decode: Decode | None = None) -> Tensor:
-        """Attention of the last queries.
+        """Compute attention of the last queries: by the decoding of a backend if it takes the call, else by SDPA.
 
-        Args:
-            query: (batch, num_heads, q_len, head_dim), the last `q_len` of the sequence's positions.
-            options: Masks over all keys of the sequence, scale, soft cap. Dropout is not applied.
-            decode: Decoding of a backend, which is asked first. None: SDPA, bucket by bucket.
-
-        Returns:
-            (batch, num_heads, q_len, value_dim). Rows that may attend to nothing are zero.
+        Masks are over all keys of the sequence; dropout is not applied. Rows that may attend to nothing are zero.
         """
         q_len, held = query.shape[2], self.held
         num_kv_heads = self.shape[1]
@@ -218,15 +202,14 @@ class PackedKeys:
                 return decoded
         grouped = torch.unflatten(query, 1, (num_kv_heads, -1))  # (batch, kv_heads, group, q_len, head_dim)
         output: Tensor | None = None
-        for bucket in held.buckets:
-            used = self._used(bucket)
-            index = bucket.index(num_kv_heads)
-            mask = self._mask(bucket, q_len, used, options)
+        for head_set in held.head_sets:
+            used, index = head_set.slots - -self.shape[2] % head_set.block, head_set.index
+            mask = self._mask(head_set, q_len, used, options)
             if mask is not None:
                 mask = mask.expand(-1, -1, grouped.shape[2], q_len, -1).flatten(2, 3)
             # The group's queries become rows of one head, so that keys are not repeated.
             rows = grouped[:, index].flatten(2, 3)
-            keys, values = bucket.of(held.keys)[:, :, :used], bucket.of(held.values)[:, :, :used]
+            keys, values = head_set.of(held.keys)[:, :, :used], head_set.of(held.values)[:, :, :used]
             found = masked_attention(rows, keys, values, mask, options)
             if output is None:  # autocast may give another type than the query's
                 output = found.new_empty(*grouped.shape[:-1], found.shape[-1])
@@ -234,34 +217,29 @@ class PackedKeys:
         assert output is not None
         return output.flatten(1, 2)
 
-    def _used(self, bucket: Bucket) -> int:
-        return bucket.slots - -self.shape[2] % bucket.block
-
-    def _mask(self, bucket: Bucket, q_len: int, used: int, options: AttentionOptions) -> Tensor | None:
+    def _mask(self, head_set: HeadSet, q_len: int, used: int, options: AttentionOptions) -> Tensor | None:
         """Which slots each query attends to, (batch or 1, heads, group or 1, q_len or 1, used); None: all."""
         block_q, block_kv = self.pattern.block_size
         _, num_kv_heads, length, _ = self.shape
-        start, device = length - q_len, bucket.device
+        start, device = length - q_len, head_set.device
         if q_len == 1:
-            mask = bucket.row_mask(start // block_q, self.pattern, num_kv_heads)
+            mask = head_set.row_mask(start // block_q, self.pattern)
             mask = None if mask is None else mask[None, ..., :used]
         else:
             query = torch.arange(start, length)
             first, end = start // block_q, (length - 1) // block_q + 1
-            keep = bucket.block_mask(first, end, self.pattern, num_kv_heads)[:, :, query // block_q - first]
+            keep = head_set.block_mask(first, end, self.pattern)[:, :, query // block_q - first]
             keep = keep.to(device).repeat_interleave(block_kv, -1)[..., :used]
-            position = bucket.positions()[:, None, None, :used]
+            position = head_set.positions[:, None, None, :used]
             mask = (keep & (position <= query[:, None].to(device)))[None]
-        if options.key_mask is not None or options.attn_mask is not None:
-            position = bucket.positions()[None, :, None, None, :used]
-            if options.key_mask is not None:
-                mask = _both(mask, options.key_mask[:, None, None, None, :].take_along_dim(position, -1))
-            if options.attn_mask is not None:
-                given = options.attn_mask[:, None]  # (batch, 1, 1, q_len, length), or with all heads in the third place
-                if given.shape[2] > 1:
-                    given = torch.unflatten(options.attn_mask, 1, (num_kv_heads, -1))[:, bucket.index(num_kv_heads)]
-                mask = _both(mask, given.take_along_dim(position, -1))
-        return mask
+        visible = options.token_mask(q_len, length, device)  # (batch, heads or 1, q_len or 1, length)
+        if visible is None:
+            return mask
+        by_head = visible[:, None]
+        if visible.shape[1] > 1:
+            by_head = torch.unflatten(visible, 1, (num_kv_heads, -1))[:, head_set.index]
+        seen = by_head.take_along_dim(head_set.positions[None, :, None, None, :used], -1)
+        return seen if mask is None else mask & seen
 
 
 def _misused(operation: str) -> str:
@@ -270,30 +248,3 @@ def _misused(operation: str) -> str:
         "If the model was detached, call `sparse_prune.attention.attach(model)`; else its code changes keys or values "
         "behind the cache: use a cache that evicts nothing, such as DynamicCache()."
     )
-
-
-def masked_attention(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: AttentionOptions
-) -> Tensor:
-    """Attention of few rows under a boolean mask, with a soft cap if asked for.
-
-    Args:
-        query: (batch, heads, q_len, head_dim).
-        key: (batch, heads, kv_len, head_dim).
-        value: (batch, heads, kv_len, value_dim).
-        mask: Broadcastable to (batch, heads, q_len, kv_len), True = may attend. None: all may.
-        options: Scale and soft cap; its masks are not read.
-
-    Returns:
-        (batch, heads, q_len, value_dim). Rows that may attend to nothing are zero.
-    """
-    if options.softcap is not None:
-        everything = torch.ones(1, 1, 1, key.shape[2], dtype=torch.bool, device=query.device)
-        capped = AttentionOptions(scale=options.scale, softcap=options.softcap)
-        return reference.masked_attention(query, key, value, everything if mask is None else mask, capped)
-    output: Tensor = F.scaled_dot_product_attention(query, key, value, mask, scale=options.scale)
-    return output if mask is None else output.masked_fill(~mask.any(-1, keepdim=True), 0.0)
-
-
-def _both(mask: Tensor | None, other: Tensor) -> Tensor:
-    return other if mask is None else mask & other
