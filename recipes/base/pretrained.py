@@ -78,16 +78,18 @@ def load_pretrained(auto: Any, model: str, **settings: Any) -> Any:
 
 def _not_loaded(model: str, where: str, options: dict[str, str], error: Exception) -> ValueError:
     """The error for what transformers does not load; the first line of its own error says why."""
-    remedy = "Copy it again, or name another"
-    if options:
-        wanted, got = "a whole GGUF file of a kind that transformers reads", str(Path(where) / options["gguf_file"])
-    elif Path(where).is_dir():
-        wanted, got = "a folder that `save_pretrained` of transformers wrote", where
-    else:
-        wanted, got = "a folder, a `.gguf` file or a model of the hub", model
-        remedy = "Check the name and the connection; log in with `hf auth login` where it is private or gated"
     why = str(error).partition("\n")[0].rstrip(".")
-    return ValueError(f"`model` must be {wanted}, got {got!r}: {why}. {remedy}.")
+    if options:
+        file = str(Path(where) / options["gguf_file"])
+        wanted = f"`model` must be a whole GGUF file of a kind that transformers reads, got {file!r}"
+    elif Path(where).is_dir():
+        wanted = f"`model` must be a folder that `save_pretrained` of transformers wrote, got {where!r}"
+    else:
+        return ValueError(
+            f"`model` must be a folder, a `.gguf` file or a model of the hub, got {model!r}: {why}. Check the name and "
+            "the connection; log in with `hf auth login` where it is private or gated."
+        )
+    return ValueError(f"{wanted}: {why}. Copy it again, or name another.")
 
 
 def check_length(model: Any, length: int, argument: str) -> None:

@@ -95,23 +95,39 @@ def options_for(place: str) -> dict[str, Any]:
             are no options unless all are tables of one kind.
 
     Raises:
-        ValueError: If the first row of CSV cannot be read.
+        ValueError: If the first row of CSV cannot be read, or a file of JSON begins with neither an object nor a list.
     """
     files = _data_files(place)
     reader = _common_reader(files)
     if reader not in ("csv", "json"):
         return {}
     file = next((file for file in files if "train" in file.name), files[0])
-    with open(file, "rb") as opened:
-        start = opened.read(len(GZIP))
-    with gzip.open(file) if start == GZIP else open(file, "rb") as opened:
-        head = opened.read(_HEAD)
+    head = _head(file)
     options: dict[str, Any] = {"encoding": encoding_of(head)}
-    if reader == "csv":
+    if reader == "json":
+        _check_json(files)
+    else:
         first_line = head.decode(options["encoding"], errors="ignore").partition("\n")[0]
         options |= {"sep": max(_SEPARATORS, key=first_line.count), "index_col": False, "keep_default_na": False}
         options["features"] = _text_columns(file, options)
     return options
+
+
+def _head(file: Path) -> bytes:
+    """The first bytes of a file, compressed by gzip or not."""
+    with open(file, "rb") as opened:
+        start = opened.read(len(GZIP))
+    with gzip.open(file) if start == GZIP else open(file, "rb") as opened:
+        return opened.read(_HEAD)
+
+
+def _check_json(files: Sequence[Path]) -> None:
+    """Refuse files that begin neither object nor list: on some of them the reader of `datasets` ends the process."""
+    for file in files:
+        head = _head(file)
+        start = head.decode(encoding_of(head), errors="ignore").lstrip()[:1]
+        if start not in ("{", "["):
+            raise ValueError(f"{file.name} begins with {start!r}" if start else f"{file.name} is empty")
 
 
 @contextmanager
@@ -144,7 +160,11 @@ def unreadable(error: Exception, place: str, argument: str) -> ValueError:
     cause = error.__cause__ if type(error).__name__ == "DatasetGenerationError" and error.__cause__ else error
     files = [str(file) for file in files_at(place)] or [place]
     named = ", ".join(map(repr, files[:_NAMED])) + (", ..." if len(files) > _NAMED else "")
-    remedy = "Mend the file: a cell that holds the separator stands in quotes, JSON holds an object a line or a list"
+    remedy = "Copy it again"
+    if _reader(Path(files[0])) in ("csv", "json"):
+        remedy = (
+            "Mend the file: a cell that holds the separator stands in quotes, JSON holds an object a line or a list"
+        )
     if isinstance(cause, UnicodeDecodeError):
         remedy = conversion(Path(files[0]))
     told = str(cause).strip().rstrip(".")

@@ -75,13 +75,14 @@ def load_documents(text: str | list[str]) -> dict[str, str]:
             documents |= stdlib_documents()
         else:
             documents |= {str(file.resolve()): read_text(file, "text") for file in _files(entry)}
-    documents = {name: document for name, document in documents.items() if document.strip()}
-    if not documents:
+    written = {name: document for name, document in documents.items() if document.strip()}
+    if not written:
+        matched = "none but blank ones" if documents else "none"
         raise ValueError(
-            f"`text` must name files that hold text, got {text!r}, which matches none. "
+            f"`text` must name files that hold text, got {text!r}, which matches {matched}. "
             "Give files, folders, globs, tables, 'stdlib' or 'hub:NAME'."
         )
-    return documents
+    return written
 
 
 def _kinds(text: str | list[str]) -> tuple[list[str], list[str]]:

@@ -79,7 +79,8 @@ class BlockStatistics:
         if own is None:
             own = BlockStatistics(torch.zeros_like(self.sums[:1]), torch.zeros_like(self.counts[:1]), (kind,))
         mine, other = self._alike(own)
-        shape = torch.broadcast_shapes(mine.counts.shape[1:], other.counts.shape[1:])
+        shapes = (part.counts.shape[1:] for part in (mine, other))
+        shape = torch.broadcast_shapes(*shapes)  # type: ignore[no-untyped-call, unused-ignore]
         counts = torch.cat([part.counts.expand(-1, *shape) for part in (mine, other)])
         return BlockStatistics(torch.cat((mine.sums, other.sums)), counts, (*self.kinds, kind))
 

@@ -78,3 +78,6 @@ def test_what_lies_in_a_folder_is_text_or_said(tmp_path, caplog):
     assert load_documents(f"{tmp_path}/*.txt") == {str(tmp_path / "a.txt"): "a.txt"}
     with pytest.raises(ValueError, match=r"got \['wikitext'\], which matches none.*tables, 'stdlib' or 'hub:NAME'"):
         split_text("wikitext")
+    (tmp_path / "blank.txt").write_text(" \n")
+    with pytest.raises(ValueError, match="blank.txt', which matches none but blank ones"):
+        load_documents(str(tmp_path / "blank.txt"))

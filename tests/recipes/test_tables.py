@@ -81,7 +81,11 @@ def test_parquet_globs_and_saved_folders_are_read(tmp_path):
         ("rows.jsonl", b"{oops", "JSON parse error"),
         ("rows.jsonl", '{"text": "é", "label": 1}'.encode("latin-1"), "can't decode.*iconv"),
         ("rows.jsonl", b'["he", 1]\n["it", 0]\n', "JSON holds an object a line or a list"),
-        ("rows.parquet", b"PAR1", "Parquet"),
+        ("rows.jsonl", b"", "rows.jsonl is empty. Mend the file"),
+        ("rows.json", b"null", "rows.json begins with 'n'. Mend the file"),
+        ("rows.json", b" 3", "rows.json begins with '3'. Mend the file"),
+        ("rows.parquet", b"PAR1", "Parquet.* Copy it again"),
+        ("rows.parquet", b"", "0 bytes. Copy it again"),
     ],
 )
 def test_broken_tables_are_refused_by_name(tmp_path, name, content, told):
