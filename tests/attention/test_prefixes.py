@@ -5,7 +5,8 @@ from sparse_prune.attention.prefixes import renamings
 
 def test_all_names_go_by_one_exchange_of_prefixes():
     others = ["net.layers.0.attn", "net.layers.1.attn", "head.attn"]
-    assert renamings(["layers.1.attn"], others) == {("", "net."): {"layers.1.attn": "net.layers.1.attn"}}
+    names = ["layers.0.attn", "layers.1.attn"]
+    assert renamings(names, others) == {("", "net."): dict(zip(names, others[:2], strict=True))}
     names = ["ema.module.layers.0.attn", "ema.module.layers.1.attn"]
     assert renamings(names, others) == {("ema.module.", "net."): dict(zip(names, others[:2], strict=True))}
 
