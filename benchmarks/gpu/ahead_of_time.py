@@ -112,7 +112,8 @@ def choose(case):
         stack, tile = config.tile
         return config, values | {"BLOCK_Q": case.block, "TILES": case.block // tile, "TILE_K": tile, "STACK": stack}
     config = launch_config(case.kernel, case.capability, call)
-    return config, values | {"TILE_Q": config.tile[0], "TILE_K": config.tile[1], "DROPOUT": case.dropout}
+    values |= {"TILE_Q": config.tile[0], "TILE_K": config.tile[1], "DROPOUT": case.dropout}
+    return config, values | ({"SPAN": config.span} if case.kernel == "forward" else {})
 
 
 def source(case, values):
@@ -164,7 +165,7 @@ def compiled(case):
     config, values = choose(case)
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
     kernel = triton.compile(source(case, values), target=GPUTarget("cuda", case.capability, 32), options=options)
-    return kernel, vars(case) | {"dtype": NAMES[case.dtype], "tile": config.tile, **options}
+    return kernel, vars(case) | {"dtype": NAMES[case.dtype], "tile": config.tile, "span": config.span, **options}
 
 
 def main(group):

@@ -75,11 +75,11 @@ def model(case: Case) -> dict[str, Any]:
     """One row: the configuration, and the cycles of the loop without masks, which issues least."""
     kernel, row = compiled(case)
     found = min((cycles(body, row["num_warps"]) for body in loops(instructions(kernel.asm["cubin"]))), key=_issued)
-    tile_q, tile_k = row["tile"]
+    tile_q, tile_k = row["tile"][0], row["tile"][1] * row["span"]
     needed = PRODUCTS[case.kernel] * 2 * tile_q * tile_k * case.head_dim / FLOPS_PER_CYCLE
     blocks = tile_q * tile_k / 64**2
     return {
-        **{name: row[name] for name in ("kernel", "head_dim", "block", "tile", "num_warps", "num_stages")},
+        **{name: row[name] for name in ("kernel", "head_dim", "block", "tile", "span", "num_warps", "num_stages")},
         **found,
         "needed_tensor": round(needed),
         "issue_per_tensor": round(found["issue"] / needed, 2),
@@ -87,8 +87,8 @@ def model(case: Case) -> dict[str, Any]:
     }
 
 
-def _issued(found: dict[str, int]) -> int:
-    return found["issue"]
+def _issued(found: dict[str, int]) -> float:
+    return found["issue"] / found["tensor"]
 
 
 def main() -> None:

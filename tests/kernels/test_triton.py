@@ -18,6 +18,7 @@ from support.cases import inputs, random_pattern, run
 
 pytest.importorskip("triton")
 from sparse_prune.kernels.triton.attend import probe, probes  # noqa: E402
+from sparse_prune.kernels.triton.configs import Call, launch_config  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -64,6 +65,17 @@ def test_output_and_gradients(causal, block, length):
 def test_head_sizes(dim, dtype):
     tensors = inputs(batch=1, heads=2, kv_heads=1, q_len=70, kv_len=70, dim=dim)
     assert_close_to_reference(tensors, random_pattern(2, 70, 70, 32, True, 0.6), dtype=dtype)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("dim", [40, 64])
+def test_two_key_tiles_a_turn_that_lie_apart(causal, dim):
+    call = Call(dim, torch.float16, (64, 64))
+    assert launch_config("forward", 90, call).span == 2
+    assert launch_config("forward", 90, call._replace(masks=1)).span == 1
+    pattern = random_pattern(4, 389, 389, 64, causal, 0.6)
+    assert {int(row.sum()) % 2 for row in pattern.keep[:, 4]} == {0, 1}  # one is left over in some
+    assert_close_to_reference(inputs(batch=1, q_len=389, kv_len=389, dim=dim), pattern, dtype=torch.float16)
 
 
 @pytest.mark.gpu

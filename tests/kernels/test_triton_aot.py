@@ -51,4 +51,4 @@ def test_the_instruction_model_counts_what_the_loops_must_multiply(tmp_path):
     assert len(rows) == 12
     for row in rows:
         assert row["tensor"] == row["needed_tensor"], row
-        assert row["issue"] <= {64: 1.25, 128: 0.8}[row["head_dim"]] * row["needed_tensor"], row
+        assert row["issue"] <= {64: 1.05, 128: 0.8}[row["head_dim"]] * row["needed_tensor"], row

@@ -64,7 +64,7 @@ def test_the_fastest_candidate_is_taken_and_kept():
         assert found[kernel] in candidates(kernel, 90, CALL)
         assert found[kernel] != shipped
     after = plan(PATTERN, 16, torch.float16, DEVICE, Traits())[1]
-    assert after == [n for k in KERNELS for n in (*found[k].tile, found[k].num_warps, found[k].num_stages)]
+    assert after == [n for k in KERNELS for n in found[k].numbers()]
     assert before != after
     again, launches = tune()
     assert again == found
@@ -131,7 +131,7 @@ def test_another_process_finds_them_on_disk(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{", "[]", '{"entries": {"a": [7, 16, 4, 2, 1]}}', '{"entries": {"a": "x"}}', "\x00"]
+    "text", ["", "{", "[]", '{"entries": {"a": [7, 16, 4, 2, 1, 1]}}', '{"entries": {"a": "x"}}', "\x00"]
 )
 def test_a_broken_file_is_reported_and_written_anew(folder, text, caplog):
     folder.mkdir()
@@ -140,9 +140,7 @@ def test_a_broken_file_is_reported_and_written_anew(folder, text, caplog):
         found, _ = tune()
     assert ("cannot be read" in caplog.text) is ("[7, 16" not in text)  # an unsound entry is left out alone
     written = json.loads((folder / "triton_tuning.json").read_text())["entries"]
-    assert sorted(entry[:4] for entry in written.values()) == sorted(
-        [*c.tile, c.num_warps, c.num_stages] for c in found.values()
-    )
+    assert sorted(entry[:-1] for entry in written.values()) == sorted(config.numbers() for config in found.values())
     assert tuning.tuned("dq", PATTERN, CALL, DEVICE) == found["dq"]
 
 
@@ -160,13 +158,13 @@ def test_what_another_process_measures_is_seen_at_the_next_call():
     assert tuning.tuned("dq", PATTERN, CALL, DEVICE) is None
     writer = (
         "import json, sys; from pathlib import Path; path = Path(sys.argv[1]); path.parent.mkdir(exist_ok=True);"
-        "path.write_text(json.dumps({'entries': {sys.argv[2]: [16, 32, 4, 2, 99]}}))"
+        "path.write_text(json.dumps({'entries': {sys.argv[2]: [16, 32, 4, 2, 1, 99]}}))"
     )
     key = tuning._key("dq", PATTERN, CALL, DEVICE)
     subprocess.run([sys.executable, "-c", writer, tuning.cache_file(), key], check=True)
     assert tuning.tuned("dq", PATTERN, CALL, DEVICE) == other
     after = plan(PATTERN, 16, torch.float16, DEVICE, Traits())[1]
-    assert after == [*before[:4], 16, 32, 4, 2, *before[8:]]
+    assert after == [*before[:5], 16, 32, 4, 2, 1, *before[10:]]
     found, launches = tune()
     assert found["dq"] == other
     assert launches

@@ -115,7 +115,7 @@ def _plan(pattern: BlockPattern, call: Call, device: torch.device) -> Plan:
         config = tuning.tuned(kernel, pattern, call, device) or shipped
         found = index_tables(pattern, config.tile, device)
         tables += (found.cols if kernel == "dkdv" else found.rows).tensors()
-        configs += [*config.tile, config.num_warps, config.num_stages]
+        configs += config.numbers()
     return tables, configs
 
 

@@ -68,6 +68,18 @@ class LaunchConfig:
     """Tokens per tile, (query, key)."""
     num_warps: int
     num_stages: int
+    span: int = 1
+    """Key tiles that the forward kernel multiplies at a time where no element is masked, 1 or 2."""
+
+    def numbers(self) -> list[int]:
+        """Return the fields in order, as operators and files take them; `of` makes a configuration of them again."""
+        return [*self.tile, self.num_warps, self.num_stages, self.span]
+
+    @classmethod
+    def of(cls, numbers: list[int]) -> LaunchConfig:
+        """Make a configuration of its five numbers."""
+        tile_q, tile_k, num_warps, num_stages, span = numbers
+        return cls((tile_q, tile_k), num_warps, num_stages, span)
 
 
 def capability(device: torch.device) -> int:
@@ -176,6 +188,8 @@ def launch_config(kernel: Kernel, capability: int, call: Call) -> LaunchConfig:
     fitted = _fitted(_SMALL.get((kernel, width), plain) if device == 89 else plain, call.block_size)
     if _small(kernel, fitted.tile, width, device):
         fitted = replace(fitted, num_warps=4)
+    if (kernel, device, width, fitted.tile) == ("forward", 90, 64, (64, 64)) and not call.masks and not call.softcap:
+        fitted = replace(fitted, span=2)  # exponentials bound so short a head: a wider tile has less beside them
     return _MASKED.get((kernel, width, fitted.tile), fitted) if call.masks else fitted
 
 

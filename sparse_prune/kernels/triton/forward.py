@@ -9,21 +9,35 @@ from sparse_prune.kernels.triton.tiles import dropout_factor, load_tile, scaled,
 
 
 @triton.jit
+def _tiles(index, visit, end, SPAN: tl.constexpr):
+    """The key tiles of a turn, which need not lie side by side; the same one twice if a turn has one."""
+    tile = tl.load(index + visit)
+    other = tile
+    if SPAN == 2:
+        other = tl.load(index + tl.minimum(visit + 1, end))
+    return tile, other
+
+
+@triton.jit
 def _visit(
     acc, top, total, q, begin, end, index, k_base, v_base, query, dims, head, key_mask, attn_mask, documents,
     stride_kt, stride_kd, stride_vt, stride_vd, stride_mask_q, stride_mask_k, window,
     q_len, kv_len, head_dim, scale, softcap, dropout_p, seed,
-    TILE_K: tl.constexpr, CAUSAL: tl.constexpr, MASKS: tl.constexpr,
+    TILE_K: tl.constexpr, SPAN: tl.constexpr, CAUSAL: tl.constexpr, MASKS: tl.constexpr,
     SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, PADDED: tl.constexpr, ON_EDGE: tl.constexpr,
 ):  # fmt: skip
-    """Online softmax over visits begin..end."""
-    in_tile = tl.arange(0, TILE_K)
-    block = tl.load(index + begin)
-    for visit in tl.range(begin, end):
+    """Online softmax over visits begin..end, `SPAN` a turn, 1 or 2."""
+    in_tile = tl.arange(0, SPAN * TILE_K)
+    block, other = _tiles(index, begin, end, SPAN)
+    for visit in tl.range(begin, end, SPAN):
         # The next index is loaded a turn ahead: loaded in this turn it would cost the pipeline a stage.
-        following = tl.load(index + visit + 1)
-        first = block * TILE_K
-        key = first + in_tile
+        following, following_other = _tiles(index, visit + SPAN, end, SPAN)
+        if SPAN == 2:
+            key = in_tile + tl.where(in_tile < TILE_K, block * TILE_K, (other - 1) * TILE_K)
+            first = (key - in_tile)[:, None]
+        else:
+            first = block * TILE_K
+            key = first + in_tile
         k = load_tile(k_base, first, in_tile, kv_len, dims, head_dim, stride_kt, stride_kd, PADDED, ON_EDGE)
         products = tl.dot(q, tl.trans(k), input_precision="ieee")
         logits, _ = scaled(products, scale, softcap, SOFTCAP)
@@ -51,7 +65,7 @@ def _visit(
         v = load_tile(v_base, first, in_tile, kv_len, dims, head_dim, stride_vt, stride_vd, PADDED, ON_EDGE)
         acc = acc * fade[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
         top = higher
-        block = following
+        block, other = following, following_other
     return acc, top, total
 
 
@@ -62,7 +76,7 @@ def forward_kernel(
     stride_vb, stride_vh, stride_vt, stride_vd, stride_ob, stride_oh, stride_ot, stride_od,
     stride_pb, stride_mask_b, stride_mask_h, stride_mask_q, stride_mask_k, window,
     heads, group, tiles, q_len, kv_len, head_dim, scale, softcap, dropout_p, seed,
-    TILE_Q: tl.constexpr, TILE_K: tl.constexpr, HEAD: tl.constexpr, CAUSAL: tl.constexpr,
+    TILE_Q: tl.constexpr, TILE_K: tl.constexpr, SPAN: tl.constexpr, HEAD: tl.constexpr, CAUSAL: tl.constexpr,
     MASKS: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr,
     PADDED: tl.constexpr,
 ):  # fmt: skip
@@ -81,7 +95,7 @@ def forward_kernel(
     documents += sample * kv_len
     flat_head = (sample * heads + head).to(tl.int32)
     begin, end = tl.load(start + program), tl.load(start + program + 1)
-    middle = begin + tl.load(full + program)
+    middle = begin + tl.load(full + program) // SPAN * SPAN  # an odd one goes with those on the edge
     acc = tl.zeros([TILE_Q, HEAD], tl.float32)
     top = tl.full([TILE_Q], float("-inf"), tl.float32)
     total = tl.zeros([TILE_Q], tl.float32)
@@ -91,7 +105,7 @@ def forward_kernel(
             dims, flat_head, key_mask, mask_base, documents,
             stride_kt, stride_kd, stride_vt, stride_vd, stride_mask_q, stride_mask_k, window,
             q_len, kv_len, head_dim, scale, softcap, dropout_p, seed,
-            TILE_K, CAUSAL, MASKS, SOFTCAP, DROPOUT, PADDED, edge == 1,
+            TILE_K, 1 if edge else SPAN, CAUSAL, MASKS, SOFTCAP, DROPOUT, PADDED, edge == 1,
         )  # fmt: skip
     empty = total == 0.0
     acc = acc / tl.where(empty, 1.0, total)[:, None]

@@ -27,7 +27,8 @@ def launch_forward(
     output = torch.empty_like(query)
     lse = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
     strides = (*query.stride(), *key.stride(), *value.stride(), *output.stride())
-    _launch(forward_kernel, (query, key, value, output, lse), tables, strides, config, query, key, causal, options)
+    tensors = (query, key, value, output, lse)
+    _launch(forward_kernel, tensors, tables, strides, config, query, key, causal, options, SPAN=config.span)
     return output, lse
 
 
@@ -122,7 +123,7 @@ def launch_decode(
 
 def _launch(
     kernel: Any, tensors: tuple[Tensor, ...], tables: Tables, strides: tuple[int, ...], config: LaunchConfig,
-    query: Tensor, key: Tensor, causal: bool, options: AttentionOptions,
+    query: Tensor, key: Tensor, causal: bool, options: AttentionOptions, **constants: int,
 ) -> None:  # fmt: skip
     """One launch of forward, dq or dkdv: a program per entry of the tables and per sample."""
     batch, heads, q_len, head_dim = query.shape
@@ -139,7 +140,7 @@ def _launch(
             _scale(options, head_dim), options.softcap or 1.0, options.dropout_p, options.seed or 0,
             TILE_Q=config.tile[0], TILE_K=config.tile[1], HEAD=width, CAUSAL=causal, MASKS=kinds,
             SOFTCAP=options.softcap is not None, DROPOUT=options.dropout_p > 0, PADDED=width != head_dim,
-            num_warps=config.num_warps, num_stages=config.num_stages,
+            **constants, num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
 
 

@@ -44,7 +44,7 @@ def block_sparse_attention(
 
     Args:
         tables: `Visits.tensors()` three times: for the forward pass, for dq, for dk and dv.
-        configs: (query tile, key tile, warps, stages) three times, in the same order.
+        configs: `LaunchConfig.numbers()` three times, in the same order.
         *arguments: See `option_arguments`.
 
     Returns:
@@ -139,11 +139,12 @@ def _part(
     tables: list[Tensor], configs: list[int], part: int, query: Tensor, key: Tensor
 ) -> tuple[LaunchConfig, list[Tensor]]:
     """Configuration and tables of forward (0), dq (1) or dkdv (2)."""
-    if len(tables) != 12 or len(configs) != 12:
-        raise ValueError(f"`tables` and `configs` must have 12 entries each, got {len(tables)} and {len(configs)}.")
-    tile_q, tile_k, warps, stages = configs[4 * part : 4 * part + 4]
+    if len(tables) != 12 or len(configs) != 15:
+        raise ValueError(f"`tables` must have 12 entries and `configs` 15, got {len(tables)} and {len(configs)}.")
+    config = LaunchConfig.of(configs[5 * part : 5 * part + 5])
+    tile_q, tile_k = config.tile
     own = tables[4 * part : 4 * part + 4]
     rows, cols = -(-query.shape[2] // tile_q), -(-key.shape[2] // tile_k)
     outer, inner = (cols, rows) if part == 2 else (rows, cols)
     check_tables(own, query.shape[1] * outer, inner, query.device)
-    return LaunchConfig((tile_q, tile_k), warps, stages), own
+    return config, own

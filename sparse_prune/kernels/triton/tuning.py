@@ -63,11 +63,7 @@ def tuned(kernel: Kernel, pattern: BlockPattern, call: Call, device: torch.devic
     What another process has measured meanwhile counts: under DDP the first rank measures for all.
     """
     entry = _read(cache_file()).get(_key(kernel, pattern, call, device))
-    return None if entry is None else _config(entry)
-
-
-def _config(entry: list[int]) -> LaunchConfig:
-    return LaunchConfig((entry[0], entry[1]), entry[2], entry[3])
+    return None if entry is None else LaunchConfig.of(entry[:-1])
 
 
 def tune(
@@ -100,15 +96,15 @@ def tune(
     for kernel, waiting in zip(KERNELS, (3, 2, 1), strict=True):
         name = _key(kernel, pattern, call, query.device)
         entry, untried = _read(cache_file()).get(name), candidates(kernel, capability(query.device), call)
-        best = [] if entry is None else [_config(entry)]
-        tried = 0 if entry is None else entry[4]
+        best = [] if entry is None else [LaunchConfig.of(entry[:-1])]
+        tried = 0 if entry is None else entry[-1]
         left, untried = end - time.monotonic(), untried[tried:]
         if untried and left > 0:
             launcher = partial(_launcher, kernel, query.detach(), key.detach(), value.detach(), pattern, options)
             limit = time.monotonic() + left / waiting
             fastest, seen = _fastest(kernel, call, [*best, *untried], launcher, measure or _bench, limit)
             best, tried = [fastest], tried + seen - len(best)
-            news[name] = [*fastest.tile, fastest.num_warps, fastest.num_stages, tried]
+            news[name] = [*fastest.numbers(), tried]
         if best:
             found[kernel] = best[0]
     if news:
@@ -208,11 +204,12 @@ def _load(path: Path) -> dict[str, list[int]]:
 
 def _sound(entry: list[int]) -> bool:
     """Whether an entry can be a configuration and how many candidates it won against, itself included:
-    [query tile, key tile, warps, stages, candidates]."""
+    [query tile, key tile, warps, stages, span, candidates]."""
     if isinstance(entry, list) and len(entry) == 4:  # of an older version
         return False
-    tile_q, tile_k, warps, stages, tried = entry
-    return {tile_q, tile_k} <= {16, 32, 64, 128, 256} and warps in (4, 8) and stages in (1, 2, 3, 4) and tried > 0
+    tile_q, tile_k, warps, stages, span, tried = entry
+    sides = {tile_q, tile_k} <= {16, 32, 64, 128, 256}
+    return sides and warps in (4, 8) and stages in (1, 2, 3, 4) and span in (1, 2) and tried > 0
 
 
 def _write(path: Path, entries: dict[str, list[int]]) -> None:
