@@ -342,7 +342,9 @@ class PrunableAttention:
                 return decoded
         mask = last_rows(self._pattern, call.q_len, dropped + call.kv_len, causal, query.device)[None, ..., dropped:]
         visible = options.token_mask(call.q_len, call.kv_len, query.device)
-        return masked_attention(query, key, value, mask if visible is None else mask & visible, options)
+        group = self.num_heads // self.num_kv_heads
+        keys, values = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
+        return masked_attention(query, keys, values, mask if visible is None else mask & visible, options)
 
 
 class _Call(NamedTuple):

@@ -25,25 +25,23 @@ def attend(query: Tensor, key: Tensor, value: Tensor, pattern: BlockPattern, opt
         raise ValueError("Backend 'sdpa' has no `softcap`. Use 'reference', which has.")
     mask = pattern.token_mask(query.shape[2], key.shape[2], query.device)[None]
     visible = options.token_mask(query.shape[2], key.shape[2], query.device)
-    return masked_attention(
-        query, key, value, mask if visible is None else mask & visible, options, dropout_p=options.dropout_p
-    )
+    mask, group = mask if visible is None else mask & visible, query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
+    return masked_attention(query, key, value, mask, options, dropout_p=options.dropout_p)
 
 
 def masked_attention(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: AttentionOptions, dropout_p: float = 0.0
 ) -> Tensor:
-    """Compute attention under a boolean mask, with the soft cap and the scale of some options; shapes as in `attend`.
+    """Compute attention under a boolean mask, with the soft cap and the scale of some options.
 
-    The mask is broadcastable to (batch, num_heads, q_len, kv_len), True = may attend; None: all may.
+    Keys and values have as many heads as the query. The mask is broadcastable to (batch, num_heads, q_len, kv_len),
+    True = may attend; None: all may.
     """
     if options.softcap is not None:
         everything = torch.ones(1, 1, 1, key.shape[2], dtype=torch.bool, device=query.device)
         capped = AttentionOptions(scale=options.scale, softcap=options.softcap)
         return reference.masked_attention(query, key, value, everything if mask is None else mask, capped)
-    group = query.shape[1] // key.shape[1]
-    if group > 1:
-        key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
     output: Tensor = F.scaled_dot_product_attention(query, key, value, mask, dropout_p, scale=options.scale)
     return output if mask is None else output.masked_fill(~mask.any(-1, keepdim=True), 0.0)
 
