@@ -76,7 +76,8 @@ class FineTuneCLI(LightningCLI):
     @override
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         trainer = super().instantiate_trainer(**kwargs)
-        trainer.callbacks.append(Progress(self._get(self.config, "compare_dense")))  # type: ignore[attr-defined]
+        # Before AttentionPruning, so that what it asks after the first step is no part of the step.
+        trainer.callbacks.insert(0, Progress(self._get(self.config, "compare_dense")))  # type: ignore[attr-defined]
         return trainer
 
     def tokenizer(self) -> Any:
