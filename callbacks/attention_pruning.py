@@ -194,6 +194,11 @@ class AttentionPruning(Driver):
                 trainer.ckpt_path,
             )
 
+    @property
+    def _apart(self) -> float:
+        """Seconds of this process that were no part of a step: measurements and questions."""
+        return self.swap.timer.seconds + self._questions.seconds
+
     def _release(self) -> None:
         """Give the module its own training step back."""
         if self._probed is not None:
@@ -249,7 +254,7 @@ class AttentionPruning(Driver):
         self._scale = _gradient_scale(trainer)
         self._watching = self._due(trainer.global_step + 1)
         self._blind = self.pruner.block_size is None
-        self.logging.begin_batch(pl_module, self.swap)
+        self.logging.begin_batch(pl_module, self._apart)
 
     def _probe(self, pl_module: pl.LightningModule, step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Run the training step with the probe on, and nothing else that runs the model.
@@ -305,7 +310,7 @@ class AttentionPruning(Driver):
             values = {"prune/sparsity_now": self.pruner.total_sparsity, "prune/threshold_now": self.report.threshold}
             pl_module.log_dict(values, prog_bar=True, logger=False, batch_size=1)
         self.swap.end_batch(trainer, pl_module, self.pruner)
-        self.logging.end_batch(trainer, pl_module, self.pruner, self.report, self.swap)
+        self.logging.end_batch(trainer, pl_module, self.pruner, self.report, self.swap, self._apart)
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_prune.attention.handles import holds
+from sparse_prune.clock import now
 from sparse_prune.export.sharded import is_sharded
 from sparse_prune.pruner import AttentionPruner, Reduce
 from sparse_prune.retrieval import (
@@ -41,6 +42,8 @@ class Questions:
         """Layer -> heads kept whole for retrieval."""
         self.unasked: str | None = None
         """Why a model could not be asked that "auto" would have asked."""
+        self.seconds = 0.0
+        """Time of asking in this process."""
         self._asked = False
         self._pruner, self._auto = pruner, settings == "auto"
         self._settings = Retrieval() if settings == "auto" else settings
@@ -64,9 +67,11 @@ class Questions:
         model, self._model = self._model, None
         if model is None:
             return
-        self._asked = True
+        self._asked, device = True, trainer.strategy.root_device
+        start = now(device)
         with self._or_unasked(), trainer.precision_plugin.forward_context():
             self._keep(trainer.strategy.broadcast(model.ask(reduce), src=0))
+        self.seconds += now(device) - start
         if self.found:
             total = sum(state.layer.num_heads for state in self._pruner.layers.values())
             log.info(

@@ -78,7 +78,7 @@ class SparsityLogger(Collaborator):
         self._decisions = 0
         self._drawn: dict[str, Tensor] = {}  # the keep masks of the last atlas
         self._clock = StepClock()
-        self._measured = 0.0  # seconds of the swap's measurements when the batch began
+        self._apart = 0.0  # seconds that were no part of a step when the batch began
 
     def begin_fit(self, trainer: pl.Trainer, settings: dict[str, Any]) -> None:
         """Find the folder of the run, on every rank; log settings, and retry loggers that failed in an earlier fit."""
@@ -101,9 +101,9 @@ class SparsityLogger(Collaborator):
             except OSError as error:
                 log.warning("Frames of an earlier run stay in the pattern history: %r", error)
 
-    def begin_batch(self, pl_module: pl.LightningModule, swap: KernelSwap) -> None:
-        """Start the clock of a batch."""
-        self._measured = swap.timer.seconds
+    def begin_batch(self, pl_module: pl.LightningModule, apart: float) -> None:
+        """Start the clock of a batch; `apart` are the seconds of this process that were no part of any step."""
+        self._apart = apart
         self._clock.start(pl_module.device)
 
     def end_batch(
@@ -113,9 +113,10 @@ class SparsityLogger(Collaborator):
         pruner: AttentionPruner,
         report: PruneReport | None,
         swap: KernelSwap,
+        apart: float,
     ) -> None:
-        """Log new metrics and pictures."""
-        self._clock.stop(pl_module.device, _tokens(pruner), apart=swap.timer.seconds - self._measured)
+        """Log new metrics and pictures; `apart` as in `begin_batch`."""
+        self._clock.stop(pl_module.device, _tokens(pruner), apart=apart - self._apart)
         metrics = self._clock.read(trainer.global_step, trainer.log_every_n_steps)  # type: ignore[attr-defined]
         decided = report is not None and report.step > self._logged_step
         fresh = swap.events[self._logged_swaps :]

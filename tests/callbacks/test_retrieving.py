@@ -1,5 +1,7 @@
 """A fit asks its questions once, keeps what they look at, and changes nothing else."""
 
+import time
+
 import pytest
 import torch
 from torch import nn
@@ -88,6 +90,23 @@ def test_by_default_a_model_is_asked_and_one_that_fails_is_left_in_peace(tmp_pat
     assert other.losses == module.losses
     with pytest.raises(RuntimeError, match="the tokenizer is not there"):
         fit(tmp_path, Failing(), steps=1)
+
+
+def test_the_time_of_questions_is_no_part_of_a_step(tmp_path, monkeypatch):
+    seen, look = [], AskedModel.ask
+
+    def slow(self, reduce=None):
+        time.sleep(0.5)
+        return look(self, reduce)
+
+    def stop(self, device, tokens, apart=0.0):
+        seen.append(apart)
+
+    monkeypatch.setattr(AskedModel, "ask", slow)
+    monkeypatch.setattr("sparse_prune.callbacks.step_clock.StepClock.stop", stop)
+    fit(tmp_path, retrieval=Retrieval(probes=2), steps=2)
+    assert seen[0] >= 0.5
+    assert seen[1] == 0.0
 
 
 def test_questions_compile_nothing(tmp_path, monkeypatch):
