@@ -56,10 +56,14 @@ def test_checkpointing_keeps_the_inputs_of_no_layer():
     model = tiny_llama(num_hidden_layers=3).train()
     model.gradient_checkpointing_enable({"use_reentrant": False})
     pruner = watched(model)
+
+    def inputs():
+        gc.collect()
+        return {id(x) for x in gc.get_objects() if type(x) is torch.Tensor and x.shape == (2, 4, LENGTH, 8)}
+
+    before = inputs()  # an earlier test may have left some
     loss = forward(model)
-    gc.collect()
-    held = [thing for thing in gc.get_objects() if type(thing) is torch.Tensor and thing.shape == (2, 4, LENGTH, 8)]
-    assert not held
+    assert inputs() <= before
     loss.backward()
     assert pruner.update(1).sparsity > 0
 
