@@ -71,7 +71,7 @@ class Progress(pl.Callback):
     def __init__(self, twin: bool = False, seconds: float = 60.0) -> None:
         self.twin, self.seconds = twin, seconds
         self._heartbeat: Heartbeat | None = None
-        self._begun, self._said = 0.0, 0.0  # seconds of the clock
+        self._begun, self._said, self._second = 0.0, 0.0, 0.0  # seconds of the clock; when the second step began
         self._first, self._step = 0, 0
 
     @override
@@ -103,6 +103,8 @@ class Progress(pl.Callback):
     ) -> None:
         if self._heartbeat is not None:
             self._heartbeat.at(f"step {trainer.global_step + 1}")
+        if trainer.global_step == self._first + 1 and self._second < self._begun:
+            self._second = time.monotonic()
 
     @override
     def on_train_batch_end(
@@ -130,8 +132,9 @@ class Progress(pl.Callback):
             self._heartbeat.at("the test")
 
     def _seconds_left(self, step: int, last: float) -> float:
-        done = step - self._first
-        return (time.monotonic() - self._begun) / done * (last - step)
+        """By the first step; later by those after it, for what pruning asks and measures between the two comes once."""
+        now, later = time.monotonic(), step - self._first - 1
+        return ((now - self._second) / later if later else now - self._begun) * (last - step)
 
     def _forecast(self, step: int, last: float) -> str:
         seconds = time.monotonic() - self._begun

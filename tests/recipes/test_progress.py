@@ -29,7 +29,7 @@ def fit(callback, seconds, tmp_path, **options):
     quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar"), False)
     options = {"accelerator": "cpu", "max_steps": 4, "default_root_dir": tmp_path} | options
     loader = torch.utils.data.DataLoader(torch.arange(16.0))
-    pl.Trainer(**options, **quiet, callbacks=[callback]).fit(Slow(seconds), loader)
+    pl.Trainer(**options, **quiet, callbacks=callback).fit(Slow(seconds), loader)
 
 
 def test_the_first_step_is_told_with_the_time_to_come(tmp_path, caplog):
@@ -48,6 +48,21 @@ def test_accumulated_batches_are_one_step_and_later_lines_say_what_is_left(tmp_p
     lines = [record.getMessage() for record in caplog.records if record.name.endswith("progress")]
     assert "3 more will take about" in lines[0]
     assert [line for line in lines if line.startswith("Step 3 of 4 is done; about 0.")]
+
+
+class Pause(pl.Callback):
+    """Does something long after the first step."""
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if trainer.global_step == 1:
+            time.sleep(3.0)
+
+
+def test_what_comes_once_after_the_first_step_is_no_part_of_the_time_left(tmp_path, caplog):
+    with caplog.at_level(logging.INFO, "sparse_prune"):
+        fit([Progress(seconds=0.01), Pause()], 0.1, tmp_path)
+    lines = [line for line in caplog.messages if "done; about" in line]
+    assert [float(line.partition("about ")[2].split()[0]) < 1.0 for line in lines] == [True, True, True]
 
 
 def test_a_long_step_is_not_silent(tmp_path, caplog):
