@@ -25,7 +25,7 @@ from sparse_prune.export.sharded import is_sharded
 from sparse_prune.files import user_path
 from sparse_prune.machine import describe_machine
 from sparse_prune.metrics import STEP_SECONDS, savings
-from sparse_prune.recipes.base.closing import where_and_next
+from sparse_prune.recipes.base.closing import where_and_next, won_and_lost
 from sparse_prune.recipes.base.history import RunHistory
 from sparse_prune.recipes.base.module import FineTuneModule
 from sparse_prune.recipes.base.parser import RecipeParser
@@ -147,7 +147,7 @@ class FineTuneCLI(LightningCLI):
         path = on_first_rank(partial(report.write, folder))
         if self.trainer.is_global_zero:
             places = where_and_next(path, folder, export, self.next_commands(folder, export))
-            print("\n".join(["", *report.verdicts(), *report.qualities(), "", *places]))
+            print("\n".join(["", *report.verdicts(), "", *won_and_lost(report), "", *places]))
 
     def _save_pretrained(self, folder: str) -> None:
         model, pruner = self.model.model, _callback(self.trainer, AttentionPruning).pruner

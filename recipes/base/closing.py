@@ -1,4 +1,4 @@
-"""The last lines that a run prints: where the files are, and what to do next."""
+"""The last lines that a run prints: what was gained and lost, where the files are, what to do next."""
 
 from __future__ import annotations
 
@@ -9,9 +9,33 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from sparse_prune.recipes.base.report import RunReport
+
+
+def won_and_lost(report: RunReport) -> tuple[str, str]:
+    """Return two sentences on what pruning won and lost against the dense run; they omit what did not change.
+
+    Args:
+        report: The report. Without a dense run the first sentence has the cache alone, the second what to add.
+    """
+    changes = [*_speed(report), *_cache(report), *_loss(report), *_quality(report)]
+    won, lost = ([text for better, text in changes if better is wanted] for wanted in (True, False))
+    pruned = f"{report.sparsity:.1%} of the attention blocks pruned"
+    first = f"Won, with {pruned}: {'; '.join(won)}." if won else f"Won, with {pruned}: nothing."
+    if report.dense is None:
+        lost.append("loss and speed were not compared, which --compare_dense true does")
+    return first, f"Lost: {'; '.join(lost) or 'nothing that was measured'}."
+
 
 def where_and_next(report: Path, folder: Path, export: str | None, commands: Sequence[Sequence[str]]) -> list[str]:
-    """Return lines with the paths of all files, and with commands to run next, ready to copy."""
+    """Return lines with the paths of all files, and with commands to run next, ready to copy.
+
+    Args:
+        report: File of the report.
+        folder: Folder of the run: logs, settings, patterns.
+        export: Folder of the exported model; None without one.
+        commands: Arguments of `sparse-prune`.
+    """
     lines = [f"Report: {report}", f"Logs, settings, patterns: {folder}"]
     if export is not None:
         lines.append(f"Pruned model with its patterns: {export}")
@@ -24,3 +48,44 @@ def _program() -> str:
     if not own.exists() or shutil.which("sparse-prune") == str(own):
         return "sparse-prune"
     return os.path.relpath(own) if own.is_relative_to(Path.cwd()) else str(own)
+
+
+def _speed(report: RunReport) -> list[tuple[bool, str]]:
+    times = report.step_seconds()
+    if report.dense is None or "sparse" not in times or "dense" not in times:
+        return []
+    dense, sparse = times["dense"], times["sparse"]
+    better = sparse < dense
+    factor = f"{dense / sparse:.2f}x faster" if better else f"{sparse / dense:.2f}x slower"
+    return [(better, f"a step with swapped layers is {factor} ({_seconds(sparse)} against {_seconds(dense)})")]
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds:.3g} s" if seconds >= 1 else f"{1000 * seconds:.3g} ms"
+
+
+def _cache(report: RunReport) -> list[tuple[bool, str]]:
+    if report.cache is None or report.cache.pruned.kv_bytes == report.cache.dense.kv_bytes:
+        return []
+    small, large = report.cache.pruned.kv_bytes, report.cache.dense.kv_bytes
+    better = small < large
+    factor = f"{large / max(small, 1):.2f}x smaller" if better else f"{small / max(large, 1):.2f}x larger"
+    sizes = f"{small / 2**20:.3g} against {large / 2**20:.3g} MiB"
+    return [(better, f"the KV cache of {report.cache.length} tokens is {factor} ({sizes})")]
+
+
+def _loss(report: RunReport) -> list[tuple[bool, str]]:
+    if report.dense is None:
+        return []
+    dense = report.dense.loss_after
+    better = report.loss < dense
+    change = f"{report.loss / dense - 1.0:+.2%} ({report.loss:.4f} against {dense:.4f})"
+    return [(better, f"held-out loss {change}")]
+
+
+def _quality(report: RunReport) -> list[tuple[bool, str]]:
+    beside = {} if report.dense is None else report.dense.quality
+    pairs = [(name, value, beside[name]) for name, value in report.quality.items() if name in beside]
+    return [
+        (value > dense, f"{name} {value:.1%} against {dense:.1%}") for name, value, dense in pairs if value != dense
+    ]

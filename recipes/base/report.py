@@ -113,7 +113,7 @@ class RunReport:
             f"{len(self.events) - len(swapped)} gained nothing and got their connections back.",
         ]
         if self.dense is None:
-            lines.append(f"Held-out loss {self.loss:.4f}; `--compare_dense true` compares it with a dense fine-tune.")
+            lines.append(f"Held-out loss {self.loss:.4f}.")
         else:
             change = self.loss / self.dense.loss_after - 1.0
             lines.append(
