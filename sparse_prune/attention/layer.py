@@ -294,11 +294,14 @@ class PrunableAttention:
         if call.q_len != call.kv_len:
             return output
 
+        query, key, value, options, causal = call
+
+        # It outlives the forward pass, so it must not hold the call: checkpointing lets the call's tensors go.
         def add(query: Tensor, key: Tensor, value: Tensor, gradient: Tensor) -> None:
-            saved = _Call(query, key, value, call.options, call.causal)
+            saved = _Call(query, key, value, options, causal)
             self._add_to_score(score, saved, block_size, gradient.float() / self.gradient_scale)
 
-        return with_gradient(output, call.query, call.key, call.value, add)
+        return with_gradient(output, query, key, value, add)
 
     def _add_to_score(
         self, score: Score, call: _Call, block_size: tuple[int, int], gradient: Tensor | None = None
