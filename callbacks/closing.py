@@ -62,9 +62,13 @@ def _retrieval(pruner: AttentionPruner, unasked: str | None) -> str:
             f"Retrieval: pruning keeps {' and '.join(kept)}. A language model loses what it looks up long before its "
             "loss tells: `sparse-prune evaluate` measures both on an export."
         )
-    why = f"the model was not asked for what stands far back ({unasked})" if unasked else "nothing was kept for it"
+    if unasked:
+        return (
+            f"Retrieval: the model was not asked for what stands far back ({unasked}), and a language model loses what it "
+            "looks up long before its loss tells (docs/retrieval.md)."
+        )
     return (
-        f"Retrieval: {why}, and a language model loses what it looks up long before its loss tells. "
+        "Retrieval: nothing was kept for it, and a language model loses what it looks up long before its loss tells. "
         "`AttentionPruning(retrieval=Retrieval())` keeps what questions look at (docs/retrieval.md)."
     )
 
