@@ -64,8 +64,8 @@ def _retrieval(pruner: AttentionPruner, unasked: str | None) -> str:
         )
     if unasked:
         return (
-            f"Retrieval: the model was not asked for what stands far back ({unasked}), and a language model loses what it "
-            "looks up long before its loss tells (docs/retrieval.md)."
+            f"Retrieval: the model was not asked for what stands far back ({unasked}), and a language model loses "
+            "what it looks up long before its loss tells (docs/retrieval.md)."
         )
     return (
         "Retrieval: nothing was kept for it, and a language model loses what it looks up long before its loss tells. "
