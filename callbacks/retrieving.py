@@ -184,27 +184,25 @@ class AskedModel:
         settings = self.settings
         tokens = self._tokens[:, : settings.length].cpu()
         with torch.compiler.set_stance("force_eager"):  # a few calls are not worth a compilation
-            return self._asked(tokens, self._ask(tokens, settings.probes, settings.seed), reduce)
+            probes = self._ask(tokens, settings.probes, settings.seed)
+            self._score_blocks(tokens, probes, reduce)
+            return self._heads(probes) if settings.heads else {}
 
-    def _asked(self, tokens: Tensor, probes: list[RetrievalProbe], reduce: Reduce | None) -> dict[str, tuple[int, ...]]:
-        settings = self.settings
-        if self.pruner.score_used.sees == "gradient":
+    def _score_blocks(self, tokens: Tensor, probes: list[RetrievalProbe], reduce: Reduce | None) -> None:
+        """Look at questions and at passages that repeat, unless the score needs a backward pass."""
+        pruner, settings = self.pruner, self.settings
+        if pruner.score_used.sees == "gradient":
             log.warning(
                 "`retrieval` scores no block by its questions, because %r needs a backward pass. Use a `statistic` of "
                 "attention, or a score of the forward pass.",
-                self.pruner.score_used,
+                pruner.score_used,
             )
-        else:
-            self._score_blocks([probe.tokens for probe in probes], reduce)
-            rows = [tokens[index % len(tokens)] for index in range(settings.probes)]
-            self._score_blocks(list(repeat_passages(torch.stack(rows), 1, settings.seed)), reduce)
-        return self._heads(probes) if settings.heads else {}
-
-    def _score_blocks(self, sequences: list[Tensor], reduce: Reduce | None) -> None:
-        pruner = self.pruner
+            return
         layers = [state.layer for state in pruner.layers.values()]
-        seen = look_at(self.module, self._call, layers, sequences, pruner.sides, pruner.score_used.kind)
-        pruner.ask(seen if reduce is None else reduce(seen))
+        rows = torch.stack([tokens[index % len(tokens)] for index in range(settings.probes)])
+        for sequences in ([probe.tokens for probe in probes], repeat_passages(rows, 1, settings.seed)):
+            seen = look_at(self.module, self._call, layers, sequences, pruner.sides, pruner.score_used.kind)
+            pruner.ask(seen if reduce is None else reduce(seen))
 
     def _heads(self, probes: list[RetrievalProbe]) -> dict[str, tuple[int, ...]]:
         layers = {name: state.layer for name, state in self.pruner.layers.items()}

@@ -24,6 +24,7 @@ from sparse_prune import AttentionPruner, BlockStatistics, ConstantSchedule, Con
 from sparse_prune.evaluation import TASKS, all_connections, fresh_cache, mean_loss, measure_task
 from sparse_prune.precision import fast_autocast
 from sparse_prune.retrieval import (
+    Retrieval,
     RetrievalProbe,
     far_field_influence,
     look_at,
@@ -59,7 +60,8 @@ def main() -> None:
             if any((row["name"], row["asked"]) == (name, sparsity) for row in rows):
                 continue
             if by is not None and by not in asked:
-                questions = text_probes(tokenizer, train, 8) if by == "words" else retrieval_probes(train, 8)
+                count = Retrieval().probes
+                questions = text_probes(tokenizer, train, count) if by == "words" else retrieval_probes(train, count)
                 asked[by] = _looked_at(model, watcher, train, questions)
                 if any(arguments.shares):
                     influence[by] = _influence(model, watcher, questions)
