@@ -100,9 +100,7 @@ GROUPS = {
     ]
     + [Case("probe", 90, 128, masks=15, softcap=True, spills=256)],
     "influence": [
-        Case(
-            "influence", capability, head_dim, block, spills=8 if (capability, head_dim, block) == (80, 128, 128) else 0
-        )
+        Case("influence", capability, head_dim, block)
         for capability, head_dim, block in itertools.product((80, 90), (64, 128), (64, 128))
     ],
     "float32": [Case(kernel, 90, 128, dtype=torch.float32) for kernel in TRAINING],
