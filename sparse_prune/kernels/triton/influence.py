@@ -13,14 +13,14 @@ from sparse_prune.kernels.options import AttentionOptions
 from sparse_prune.kernels.triton.configs import Call, padded_head_dim, probe_config, traits
 from sparse_prune.kernels.triton.launch import mask_arguments
 from sparse_prune.kernels.triton.tables import sent
-from sparse_prune.kernels.triton.tiles import load_tile, scaled, visible
+from sparse_prune.kernels.triton.tiles import load_tile, scaled, unpadded, visible
 from sparse_prune.pattern import BlockPattern
 from sparse_prune.scores import BlockStatistics, Influence
 from sparse_prune.scores.call import mask_heads
 from sparse_prune.scores.influence import LARGEST_LOGIT, LEAST_REST
 
 _MOST_ROWS = 64
-"""Of a program: it holds two products of its rows with a block of keys."""
+"""Of a program: it holds two products of its rows with a block of keys. An attention mask needs registers too."""
 _MOST_BYTES = 2**28
 """Of what the programs of a launch note; more heads take several launches."""
 
@@ -100,6 +100,7 @@ def influence_kernel(
     k_base, v_base = k + sample * stride_kb + kv_head * stride_kh, v + sample * stride_vb + kv_head * stride_vh
     mask_base = attn_mask + sample * stride_mask_b + head.to(tl.int64) * stride_mask_h
     key_mask += sample * stride_pb
+    query = unpadded(query, key_mask, q_len, kv_len, MASKS)
     documents += sample * kv_len
     keep += (head * tl.cdiv(tiles, TILES) + tile // TILES) * blocks_k
     found += ((sample * tl.num_programs(1) + tl.program_id(1)) * tiles + tile) * blocks_k * (2 * TILE_Q)
@@ -143,18 +144,13 @@ def influence_kernel(
     tl.store(shown + row, tl.max(tl.where(query < q_len, sees, 0), 0))
 
 
-def influence_tile(block_size: tuple[int, int]) -> int:
-    """Return the rows of a program; they divide a block."""
-    return min(block_size[0], _MOST_ROWS)
-
-
 def probe_influence(
     query: Tensor, key: Tensor, value: Tensor, gradient: Tensor, block_size: tuple[int, int], *, causal: bool,
     options: AttentionOptions, pattern: BlockPattern | None,
 ) -> BlockStatistics:  # fmt: skip
     """Launch the kernel of `scores.Influence`, without a host synchronisation; arguments as in `probe_score`.
 
-    Query, key and value have one type and width, the gradient any floating type; options hide padded queries.
+    Query, key and value have one type and width, the gradient any floating type; options name a scale and no dropout.
 
     Raises:
         ValueError: If `configs.probe_config` refuses head or block.
@@ -162,7 +158,7 @@ def probe_influence(
     batch, heads, q_len, head_dim = query.shape
     kv_heads, kv_len = key.shape[1], key.shape[2]
     config = probe_config(Call(head_dim, query.dtype, block_size, *traits(options)))
-    tile = influence_tile(block_size)
+    tile = min(block_size[0], _MOST_ROWS if options.attn_mask is None else _MOST_ROWS // 2)
     blocks, tiles, cols = -(-q_len // block_size[0]), block_size[0] // tile, -(-kv_len // block_size[1])
     # The sums are linear in the gradient: of size 1 it suits every type.
     size = gradient.abs().amax().float().clamp(min=torch.finfo(torch.float32).tiny)
