@@ -41,9 +41,9 @@ class AttentionPruning(Driver):
     `logging`. A `KernelSwap` or `SparsityLogger` in the Trainer's list, at any place, replaces the default one. More
     than one of a kind is refused.
 
-    Steps of the schedule count from the run's first, those before a resume included; shares are of
+    The schedule counts steps from the start of the run, those before a resume included. Its shares are shares of
     `Trainer.estimated_stepping_batches`, corrected for a `GradientAccumulationScheduler`. A resumed run keeps the steps
-    that the shares gave at first, whatever its `max_steps`.
+    that its shares were first converted to, whatever its `max_steps`.
 
     Args:
         sparsity: Schedule of the share of possible blocks to prune, over all layers.
@@ -65,7 +65,7 @@ class AttentionPruning(Driver):
             models included.
         retrieval: Ask a causal language model, before the first decision, what stands far back in its text; keep the
             blocks that it looks at, and whole heads beside those that `constraints` protects (docs/retrieval.md).
-            "auto": `Retrieval()` where the model can be asked; the last word of the fit says why not. None: ask
+            "auto": `Retrieval()` if the model can be asked; if it cannot, the closing summary says why. None: ask
             nothing.
         swap: Swaps settled layers to block-sparse attention. None: `KernelSwap()`.
         logging: Logs what pruning does. None: `SparsityLogger()`.
@@ -196,7 +196,7 @@ class AttentionPruning(Driver):
 
     @property
     def _apart(self) -> float:
-        """Seconds of this process that were no part of a step: measurements and questions."""
+        """Seconds that this process spent outside of any step, on measurements and questions."""
         return self.swap.timer.seconds + self._questions.seconds
 
     def _release(self) -> None:
@@ -222,8 +222,8 @@ class AttentionPruning(Driver):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.global_step < self._last_step:
             log.warning(
-                "The fit starts at step %d, but pruning was at step %d: it starts anew from the patterns in force. "
-                "Pass `ckpt_path` to resume a run; leave AttentionPruning out to train with its patterns.",
+                "The fit starts at step %d, but pruning was at step %d. Pruning starts anew from the patterns in force. "
+                "Pass `ckpt_path` to resume a run, or leave AttentionPruning out to train with its patterns.",
                 trainer.global_step,
                 self._last_step,
             )

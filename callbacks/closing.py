@@ -18,7 +18,7 @@ def closing(
     has_report: bool,
     unasked: str | None = None,
 ) -> str:
-    """Return the closing summary, a few lines; `unasked` is why the model was not asked for what stands far back."""
+    """Return the closing summary, a few lines; `unasked` is the reason if the model could not be asked questions."""
     if report is None:
         return "Pruning: no decision was made, because no optimizer step of the fit ran the attention layers."
     total, layers = pruner.total_sparsity, len(pruner.patterns)

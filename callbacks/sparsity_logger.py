@@ -40,13 +40,13 @@ class SparsityLogger(Collaborator):
 
     `AttentionPruning` calls it after its decisions and swaps.
 
-    `sparse_prune.metrics.METRICS` lists keys, units and meanings; shares are in [0, 1]. Times are of this process,
-    every `Trainer.log_every_n_steps`, without the swap's measurements.
+    `sparse_prune.metrics.METRICS` lists keys, units and meanings; shares are in [0, 1]. Times are those of
+    this process, logged every `Trainer.log_every_n_steps` steps, without the swap's measurements.
 
     W&B and TensorBoard also get pictures: patterns/atlas (all layers and heads: scores, kept, pruned and regrown
     blocks) while patterns move, patterns/layer_NN when a layer settles and at the end. W&B also gets the table
     patterns/heads, the patterns as versions of an artifact, and a summary. The patterns, and their history for
-    `sparse-prune report`, are written beside the logs, also when an exception or Ctrl-C ends the run.
+    `sparse-prune report`, are written beside the logs, even if an exception or Ctrl-C ends the run.
 
     The settings of pruning, the machine and the versions join the loggers' hyperparameters, under pruning/.
 
@@ -102,7 +102,7 @@ class SparsityLogger(Collaborator):
                 log.warning("Frames of an earlier run stay in the pattern history: %r", error)
 
     def begin_batch(self, pl_module: pl.LightningModule, apart: float) -> None:
-        """Start the clock of a batch; `apart` are the seconds of this process that were no part of any step."""
+        """Start the clock of a batch; `apart` is the seconds that this process spent outside of any step so far."""
         self._apart = apart
         self._clock.start(pl_module.device)
 

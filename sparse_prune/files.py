@@ -89,7 +89,7 @@ def whole_folder(target: Path) -> Iterator[Path]:
 
 
 def obstacle(target: Path) -> str | None:
-    """Why `whole_folder` could not replace `target`; None if it can. Tried by writing, which leaves no trace."""
+    """Return why `whole_folder` could not replace `target`, by a trial write that leaves no trace; None if it can."""
     if target.exists() and Path.cwd().is_relative_to(target):
         return f"the working folder is {Path.cwd()}"
     if os.path.ismount(target):
@@ -103,7 +103,7 @@ def obstacle(target: Path) -> str | None:
 
 
 def carry_over(old: Path, new: Path, own: Collection[str]) -> None:
-    """Copy into a folder what it lacks of the one that it will replace, links and empty folders included."""
+    """Copy into `new` what only `old` holds, links and empty folders included, but nothing that `own` names."""
 
     def skip(folder: str, names: list[str]) -> list[str]:
         within = Path(folder).relative_to(old)
@@ -116,7 +116,7 @@ def carry_over(old: Path, new: Path, own: Collection[str]) -> None:
 
 
 def previous(target: Path) -> Path:
-    """The path of the previous folder during an exchange."""
+    """Return the path of the previous folder during an exchange."""
     return target.with_name(f".{target.name}.previous")
 
 
@@ -130,7 +130,7 @@ def recover(target: Path) -> None:
 
 
 def file_hash(path: Path) -> str:
-    """SHA-256 of a file."""
+    """Return the SHA-256 of a file in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

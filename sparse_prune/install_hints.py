@@ -21,7 +21,7 @@ REQUIREMENTS = {
 
 
 def with_remedy(error: ImportError) -> str:
-    """An import error's message, with the command that installs the package if it is one of `REQUIREMENTS`."""
+    """Return an import error's message, with the command that installs the package if it is in `REQUIREMENTS`."""
     wanted = REQUIREMENTS.get((error.name or "").partition(".")[0])
     return str(error) if wanted is None else f"{error}. Run `pip install '{wanted}'`."
 

@@ -67,7 +67,7 @@ class LayerState:
     unused_pattern: BlockPattern | None = None
     """The pattern with which the layer settled, if the layer was reverted to dense attention."""
     floor: Tensor | None = None
-    """Least scores of blocks, float32, (num_heads, q_blocks, kv_blocks), from questions; None: there were none."""
+    """Lowest scores that questions leave blocks, float32, (num_heads, q_blocks, kv_blocks); None: none were asked."""
 
     @property
     def reverted(self) -> bool:
@@ -101,7 +101,7 @@ class LayerState:
         return (mass * keep).sum((1, 2)), mass.sum((1, 2))
 
     def raise_floor(self, scores: Tensor) -> None:
-        """Let no block score less than given, nor less than before.
+        """Raise the floor: no block scores less than `scores`, nor less than before.
 
         Args:
             scores: float32, (num_heads, q_blocks, kv_blocks), for any length.
@@ -113,10 +113,10 @@ class LayerState:
         self.floor = torch.maximum(_grown(self.floor, rows, cols), _grown(scores, rows, cols))
 
     def raised(self, scores: Tensor) -> Tensor:
-        """Scores, none of them below the floor.
+        """Return scores, raised to the floor where they are below it.
 
         Args:
-            scores: As `floor`, of another length perhaps.
+            scores: Shaped as `floor`, maybe for another length.
         """
         if self.floor is None:
             return scores
@@ -137,7 +137,7 @@ class LayerState:
         return pattern if self.settled_at is not None else _fitted(pattern, shape)
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that the next decision depends on; large tensors are compressed."""
+        """Return everything that the next decision depends on; large tensors are compressed."""
         layer = self.layer
         patterns = {"in_force": layer.pattern, "given_back": self.unused_pattern}
         return {

@@ -52,7 +52,7 @@ class Moment:
 
     @cached_property
     def savings(self) -> dict[str, float]:
-        """See `savings`."""
+        """The estimates of the function `savings`."""
         return savings(self.pruner)
 
 

@@ -281,7 +281,7 @@ class AttentionPruner:
             self.choose_block_size(self.longest_call)
 
     def forget(self) -> None:
-        """Drop the statistics that were probed since the last decision."""
+        """Drop the statistics that were collected since the last decision."""
         for state in self.layers.values():
             state.layer.take_statistics()
 
@@ -388,7 +388,7 @@ class AttentionPruner:
         return {n: state.layer.pattern for n, state in self.layers.items() if state.layer.pattern is not None}
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that the next decision depends on."""
+        """Return everything that the next decision depends on."""
         return {
             "version": STATE_VERSION,
             "block_size": self.block_size,

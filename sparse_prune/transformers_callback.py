@@ -136,7 +136,7 @@ def _folder(args: Any, state: Any) -> Path:
 def _refuse(args: Any) -> None:
     """Refuse settings under which scores would be wrong."""
     if args.fp16:
-        raise ValueError("`fp16` must be off while attention is pruned: its scaler skips steps. Use `bf16`.")
+        raise ValueError("`fp16` must be off while attention is pruned, got True: its scaler skips steps. Use `bf16`.")
     if args.n_gpu > 1:
         raise ValueError(
             f"A process must have one GPU while attention is pruned, got {args.n_gpu}. Start with torchrun, or set "

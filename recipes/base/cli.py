@@ -85,7 +85,7 @@ class FineTuneCLI(LightningCLI):
         return None
 
     def quality(self, trainer: pl.Trainer) -> dict[str, float]:
-        """Measure more qualities than the test metrics, of a model that was just trained: name -> share in [0, 1]."""
+        """Measure other qualities than the test metrics on a model that was just trained: name -> share in [0, 1]."""
         return {}
 
     def cache(self) -> CacheComparison | None:
@@ -97,7 +97,7 @@ class FineTuneCLI(LightningCLI):
         return {}
 
     def held_out(self) -> dict[str, Any] | None:
-        """What an export shall tell of the data that was held out, as JSON types; None if nothing."""
+        """Describe the held-out data for an export, as JSON types; None if there is nothing to tell."""
         return None
 
     def next_commands(self, folder: Path, export: str | None) -> list[list[str]]:
@@ -261,7 +261,7 @@ class FineTuneCLI(LightningCLI):
         }
 
     def _processes(self) -> dict[str, Any]:
-        """The shares of several processes in a batch."""
+        """Describe how several processes share a batch."""
         if self.trainer.world_size == 1:
             return {}
         shares = (self.trainer.distributed_sampler_kwargs or {"num_replicas": 1})["num_replicas"]
@@ -331,7 +331,7 @@ def _attempt(what: str, measure: Callable[[], _Found]) -> _Found | None:
 
 
 def _told(value: object) -> str | None:
-    """A setting for the model card: of a path of this machine, the last part alone."""
+    """Return a setting as the model card shows it: of a path on this machine, the last part alone."""
     if value is None:
         return None
     path = user_path(str(value))

@@ -28,9 +28,9 @@ class StepRecord:
     """sparse: every layer is swapped; masked: pruning is under way; dense: nothing is pruned yet."""
     probed: bool
     sparsity: float
-    """Share of the possible blocks that is pruned in it."""
+    """Share of the possible blocks that is pruned in this step."""
     requested: float | None = None
-    """Share that the schedule asked for at the latest decision; None before it, and where it is one of thresholds."""
+    """Share that the schedule asked for at the latest decision; None before it, and for a schedule of thresholds."""
 
 
 class RunHistory(pl.Callback):

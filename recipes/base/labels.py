@@ -28,8 +28,8 @@ def numbered(labels: Sequence[Any], argument: str, names: Sequence[str] | None =
     Args:
         labels: A label per row; blanks around it are ignored.
         argument: The name of the data in errors.
-        names: Names of the classes, if labels are numbers already, and -1 none. Classes without rows keep their
-            numbers.
+        names: Names of the classes, if the labels are numbers already; -1 then stands for a missing label. Classes
+            without rows keep their numbers.
 
     Raises:
         ValueError: If a row has no label, or a list of them.

@@ -24,7 +24,7 @@ def locate(model: str) -> tuple[str, dict[str, str]]:
     Raises:
         FileNotFoundError: If the file or folder does not exist.
         ModuleNotFoundError: If the package is not installed.
-        ValueError: If a file of weights is incomplete, missing, a pointer of Git LFS, or named in place of its folder.
+        ValueError: If a file of weights is incomplete, missing, a pointer of Git LFS, or given instead of its folder.
     """
     if model.startswith(_PACKAGE):
         package, _, file = model.removeprefix(_PACKAGE).partition("/")
@@ -87,7 +87,7 @@ def _not_loaded(model: str, where: str, options: dict[str, str], error: Exceptio
     else:
         return ValueError(
             f"`model` must be a folder, a `.gguf` file or a model of the hub, got {model!r}: {why}. Check the name and "
-            "the connection; log in with `hf auth login` where it is private or gated."
+            "the connection; log in with `hf auth login` if it is private or gated."
         )
     return ValueError(f"{wanted}: {why}. Copy it again, or name another.")
 

@@ -75,7 +75,7 @@ def load_tables(place: str, argument: str, stream: bool) -> Any:
             return saved
         if "train" not in saved:
             raise ValueError(
-                f"`{argument}` must have a split called train, got {sorted(saved)} in {place!r}. Name one."
+                f"`{argument}` must have a split called train, got {sorted(saved)} in {place!r}. Rename one."
             )
         return saved["train"]
     files = files_at(place)

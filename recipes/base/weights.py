@@ -29,7 +29,7 @@ def check_weights(place: Path) -> None:
 
 
 def _missing(folder: Path) -> list[str]:
-    """Files of weights that an index or an adapter's configuration speaks of and that are not there."""
+    """Return the files of weights that an index or an adapter's configuration names but that do not exist."""
     named = {
         name
         for index in folder.glob("*.index.json")

@@ -90,7 +90,7 @@ def _source(image: Path | Mapping[str, Any]) -> Path | io.BytesIO:
 
 
 def _decoded(source: Path | io.BytesIO) -> np.ndarray[Any, Any]:
-    """The image, rotated as its camera was; values are of white, as `_white` tells it."""
+    """The image, rotated as its camera was; values are shares of white (`_white`)."""
     from PIL import Image, ImageOps
 
     try:
@@ -120,7 +120,7 @@ def _white(image: Any) -> float | None:
         return None
     tags = getattr(image, "tag_v2", {})
     if image.mode == "I" and image.format not in ("PNG", "PPM") and tags.get(_BITS) != (16,):
-        raise ValueError("integers of 32 bits, of which no one knows what is white: save them as 8 or 16 bits")
+        raise ValueError("integers of 32 bits, whose value of white is unknown: save them as 8 or 16 bits")
     return 2.0**15 - 1 if tags.get(_SIGNED) == (2,) else 2.0**16 - 1
 
 

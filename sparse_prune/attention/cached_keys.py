@@ -50,7 +50,7 @@ class HeadSet:
 
     @cached_property
     def index(self) -> Tensor | slice:
-        """What picks the heads out of all on their device, where it stays: a copy per token would wait."""
+        """Index of the set's heads among all, on their device: a copy for every token would wait for the GPU."""
         return slice(None) if len(self.heads) == self.num_kv_heads else self.heads.to(self.device)
 
     @cached_property
@@ -108,10 +108,14 @@ class HeldKeys:
 
     @classmethod
     def gather(cls, heads: list[HeadKeys], kept: list[Tensor], room: int, block: int, length: int) -> HeldKeys:
-        """Copy the blocks that are `kept` of each head (their places among its blocks, ascending).
+        """Copy the kept blocks of each head, with room for later tokens.
 
-        There is room for as many later blocks of tokens behind the last one of the sequence, whose length counts what
-        was evicted as well.
+        Args:
+            heads: Keys and values of every KV head.
+            kept: Per KV head, the places of the kept blocks among its blocks, ascending.
+            room: Number of blocks to leave room for, after the last one of the sequence.
+            block: Tokens per key block.
+            length: Tokens of the sequence, evicted ones included.
         """
         fresh = torch.arange(room) + num_blocks(length, block)
         of_count: dict[int, list[int]] = {}
@@ -163,8 +167,8 @@ class HeldKeys:
 class CachedKeys:
     """All keys and values that a layer's cache holds, those of the latest queries included.
 
-    The model's code gets it from its cache in place of both tensors and passes it on. It is no tensor: whatever
-    computes with it, other than attention that was taken over, fails instead of taking some keys for all.
+    The model's code gets it from its cache in place of both tensors and passes it on. It is not a tensor: any code but
+    an attached attention layer fails on it, instead of mistaking some keys for all of them.
     """
 
     held: HeldKeys
@@ -244,7 +248,7 @@ class CachedKeys:
 
 def _misused(operation: str) -> str:
     return (
-        f"What `PatternCache` holds must go as it is to attention that was taken over, got `{operation}` of it. "
-        "If the model was detached, call `sparse_prune.attention.attach(model)`; else its code changes keys or values "
-        "behind the cache: use a cache that evicts nothing, such as DynamicCache()."
+        "Keys and values of a `PatternCache` must be passed on unchanged to an attached attention layer, got "
+        f"`{operation}`. If the model was detached, call `sparse_prune.attention.attach(model)`. Otherwise its code "
+        "changes keys or values after the cache: use a cache that evicts nothing, such as DynamicCache()."
     )

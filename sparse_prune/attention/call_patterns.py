@@ -1,4 +1,4 @@
-"""The pattern of one call: with later keys, which a prefix's or image's mask may show, or for the last queries."""
+"""Adapts a pattern to one call: to one that shows later keys, as prefixes and images do, or to the last queries."""
 
 from __future__ import annotations
 

@@ -85,7 +85,7 @@ class PrunableAttention:
     statistics: BlockStatistics | None = None
     """Statistics of row mass since `take_statistics`."""
     mass: bool = True
-    """Whether row mass is collected; without it nothing but `score_sums` is."""
+    """Whether row mass is collected; if not, `score_sums` alone are."""
     score: Score | None = None
     """A score with sums of its own, to be collected beside row mass; None: there is none."""
     score_sums: BlockStatistics | None = None
@@ -210,8 +210,8 @@ class PrunableAttention:
             if dropped is None:
                 raise ValueError(
                     f"Layer {self.name!r} sees a window of its tokens, and its cache may have dropped keys that the "
-                    "pattern counts. Generate with past_key_values=PatternCache(model), or with DynamicCache() where "
-                    "that refuses the model."
+                    "pattern counts. Generate with past_key_values=PatternCache(model), or with DynamicCache() if "
+                    "the former refuses the model."
                 )
             return self._attend_cached(call, dropped)
         pattern = self._pattern_of(call)
@@ -371,7 +371,7 @@ class _Call(NamedTuple):
         return self._replace(query=self.query.detach(), key=self.key.detach(), value=self.value.detach())
 
     def shape(self) -> CallShape:
-        """What of the call tells its time."""
+        """Everything about the call that its time depends on."""
         batch, _, q_len, head_dim = self.query.shape
         options = self.options.with_masks(lambda mask: mask.to("meta") if mask.dtype == torch.bool else mask)
         dtype, device, value_dim = self.value.dtype, self.query.device, self.value.shape[3]

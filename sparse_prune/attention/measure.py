@@ -92,7 +92,7 @@ def tune(
     Args:
         layer: A layer that has seen a training call.
         backends: Names of backends.
-        seconds: After which no other configuration is tried.
+        seconds: Seconds after which no other configuration is tried.
         pattern: As in `time_attention`.
 
     Returns:

@@ -77,12 +77,12 @@ def _made(module: str, attribute: str) -> nn.Module:
     except TypeError as error:
         raise ValueError(f"{module}:{attribute} must be callable without arguments: {error}") from error
     if not isinstance(model, nn.Module):
-        raise ValueError(f"{module}:{attribute} must return an nn.Module, got {type(model).__name__}.")
+        raise ValueError(f"{module}:{attribute} must return an nn.Module, got {type(model).__name__}. Name another.")
     return model
 
 
 def _transformers(name: str) -> nn.Module:
-    """A model from its configuration, on the meta device."""
+    """Make a model from its configuration, on the meta device."""
     import transformers
 
     folder = Path(name).expanduser()

@@ -27,9 +27,9 @@ class BlockStatistics:
     """float64, (kinds, num_heads, q_blocks, kv_blocks): mass, squared mass, largest mass of each sample. Rows that were
     not seen are 0."""
     counts: Tensor
-    """float64, (2, num_heads, q_blocks, kv_blocks): query rows seen, samples seen. A score with sums of its own has a
-    row of its own, the last or the only one. There is 1 for all heads where their masks are alike, and 1 for all key
-    blocks unless sequences are packed: then those whose document reaches into the block."""
+    """float64, (2, num_heads, q_blocks, kv_blocks): query rows seen, samples seen. The counts of a score with sums of
+    its own come last, or alone. num_heads is 1 if the masks of all heads are alike. kv_blocks is 1 unless sequences are
+    packed: then each key block counts the queries whose document reaches into it."""
     kinds: tuple[str, ...] = STATISTICS
     """Names of the parts of `sums`, in order."""
 

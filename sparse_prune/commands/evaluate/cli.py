@@ -80,7 +80,7 @@ def evaluate(
 def _retrieved(
     model: Any, tokenizer: Any, text: Sequence[int], length: int, depths: Sequence[float], prompts: int
 ) -> tuple[list[float], list[float]]:
-    """Share of the passkeys and of the needles that are found, per depth; empty without prompts."""
+    """Return the share of the passkeys and of the needles that are found, per depth; empty without prompts."""
     if not prompts:
         return [], []
     asking = Asking(tokenizer, text, _RETRIEVED, length, prompts * len(depths), depths)
@@ -165,13 +165,13 @@ def _prepare(given: argparse.Namespace) -> tuple[Any, Any, dict[str, Any], str]:
 def held_out(
     tokenizer: Any, text: str | list[str], length: int, count: int, told: Mapping[str, Any] | None = None
 ) -> tuple[torch.Tensor, str]:
-    """Sequences of text that a model was not trained on, at most `count`, and which part of the text they are."""
+    """Return at most `count` sequences of text that a model was not trained on, and which part of the text they are."""
     documents, part = unseen_documents(text, told)
     return make_sequences(tokenizer, documents, length, count, "to evaluate on", "lengths").input_ids, part
 
 
 def _asking(given: argparse.Namespace, measure: dict[str, Any]) -> Asking:
-    """The tasks to ask; raises ValueError if one does not fit."""
+    """Make the tasks to ask; raises ValueError if one does not fit."""
     names = list(TASKS) if given.tasks == ["all"] else given.tasks
     length = given.task_length or max(measure["lengths"])
     filler = measure["tokens"][0].tolist() if names else [0]
@@ -198,7 +198,7 @@ def _check_output(folder: Path) -> None:
 
 
 def sparsity_of(model: Any) -> float:
-    """Share of possible blocks that is pruned, over all layers with a pattern, in [0, 1]."""
+    """Return the share of possible blocks that is pruned, over all layers with a pattern, in [0, 1]."""
     handles = [handle for handle in handles_of(model) if handle.pattern is not None]
     patterns = [handle.pattern for handle in handles if handle.pattern is not None]
     possible = sum(pattern.possible_count for pattern in patterns)
@@ -214,7 +214,7 @@ def _parser() -> argparse.ArgumentParser:
         "--text",
         nargs="+",
         default=["stdlib"],
-        help="files, folders, globs, all of them; of the text of the training, stdlib and hub:NAME what was held out",
+        help="files, folders or globs, read whole; of the training text, stdlib and hub:NAME only the held-out part",
     )
     count = _at_least(1)
     parser.add_argument(
@@ -231,10 +231,10 @@ def _parser() -> argparse.ArgumentParser:
         default=[],
         choices=("all", *TASKS),
         metavar="TASK",
-        help=f"retrieval tasks to ask as well, or all of them: {', '.join(TASKS)}; default: none. They take long: a "
-        "question is a prefill, for several questions on one context in some tasks, of dense and pruned each",
+        help=f"retrieval tasks to ask as well, or all of them: {', '.join(TASKS)}; default: none. They take "
+        "long: both models read a whole context for every question, or for several where they share one",
     )
-    parser.add_argument("--questions", type=count, default=60, help="of each task; fewer than 60 tell little")
+    parser.add_argument("--questions", type=count, default=60, help="questions of each task; fewer than 60 tell little")
     parser.add_argument(
         "--task_length", type=_at_least(2), help="tokens of a task; default: the longest of the lengths"
     )

@@ -27,7 +27,7 @@ class LengthResult:
     passkey: list[float]
     """Share of right answers per depth, in [0, 1]; empty if there were no prompts."""
     needle: list[float]
-    """The same for a fact in real text."""
+    """As `passkey`, for a fact in real text."""
     cost: CacheCost
 
     @property
@@ -54,7 +54,7 @@ class EvaluationReport:
     setup: Mapping[str, Any]
     """Model, text, versions, machine."""
     sparsity: float
-    """Share of possible blocks that the pruned model lacks, in [0, 1]."""
+    """Share of possible blocks that are pruned, in [0, 1]."""
     depths: tuple[float, ...]
     dense: list[LengthResult]
     pruned: list[LengthResult]

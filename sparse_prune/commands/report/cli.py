@@ -1,4 +1,4 @@
-"""The command: read the logs of runs, write their page."""
+"""The command: reads the logs of runs and writes their page."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sparse_prune.install_hints import refusals
 
 
 def main(args: list[str] | None = None) -> None:
-    """`sparse-prune report RUN [RUN ...] [--output FILE]`."""
+    """Run `sparse-prune report RUN [RUN ...] [--output FILE]`."""
     parser = argparse.ArgumentParser(
         prog="sparse-prune report",
         description="One HTML page of a run, or of several beside each other, from their logs; no network is needed.",
