@@ -222,8 +222,8 @@ class AttentionPruning(Driver):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.global_step < self._last_step:
             log.warning(
-                "The fit starts at step %d, but pruning was at step %d. Pruning starts anew from the patterns in force. "
-                "Pass `ckpt_path` to resume a run, or leave AttentionPruning out to train with its patterns.",
+                "The fit starts at step %d, but pruning was at step %d. Pruning starts anew from the patterns "
+                "in force. Pass `ckpt_path` to resume a run, or leave AttentionPruning out to train with its patterns.",
                 trainer.global_step,
                 self._last_step,
             )
