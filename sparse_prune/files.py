@@ -6,14 +6,12 @@ import argparse
 import ctypes
 import glob
 import hashlib
-import json
 import os
 import platform
 import shutil
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
@@ -181,15 +179,3 @@ def write_output(parser: argparse.ArgumentParser, path: Path, text: str) -> None
             file.write_text(text, encoding="utf-8")
     except OSError as error:
         parser.error(f"`output` must be a file that can be written, got {str(path)!r}: {error}.")
-
-
-def write_report(folder: str | os.PathLike[str], name: str, data: Any, text: str, draw: Callable[[Path], None]) -> Path:
-    """Write a report as NAME.json, NAME.png and NAME.md, each whole or not at all; return the path of the text."""
-    target = Path(folder) / name
-    with whole_file(target.with_suffix(".json")) as file:
-        file.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-    with whole_file(target.with_suffix(".png")) as file:
-        draw(file)
-    with whole_file(target.with_suffix(".md")) as file:
-        file.write_text(text, encoding="utf-8")
-    return target.with_suffix(".md")

@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import Any, Literal
 
 from sparse_prune.pruner import AttentionPruner, PruneReport
+from sparse_prune.reports import table
 from sparse_prune.swap_event import SwapEvent
 
 Style = Literal["main", "second", "accent", "muted", "thin"]
@@ -247,8 +248,8 @@ def layer_numbers(pruner: AttentionPruner) -> dict[str, int]:
 
 def markdown_table() -> str:
     """Return the table of all metrics in docs/monitoring.md."""
-    rows = [f"| `{metric.key}` | {metric.meaning} | {metric.chart.unit or '0 or 1'} |" for metric in METRICS]
-    return "\n".join(["| Key | What it is | Unit |", "| --- | --- | --- |", *rows])
+    rows = [(f"`{metric.key}`", metric.meaning, metric.chart.unit or "0 or 1") for metric in METRICS]
+    return table(("Key", "What it is", "Unit"), rows)
 
 
 HEAD_COLUMNS = ("layer", "head", "sparsity", "mass kept", "change", "settled at", "backend")

@@ -6,6 +6,7 @@ import logging
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from importlib.resources import files
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import pytorch_lightning as pl
+from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from pytorch_lightning.loggers import CSVLogger
 from typing_extensions import override
@@ -28,19 +30,20 @@ from sparse_prune.metrics import STEP_SECONDS, savings
 from sparse_prune.recipes.base.closing import where_and_next, won_and_lost
 from sparse_prune.recipes.base.history import RunHistory
 from sparse_prune.recipes.base.module import FineTuneModule
-from sparse_prune.recipes.base.parser import RecipeParser
+from sparse_prune.recipes.base.parser import RecipeParser, end_with
 from sparse_prune.recipes.base.pretrained import check_vocabulary
 from sparse_prune.recipes.base.progress import Heartbeat, Progress
-from sparse_prune.recipes.base.refusals import program_of, refusals
 from sparse_prune.recipes.base.report import CacheComparison, DenseRun, RunReport
 from sparse_prune.recipes.base.trainer import RecipeTrainer
 from sparse_prune.recipes.base.twin import TwinLogger
+from sparse_prune.refusals import refusals
 
 log = logging.getLogger(__name__)
 _Found = TypeVar("_Found")
 _CONFIG = ("--config", "-c")
 _EXPORT = "pruned"
 _DEBUG = "--debug"
+_SHIPPED = "sparse_prune.recipes."
 
 
 class FineTuneCLI(LightningCLI):
@@ -285,16 +288,25 @@ def run(
     Any refusal, of settings, files or weights, ends the process with one line and exit status 2; with `--debug`, with
     the traceback.
     """
-    given, program = list(sys.argv[1:] if args is None else args), program_of(package)
-    debug = _DEBUG in given
+    given, program = list(sys.argv[1:] if args is None else args), _program(package)
+
+    def refuse(text: str) -> None:
+        end_with(program, f"{text.rstrip('. ')}. {_DEBUG} shows where it came from.")
+
     logging.basicConfig(format="%(message)s")
     logging.getLogger("sparse_prune").setLevel(logging.INFO)
-    with refusals(program, debug):
+    with nullcontext() if _DEBUG in given else refusals(refuse, MisconfigurationException, TypeError):
         given = _find_configs([arg for arg in given if arg != _DEBUG], package)
         prog = {"prog": program}
         kinds: dict[str, Any] = {"trainer_class": RecipeTrainer, "parser_class": RecipeParser}
         kinds["parser_kwargs"] = prog | {name: prog for name in cli.subcommands()}
         cli(module, data, args=given, save_config_kwargs={"overwrite": True}, **kinds)
+
+
+def _program(package: str) -> str:
+    """Return the command that runs a recipe."""
+    name = package.removeprefix(_SHIPPED)
+    return f"python -m {package} fit" if name == package else f"sparse-prune recipes run {name}"
 
 
 def _find_configs(args: Sequence[str], package: str) -> list[str]:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import re
+import sys
 from difflib import get_close_matches
 from typing import Any, NoReturn
 
 from pytorch_lightning.cli import LightningArgumentParser
-
-from sparse_prune.recipes.base.refusals import end_with
 
 PLACE = "{default_root_dir}"
 """Placeholder for `trainer.default_root_dir` in the Trainer's settings, such as a logger's `save_dir`."""
@@ -36,6 +35,12 @@ class RecipeParser(LightningArgumentParser):
         if trainer is not None:
             settings["trainer"] = _filled(trainer, str(trainer.get("default_root_dir") or "."))
         return super().instantiate_classes(placed, **options)
+
+
+def end_with(program: str, text: str) -> NoReturn:
+    """End the process with one line on stderr and exit status 2."""
+    print(f"{program}: error: {' '.join(text.split())}", file=sys.stderr)
+    sys.exit(2)
 
 
 def _readable(message: str) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparse_prune import reports
 from sparse_prune.evaluation.tasks import Example, Question, Task, build
 from sparse_prune.evaluation.tasks.task import Split
 
@@ -173,15 +174,11 @@ def counted(dense: TaskScore) -> bool:
 
 def table(rows: Iterable[tuple[str, TaskScore, TaskScore]]) -> str:
     """Format a Markdown table: per task its name, the dense model's score and the pruned one's."""
-    lines = [
-        "| task | dense | pruned | log-probability, nats per token | counted |",
-        "| --- | ---: | ---: | ---: | --- |",
-    ]
+    lines = []
     for name, dense, pruned in rows:
         note = "yes" if counted(dense) else f"not counted, dense solves {dense.accuracy:.0%}"
-        prob = f"{dense.log_prob:.2f} / {pruned.log_prob:.2f}"
-        lines.append(f"| {name} | {_share(dense)} | {_share(pruned)} | {prob} | {note} |")
-    return "\n".join(lines)
+        lines.append((name, _share(dense), _share(pruned), f"{dense.log_prob:.2f} / {pruned.log_prob:.2f}", note))
+    return reports.table(("task", "dense:", "pruned:", "log-probability, nats per token:", "counted"), lines)
 
 
 def _share(score: TaskScore) -> str:

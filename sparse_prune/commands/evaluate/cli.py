@@ -26,13 +26,13 @@ from sparse_prune.evaluation import (
 )
 from sparse_prune.export import export_header, load
 from sparse_prune.files import user_path
-from sparse_prune.install_hints import refusals
 from sparse_prune.machine import describe_machine
 from sparse_prune.precision import fast_dtype
 from sparse_prune.recipes.base.pretrained import load_tokenizer
 from sparse_prune.recipes.causal_lm.pretrained import load_model
 from sparse_prune.recipes.causal_lm.sequences import make_sequences
 from sparse_prune.recipes.causal_lm.trained_text import unseen_documents
+from sparse_prune.refusals import refusals
 
 log = logging.getLogger(__name__)
 _RETRIEVED = ("passkey", "needle")
@@ -116,7 +116,7 @@ def main(args: list[str] | None = None) -> None:
     parser = _parser()
     given = parser.parse_args(args)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    with refusals(parser):
+    with refusals(parser.error):
         model, twin, measure, part = _prepare(given)
         asking = _asking(given, measure)
     pruned, asked = evaluate(model, **measure, chunk=given.chunk), asking.ask(model)

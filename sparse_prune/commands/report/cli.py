@@ -9,7 +9,7 @@ from sparse_prune.commands.report import compare, page
 from sparse_prune.commands.report.logs import read_run
 from sparse_prune.export.history import FOLDER
 from sparse_prune.files import user_path, write_output
-from sparse_prune.install_hints import refusals
+from sparse_prune.refusals import refusals
 
 
 def main(args: list[str] | None = None) -> None:
@@ -24,7 +24,7 @@ def main(args: list[str] | None = None) -> None:
         "--output", type=user_path, help="where to write; report.html, or comparison.html, beside the first logs"
     )
     given = parser.parse_args(args)
-    with refusals(parser):
+    with refusals(parser.error):
         runs = [read_run(run) for run in given.run]
         text = page.render(runs[0]) if len(runs) == 1 else compare.render(runs)
     first = runs[0]

@@ -12,6 +12,7 @@ from typing import Literal
 from sparse_prune import metrics
 from sparse_prune.commands.report.logs import RunLogs, Series
 from sparse_prune.losses import find_loss, loss_keys
+from sparse_prune.reports import duration, factor
 
 Judgement = Literal["good", "fair", "bad", "unknown"]
 LIMITS = {"speed": (1.05, 0.95), "loss": (0.01, 0.05), "retrieval": (0.95, 0.8)}
@@ -129,12 +130,12 @@ def _speed(found: Numbers) -> Figure:
     if own is None:
         return Figure("Step time", "not logged", "", "unknown", "")
     if dense is None:
-        return Figure("Step time", _seconds(own), "no dense twin was timed", "unknown", "")
-    note = f"{_seconds(own)} a step against {_seconds(dense)} of the dense twin"
+        return Figure("Step time", duration(own), "no dense twin was timed", "unknown", "")
+    note = f"{duration(own)} a step against {duration(dense)} of the dense twin"
     if not found.swapped:
         return Figure("Step time", "not swapped yet", note, "unknown", "no layer skips what was pruned yet")
     gain = dense / own
-    value = f"{gain:.2f}x faster" if gain >= 1 else f"{1 / gain:.2f}x slower"
+    value = factor(gain, "faster", "slower")
     clause = f"a step is {value} than the dense twin's"
     return Figure("Step time", value, note, _judge(gain, *LIMITS["speed"]), clause)
 
@@ -178,7 +179,3 @@ def _quality(logged: Mapping[str, Series]) -> str | None:
     names = [key for key in sorted(logged) if _HELD_OUT.fullmatch(key) and key not in losses]
     found = [key for key in names if _RETRIEVAL.search(key)] or [key for key in names if "acc" in key]
     return found[0] if found else None
-
-
-def _seconds(seconds: float) -> str:
-    return f"{seconds:.3g} s" if seconds >= 1 else f"{1000 * seconds:.3g} ms"

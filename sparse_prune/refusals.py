@@ -1,9 +1,8 @@
-"""Refusals of a command, with the command that installs a missing package."""
+"""Refusals of a command: one line for what the user can mend, with the command that installs a missing package."""
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 REQUIREMENTS = {
@@ -27,11 +26,15 @@ def with_remedy(error: ImportError) -> str:
 
 
 @contextmanager
-def refusals(parser: argparse.ArgumentParser) -> Iterator[None]:
-    """End a command with a usage error if a package is missing, or a file or value is refused."""
+def refusals(refuse: Callable[[str], object], *others: type[Exception]) -> Iterator[None]:
+    """End a command with a message if a package is missing, or a file or a value is refused.
+
+    Args:
+        refuse: Ends the command with a message, as the `error` of an argparse parser does.
+        *others: Other errors that are refusals.
+    """
     try:
         yield
-    except ImportError as error:
-        parser.error(with_remedy(error))
-    except (OSError, ValueError) as error:
-        parser.error(str(error))
+    except (ImportError, OSError, ValueError, *others) as error:
+        text = with_remedy(error) if isinstance(error, ImportError) else str(error)
+        refuse(text or type(error).__name__)
