@@ -25,7 +25,8 @@ from sparse_prune.callbacks.sparsity_logger import SparsityLogger
 from sparse_prune.callbacks.training_step import StandIn
 from sparse_prune.constraints import Constraints
 from sparse_prune.distributed import sum_over_ranks
-from sparse_prune.pruner import AttentionPruner, PruneReport, Reduce
+from sparse_prune.prune_report import PruneReport
+from sparse_prune.pruner import AttentionPruner, Reduce
 from sparse_prune.ranges import check_whole
 from sparse_prune.retrieval import Retrieval
 from sparse_prune.schedules import Schedule

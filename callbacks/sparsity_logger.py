@@ -25,7 +25,8 @@ from sparse_prune.machine import describe_machine
 from sparse_prune.metrics import Moment, head_table, layer_numbers, measure, summarize
 from sparse_prune.pattern import BlockPattern
 from sparse_prune.pictures import draw_layer, views
-from sparse_prune.pruner import AttentionPruner, PruneReport
+from sparse_prune.prune_report import PruneReport
+from sparse_prune.pruner import AttentionPruner
 from sparse_prune.ranges import check_range
 from sparse_prune.swap_event import SwapEvent
 

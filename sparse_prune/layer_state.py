@@ -1,9 +1,9 @@
-"""The pruner's state of one layer, and how a checkpoint holds it."""
+"""The pruner's state of one layer: what a decision does to it, and how a checkpoint holds it."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,7 +14,8 @@ from sparse_prune.attention import PrunableAttention
 from sparse_prune.codec import compress, decode, decompress, encode
 from sparse_prune.pattern import BlockPattern
 from sparse_prune.ranges import check_range
-from sparse_prune.scores import STATISTICS, BlockStatistics, ScoreAverage
+from sparse_prune.scores import STATISTICS, BlockStatistics, Score, ScoreAverage
+from sparse_prune.selection import LayerScores
 
 STATE_VERSION = 4
 _READABLE = (2, 3, 4)
@@ -135,6 +136,41 @@ class LayerState:
             lengths = _lengths(shape, block_size)
             return BlockPattern.dense(self.layer.num_heads, *lengths, block_size, self.layer.causal)
         return pattern if self.settled_at is not None else _fitted(pattern, shape)
+
+    def scored(self, score: Score, block_size: tuple[int, int]) -> LayerScores:
+        """Return the layer as `select` takes it.
+
+        A reverted layer counts as if it were still pruned, so that the others need not make up for it.
+        """
+        pattern, frozen = self.unused_pattern or self.pattern_at_scores(block_size), self.settled_at is not None
+        if frozen:
+            scores = pattern.keep.float()  # not used
+        else:
+            average = self.scores.value()
+            scores = self.raised(torch.where(average == torch.inf, average, score.value(average)))
+        return LayerScores(self.layer.name, scores, pattern, self.layer.num_kv_heads, frozen)
+
+    def move(self, pattern: BlockPattern, block_size: tuple[int, int]) -> float:
+        """Put a new pattern in force; return its change (Jaccard distance)."""
+        change = pattern.difference(self.pattern_at_scores(block_size))
+        self.layer.pattern = pattern
+        self.layer.mode = "masked" if pattern.kept_blocks < pattern.possible_count else "dense"
+        return change
+
+    def settle(self, step: int, change: float) -> bool:
+        """Freeze the pattern if it is stable with this change; return whether it is."""
+        settled = self.tracker.update(change)
+        if settled:
+            self.settled_at, self.layer.probe_block_size = step, None
+        return settled
+
+    def revert(self) -> None:
+        """Give a settled layer all its connections back, in dense attention."""
+        pattern = self.layer.pattern
+        assert pattern is not None
+        self.unused_pattern = pattern
+        self.layer.pattern = replace(pattern, keep=pattern.possible.expand_as(pattern.keep).clone())
+        self.layer.mode = "dense"
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything that the next decision depends on; large tensors are compressed."""
