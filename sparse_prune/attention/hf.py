@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from sparse_prune.attention.handles import FoundLayer, handle_of, modules_of
 from sparse_prune.attention.hf_attention import BESIDE_EAGER, IMPLEMENTATION, REFUSED, attention_forward, claims_causal
 from sparse_prune.attention.hf_configs import restore_implementation, set_implementation
-from sparse_prune.attention.hf_masks import make_mask, newest, window_of
+from sparse_prune.attention.hf_make_mask import make_mask
+from sparse_prune.attention.hf_masks import newest, window_of
 from sparse_prune.attention.layer import PrunableAttention
 from sparse_prune.attention.trial_run import TrialCall, TrialCalls, describe, named_cross
 
