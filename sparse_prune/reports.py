@@ -1,4 +1,4 @@
-"""The pieces that all reports are made of: Markdown tables, comparisons in words, and the files of a report."""
+"""The pieces that all reports are made of: Markdown tables, and the files of a report."""
 
 from __future__ import annotations
 
@@ -23,16 +23,6 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     return "\n".join(
         f"|{'|'.join(f' {cell} ' if cell != '' else ' ' for cell in row)}|" for row in (names, rule, *rows)
     )
-
-
-def factor(ratio: float, more: str, less: str) -> str:
-    """Tell a ratio in words: "1.25x faster" for 1.25, "1.25x slower" for 0.8, if these are the words."""
-    return f"{ratio:.2f}x {more}" if ratio >= 1 else f"{1 / ratio:.2f}x {less}"
-
-
-def duration(seconds: float) -> str:
-    """Tell the time of a step in three digits: "12.8 s", "35.1 ms"."""
-    return f"{seconds:.3g} s" if seconds >= 1 else f"{1000 * seconds:.3g} ms"
 
 
 def write_report(folder: str | os.PathLike[str], name: str, data: Any, text: str, draw: Callable[[Path], None]) -> Path:

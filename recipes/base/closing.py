@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sparse_prune.recipes.base.report import RunReport
-from sparse_prune.reports import duration, factor
+from sparse_prune.words import duration, factor
 
 
 def won_and_lost(report: RunReport) -> tuple[str, str]:

@@ -15,7 +15,8 @@ from sparse_prune.evaluation import CacheCost
 from sparse_prune.pattern import BlockPattern
 from sparse_prune.pictures import LayerView, draw_atlas
 from sparse_prune.recipes.base.history import StepRecord
-from sparse_prune.reports import factor, table, write_report
+from sparse_prune.reports import table, write_report
+from sparse_prune.words import factor
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from typing import Any
 
 from sparse_prune.recipes.base.plain_text import GZIP, conversion, encoding_of
 from sparse_prune.recipes.base.sources import files_in
+from sparse_prune.words import some
 
 _READERS = {
     ".csv": "csv",
@@ -27,7 +28,6 @@ SUFFIXES = ", ".join(_READERS)
 _SEPARATORS = ",;\t|"
 _ABOUT = {".md", ".py", "dataset_infos.json", "dataset_info.json"}  # suffixes and names of files beside tables
 _SAVED = ("dataset_info.json", "dataset_dict.json")
-_NAMED = 3  # broken files that an error names
 _HEAD = 1 << 16  # bytes that hold the names of columns
 
 
@@ -148,16 +148,15 @@ def unreadable(error: Exception, place: str, argument: str) -> ValueError:
     """Make the error for tables that a library failed to read."""
     cause = error.__cause__ if type(error).__name__ == "DatasetGenerationError" and error.__cause__ else error
     files = [str(file) for file in files_at(place)] or [place]
-    named = ", ".join(map(repr, files[:_NAMED])) + (", ..." if len(files) > _NAMED else "")
     remedy = "Copy it again"
     if _reader(Path(files[0])) in ("csv", "json"):
-        remedy = (
-            "Mend the file: a cell that holds the separator stands in quotes, JSON holds an object a line or a list"
-        )
+        remedy = "Mend the file: cells that hold the separator stand in quotes, JSON holds an object a line or a list"
     if isinstance(cause, UnicodeDecodeError):
         remedy = conversion(Path(files[0]))
     told = str(cause).strip().rstrip(".")
-    return ValueError(f"`{argument}` must be a table that can be read, got {named}: {told}. {remedy}.")
+    return ValueError(
+        f"`{argument}` must be a table that can be read, got {some(list(map(repr, files)))}: {told}. {remedy}."
+    )
 
 
 def _data_files(place: str) -> list[Path]:

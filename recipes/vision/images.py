@@ -14,9 +14,9 @@ import numpy as np
 from sparse_prune.recipes.base.labels import numbered
 from sparse_prune.recipes.base.rows import PREFIX, data_rows, is_data_set
 from sparse_prune.recipes.base.sources import files_by_class
+from sparse_prune.words import some
 
 log = logging.getLogger(__name__)
-_NAMED = 3  # broken files that an error names
 _BROKEN = (OSError, SyntaxError, ValueError)  # Pillow's errors for broken images
 _BITS, _SIGNED = 258, 339
 """Tags of TIFF: bits of a sample, and its format, of which 2 is a signed integer."""
@@ -70,10 +70,9 @@ class LabelledImages:
             except _BROKEN as error:
                 broken.append(f"{str(source)!r} ({error})")
         if broken:
-            more = f", and {len(broken) - _NAMED} more" if len(broken) > _NAMED else ""
             raise ValueError(
-                f"`data` must hold images that can be read, got {'; '.join(broken[:_NAMED])}{more}. Copy them again, "
-                "or remove them."
+                f"`data` must hold images that can be read, got {some(broken, comma='; ')}. Copy them again, or remove "
+                "them."
             )
 
     @property

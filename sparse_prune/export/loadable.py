@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from sparse_prune.export.sharded import plain_class
+from sparse_prune.words import some
 
 
 def loadable(model: Any) -> Any:
@@ -114,9 +115,4 @@ def _difference(
 ) -> str:
     """Empty if there is none."""
     parts = {"none for": missing, "also": unexpected, "other shapes for": reshaped, "those of others for": shared}
-    return "; ".join(f"{what} {_some(names)}" for what, names in parts.items() if names)
-
-
-def _some(names: Collection[str]) -> str:
-    shown = ", ".join(sorted(names)[:3])
-    return f"{shown} and {len(names) - 3} more" if len(names) > 3 else shown
+    return "; ".join(f"{what} {some(sorted(names))}" for what, names in parts.items() if names)

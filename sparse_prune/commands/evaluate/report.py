@@ -11,7 +11,8 @@ from typing import Any
 
 from sparse_prune.evaluation import CacheCost, meter
 from sparse_prune.evaluation.meter import TaskScore
-from sparse_prune.reports import factor, table, write_report
+from sparse_prune.reports import table, write_report
+from sparse_prune.words import factor
 
 _DENSE, _PRUNED = "#9aa3b2", "#1d4e89"
 

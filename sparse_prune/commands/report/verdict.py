@@ -12,7 +12,7 @@ from typing import Literal
 from sparse_prune import metrics
 from sparse_prune.commands.report.logs import RunLogs, Series
 from sparse_prune.losses import find_loss, loss_keys
-from sparse_prune.reports import duration, factor
+from sparse_prune.words import duration, factor
 
 Judgement = Literal["good", "fair", "bad", "unknown"]
 LIMITS = {"speed": (1.05, 0.95), "loss": (0.01, 0.05), "retrieval": (0.95, 0.8)}
