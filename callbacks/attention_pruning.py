@@ -277,7 +277,7 @@ class AttentionPruning(Driver):
         return output
 
     def _look(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """After the first forward pass, before any weight has changed, choose the block size and forecast the gain."""
+        """Choose the block size and forecast the gain after the first forward pass, before any weight has changed."""
         length = trainer.strategy.broadcast(self.pruner.longest_call, src=0)  # all ranks need the same blocks
         if length is None:
             return
@@ -391,13 +391,13 @@ class AttentionPruning(Driver):
 
 
 def _gradient_scale(trainer: pl.Trainer) -> float:
-    """The scaler's factor on the loss, which falls when a step is skipped; 1 unless the precision is 16-mixed."""
+    """Return the scaler's factor on the loss, which falls if a step is skipped; 1 unless the precision is 16-mixed."""
     scaler = getattr(trainer.precision_plugin, "scaler", None)
     return 1.0 if scaler is None else float(scaler.get_scale())
 
 
 def _reduction(trainer: pl.Trainer) -> Reduce | None:
-    """The function that adds up the ranks' statistics; None for a single process."""
+    """Return the function that adds up the ranks' statistics; None for a single process."""
     if trainer.world_size == 1:
         return None
     return partial(sum_over_ranks, device="cpu" if dist.get_backend() == "gloo" else trainer.strategy.root_device)

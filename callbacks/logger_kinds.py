@@ -88,7 +88,7 @@ def log_settings(logger: Logger, trainer: pl.Trainer, settings: dict[str, Any]) 
 
 
 def _hyperparameters(part: Any) -> dict[str, Any]:
-    """The hyperparameters of a module or data module that Lightning will log."""
+    """Return the hyperparameters of a module or data module that Lightning will log."""
     return dict(part.hparams_initial) if getattr(part, "_log_hyperparams", False) else {}
 
 

@@ -94,7 +94,7 @@ def set_random_state(state: dict[str, Any]) -> None:
 
 
 def _gpus() -> list[int]:
-    """The GPU of this process first, whatever its number, then all others that it sees."""
+    """List the GPU of this process first, whatever its number, then all others that it sees."""
     if not torch.cuda.is_available():
         return []
     own = torch.cuda.current_device()

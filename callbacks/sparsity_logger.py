@@ -262,13 +262,13 @@ def _save(pruner: AttentionPruner, path: Path) -> None:
 
 
 def _tokens(pruner: AttentionPruner) -> int:
-    """Tokens of the batch: those of the layer that sees the most."""
+    """Count the tokens of the batch: those of the layer that sees the most."""
     shapes = [state.layer.last_shape for state in pruner.layers.values()]
     return max((shape.batch * shape.q_len for shape in shapes if shape is not None), default=0)
 
 
 def _step(trainer: pl.Trainer) -> int:
-    """The step under which Lightning itself logs this batch."""
+    """Return the step under which Lightning itself logs this batch."""
     return int(trainer.fit_loop.epoch_loop._batches_that_stepped)
 
 

@@ -52,7 +52,7 @@ class PatternCache(Cache):  # type: ignore[misc]
         super().__init__(layers=[_cache_layer(*layer) for layer in zip(handles, whole, strict=True)])
 
     def nbytes(self) -> int:
-        """Bytes of all storages that the cache holds on to, masks and spare room included."""
+        """Count the bytes of all storages that the cache holds on to, masks and spare room included."""
         return sum({s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for t in self._tensors())}.values())
 
     def _tensors(self) -> Iterator[Tensor]:
@@ -248,7 +248,7 @@ class PatternLayer(CacheLayerMixin):  # type: ignore[misc]
 
 
 def _check_own_cache(model: nn.Module, reuses: list[bool]) -> None:
-    """The model's own cache must hold keys and values of every layer that does not use another's, and nothing else."""
+    """Refuse models whose own cache holds anything but keys and values of each layer that does not use another's."""
     own = [type(layer).__name__ for layer in DynamicCache(config=model.config).layers]
     short = len(reuses) - len(own)
     kinds = zip(own + ["nothing"] * short, reuses + [False] * -short, strict=True)

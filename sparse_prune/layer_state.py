@@ -91,7 +91,7 @@ class LayerState:
         return [float(k / t) if t > 0 else 1.0 for k, t in zip(kept, total, strict=True)]
 
     def _mass(self) -> tuple[Tensor, Tensor]:
-        """Probability in kept blocks and in all blocks per head, (num_heads,) each; zeros before the first decision."""
+        """Sum probability in kept and in all blocks per head, (num_heads,) each; zeros before the first decision."""
         pattern = self.layer.pattern
         if pattern is None or self.mass.empty:
             zero = torch.zeros(self.layer.num_heads)
@@ -240,7 +240,7 @@ def check_layers(saved: Mapping[str, Mapping[str, Any]], layers: Mapping[str, Pr
 
 
 def _patterns_of_version_3(state: Mapping[str, Any]) -> dict[str, BlockPattern]:
-    """The patterns of state before version 4, which held their masks, and block size and lengths once."""
+    """Decode patterns of state before version 4, which held their masks, and block size and lengths once."""
     masks = {"in_force": state["keep"], "given_back": state["given_back"]}
     return {
         name: BlockPattern(decompress(keep), state["block_size"], state["causal"], *state["lengths"])
@@ -263,16 +263,16 @@ def _decompressed(held: Mapping[str, Any] | None, kinds: tuple[str, ...]) -> Blo
 
 
 def _grown(scores: Tensor, rows: int, cols: int) -> Tensor:
-    """Scores of more blocks, of which nothing is known."""
+    """Extend scores to more blocks, of which nothing is known."""
     return F.pad(scores, (0, cols - scores.shape[2], 0, rows - scores.shape[1]))
 
 
 def _fitted(pattern: BlockPattern, scores: torch.Size) -> BlockPattern:
-    """The pattern at the lengths that scores of a shape cover."""
+    """Return the pattern at the lengths that scores of a shape cover."""
     return pattern if scores == pattern.keep.shape else pattern.at(*_lengths(scores, pattern.block_size))
 
 
 def _lengths(scores: torch.Size, block_size: tuple[int, int]) -> tuple[int, int]:
-    """Lengths that scores of a shape cover, for self-attention in whole blocks."""
+    """Return the lengths that scores of a shape cover, for self-attention in whole blocks."""
     length = min(scores[1] * block_size[0], scores[2] * block_size[1])
     return length, length

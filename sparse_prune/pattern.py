@@ -228,7 +228,7 @@ class BlockPattern:
         return sinks, band, dense, (min((source + 1) * block_q, self.q_len) - 1) // block_kv
 
     def _diagonal(self, row: Tensor) -> Tensor:
-        """Key block of a row's last query, as if the row were whole."""
+        """Return the key block of a row's last query, as if the row were whole."""
         return ((row + 1) * self.block_size[0] - 1) // self.block_size[1]
 
     def keep_rows(self, first: int, end: int, cols: int) -> Tensor:

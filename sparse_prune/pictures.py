@@ -124,7 +124,7 @@ def _fits(view: LayerView) -> bool:
 
 
 def _strengths(layers: Sequence[LayerView]) -> list[np.ndarray[Any, np.dtype[np.float32]] | None]:
-    """Scores on one logarithmic scale for the whole picture, in [0, 1] between the ends of `score_range`."""
+    """Bring scores to one logarithmic scale for the whole picture, in [0, 1] between the ends of `score_range`."""
     ends = score_range(layers)
     if ends is None:
         return [None] * len(layers)
@@ -139,7 +139,7 @@ def _strengths(layers: Sequence[LayerView]) -> list[np.ndarray[Any, np.dtype[np.
 
 
 def _colours(view: LayerView, strength: np.ndarray[Any, np.dtype[np.float32]] | None, merged: int) -> Picture:
-    """(num_heads, q_blocks, kv_blocks, 3), with both numbers of blocks divided by `merged`, rounded up."""
+    """Colour blocks, (num_heads, q_blocks, kv_blocks, 3); both numbers are divided by `merged`, rounded up."""
     paper, pruned, kept, regrown, lost, first_level = range(6)
     keep, possible = view.pattern.keep.numpy(), view.pattern.possible.numpy()
     numbers = np.full(keep.shape, paper, dtype=np.uint8)

@@ -165,7 +165,7 @@ class FineTuneCLI(LightningCLI):
             on_first_rank(export)
 
     def _report(self) -> RunReport:
-        """The report of the run without its dense twin."""
+        """Make the report of the run without its dense twin."""
         pruner = _callback(self.trainer, AttentionPruning).pruner
         loss, quality = self._test(self.trainer, self.model)
         return RunReport(
@@ -203,14 +203,14 @@ class FineTuneCLI(LightningCLI):
         return notes
 
     def _test(self, trainer: pl.Trainer, module: pl.LightningModule) -> tuple[float, dict[str, float]]:
-        """Test loss, and the other qualities of a model."""
+        """Measure the test loss and the other qualities of a model."""
         quality = self.quality(trainer)  # first: testing empties the metrics of the fit
         found = trainer.test(module, datamodule=self.datamodule, verbose=False)[0]
         tested = {name.removeprefix("test/").replace("_", " "): float(value) for name, value in found.items()}
         return tested.pop("loss"), tested | quality
 
     def _compare(self, folder: Path) -> DenseRun | None:
-        """The dense run; None if it fails in a single process.
+        """Repeat the run without pruning; None if it fails in a single process.
 
         With several processes its error ends the run, as the other ranks would wait for the one that failed.
         """
@@ -233,7 +233,7 @@ class FineTuneCLI(LightningCLI):
         return DenseRun(before, after, history.records, quality)
 
     def _twin(self) -> FineTuneModule:
-        """A new module, with the optimizer and the scheduler of the command line if it names any."""
+        """Make a new module, with the optimizer and the scheduler of the command line if it names any."""
         # The command line adds entries of its own to the hyperparameters.
         given = {name: value for name, value in self.model.hparams.items() if not name.startswith("_")}
         twin: FineTuneModule = type(self.model)(**given)
@@ -245,7 +245,7 @@ class FineTuneCLI(LightningCLI):
         return twin
 
     def _twin_trainer(self, **replaced: Any) -> pl.Trainer:
-        """A new Trainer with the same settings. Strategy and plugins are made anew, because they keep state."""
+        """Make a new Trainer with the same settings. Strategy and plugins are made anew, because they keep state."""
         settings = self.config["fit"]["trainer"].as_dict()
         settings |= {"callbacks": None, "logger": None, "enable_checkpointing": False}
         parser = LightningArgumentParser()

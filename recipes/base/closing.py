@@ -44,7 +44,7 @@ def where_and_next(report: Path, folder: Path, export: str | None, commands: Seq
 
 
 def _program() -> str:
-    """The command for a shell: its name, or its path if the name is unknown or of another program."""
+    """Return the command for a shell: its name, or its path if the name is unknown or means another program."""
     own = Path(sys.executable).parent / "sparse-prune"
     if not own.exists() or shutil.which("sparse-prune") == str(own):
         return "sparse-prune"

@@ -65,7 +65,7 @@ class RunHistory(pl.Callback):
             self._step, self._losses, self._seconds = trainer.global_step, [], 0.0
 
     def _record(self, trainer: pl.Trainer) -> StepRecord:
-        """The record of the step that just ended."""
+        """Make the record of the step that just ended."""
         found = [c for c in trainer.callbacks if isinstance(c, AttentionPruning)]  # type: ignore[attr-defined]
         layers = [state.layer for state in found[0].pruner.layers.values()] if found else []
         modes = {layer.mode for layer in layers}

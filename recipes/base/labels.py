@@ -78,7 +78,7 @@ def _warn_of_twins(classes: Sequence[str]) -> None:
 
 
 def _likeness(label: str) -> str:
-    """A label without case, extra blanks, invisible characters and the way of writing a number."""
+    """Reduce a label to what remains without case, extra blanks, invisible characters and ways of writing numbers."""
     try:
         return repr(float(label))
     except ValueError:

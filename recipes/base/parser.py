@@ -44,7 +44,7 @@ def end_with(program: str, text: str) -> NoReturn:
 
 
 def _readable(message: str) -> str:
-    """A message of jsonargparse without its repetitions of types and values."""
+    """Shorten a message of jsonargparse, which repeats types and values."""
     lines = [line.strip() for line in message.splitlines()]
     told = " ".join(line for line in lines if not line.startswith(("Subtypes:", "Given value", "- Expected a")))
     told = re.sub(r'Parser key "([^"]+)":', r"`\1`:", told)
@@ -52,14 +52,14 @@ def _readable(message: str) -> str:
 
 
 def _likely(message: str, parser: LightningArgumentParser) -> str:
-    """A suggestion of a setting whose name is close to an unknown one."""
+    """Suggest a setting whose name is close to an unknown one."""
     unknown = re.search(r"unrecognized arguments: (--[^\s=]+)", message)
     close = get_close_matches(unknown[1], parser._option_string_actions, 1) if unknown else []
     return f". Did you mean {close[0]}?" if close else "."
 
 
 def _filled(value: Any, folder: str) -> Any:
-    """A copy of nested settings with placeholders replaced by the folder."""
+    """Copy nested settings with placeholders replaced by the folder."""
     if isinstance(value, str):
         return value.replace(PLACE, folder)
     if isinstance(value, list):

@@ -77,7 +77,7 @@ def load_pretrained(auto: Any, model: str, **settings: Any) -> Any:
 
 
 def _not_loaded(model: str, where: str, options: dict[str, str], error: Exception) -> ValueError:
-    """The error for what transformers does not load; the first line of its own error says why."""
+    """Make the error for what transformers does not load; the first line of its own error says why."""
     why = str(error).partition("\n")[0].rstrip(".")
     if options:
         file = str(Path(where) / options["gguf_file"])
@@ -116,7 +116,7 @@ def most_positions(model: Any) -> int | None:
 
 
 def _other_tables(model: Any) -> Iterator[nn.Embedding]:
-    """Embeddings other than those of words."""
+    """Yield embeddings other than those of words."""
     words = model.get_input_embeddings()
     return (module for module in model.modules() if isinstance(module, nn.Embedding) and module is not words)
 

@@ -114,7 +114,7 @@ def options_for(place: str) -> dict[str, Any]:
 
 
 def _head(file: Path) -> bytes:
-    """The first bytes of a file, compressed by gzip or not."""
+    """Read the first bytes of a file, compressed by gzip or not."""
     with open(file, "rb") as opened:
         start = opened.read(len(GZIP))
     with gzip.open(file) if start == GZIP else open(file, "rb") as opened:
@@ -160,14 +160,14 @@ def unreadable(error: Exception, place: str, argument: str) -> ValueError:
 
 
 def _data_files(place: str) -> list[Path]:
-    """The data files of a path or a glob."""
+    """List the data files of a path or a glob."""
     path = Path(place).expanduser()
     files = files_in(path, tell=False) if path.is_dir() else files_at(place)
     return [file for file in files if not _ABOUT & {file.suffix.lower(), file.name}]
 
 
 def _common_reader(files: Sequence[Path]) -> str | None:
-    """The reader of `datasets` for all of these files; None if there are several or none."""
+    """Find the reader of `datasets` for all of these files; None if there are several or none."""
     readers = {_reader(file) for file in files}
     return readers.pop() if len(readers) == 1 else None
 

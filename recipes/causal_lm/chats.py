@@ -71,7 +71,7 @@ def exchange_tokens(tokenizer: Any, exchange: Exchange, end: Sequence[int]) -> t
 def _places(
     tokenizer: Any, text: str, passages: Sequence[tuple[int, int]], add_special_tokens: bool
 ) -> tuple[list[int], list[list[int]]]:
-    """Tokens of a text, and for each passage (start and end in the text) the places of its tokens."""
+    """Return the tokens of a text, and for each passage (start and end in the text) the places of its tokens."""
     encoded = tokenizer(text, add_special_tokens=add_special_tokens, return_offsets_mapping=True, verbose=False)
     offsets = encoded["offset_mapping"]
     inside = [
@@ -82,7 +82,7 @@ def _places(
 
 
 def _answers(tokenizer: Any, turns: list[dict[str, Any]], chat: str) -> Iterator[tuple[int, int]]:
-    """Where answers begin and end in the text of a chat."""
+    """Find where answers begin and end in the text of a chat."""
     for index, turn in enumerate(turns):
         if turn["role"] == "assistant" and turn.get("weight", 1):  # OpenAI's files say so of what is not to be learnt
             other = _rendered(tokenizer, [*turns[:index], turn | {"content": _STAND_IN}, *turns[index + 1 :]])

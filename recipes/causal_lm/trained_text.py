@@ -54,14 +54,14 @@ def unseen_documents(text: str | list[str], told: Mapping[str, Any] | None) -> t
 
 
 def _places(names: Iterable[str]) -> set[str]:
-    """Files and folders by their absolute paths, data sets by their names."""
+    """Name files and folders by their absolute paths, data sets by their names."""
     places = [name if name == STDLIB else place_of(name) for name in names]
     found = [(place, files_at(place.removeprefix(PREFIX))) for place in places]
     return {path for place, files in found for path in ([str(file.resolve()) for file in files] or [place])}
 
 
 def _around(place: str) -> Iterator[str]:
-    """A place, the folders around it, and the files inside it."""
+    """Yield a place, the folders around it, and the files inside it."""
     path = Path(place)
     yield place
     if path.is_absolute():

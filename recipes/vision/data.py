@@ -119,7 +119,7 @@ class SquareImages(Dataset[Example]):
         }
 
     def _pixels(self, image: np.ndarray[Any, Any]) -> Tensor:
-        """(3, size, size)."""
+        """Resize and normalise an image to (3, size, size)."""
         values = torch.from_numpy(image).float()
         values = values.expand(3, *values.shape) if values.dim() == 2 else values.movedim(-1, 0)
         size = (self.size, self.size)

@@ -82,14 +82,14 @@ class LabelledImages:
 
 
 def _source(image: Path | Mapping[str, Any]) -> Path | io.BytesIO:
-    """The file or the bytes of an image."""
+    """Return the file or the bytes of an image."""
     if isinstance(image, Path):
         return image
     return Path(image["path"]) if image["bytes"] is None else io.BytesIO(image["bytes"])
 
 
 def _decoded(source: Path | io.BytesIO) -> np.ndarray[Any, Any]:
-    """The image, rotated as its camera was; values are shares of white (`_white`)."""
+    """Decode an image, rotated as its camera was; values are shares of white (`_white`)."""
     from PIL import Image, ImageOps
 
     try:
@@ -108,7 +108,7 @@ def _decoded(source: Path | io.BytesIO) -> np.ndarray[Any, Any]:
 
 
 def _white(image: Any) -> float | None:
-    """The value of white by the image's mode in Pillow; None if Pillow brings it to 255.
+    """Return the value of white by the image's mode in Pillow; None if Pillow brings it to 255.
 
     Only few formats hold 16 bits as integers of 32. Other integers of 32 bits may be of any scale, and a guess by the
     values would show the images of one data set in several.
@@ -168,7 +168,7 @@ def _says_labels(root: Path) -> bool:
 
 
 def _image_files(root: Path) -> list[tuple[str, Path]]:
-    """Class and file, of files with suffixes that Pillow reads."""
+    """List class and file of the files with suffixes that Pillow reads."""
     from PIL import Image
 
     suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}

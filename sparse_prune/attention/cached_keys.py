@@ -60,9 +60,9 @@ class HeadSet:
         return slots.flatten(1).to(self.device)
 
     def row_mask(self, row: int, pattern: BlockPattern) -> Tensor | None:
-        """Slots that the queries of one pattern row attend to, (heads, group, 1, slots); None: all of them.
+        """Mark the slots that the queries of one pattern row attend to, (heads, group, 1, slots); None: all of them.
 
-        Kept until another row is asked for, as decoding stays in a row for many tokens.
+        The result is kept until another row is asked for, as decoding stays in a row for many tokens.
         """
         if row != self._row:
             keep = self.block_mask(row, row + 1, pattern)
@@ -71,7 +71,7 @@ class HeadSet:
         return self._row_mask
 
     def block_mask(self, first_row: int, end_row: int, pattern: BlockPattern) -> Tensor:
-        """Held blocks that rows of the pattern attend to, (heads, group, rows, blocks), on the CPU."""
+        """Mark the held blocks that rows of the pattern attend to, (heads, group, rows, blocks), on the CPU."""
         cols = int(self.blocks.max()) + 1 if self.blocks.numel() else 0
         keep = torch.unflatten(pattern.keep_rows(first_row, end_row, cols), 0, (self.num_kv_heads, -1))[self.heads]
         return keep.take_along_dim(self.blocks[:, None, None, :], -1)
@@ -222,7 +222,7 @@ class CachedKeys:
         return output.flatten(1, 2)
 
     def _mask(self, head_set: HeadSet, q_len: int, used: int, options: AttentionOptions) -> Tensor | None:
-        """Which slots each query attends to, (batch or 1, heads, group or 1, q_len or 1, used); None: all."""
+        """Mark the slots that each query attends to, (batch or 1, heads, group or 1, q_len or 1, used); None: all."""
         block_q, block_kv = self.pattern.block_size
         _, num_kv_heads, length, _ = self.shape
         start, device = length - q_len, head_set.device

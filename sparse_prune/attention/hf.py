@@ -131,7 +131,7 @@ def register() -> None:
 
 
 def _implementation(model: nn.Module, config: Any, sharing: list[nn.Module]) -> str:
-    """The implementation for layers that share a config."""
+    """Choose the implementation for layers that share a config."""
     known = all(handle_of(module) is not None and getattr(module, "is_causal", False) for module in sharing)
     return IMPLEMENTATION if known or _sdpa_holds(model.modules(), config) else BESIDE_EAGER
 
@@ -206,7 +206,7 @@ def refused(name: str, module: nn.Module) -> str | None:
 
 
 def _heads(module: Any) -> tuple[int | None, int | None]:
-    """Query and key heads, by the layer itself or else by its config, which may count an encoder's."""
+    """Count query and key heads, by the layer itself or else by its config, which may count an encoder's."""
     counts = (getattr(module, name, None) for name in ("num_heads", "num_attention_heads", "n_heads"))
     heads = next((count for count in counts if isinstance(count, int)), None)
     if heads is None:
@@ -225,7 +225,7 @@ def _hands_over(module: nn.Module, argument: str) -> bool:
 
 @cache
 def _keywords(forward: Callable[..., Any]) -> dict[str, ast.expr]:
-    """Keyword arguments of calls of the attention function; none without source, as in a frozen program."""
+    """Read the keyword arguments of calls of the attention function; none without source, as in a frozen program."""
     try:
         source = inspect.getsource(forward)
     except (OSError, TypeError):

@@ -85,7 +85,7 @@ _run_own_eagerly: Callable[..., tuple[Tensor, Tensor | None]] = torch.compiler.d
 
 
 def _eager_function(kind: type[nn.Module]) -> Callable[..., Any]:
-    """The eager attention function in the file of a layer's class."""
+    """Find the eager attention function in the file of a layer's class."""
     forward: Any = inspect.unwrap(kind.forward)
     for name in forward.__code__.co_names:
         if name.endswith("eager_attention_forward"):
@@ -110,7 +110,7 @@ def _dense(
     softcap: float | None = None,
     **kwargs: Any,
 ) -> Tensor:
-    """The model's own attention by SDPA, (batch, num_heads, q_len, head_dim)."""
+    """Compute the model's own attention by SDPA, (batch, num_heads, q_len, head_dim)."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     causal = claims_causal(module, is_causal)
@@ -128,7 +128,7 @@ def _dense(
 
 
 def _for_kernels(mask: Tensor | None, window: int | None, causal: bool) -> tuple[Tensor | None, int | None]:
-    """Mask and window for the kernels, whose windows are causal: others become part of the mask."""
+    """Return mask and window for the kernels, whose windows are causal: others become part of the mask."""
     return (mask, window) if mask is None or window is None or causal else (expand(mask, causal), None)
 
 

@@ -222,7 +222,7 @@ class PrunableAttention:
         return self._with_gradient(output, call)
 
     def _pattern_of(self, call: _Call) -> BlockPattern:
-        """The pattern for a call's lengths; if the call shows later keys, it keeps all of these."""
+        """Return the pattern for a call's lengths; if the call shows later keys, it keeps all of these."""
         pattern = self.pattern_at(call.q_len, call.kv_len)
         return opened(pattern) if pattern.causal and not call.causal else pattern
 
@@ -320,7 +320,7 @@ class PrunableAttention:
         return check_backend(self.backend).decode if self.mode == "sparse" and not torch.is_grad_enabled() else None
 
     def _cached(self, key: Tensor | CachedKeys, value: Tensor | CachedKeys) -> CachedKeys:
-        """The keys and values of a `PatternCache`, checked to be of this layer's pattern."""
+        """Check that the keys and values of a `PatternCache` are of this layer's pattern, and return them."""
         if not isinstance(key, CachedKeys) or value is not key:
             raise ValueError(
                 f"Layer {self.name!r} must get keys and values from one PatternCache, got others. "
@@ -334,7 +334,7 @@ class PrunableAttention:
         return key
 
     def _attend_cached(self, call: _Call, dropped: int) -> Tensor:
-        """Attention of the last queries against a cache: by the backend's decoding, or else under a mask."""
+        """Compute attention of the last queries against a cache: by the backend's decoding, or else under a mask."""
         assert self._pattern is not None
         query, key, value, options, causal = call
         decode = None if dropped else self._decode
@@ -379,6 +379,6 @@ class _Call(NamedTuple):
 
 
 def _causal_too(options: AttentionOptions, length: int, device: torch.device) -> AttentionOptions:
-    """The options of a causal call under a bidirectional pattern: causality becomes a mask."""
+    """Return the options of a causal call under a bidirectional pattern: causality becomes a mask."""
     lower = torch.ones(length, length, dtype=torch.bool, device=device).tril()[None, None]
     return replace(options, attn_mask=lower if options.attn_mask is None else options.attn_mask & lower)

@@ -103,13 +103,13 @@ def probe_score(
 
 
 def _probe_kernels(query: Tensor, block_size: tuple[int, int]) -> ModuleType | None:
-    """The Triton kernels, if they probe such a call on its device."""
+    """Return the Triton kernels, if they probe such a call on its device."""
     kernels = triton_kernels() if query.device.type == "cuda" else None
     return kernels if kernels is not None and kernels.probes(query, block_size) else None
 
 
 def _hidden_but_padding(options: AttentionOptions, query: Tensor, key: Tensor) -> Tensor | None:
-    """Masks, documents and window as one mask, without padding, which hides queries as well."""
+    """Combine masks, documents and window into one mask, without padding, which hides queries as well."""
     if options.documents is None and options.window is None:
         return options.attn_mask
     return replace(options, key_mask=None).token_mask(query.shape[2], key.shape[2], query.device)

@@ -31,7 +31,7 @@ def dropout_uniform(seed: int, head: Tensor, query: Tensor, key: Tensor) -> Tens
 
 
 def _philox(seed: int, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-    """All numbers at once; the first rounds are computed before their inputs are broadcast."""
+    """Draw all numbers at once; the first rounds are computed before their inputs are broadcast."""
     c0, c1, c2, c3 = key & _LOW, query & _LOW, head & _LOW, torch.zeros_like(key)
     k0, k1 = seed & _LOW, (seed >> 32) & _LOW
     for _ in range(10):

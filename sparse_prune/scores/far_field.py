@@ -39,7 +39,7 @@ class FarField(Score):
         return torch.nn.functional.pad(total[:, None], (0, tile.kv_blocks - 1))
 
     def _near(self, tile: Tile) -> Tensor:
-        """Which keys are not far from a query: boolean, (rows, seen)."""
+        """Mark the keys that are not far from a query: boolean, (rows, seen)."""
         call, device = tile.call, tile.logits.device
         side, offset = call.block_size[1], call.key.shape[2] - call.query.shape[2] if call.causal else 0
         own = (torch.arange(tile.start, tile.stop, device=device)[:, None] + offset) // side

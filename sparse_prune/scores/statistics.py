@@ -40,7 +40,7 @@ class BlockStatistics:
         return BlockStatistics(sums, counts, self.kinds)
 
     def _alike(self, other: BlockStatistics) -> tuple[BlockStatistics, BlockStatistics]:
-        """Both with equally many blocks."""
+        """Return both with equally many blocks."""
         rows, cols = (max(self.sums.shape[i], other.sums.shape[i]) for i in (2, 3))
         return self.grown(rows, cols), other.grown(rows, cols)
 

@@ -140,7 +140,7 @@ def main(args: list[str] | None = None) -> None:
 
 
 def _prepare(given: argparse.Namespace) -> tuple[Any, Any, dict[str, Any], str]:
-    """Pruned model, dense twin or None, the other arguments of `evaluate`, all checked, and which part of the text."""
+    """Load and check the pruned model, the dense one or None, the arguments of `evaluate`, and the part of the text."""
     import matplotlib  # noqa: F401 - the report needs it: fail now rather than after the measurement
 
     options = {"dtype": getattr(torch, given.dtype)} if given.dtype else {}
