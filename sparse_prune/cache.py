@@ -76,7 +76,7 @@ class PatternLayer(CacheLayerMixin):  # type: ignore[misc]
         self.length = 0
         """Tokens seen."""
         self.evicted_at = 0
-        """Length at the latest eviction: the cache cannot go back behind it."""
+        """Length at the latest eviction: the cache cannot go back to a shorter one."""
         self.record_past = False
         """Whether nothing is evicted, because new tokens may be taken back."""
         self.judged_at: int | None = None
@@ -194,7 +194,7 @@ class PatternLayer(CacheLayerMixin):  # type: ignore[misc]
             tokens_to_remove: Minus the number of tokens.
 
         Raises:
-            ValueError: If it is positive or there are not so many tokens.
+            ValueError: If it is positive or there are fewer tokens.
             RuntimeError: If blocks were evicted that the shorter sequence needs.
         """
         if tokens_to_remove > 0 or -tokens_to_remove > self.length:

@@ -38,7 +38,7 @@ class Rows:
     argument: str
     """What errors call the data set."""
     parts: int = 1
-    """The first so many columns make up a document (`document_of`)."""
+    """Number of columns that make up a document (`document_of`), counted from the first."""
     _told: set[str] = field(default_factory=set)
 
     def documents(self) -> Iterator[tuple[int, Document]]:

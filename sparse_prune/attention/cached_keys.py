@@ -104,7 +104,7 @@ class HeldKeys:
     blocks: HeldBlocks
     """Where each head's blocks stand."""
     ends: Tensor
-    """Per KV head the slot behind its last one, int64, on the keys' device."""
+    """Per KV head, the slot after its last one, int64, on the keys' device."""
 
     @classmethod
     def gather(cls, heads: list[HeadKeys], kept: list[Tensor], room: int, block: int, length: int) -> HeldKeys:
@@ -131,7 +131,7 @@ class HeldKeys:
             for head, own in zip(members, blocks, strict=True):
                 place[head, own] = torch.arange(count + room) + first // block
                 slots = (kept[head][:, None] * block + torch.arange(block)).flatten()
-                # Only the sequence's last block may be partly filled; a prompt has no room behind it.
+                # Only the sequence's last block may be partly filled; a prompt has no room after it.
                 partly = count > 0 and int(own[count - 1]) == length // block
                 slots = slots[: count * block - (-length % block if partly else 0)].to(keys.device)
                 keys[:, first : first + len(slots)] = heads[head].keys[:, slots]

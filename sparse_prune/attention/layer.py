@@ -46,7 +46,7 @@ class CallShape(NamedTuple):
     head_dim: int
     """Channels of a head."""
     dtype: torch.dtype
-    """Of query, key and value."""
+    """Dtype of query, key and value."""
     device: torch.device
     """Device of query, key and value."""
     options: AttentionOptions = AttentionOptions()
