@@ -33,8 +33,9 @@ def refusals(refuse: Callable[[str], object], *others: type[Exception]) -> Itera
         refuse: Ends the command with a message, as the `error` of an argparse parser does.
         *others: Other errors that are refusals.
     """
+    refused: tuple[type[Exception], ...] = (ImportError, OSError, ValueError, *others)
     try:
         yield
-    except (ImportError, OSError, ValueError, *others) as error:
+    except refused as error:
         text = with_remedy(error) if isinstance(error, ImportError) else str(error)
         refuse(text or type(error).__name__)
