@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from sparse_prune.attention import PrunableAttention
 from sparse_prune.codec import compress, decode, decompress, encode
 from sparse_prune.pattern import BlockPattern
 from sparse_prune.ranges import check_range
 from sparse_prune.scores import STATISTICS, BlockStatistics, Score, ScoreAverage
+from sparse_prune.scores.statistics import grown
 from sparse_prune.selection import LayerScores
 
 STATE_VERSION = 4
@@ -111,7 +111,7 @@ class LayerState:
             self.floor = scores
             return
         rows, cols = (max(self.floor.shape[i], scores.shape[i]) for i in (1, 2))
-        self.floor = torch.maximum(_grown(self.floor, rows, cols), _grown(scores, rows, cols))
+        self.floor = torch.maximum(grown(self.floor, rows, cols), grown(scores, rows, cols))
 
     def raised(self, scores: Tensor) -> Tensor:
         """Return scores, raised to the floor where they are below it.
@@ -122,7 +122,7 @@ class LayerState:
         if self.floor is None:
             return scores
         rows, cols = scores.shape[1:]
-        return torch.maximum(scores, _grown(self.floor[:, :rows, :cols], rows, cols))
+        return torch.maximum(scores, grown(self.floor[:, :rows, :cols], rows, cols))
 
     def pattern_at_scores(self, block_size: tuple[int, int]) -> BlockPattern:
         """Return the pattern in force at the lengths that the scores cover; a settled layer's pattern is unchanged.
@@ -260,11 +260,6 @@ def _decompressed(held: Mapping[str, Any] | None, kinds: tuple[str, ...]) -> Blo
     if counts.dim() < 4:  # older state: one for all heads, with or without key blocks
         counts = counts.reshape(len(counts), 1, counts.shape[1], -1)
     return BlockStatistics(decompress(held["sums"]), counts, kinds)
-
-
-def _grown(scores: Tensor, rows: int, cols: int) -> Tensor:
-    """Extend scores to more blocks, of which nothing is known."""
-    return F.pad(scores, (0, cols - scores.shape[2], 0, rows - scores.shape[1]))
 
 
 def _fitted(pattern: BlockPattern, scores: torch.Size) -> BlockPattern:

@@ -14,6 +14,7 @@ from torch import Tensor
 from sparse_prune.attention.cached_keys import CachedKeys
 from sparse_prune.attention.call_patterns import last_rows, opened
 from sparse_prune.attention.gradient import with_gradient
+from sparse_prune.attention.masks import assert_hides_future, hides_future
 from sparse_prune.kernels import (
     AttentionOptions,
     block_sparse_attention,
@@ -136,6 +137,19 @@ class PrunableAttention:
         """Whether calls go to the model's own attention: there is no pattern to apply and nothing to probe."""
         untouched = (self.mode == "dense" or self._pattern is None) and self.probe_block_size is None
         return untouched or self.aside is not None
+
+    def hides_later_keys(self, mask: Tensor | None, flag: bool, q_len: int, kv_len: int) -> bool:
+        """Whether a call hides later keys from every query, by its mask over all pairs or else by its flag.
+
+        torch.compile cannot read a mask: then it is as the layer, and the compiled graph asserts it.
+        """
+        if mask is None:
+            return flag or (q_len == 1 and self.causal)
+        if not torch.compiler.is_compiling():
+            return hides_future(mask, q_len, kv_len)
+        if self.causal:
+            assert_hides_future(mask, q_len, kv_len, self.name)
+        return self.causal
 
     def pattern_at(self, q_len: int, kv_len: int) -> BlockPattern:
         """Return the pattern for a call's lengths in tokens."""

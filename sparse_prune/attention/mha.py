@@ -21,6 +21,7 @@ from sparse_prune.attention.masks import is_bias, visible
 from sparse_prune.attention.sdpa import call_is_causal
 from sparse_prune.attention.trial_run import TrialCall, TrialCalls, describe, named_cross
 from sparse_prune.kernels import AttentionOptions
+from sparse_prune.kernels.dropout import draw_seed
 
 KIND = "mha"
 _NESTED = "_nested_tensor_before_pruning"
@@ -190,7 +191,7 @@ def _attend(
         key_mask=key_mask,
         attn_mask=None if is_causal and causal and layer.causal else attn_mask,
         dropout_p=dropout,
-        seed=int(torch.randint(2**62, ())) if dropout else None,
+        seed=draw_seed(dropout),
     )
     everything = AttentionOptions(key_mask=key_mask, attn_mask=attn_mask).token_mask(length, length, query.device)
     output = layer.attend(

@@ -55,8 +55,9 @@ class BlockStatistics:
         if not (pad_rows or pad_cols):
             return self
         counts = self.counts.expand(-1, -1, -1, self.sums.shape[3]) if pad_cols else self.counts
-        sums, counts = (F.pad(part, (0, pad_cols, 0, pad_rows)) for part in (self.sums, counts))
-        return BlockStatistics(sums, counts, self.kinds)
+        return BlockStatistics(
+            grown(self.sums, rows, cols), grown(counts, rows, counts.shape[3] + pad_cols), self.kinds
+        )
 
     def trimmed(self, block_size: tuple[int, int]) -> BlockStatistics:
         """Cut the end of self-attention in which no query was seen, because it was padding in all samples.
@@ -101,3 +102,8 @@ class BlockStatistics:
             kind: One of `kinds`.
         """
         return self.sums[self.kinds.index(kind)], self.counts[_COUNTS.get(kind, -1)]
+
+
+def grown(blocks: Tensor, rows: int, cols: int) -> Tensor:
+    """Extend numbers per block, (..., q_blocks, kv_blocks), with zeros at the bottom right, to (..., rows, cols)."""
+    return F.pad(blocks, (0, cols - blocks.shape[-1], 0, rows - blocks.shape[-2]))
