@@ -44,9 +44,9 @@ def select(
 ) -> tuple[list[BlockPattern], float]:
     """Select new patterns by a threshold, or by the threshold that reaches a sparsity.
 
-    Sparsity counts the possible blocks of all given layers, protected and frozen ones included. Where constraints keep
+    Sparsity counts the possible blocks of all given layers, protected and frozen ones included. If constraints keep
     more than it allows, every free block is pruned and the achieved sparsity is lower. Blocks without any attention are
-    pruned first and together, so where they are many it is higher.
+    pruned first, all together, so that the achieved sparsity is higher if there are many.
 
     Scores that may be negative (`Score.signed`) have no geometric mean: on a diagonal they are drawn to its mean
     instead of its largest one, by an arithmetic mean, and the query heads of a KV head share their sum. A threshold of
