@@ -139,7 +139,7 @@ def answer(model: Any, example: Example, make_cache: Callable[[], Any] | None = 
 
 
 def _cached(model: Any, example: Example, cache: Any) -> Callable[[Question], Tensor]:
-    """The logits of a question and its answer after the context, (tokens, vocabulary)."""
+    """Make a function that computes the logits of a question and its answer after the context, (tokens, vocabulary)."""
     model(input_ids=_row(model, example.context), past_key_values=cache, logits_to_keep=1)
 
     def logits(question: Question) -> Tensor:
@@ -152,7 +152,7 @@ def _cached(model: Any, example: Example, cache: Any) -> Callable[[Question], Te
 
 
 def _uncached(model: Any, example: Example) -> Callable[[Question], Tensor]:
-    """As `_cached`, but of the last tokens alone where the model can be asked for them."""
+    """Make the function of `_cached` without a cache, for the last tokens alone if the model can be asked for them."""
     before, few = list(example.context), "logits_to_keep" in inspect.signature(model.forward).parameters
 
     def logits(question: Question) -> Tensor:

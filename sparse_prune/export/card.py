@@ -132,7 +132,7 @@ def _evaluation(folder: Path) -> dict[str, Any]:
 
 
 def _table(report: Mapping[str, Any]) -> str:
-    """Dense beside pruned, with the 95 % intervals of the retrieval tasks."""
+    """Show dense beside pruned, with the 95 % intervals of the retrieval tasks."""
     rows: list[tuple[object, ...]] = []
     for dense, pruned in zip(report["dense"], report["pruned"], strict=True):
         length, one, other = dense["length"], dense["cost"], pruned["cost"]
@@ -157,7 +157,7 @@ def _right(score: Mapping[str, Any]) -> str:
 
 
 def _results(report: Mapping[str, Any]) -> list[Any]:
-    """What the hub shows beside the card; of the pruned model."""
+    """Describe the results of the pruned model, which the hub shows beside the card."""
     from huggingface_hub import EvalResult
 
     if not report:

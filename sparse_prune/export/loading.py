@@ -106,7 +106,7 @@ def export_header(
 
 
 def identity(model: Any) -> dict[str, Any]:
-    """What must agree for patterns to fit a model."""
+    """Return what must agree for patterns to fit a model."""
     config = model.config.get_text_config(decoder=True) if hasattr(model.config, "get_text_config") else model.config
     shape = {name: getattr(config, name, None) for name in _SHAPE}
     return {"class": plain_class(model).__name__, "model_type": model.config.model_type, **shape}

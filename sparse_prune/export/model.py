@@ -190,7 +190,7 @@ def push_to_hub(
 
 
 def _cards_to_leave(api: Any, repo_id: str, revision: str | None) -> list[str]:
-    """Files of the export that must not replace those of a repository."""
+    """List the files of the export that must not replace those of a repository."""
     if not api.file_exists(repo_id, CARD, revision=revision):
         return []
     if is_own(Path(api.hf_hub_download(repo_id, CARD, revision=revision))):
@@ -200,13 +200,13 @@ def _cards_to_leave(api: Any, repo_id: str, revision: str | None) -> list[str]:
 
 
 def _hub_name(model: Any) -> str | None:
-    """The hub's name that a model was loaded by; None if it was a folder of this machine, of which nothing is told."""
+    """Return the hub's name that a model was loaded by; None if it was a folder, whose path is not told."""
     name = str(model.config.name_or_path)
     return name if name.count("/") == 1 and not name.startswith(("/", ".", "~")) and not Path(name).exists() else None
 
 
 def _state(model: Any) -> tuple[dict[str, BlockPattern], dict[str, dict[str, Any]]]:
-    """Patterns by layer name, and how each layer computes."""
+    """Return the patterns by layer name, and how each layer computes."""
     patterns, layers = {}, {}
     for name, handle in handles_in(model).items():
         if handle.pattern is None:
@@ -226,12 +226,12 @@ def _state(model: Any) -> tuple[dict[str, BlockPattern], dict[str, dict[str, Any
 
 
 def _names(model: Any) -> dict[str, str]:
-    """Layer as the pruner calls it, which may have found it in a module around the model -> its name in the model."""
+    """Map a layer's name for the pruner, which may know a module around the model, to its name in the model."""
     return {handle.name: name for name, handle in handles_in(model).items()}
 
 
 def _buffers(model: Any) -> dict[str, str]:
-    """Types of the buffers that loading makes anew: `model.to(bfloat16)` casts rotary frequencies, loading does not."""
+    """Tell the types of buffers that loading makes anew: `model.to(bfloat16)` casts rotary frequencies, loading not."""
     saved = model.state_dict()
     kinds = {name: str(b.dtype).removeprefix("torch.") for name, b in model.named_buffers() if name not in saved}
     return {name: kind for name, kind in kinds.items() if kind in HALVES}
@@ -253,7 +253,7 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _export_header(folder: Path) -> dict[str, Any] | None:
-    """The header of an export; None if the folder is none."""
+    """Read the header of an export; None if the folder holds none."""
     try:
         header = read_pattern_file(folder / PATTERN_FILE)[1]
     except (FileNotFoundError, ValueError):
