@@ -31,7 +31,7 @@ class AttentionPruner:
     `update(step)`.
 
     Raises:
-        TypeError: If `sparsity` or `threshold` is no schedule, or `constraints` no `Constraints`.
+        TypeError: If `sparsity` or `threshold` is not a schedule, or `constraints` are not `Constraints`.
         ValueError: If not exactly one of `sparsity` and `threshold` is given, or a value is out of range.
     """
 

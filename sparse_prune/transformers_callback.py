@@ -39,9 +39,9 @@ class AttentionPruningCallback(TrainerCallback):  # type: ignore[misc]
         checkpoint: The folder to resume from, if it is not `output_dir/checkpoint-STEP`.
 
     Raises:
-        TypeError: If `pruner` is no AttentionPruner.
-        ValueError: If `every_n_steps` is no whole number of at least 1; when training starts, with `fp16`, with several
-            GPUs in one process, or if the checkpoint to resume from holds no pruning.
+        TypeError: If `pruner` is not an AttentionPruner.
+        ValueError: If `every_n_steps` is not a whole number of at least 1. When training starts: with `fp16`, with
+            several GPUs in one process, or if the checkpoint to resume from holds no pruning.
     """
 
     def __init__(

@@ -483,7 +483,7 @@ def test_what_a_cache_holds_is_for_attention_that_was_taken_over():
     detach(model)
     for implementation in ("sdpa", "eager"):
         model.set_attn_implementation(implementation)
-        with pytest.raises(TypeError, match="taken over.*attach"):
+        with pytest.raises(TypeError, match="attached attention layer.*attach"):
             model(ids[:, :1], past_key_values=cache)
     model = prune(DiffLlamaForCausalLM(DiffLlamaConfig(**SMALL)).eval())
     cache = PatternCache(model)

@@ -46,7 +46,7 @@ def _problem(file: Path) -> str | None:
         if start == _POINTER:
             return f"a pointer of Git LFS, not the file. Run `git lfs pull` in {str(file.parent)!r}"
         if file.suffix == ".gguf" and not start.startswith(b"GGUF"):
-            return "which is no GGUF file. Copy it again, or name another"
+            return "which is not a GGUF file. Copy it again, or name another"
     if file.suffix == ".safetensors":
         try:
             with safe_open(file, "pt"):

@@ -51,7 +51,7 @@ class LabelledTextDataModule(ClassificationDataModule):
 
     Raises:
         FileNotFoundError: If the file or the data set does not exist.
-        ValueError: If a number is out of range, a column or a label is missing, or a file is no text.
+        ValueError: If a number is out of range, a column or a label is missing, or a file is not text.
     """
 
     def __init__(

@@ -148,7 +148,7 @@ def attached_layers(model: nn.Module) -> list[PrunableAttention]:
     """Return the handles of an attached transformers decoder, one per layer, in the order of its cache.
 
     Raises:
-        ValueError: If the model is no decoder, or a layer of its cache has no handle or is not causal.
+        ValueError: If the model is not a decoder, or a layer of its cache has no handle or is not causal.
     """
     config: Any = getattr(model, "config", None)
     if config is None or getattr(config, "is_encoder_decoder", False):

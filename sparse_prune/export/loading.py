@@ -132,8 +132,8 @@ def _fetch(name: str, revision: str | None, token: str | None) -> Path:
         return Path(snapshot_download(name, revision=revision, token=token, allow_patterns=_HUB_FILES))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
         raise FileNotFoundError(
-            f"`name` must be an existing folder or hub repository, got {name!r}, which is no folder here and which the "
-            "hub did not give. Check the path, or the repository, `revision`, `token` and the network."
+            f"`name` must be an existing folder or hub repository, got {name!r}, which is not a folder here and which "
+            "the hub did not give. Check the path, or the repository, `revision`, `token` and the network."
         ) from error
 
 

@@ -80,7 +80,7 @@ def load_patterns(path: str | os.PathLike[str], unused: bool = False) -> dict[st
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it is no such file, of another version or rule, cut short or altered.
+        ValueError: If it is another kind of file, of another version or rule, cut short or altered.
     """
     patterns, learned, _ = _read(path)
     return {**patterns, **learned} if unused else patterns

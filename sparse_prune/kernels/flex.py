@@ -54,7 +54,7 @@ def _tiles(block_size: tuple[int, int]) -> dict[str, Any] | None:
     """Choose kernel options whose tiles divide the blocks in the forward pass; None if the default ones do.
 
     Raises:
-        ValueError: If a side is no multiple of 16, the least side of a tile.
+        ValueError: If a side is not a multiple of 16, the least side of a tile.
     """
     if all(side % _LONGEST_TILE == 0 for side in block_size):
         return None

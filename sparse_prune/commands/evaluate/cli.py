@@ -101,7 +101,7 @@ def check(
     """Refuse arguments that `evaluate` cannot measure; see there.
 
     Raises:
-        ValueError: If the model is no causal language model, or an argument is out of range.
+        ValueError: If the model is not a causal language model, or an argument is out of range.
     """
     if not model.can_generate():
         raise ValueError(f"`model` must be a causal language model, got {type(model).__name__}. Name another.")
