@@ -68,7 +68,7 @@ def whole_folder(target: Path) -> Iterator[Path]:
     """Yield a new folder to write into; it replaces `target` when the block ends without an error.
 
     An error, or a crash at any moment, leaves the previous folder whole. On Linux the two are exchanged in one step;
-    where the file system cannot do that, a crash between two renames leaves the previous one as `previous(target)`,
+    if the file system cannot do that, a crash between two renames leaves the previous one as `previous(target)`,
     which `recover` moves back. The new folder has the permissions of the previous one.
     """
     target.parent.mkdir(parents=True, exist_ok=True)

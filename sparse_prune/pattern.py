@@ -41,7 +41,7 @@ def check_block_size(block_size: int | tuple[int, int]) -> tuple[int, int]:
 
 
 def suited_block_size(length: int) -> tuple[int, int]:
-    """Choose the block size for a length: 64 tokens per side, or 32 or 16 where that gives fewer than 32 blocks.
+    """Choose the block size for a length: 64 tokens per side, or 32 or 16 if that gives fewer than 32 blocks.
 
     With `n` blocks per side, `2n - 1` of `n (n + 1) / 2` possible ones hold a sink or the diagonal and stay
     (docs/choosing.md).

@@ -79,7 +79,7 @@ def draw_atlas(layers: Sequence[LayerView], pixels: int = 2, gap: int = 2) -> Pi
 
 
 def draw_layer(pattern: BlockPattern, pixels: int = 96, gap: int = 4) -> Picture:
-    """Draw a layer's heads side by side, about `pixels` high, or less where the width would pass `MOST_PIXELS`."""
+    """Draw a layer's heads side by side, about `pixels` high, or less if the width would pass `MOST_PIXELS`."""
     rows, cols = pattern.keep.shape[1:]
     scale, merged = _scale([(1, rows), (pattern.num_heads, cols)], max(1, pixels // rows), gap)
     colours = _colours(LayerView(pattern), None, merged).repeat(scale, 1).repeat(scale, 2)

@@ -12,7 +12,7 @@ from sparse_prune.precision import fast_precision
 
 
 class RecipeTrainer(pl.Trainer):
-    """A Trainer that takes `precision="auto"`: "bf16-mixed" where the machine multiplies bfloat16 fast, else "32-true".
+    """A Trainer that takes `precision="auto"`: "bf16-mixed" if the machine multiplies bfloat16 fast, or else "32-true".
 
     Args:
         *args: As for `pytorch_lightning.Trainer`.

@@ -38,9 +38,9 @@ class Sequences(Dataset[dict[str, Tensor]]):
     input_ids: Tensor
     """int64, (sequences, length)."""
     labels: Tensor
-    """The tokens themselves, `IGNORED` where none is to be predicted; like `input_ids`."""
+    """The tokens themselves, `IGNORED` where none is to be predicted; shaped as `input_ids`."""
     position_ids: Tensor | None = None
-    """Places in the documents, from 0 on in each, where they are packed; like `input_ids`."""
+    """Places in packed documents, from 0 on in each, shaped as `input_ids`; None: documents are joined."""
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -85,7 +85,7 @@ def make_sequences(
     if not found and sum(sizes) >= length:
         raise ValueError(
             f"`text` must hold something to predict {purpose}, got {sum(sizes)} tokens without an answer. Give chats "
-            f"in which the assistant answers, or raise `{argument}` where answers come late."
+            f"in which the assistant answers, or raise `{argument}` if answers come late."
         )
     if not found:
         raise ValueError(

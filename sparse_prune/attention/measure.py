@@ -87,7 +87,7 @@ def _own_pattern(layer: PrunableAttention) -> BlockPattern:
 def tune(
     layer: PrunableAttention, backends: Sequence[str], seconds: float, pattern: BlockPattern | None = None
 ) -> list[str]:
-    """Find the backends' fastest launch configurations, where they have any, for the layer's last training call.
+    """Find the fastest launch configurations of backends that have some, for the layer's last training call.
 
     Args:
         layer: A layer that has seen a training call.

@@ -232,7 +232,7 @@ def _parser() -> argparse.ArgumentParser:
         choices=("all", *TASKS),
         metavar="TASK",
         help=f"retrieval tasks to ask as well, or all of them: {', '.join(TASKS)}; default: none. They take "
-        "long: both models read a whole context for every question, or for several where they share one",
+        "long: both models read a whole context for every question, or for several that share one",
     )
     parser.add_argument("--questions", type=count, default=60, help="questions of each task; fewer than 60 tell little")
     parser.add_argument(
@@ -241,7 +241,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--decode", type=count, default=32, help="tokens to decode for the speed")
     parser.add_argument("--chunk", type=count, default=1024, help="tokens per forward pass")
     parser.add_argument(
-        "--dtype", choices=("bfloat16", "float16", "float32"), help="default: as saved, or float32 where that is faster"
+        "--dtype", choices=("bfloat16", "float16", "float32"), help="default: as saved, or float32 if that is faster"
     )
     parser.add_argument("--device", type=_device, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", type=user_path, default=Path("runs/evaluate"), help="folder for the report")
