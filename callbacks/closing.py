@@ -39,7 +39,7 @@ def closing(
             f"Not settled: {len(names)} of {layers} layers ({some(names)}), which mask what was pruned and are no "
             "faster. End the schedule earlier, train longer, or lower `patience` or `every_n_steps`."
         )
-    if total and _writes(pruner):
+    if total and all(state.layer.causal for state in pruner.layers.values()):  # it may be a language model
         lines.append(_retrieval(pruner, unasked))
     lines.append(_patterns(file, bool(reverted)))
     if file is not None:
@@ -73,11 +73,6 @@ def _retrieval(pruner: AttentionPruner, unasked: str | None) -> str:
         "Retrieval: nothing was kept for it, and a language model loses what it looks up long before its loss tells. "
         "`AttentionPruning(retrieval=Retrieval())` keeps what questions look at (docs/retrieval.md)."
     )
-
-
-def _writes(pruner: AttentionPruner) -> bool:
-    """Whether the model may be a language model that writes: all its layers are causal."""
-    return all(state.layer.causal for state in pruner.layers.values())
 
 
 def _reverted(events: list[SwapEvent], layers: int) -> str:

@@ -96,14 +96,10 @@ def dropped_keys(mask: Tensor | None, q_len: int, kv_len: int, window: int | Non
     made: int | None = None if whole is None else _MADE.get(whole)  # type: ignore[no-untyped-call, unused-ignore]
     if whole is not None and made is not None:
         dropped = max(0, made - kv_len)
-        return None if _shows_first(whole, dropped) else dropped
+        shows = dropped and of_tensor(whole, ("shows", dropped), lambda: bool(whole[..., :dropped].any()))
+        return None if shows else dropped
     unknown = (mask is not None and mask.shape[-1] > kv_len) or (window is not None and kv_len == window - 1 + q_len)
     return None if unknown else 0
-
-
-def _shows_first(mask: Tensor, keys: int) -> bool:
-    """Whether a boolean mask shows any of the first keys, read once per forward pass."""
-    return keys > 0 and of_tensor(mask, ("shows", keys), lambda: bool(mask[..., :keys].any()))
 
 
 def _root(mask: Tensor) -> Tensor:

@@ -38,7 +38,8 @@ def read_offline(path: Path) -> tuple[Rows, dict[str, str]]:
     for piece in _records(data):
         record = Record.FromString(piece)
         for item in (*record.run.config.update, *record.config.update):
-            settings["/".join(item.nested_key) or item.key] = _text(json.loads(item.value_json))
+            value = json.loads(item.value_json)
+            settings["/".join(item.nested_key) or item.key] = value if isinstance(value, str) else json.dumps(value)
         row = _numbers(record.history.item)
         last = int(row.pop("trainer/global_step", last))
         # W&B repeats every row in its summary; how the run ended stands there alone.
@@ -67,7 +68,3 @@ def _records(data: bytes) -> Iterator[bytes]:
         if kind in (_WHOLE, _LAST) and place <= len(data):
             yield parts
             parts = b""
-
-
-def _text(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
