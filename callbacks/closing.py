@@ -52,7 +52,7 @@ def closing(
 def _retrieval(pruner: AttentionPruner, unasked: str | None) -> str:
     """What was kept for retrieval, or what to do for it."""
     kept = []
-    if any(state.floor is not None for state in pruner.layers.values()):
+    if any(state.asked for state in pruner.layers.values()):
         kept.append("the blocks that the model looks at to answer questions")
     heads = sum(map(len, (pruner.constraints.protected_heads or {}).values()))
     if heads:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from sparse_prune.attention import PrunableAttention
 from sparse_prune.codec import compress, decode, decompress, encode
@@ -66,8 +65,8 @@ class LayerState:
     """Optimizer step at which the pattern was frozen."""
     unused_pattern: BlockPattern | None = None
     """The pattern with which the layer settled, if the layer was reverted to dense attention."""
-    floor: Tensor | None = None
-    """Least scores of blocks, float32, (num_heads, q_blocks, kv_blocks), from questions; None: there were none."""
+    asked: dict[str, ScoreAverage] = field(default_factory=dict)
+    """Averages beside that of training: of questions, say. A block has the largest of its scores."""
 
     @property
     def reverted(self) -> bool:
@@ -100,28 +99,9 @@ class LayerState:
         mass = mass.masked_fill(mass == torch.inf, 0.0)
         return (mass * keep).sum((1, 2)), mass.sum((1, 2))
 
-    def raise_floor(self, scores: Tensor) -> None:
-        """Let no block score less than given, nor less than before.
-
-        Args:
-            scores: float32, (num_heads, q_blocks, kv_blocks), for any length.
-        """
-        if self.floor is None:
-            self.floor = scores
-            return
-        rows, cols = (max(self.floor.shape[i], scores.shape[i]) for i in (1, 2))
-        self.floor = torch.maximum(_grown(self.floor, rows, cols), _grown(scores, rows, cols))
-
-    def raised(self, scores: Tensor) -> Tensor:
-        """Scores, none of them below the floor.
-
-        Args:
-            scores: As `floor`, of another length perhaps.
-        """
-        if self.floor is None:
-            return scores
-        rows, cols = scores.shape[1:]
-        return torch.maximum(scores, _grown(self.floor[:, :rows, :cols], rows, cols))
+    def average_beside(self, name: str) -> ScoreAverage:
+        """One of `asked`, a plain mean, which is made when it is first asked for."""
+        return self.asked.setdefault(name, ScoreAverage(self.scores.kind, decay=1.0))
 
     def pattern_at_scores(self, block_size: tuple[int, int]) -> BlockPattern:
         """Return the pattern in force at the lengths that the scores cover; a settled layer's pattern is unchanged.
@@ -148,7 +128,7 @@ class LayerState:
             "backend": layer.backend,
             "scores": self.scores.state_dict(),
             "mass": self.mass.state_dict(),
-            "floor": None if self.floor is None else compress(self.floor),
+            "asked": {name: average.state_dict() for name, average in self.asked.items()},
             "calm_checks": self.tracker.calm_checks,
             "change": self.tracker.change,
             "settled_at": self.settled_at,
@@ -164,8 +144,9 @@ class LayerState:
         layer.mode, layer.backend = state["mode"], state["backend"]
         self.scores.load_state_dict(state["scores"])
         self.mass.load_state_dict(state["mass"])
-        floor = state.get("floor")  # older state has none
-        self.floor = None if floor is None else decompress(floor)
+        self.asked = {}
+        for name, average in state.get("asked", {}).items():  # older state has none
+            self.average_beside(name).load_state_dict(average)
         self.tracker.calm_checks, self.tracker.change = state["calm_checks"], state["change"]
         self.settled_at = state["settled_at"]
         layer.statistics = _decompressed(state["statistics"], STATISTICS)
@@ -224,11 +205,6 @@ def _decompressed(held: Mapping[str, Any] | None, kinds: tuple[str, ...]) -> Blo
     if counts.dim() < 4:  # older state: one for all heads, with or without key blocks
         counts = counts.reshape(len(counts), 1, counts.shape[1], -1)
     return BlockStatistics(decompress(held["sums"]), counts, kinds)
-
-
-def _grown(scores: Tensor, rows: int, cols: int) -> Tensor:
-    """Scores of more blocks, of which nothing is known."""
-    return F.pad(scores, (0, cols - scores.shape[2], 0, rows - scores.shape[1]))
 
 
 def _fitted(pattern: BlockPattern, scores: torch.Size) -> BlockPattern:

@@ -8,12 +8,13 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sparse_prune.attention import PrunableAttention, attach, handle_of
 from sparse_prune.constraints import Constraints
 from sparse_prune.layer_state import STATE_VERSION, LayerState, StabilityTracker, check_layers, check_version
 from sparse_prune.pattern import BlockPattern, check_block_size, suited_block_size, total_sparsity
+from sparse_prune.ranges import check_range
 from sparse_prune.schedules import Schedule
 from sparse_prune.scores import BlockStatistics, Criterion, Score, ScoreAverage, Statistic, score_of
 from sparse_prune.scores.checks import check_finite, check_gradients
@@ -109,7 +110,8 @@ class AttentionPruner:
         self._chooses = self.block_size is None
         if self.block_size is not None:
             self.block_size = check_block_size(self.block_size)
-        self._new_state()  # checks decay, min_delta and patience now, not after hours of training
+        check_range("[0, 1)", decay=self.decay)
+        self._new_state()  # checks min_delta and patience now, not after hours of training
         self.layers: dict[str, LayerState] = {}
 
     def _new_state(self) -> tuple[ScoreAverage, ScoreAverage, StabilityTracker]:
@@ -299,20 +301,29 @@ class AttentionPruner:
             if state.settled_at is not None:
                 scores = pattern.keep.float()  # not used: the layer is frozen
             else:
-                average = state.scores.value()
-                scores = state.raised(torch.where(average == torch.inf, average, self.score_used.value(average)))
+                scores = self._values(state.scores)
+                for asked in state.asked.values():
+                    known = self._values(asked)[:, : scores.shape[1], : scores.shape[2]]
+                    rows, cols = known.shape[1:]
+                    scores[:, :rows, :cols] = scores[:, :rows, :cols].maximum(known.masked_fill(known == torch.inf, 0))
             layer = state.layer
             layers.append(LayerScores(layer.name, scores, pattern, layer.num_kv_heads, state.settled_at is not None))
         return layers
 
-    def ask(self, statistics: Mapping[str, BlockStatistics]) -> None:
+    def _values(self, average: ScoreAverage) -> Tensor:
+        """Scores of an average; blocks that were never seen score infinity."""
+        known = average.value()
+        return torch.where(known == torch.inf, known, self.score_used.value(known))
+
+    def ask(self, statistics: Mapping[str, BlockStatistics], topic: str = "questions") -> None:
         """Score blocks by calls that look things up, beside those of training.
 
-        From now on a block has the largest of its scores in training and in each call of this method, so that what few
-        tokens of a text look up is kept, too.
+        From now on a block has the largest of its scores in training and in each topic, so that what few tokens of a
+        text look up is kept, too. Calls of one topic are averaged.
 
         Args:
-            statistics: Layer -> statistics of such calls, of the score's `kind` (`sparse_prune.retrieval.look_at`).
+            statistics: Layer -> statistics of such calls, of the score's `kind` (`sparse_prune.retrieval.look_back`).
+            topic: What the calls have in common.
 
         Raises:
             ValueError: If the score sees gradients, which these calls do not have.
@@ -323,9 +334,7 @@ class AttentionPruner:
                 "`statistic`, or a score of the forward pass."
             )
         for name, seen in statistics.items():
-            total, weight = seen.of(self.score_used.kind)
-            scores = self.score_used.value((total / weight).float().masked_fill_(weight <= 0, 0.0))
-            self.layers[name].raise_floor(scores)
+            self.layers[name].average_beside(topic).update(seen)
 
     def _report(
         self, step: int, threshold: float, requested: float, change: dict[str, float], settled: tuple[str, ...]

@@ -5,7 +5,7 @@ from sparse_prune.retrieval.probes import RetrievalProbe, retrieval_probes
 from sparse_prune.retrieval.repeats import repeat_passages
 from sparse_prune.retrieval.settings import Retrieval, RetrievalHeads
 from sparse_prune.retrieval.text_probes import text_probes
-from sparse_prune.retrieval.watching import look_at
+from sparse_prune.retrieval.watching import look_at, look_back
 
 __all__ = [
     "Retrieval",
@@ -13,6 +13,7 @@ __all__ = [
     "RetrievalProbe",
     "far_field_influence",
     "look_at",
+    "look_back",
     "repeat_passages",
     "retrieval_probes",
     "strongest_heads",
