@@ -23,10 +23,10 @@ class Retrieval:
     """
 
     probes: int = 8
-    """Texts to ask about, at least 2: those of the training steps before a decision, until there were enough. Each gives
-    a sequence that asks for what stands in it, in words (`text_probes`) up to eight times, and one that repeats
-    passages. Both are a forward pass on each rank. If `heads` is not 0, the first decision asks as many times more, with
-    a backward pass."""
+    """Texts to ask about, at least 2: those of the training steps before a decision, until there were enough. Each
+    gives a sequence that asks for what stands in it, in words (`text_probes`) up to eight times, and one that repeats
+    passages: two forward passes. If `heads` is not 0, the first decision asks as many times more, with a backward
+    pass."""
     heads: float = 0.0
     """Share of all heads to keep whole, in [0, 1]."""
     length: int | None = None
