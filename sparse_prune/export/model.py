@@ -23,11 +23,11 @@ from sparse_prune.export.card import CARD, PICTURE, is_own, tell_of_card, write_
 from sparse_prune.export.loadable import check_loaded, empty_twin, loadable, model_class, quantization
 from sparse_prune.export.patterns import PATTERN_FILE, read_pattern_file, save_patterns
 from sparse_prune.export.provenance import describe_pruning
-from sparse_prune.export.sharded import is_sharded, plain_class, whole_weights
 from sparse_prune.files import carry_over, file_hash, obstacle, previous, whole_folder
 from sparse_prune.kernels import BACKENDS, check_backend, usable_backend
 from sparse_prune.pattern import BlockPattern
 from sparse_prune.pruner import AttentionPruner
+from sparse_prune.sharded import is_sharded, plain_class, whole_weights
 
 log = logging.getLogger(__name__)
 

@@ -9,8 +9,7 @@ from torch.utils.data import DataLoader
 
 from sparse_prune import ConstantSchedule, Constraints
 from sparse_prune.callbacks import AttentionPruning, KernelSwap, Retrieval
-from sparse_prune.callbacks.retrieving import AskedModel
-from sparse_prune.retrieval import RetrievalProbe, retrieval_probes
+from sparse_prune.retrieval import AskedModel, RetrievalProbe, retrieval_probes
 from sparse_prune.scores import BlockStatistics, Influence
 from support.nano import NanoGPT
 from support.tiny import TinyModule, pruning, tiny_llama, trainer
@@ -185,7 +184,7 @@ def test_a_resumed_run_has_the_same_heads_and_another_run_finds_its_own(tmp_path
     found = callback.pruner.constraints.protected_heads
     run.save_checkpoint(tmp_path / "a.ckpt")
     again = pruning(retrieval=Retrieval(heads=0.25, probes=2), block_size=16)
-    monkeypatch.setattr("sparse_prune.callbacks.retrieving.far_field_influence", None)  # it would fail
+    monkeypatch.setattr("sparse_prune.retrieval.asked_model.far_field_influence", None)  # it would fail
     more = trainer(tmp_path, [again, KernelSwap("gather")], steps=6)
     more.fit(TinyModule(), DataLoader(TOKENS, batch_size=2), ckpt_path=tmp_path / "a.ckpt", weights_only=False)
     assert again.pruner.constraints.protected_heads == found
@@ -197,7 +196,7 @@ def test_a_resumed_run_has_the_same_heads_and_another_run_finds_its_own(tmp_path
 
 def test_heads_of_the_user_stay_protected_and_groups_go_together(tmp_path, monkeypatch):
     influence = {LAYER: torch.tensor([1.0, 0.0, 0.0, 0.0]), LAYER.replace("0", "1"): torch.tensor([0.3, 0.4, 0.6, 0.9])}
-    monkeypatch.setattr("sparse_prune.callbacks.retrieving.far_field_influence", lambda *args: influence)
+    monkeypatch.setattr("sparse_prune.retrieval.asked_model.far_field_influence", lambda *args: influence)
     constraints = Constraints(protected_heads={LAYER: (3,)}, share_kv_groups=True)
     callback, _, _ = fit(tmp_path, constraints=constraints, steps=1)
     assert callback.pruner.constraints.protected_heads == {LAYER: (3,), LAYER.replace("0", "1"): (2, 3)}
@@ -227,7 +226,7 @@ def test_a_model_of_another_kind_that_takes_tokens_is_served(tmp_path):
 
 def test_a_model_that_answers_nothing_is_told_of(tmp_path, caplog, monkeypatch):
     nothing = {name: torch.zeros(4) for name in (LAYER, LAYER.replace("0", "1"))}
-    monkeypatch.setattr("sparse_prune.callbacks.retrieving.far_field_influence", lambda *args: nothing)
+    monkeypatch.setattr("sparse_prune.retrieval.asked_model.far_field_influence", lambda *args: nothing)
     callback, _, _ = fit(tmp_path, steps=1)
     assert callback.pruner.constraints.protected_heads is None
     assert sum("`retrieval` keeps no head whole" in text for text in caplog.messages) == 1
@@ -256,7 +255,7 @@ class Two(TinyModule):
 
 
 def test_modules_without_tokens_or_without_one_model_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="`retrieval` needs a language model that `training_step` calls with tokens"):
+    with pytest.raises(ValueError, match="`retrieval` needs a language model that training calls with tokens"):
         fit(tmp_path, Vectors())
     with pytest.raises(ValueError, match="`Retrieval.module` must be given for Two"):
         fit(tmp_path, Two())
