@@ -19,7 +19,7 @@ from sparse_prune.callbacks.collaborator import Driver, adopted
 from sparse_prune.callbacks.kernel_swap import KernelSwap
 from sparse_prune.callbacks.lightning import classes, overrides, tell
 from sparse_prune.callbacks.randomness import Randomness
-from sparse_prune.callbacks.retrieving import Questions
+from sparse_prune.callbacks.retrieving import module_with_logits
 from sparse_prune.callbacks.settings import BLOCK_SIZE, pruning_settings
 from sparse_prune.callbacks.sparsity_logger import SparsityLogger
 from sparse_prune.callbacks.training_step import StandIn
@@ -28,7 +28,7 @@ from sparse_prune.distributed import sum_over_ranks
 from sparse_prune.prune_report import PruneReport
 from sparse_prune.pruner import AttentionPruner, Reduce
 from sparse_prune.ranges import check_whole
-from sparse_prune.retrieval import Retrieval
+from sparse_prune.retrieval import Questions, Retrieval, retrieval_probes
 from sparse_prune.schedules import Schedule
 from sparse_prune.scores import Criterion, Score, Statistic
 
@@ -64,7 +64,7 @@ class AttentionPruning(Driver):
         patience: Stable decisions in a row, after the schedule's end, until a layer is frozen.
         module: Qualified name, in the LightningModule, of the module to prune. None: all of it, reference and reward
             models included.
-        retrieval: Ask a causal language model, before the first decision, what stands far back in its text; keep the
+        retrieval: Ask a causal language model, in the first decisions, what stands far back in its texts; keep the
             blocks that it looks at, and whole heads beside those that `constraints` protects (docs/retrieval.md).
             "auto": `Retrieval()` if the model can be asked; if it cannot, the closing summary says why. None: ask
             nothing.
@@ -96,8 +96,7 @@ class AttentionPruning(Driver):
         swap: KernelSwap | None = None,
         logging: SparsityLogger | None = None,
     ) -> None:
-        parts: list[tuple[str, object, type]] = [("retrieval", None if retrieval == "auto" else retrieval, Retrieval)]
-        parts += [("swap", swap, KernelSwap), ("logging", logging, SparsityLogger)]
+        parts: list[tuple[str, object, type]] = [("swap", swap, KernelSwap), ("logging", logging, SparsityLogger)]
         for name, given, kind in parts:
             if given is not None and not isinstance(given, kind):
                 raise TypeError(f"`{name}` must be a {kind.__name__} or None, got {given!r}. Write {kind.__name__}().")
@@ -172,7 +171,8 @@ class AttentionPruning(Driver):
         self.logging.begin_fit(trainer, settings)
         self._release()
         self._probed = StandIn(pl_module, partial(self._probe, pl_module))
-        self._questions.begin_fit(pl_module)
+        find = partial(module_with_logits, pl_module, self.pruner.layers)
+        self._questions.begin(find, getattr(pl_module, "retrieval_probes", retrieval_probes))
         self._randomness.begin_fit()
 
     @override
@@ -205,7 +205,7 @@ class AttentionPruning(Driver):
         if self._probed is not None:
             self._probed.remove()
         self._probed = None
-        self._questions.end_fit()
+        self._questions.end()
 
     def _attach(self, pl_module: pl.LightningModule) -> None:
         if not self.pruner.attached_to(pl_module):
@@ -339,7 +339,8 @@ class AttentionPruning(Driver):
             self.pruner.forget()
             return
         if self._looked:
-            self._questions.put(trainer, _reduction(trainer))
+            context = trainer.precision_plugin.forward_context()
+            self._questions.put(trainer.strategy.root_device, _reduction(trainer), context)
         known = self.pruner.block_size is not None
         report = self.pruner.update(step, _reduction(trainer)) if known else None
         if report is not None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from sparse_prune.prune_report import PruneReport
 from sparse_prune.pruner import AttentionPruner
+from sparse_prune.retrieval.questions import outcome
 from sparse_prune.swap_event import NO_GAIN, NO_GAIN_REMEDY, SwapEvent, measurement
 from sparse_prune.words import some
 
@@ -39,8 +40,9 @@ def closing(
             f"Not settled: {len(names)} of {layers} layers ({some(names)}), which mask what was pruned and are no "
             "faster. End the schedule earlier, train longer, or lower `patience` or `every_n_steps`."
         )
-    if total and all(state.layer.causal for state in pruner.layers.values()):  # it may be a language model
-        lines.append(_retrieval(pruner, unasked))
+    retrieval = outcome(pruner, unasked)
+    if retrieval is not None:
+        lines.append(retrieval)
     lines.append(_patterns(file, bool(reverted)))
     if file is not None:
         page = f"`sparse-prune report {file.parent}` shows the run on one page; " if has_report else ""
@@ -49,30 +51,6 @@ def closing(
             "model, `sparse_prune.attention.apply_patterns` puts the patterns on any model."
         )
     return "\n  ".join(lines)
-
-
-def _retrieval(pruner: AttentionPruner, unasked: str | None) -> str:
-    """What was kept for retrieval, or what to do for it."""
-    kept = []
-    if any(state.floor is not None for state in pruner.layers.values()):
-        kept.append("the blocks that the model looks at to answer questions")
-    heads = sum(map(len, (pruner.constraints.protected_heads or {}).values()))
-    if heads:
-        kept.append(f"{heads} whole heads" if heads > 1 else "one whole head")
-    if kept:
-        return (
-            f"Retrieval: pruning keeps {' and '.join(kept)}. A language model loses what it looks up long before its "
-            "loss tells: `sparse-prune evaluate` measures both on an export."
-        )
-    if unasked:
-        return (
-            f"Retrieval: the model was not asked for what stands far back ({unasked}), and a language model loses "
-            "what it looks up long before its loss tells (docs/retrieval.md)."
-        )
-    return (
-        "Retrieval: nothing was kept for it, and a language model loses what it looks up long before its loss tells. "
-        "`AttentionPruning(retrieval=Retrieval())` keeps what questions look at (docs/retrieval.md)."
-    )
 
 
 def _reverted(events: list[SwapEvent], layers: int) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -14,7 +14,6 @@ from sparse_prune.codec import compress, decode, decompress, encode
 from sparse_prune.pattern import BlockPattern
 from sparse_prune.ranges import check_range
 from sparse_prune.scores import STATISTICS, BlockStatistics, Score, ScoreAverage
-from sparse_prune.scores.statistics import grown
 from sparse_prune.selection import LayerScores
 
 STATE_VERSION = 4
@@ -67,8 +66,8 @@ class LayerState:
     """Optimizer step at which the pattern was frozen."""
     unused_pattern: BlockPattern | None = None
     """The pattern with which the layer settled, if the layer was reverted to dense attention."""
-    floor: Tensor | None = None
-    """Lowest scores that questions leave blocks, float32, (num_heads, q_blocks, kv_blocks); None: none were asked."""
+    asked: dict[str, ScoreAverage] = field(default_factory=dict)
+    """Averages beside that of training: of questions, say. A block has the largest of its scores."""
 
     @property
     def reverted(self) -> bool:
@@ -101,28 +100,9 @@ class LayerState:
         mass = mass.masked_fill(mass == torch.inf, 0.0)
         return (mass * keep).sum((1, 2)), mass.sum((1, 2))
 
-    def raise_floor(self, scores: Tensor) -> None:
-        """Raise the floor: no block scores less than `scores`, nor less than before.
-
-        Args:
-            scores: float32, (num_heads, q_blocks, kv_blocks), for any length.
-        """
-        if self.floor is None:
-            self.floor = scores
-            return
-        rows, cols = (max(self.floor.shape[i], scores.shape[i]) for i in (1, 2))
-        self.floor = torch.maximum(grown(self.floor, rows, cols), grown(scores, rows, cols))
-
-    def raised(self, scores: Tensor) -> Tensor:
-        """Return scores, raised to the floor where they are below it.
-
-        Args:
-            scores: Shaped as `floor`, maybe for another length.
-        """
-        if self.floor is None:
-            return scores
-        rows, cols = scores.shape[1:]
-        return torch.maximum(scores, grown(self.floor[:, :rows, :cols], rows, cols))
+    def average_beside(self, name: str) -> ScoreAverage:
+        """Return one of `asked`, a plain mean, which is made when it is first asked for."""
+        return self.asked.setdefault(name, ScoreAverage(self.scores.kind, decay=1.0))
 
     def pattern_at_scores(self, block_size: tuple[int, int]) -> BlockPattern:
         """Return the pattern in force at the lengths that the scores cover; a settled layer's pattern is unchanged.
@@ -143,12 +123,17 @@ class LayerState:
         A reverted layer counts as if it were still pruned, so that the others need not make up for it.
         """
         pattern, frozen = self.unused_pattern or self.pattern_at_scores(block_size), self.settled_at is not None
-        if frozen:
-            scores = pattern.keep.float()  # not used
-        else:
-            average = self.scores.value()
-            scores = self.raised(torch.where(average == torch.inf, average, score.value(average)))
+        scores = pattern.keep.float() if frozen else self._largest(score)  # those of a frozen layer are not used
         return LayerScores(self.layer.name, scores, pattern, self.layer.num_kv_heads, frozen)
+
+    def _largest(self, score: Score) -> Tensor:
+        """Return the largest of a block's scores, in training and in `asked`; infinite if training never showed it."""
+        scores = _values(self.scores, score)
+        for asked in self.asked.values():
+            known = _values(asked, score)[:, : scores.shape[1], : scores.shape[2]]
+            rows, cols = known.shape[1:]
+            scores[:, :rows, :cols] = scores[:, :rows, :cols].maximum(known.masked_fill(known == torch.inf, 0))
+        return scores
 
     def move(self, pattern: BlockPattern, block_size: tuple[int, int]) -> float:
         """Put a new pattern in force; return its change (Jaccard distance)."""
@@ -184,7 +169,7 @@ class LayerState:
             "backend": layer.backend,
             "scores": self.scores.state_dict(),
             "mass": self.mass.state_dict(),
-            "floor": None if self.floor is None else compress(self.floor),
+            "asked": {name: average.state_dict() for name, average in self.asked.items()},
             "calm_checks": self.tracker.calm_checks,
             "change": self.tracker.change,
             "settled_at": self.settled_at,
@@ -200,8 +185,9 @@ class LayerState:
         layer.mode, layer.backend = state["mode"], state["backend"]
         self.scores.load_state_dict(state["scores"])
         self.mass.load_state_dict(state["mass"])
-        floor = state.get("floor")  # older state has none
-        self.floor = None if floor is None else decompress(floor)
+        self.asked = {}
+        for name, average in state.get("asked", {}).items():  # older state has none
+            self.average_beside(name).load_state_dict(average)
         self.tracker.calm_checks, self.tracker.change = state["calm_checks"], state["change"]
         self.settled_at = state["settled_at"]
         layer.statistics = _decompressed(state["statistics"], STATISTICS)
@@ -260,6 +246,12 @@ def _decompressed(held: Mapping[str, Any] | None, kinds: tuple[str, ...]) -> Blo
     if counts.dim() < 4:  # older state: one for all heads, with or without key blocks
         counts = counts.reshape(len(counts), 1, counts.shape[1], -1)
     return BlockStatistics(decompress(held["sums"]), counts, kinds)
+
+
+def _values(average: ScoreAverage, score: Score) -> Tensor:
+    """Convert an average to scores; blocks that were never seen score infinity."""
+    known = average.value()
+    return torch.where(known == torch.inf, known, score.value(known))
 
 
 def _fitted(pattern: BlockPattern, scores: torch.Size) -> BlockPattern:

@@ -14,6 +14,7 @@ from sparse_prune.constraints import Constraints
 from sparse_prune.layer_state import STATE_VERSION, LayerState, StabilityTracker, check_layers, check_version
 from sparse_prune.pattern import BlockPattern, check_block_size, suited_block_size, total_sparsity
 from sparse_prune.prune_report import PruneReport
+from sparse_prune.ranges import check_range
 from sparse_prune.schedules import Schedule
 from sparse_prune.scores import BlockStatistics, Criterion, Score, ScoreAverage, Statistic, score_of
 from sparse_prune.scores.checks import check_finite, check_gradients
@@ -87,7 +88,8 @@ class AttentionPruner:
         self._chooses = self.block_size is None
         if self.block_size is not None:
             self.block_size = check_block_size(self.block_size)
-        self._new_state()  # checks decay, min_delta and patience now, not after hours of training
+        check_range("[0, 1)", decay=self.decay)
+        self._new_state()  # checks min_delta and patience now, not after hours of training
         self.layers: dict[str, LayerState] = {}
 
     def _new_state(self) -> tuple[ScoreAverage, ScoreAverage, StabilityTracker]:
@@ -267,14 +269,15 @@ class AttentionPruner:
         wanted = "threshold" if self.sparsity is None else "sparsity"
         return select(layers, self.constraints, signed=self.score_used.signed, **{wanted: requested})
 
-    def ask(self, statistics: Mapping[str, BlockStatistics]) -> None:
+    def ask(self, statistics: Mapping[str, BlockStatistics], topic: str = "questions") -> None:
         """Score blocks by calls that look things up, beside those of training.
 
-        From now on a block has the largest of its scores in training and in each call of this method, so that what few
-        tokens of a text look up is kept, too.
+        From now on a block has the largest of its scores in training and in each topic, so that what few tokens of a
+        text look up is kept, too. Calls of one topic are averaged.
 
         Args:
-            statistics: Layer -> statistics of such calls, of the score's `kind` (`sparse_prune.retrieval.look_at`).
+            statistics: Layer -> statistics of such calls, of the score's `kind` (`sparse_prune.retrieval.look_back`).
+            topic: What the calls have in common.
 
         Raises:
             ValueError: If the score sees gradients, which these calls do not have.
@@ -285,9 +288,7 @@ class AttentionPruner:
                 "`statistic`, or a score of the forward pass."
             )
         for name, seen in statistics.items():
-            total, weight = seen.of(self.score_used.kind)
-            scores = self.score_used.value((total / weight).float().masked_fill_(weight <= 0, 0.0))
-            self.layers[name].raise_floor(scores)
+            self.layers[name].average_beside(topic).update(seen)
 
     def _report(
         self, step: int, threshold: float, requested: float, change: dict[str, float], settled: tuple[str, ...]

@@ -12,34 +12,38 @@ import subprocess
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
 import torch
-import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia import compiler as nvidia
-from triton.compiler import ASTSource
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
 
-from sparse_prune.kernels.triton.backward import dkdv_kernel, dq_kernel
-from sparse_prune.kernels.triton.configs import Call, decode_config, launch_config, probe_config
-from sparse_prune.kernels.triton.decode import decode_kernel
-from sparse_prune.kernels.triton.forward import forward_kernel
-from sparse_prune.kernels.triton.influence import influence_kernel, influence_tile
-from sparse_prune.kernels.triton.probe import probe_kernel
+from sparse_prune import BlockPattern
+from sparse_prune.kernels import AttentionOptions
+from sparse_prune.kernels.triton import launch
+from sparse_prune.kernels.triton.configs import (
+    SHARED_MEMORY,
+    Call,
+    decode_config,
+    device_class,
+    launch_config,
+    probe_config,
+)
+from sparse_prune.kernels.triton.influence import probe_influence
+from sparse_prune.kernels.triton.tables import index_tables
 
-KERNELS = {
-    "forward": forward_kernel, "dq": dq_kernel, "dkdv": dkdv_kernel, "decode": decode_kernel, "probe": probe_kernel,
-    "influence": influence_kernel,
-}  # fmt: skip
+CPU = torch.device("cpu")
+HEADS = 8
 TRAINING = ("forward", "dq", "dkdv")
-FLOATS = {"rises", "lse", "delta", "sums", "part", "part_lse", "grad_k", "grad_v"}
-INDEX = {"shown", "start", "full", "index", "place", "order", "documents"}
-BYTES = {"key_mask", "attn_mask", "keep"}
 NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
 @dataclass(frozen=True)
 class Case:
-    """One kernel as one kind of call on one device compiles it; causal, contiguous heads."""
+    """One kernel as one kind of call on one device compiles it; causal, heads behind tokens in memory."""
 
     kernel: str
     capability: int
@@ -49,6 +53,10 @@ class Case:
     masks: int = 0
     softcap: bool = False
     dropout: bool = False
+    group: int = 1
+    """Query heads per key head."""
+    apart: bool = False
+    """Whether programs of dkdv have one query head of a group, not all."""
     rows: int = 4
     """Of a KV group, in decoding."""
     spills: int = 0
@@ -65,6 +73,18 @@ CROWDED = ({"masks": 2}, {"dropout": True}, EVERYTHING)
 GROUPS = {
     "plain": [
         Case(*parts) for parts in itertools.product((*TRAINING, "decode", "probe"), (80, 90), (64, 128, 256), (64, 128))
+    ],
+    "groups": [
+        Case("dkdv", capability, head_dim, block, group=4, apart=apart)
+        for capability, head_dim, block, apart in itertools.product((80, 90), (64, 128, 256), (64, 128), (False, True))
+    ]
+    + [
+        Case("dkdv", capability, head_dim, group=4, **options, spills=_known("dkdv", capability, head_dim, options))
+        for capability, head_dim, options in itertools.product((80, 90), (64, 128, 256), CROWDED)
+    ]
+    + [
+        Case("dkdv", 90, head_dim, block, group=4, masks=13)
+        for head_dim, block in itertools.product((64, 128, 256), (64, 128))
     ],
     "small devices": [Case(*parts) for parts in itertools.product(TRAINING, (89,), (64, 128, 256))],
     # Key mask, documents, window, and all three.
@@ -94,54 +114,73 @@ GROUPS = {
 }
 
 
-def choose(case):
-    """The configuration that is launched, and what its kernel is compiled for."""
-    head_dim, sides = case.head_dim, (case.block, case.block)
-    call = Call(head_dim, case.dtype, sides, case.masks, case.softcap, case.dropout)
-    values = {
-        "HEAD": head_dim, "CAUSAL": True, "MASKS": case.masks, "SOFTCAP": case.softcap, "PADDED": False,
-    }  # fmt: skip
+class Device:
+    """What Triton asks of a driver before it launches: kernels are compiled for this device, and none is launched."""
+
+    def __init__(self, capability):
+        memory = {"max_shared_mem": SHARED_MEMORY[device_class(capability)]}
+        self.capability, self.utils = capability, SimpleNamespace(get_device_properties=lambda device: memory)
+
+    def get_current_device(self):
+        return self.capability  # what is compiled is kept by it
+
+    def get_current_stream(self, device):
+        return 0
+
+    def get_current_target(self):
+        return GPUTarget("cuda", self.capability, 32)
+
+
+def options_of(case, batch, q_len, kv_len):
+    """What a case asks for. Rows of the attention mask have an odd length: it is read byte by byte."""
+    asked = {
+        1: {"key_mask": torch.ones(batch, kv_len, dtype=torch.bool)},
+        2: {"attn_mask": torch.ones(batch, 1, q_len, kv_len, dtype=torch.bool)},
+        4: {"documents": torch.zeros(batch, kv_len, dtype=torch.int32)},
+        8: {"window": 100},
+    }
+    given = {name: value for kind, part in asked.items() if case.masks & kind for name, value in part.items()}
+    rest = {"dropout_p": 0.1, "seed": 2**40} if case.dropout else {}
+    return AttentionOptions(**given, **rest, softcap=30.0 if case.softcap else None)
+
+
+def launched(case):
+    """Launch a case by the package's own code; returns its tile, (query, key), and span."""
+    sides, length = (case.block, case.block), 3 * case.block + 1
+    call = Call(case.head_dim, case.dtype, sides, case.masks, case.softcap, case.dropout)
+    kv_heads = HEADS // case.group
+
+    def tensor(heads, tokens=length):
+        return torch.empty(2, tokens, heads, case.head_dim, dtype=case.dtype).transpose(1, 2)
+
+    query, key = tensor(HEADS), tensor(kv_heads)
+    options = options_of(case, 2, length, length)
     if case.kernel == "probe":
-        values |= {"BLOCK_Q": case.block, "BLOCK_K": case.block}
-        return probe_config(call), values
+        launch.launch_probe(query, key, probe_config(call), True, options)
+        return sides, 1
     if case.kernel == "influence":
-        tile = influence_tile((case.block, case.block))
-        return probe_config(call), values | {"TILE_Q": tile, "TILES": case.block // tile, "BLOCK_K": case.block}
+        probe_influence(query, key, key, query, sides, causal=True, options=options, pattern=None)
+        return sides, 1
     if case.kernel == "decode":
-        config = decode_config(case.rows, head_dim, case.dtype, sides)
-        stack, tile = config.tile
-        return config, values | {"BLOCK_Q": case.block, "TILES": case.block // tile, "TILE_K": tile, "STACK": stack}
+        config = decode_config(case.rows, case.head_dim, case.dtype, sides)
+        visits, keep = [torch.zeros(9, dtype=torch.int32)] * 3, torch.zeros(2 * case.rows, 1, 4, dtype=torch.uint8)
+        launch.launch_decode(
+            tensor(2 * case.rows, 1), tensor(2), tensor(2), length, visits, keep, 3, sides, config, 4, True,
+            options_of(case, 2, 1, length),
+        )  # fmt: skip
+        return config.tile, 1
     config = launch_config(case.kernel, case.capability, call)
-    values |= {"TILE_Q": config.tile[0], "TILE_K": config.tile[1], "DROPOUT": case.dropout}
-    return config, values | ({"SPAN": config.span} if case.kernel == "forward" else {})
-
-
-def source(case, values):
-    """The kernel as a call specialises it: of an attention mask the rows are contiguous, of a length that 16 does not
-    divide, so that it is read byte by byte."""
-    kernel = KERNELS[case.kernel]
-    values, signature, attributes = dict(values), {}, {}
-    for place, name in enumerate(inspect.signature(kernel.fn).parameters):
-        if name in values or re.fullmatch(r"stride_.d", name) or (name == "stride_mask_k" and case.masks & 2):
-            values.setdefault(name, 1)
-            signature[name] = "constexpr"
-            continue
-        if name in INDEX:
-            signature[name] = "*i32"
-        elif name in BYTES:
-            signature[name] = "*u8"
-        elif name in FLOATS:
-            signature[name] = "*fp32"
-        elif name in ("q", "k", "v", "out", "grad_out", "grad_q"):
-            signature[name] = f"*{NAMES[case.dtype]}"
-        elif name in ("scale", "softcap", "dropout_p", "least_rest", "largest"):
-            signature[name] = "fp32"
-        else:
-            signature[name] = "i64" if name == "seed" else "i32"
-        even = name.startswith("stride_") and not name.startswith("stride_mask") or name == "head_dim"
-        if signature[name].startswith("*") or even:
-            attributes[(place,)] = [["tt.divisibility", 16]]
-    return ASTSource(kernel, signature, values, attributes)
+    blocks = -(-length // case.block)
+    pattern = BlockPattern(torch.ones(HEADS, blocks, blocks, dtype=torch.bool), sides, True, length, length)
+    members = (1 if case.apart else case.group) if case.kernel == "dkdv" else None
+    tables, sums = index_tables(pattern, config.tile, CPU, members).tensors(), torch.empty(query.shape[:3])
+    if case.kernel == "forward":
+        launch.launch_forward(query, key, key, tables, config, True, options)
+    elif case.kernel == "dq":
+        launch.launch_dq(query, key, key, query, query, sums, tables, config, True, options)
+    else:
+        launch.launch_dkdv(query, key, key, query, sums, sums, tables, config, True, options)
+    return config.tile, config.span
 
 
 def resources(ptx, capability):
@@ -162,10 +201,17 @@ def resources(ptx, capability):
 
 def compiled(case):
     """What Triton made of a case, and a row that says what of: the case and its configuration."""
-    config, values = choose(case)
-    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-    kernel = triton.compile(source(case, values), target=GPUTarget("cuda", case.capability, 32), options=options)
-    return kernel, vars(case) | {"dtype": NAMES[case.dtype], "tile": config.tile, "span": config.span, **options}
+    kernels, run = {}, JITFunction.run
+
+    def compile_only(function, *args, warmup, **kwargs):
+        kernels[function.__name__] = run(function, *args, warmup=True, **kwargs)
+
+    driver.set_active(Device(case.capability))
+    with mock.patch.object(JITFunction, "run", compile_only):
+        tile, span = launched(case)
+    kernel = kernels[f"{case.kernel}_kernel"]
+    made = {name: getattr(kernel.metadata, name) for name in ("num_warps", "num_stages")}
+    return kernel, vars(case) | {"dtype": NAMES[case.dtype], "tile": tile, "span": span, **made}
 
 
 def main(group):

@@ -78,8 +78,9 @@ def model(case: Case) -> dict[str, Any]:
     tile_q, tile_k = row["tile"][0], row["tile"][1] * row["span"]
     needed = PRODUCTS[case.kernel] * 2 * tile_q * tile_k * case.head_dim / FLOPS_PER_CYCLE
     blocks = tile_q * tile_k / 64**2
+    shown = ("kernel", "group", "head_dim", "block", "tile", "span", "num_warps", "num_stages")
     return {
-        **{name: row[name] for name in ("kernel", "head_dim", "block", "tile", "span", "num_warps", "num_stages")},
+        **{name: row[name] for name in shown},
         **found,
         "needed_tensor": round(needed),
         "issue_per_tensor": round(found["issue"] / needed, 2),
@@ -97,10 +98,11 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="JSON file")
     given = parser.parse_args()
     kept = Rows(given.output, {"triton": triton.__version__, "capability": 90, "dtype": "bfloat16", "causal": True})
-    done = [[row["kernel"], row["head_dim"], row["block"]] for row in kept.rows]
-    for kernel, head_dim, block in itertools.product(TRAINING, (64, 128), (64, 128)):
-        if [kernel, head_dim, block] not in done:
-            row = model(Case(kernel, 90, head_dim, block))
+    done = [[row["kernel"], row["group"], row["head_dim"], row["block"]] for row in kept.rows]
+    kernels = [(kernel, 1) for kernel in TRAINING] + [("dkdv", 4)]
+    for (kernel, group), head_dim, block in itertools.product(kernels, (64, 128), (64, 128)):
+        if [kernel, group, head_dim, block] not in done:
+            row = model(Case(kernel, 90, head_dim, block, group=group))
             kept.add(row)
             print(row, flush=True)
 

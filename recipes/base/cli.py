@@ -23,7 +23,6 @@ from sparse_prune.callbacks import AttentionPruning
 from sparse_prune.callbacks.run_folder import filled_folders, run_folder
 from sparse_prune.distributed import on_first_rank
 from sparse_prune.export import check_folder, save_pretrained
-from sparse_prune.export.sharded import is_sharded
 from sparse_prune.files import user_path
 from sparse_prune.machine import describe_machine
 from sparse_prune.metrics import STEP_SECONDS, savings
@@ -37,6 +36,7 @@ from sparse_prune.recipes.base.report import CacheComparison, DenseRun, RunRepor
 from sparse_prune.recipes.base.trainer import RecipeTrainer
 from sparse_prune.recipes.base.twin import TwinLogger
 from sparse_prune.refusals import refusals
+from sparse_prune.sharded import is_sharded
 
 log = logging.getLogger(__name__)
 _Found = TypeVar("_Found")

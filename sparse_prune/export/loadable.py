@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from sparse_prune.export.sharded import plain_class
+from sparse_prune.sharded import plain_class
 from sparse_prune.words import some
 
 

@@ -14,10 +14,10 @@ from sparse_prune.attention.apply import fitting_layers
 from sparse_prune.attention.layer import Mode
 from sparse_prune.export.loadable import check_loaded, model_class
 from sparse_prune.export.patterns import PATTERN_FILE, read_pattern_file
-from sparse_prune.export.sharded import plain_class
 from sparse_prune.files import file_hash, previous
 from sparse_prune.kernels import BACKENDS, check_backend, usable_backend
 from sparse_prune.pattern import BlockPattern
+from sparse_prune.sharded import plain_class
 
 HEADER = {"model", "attention", "buffers", "files"}
 """What the header of an export holds, and that of patterns alone does not."""

@@ -20,10 +20,10 @@ from sparse_prune.export.loadable import empty_twin, loadable, quantization
 from sparse_prune.export.loading import HALVES, HEADER, absolute, identity
 from sparse_prune.export.patterns import PATTERN_FILE, read_pattern_file, save_patterns
 from sparse_prune.export.provenance import describe_pruning
-from sparse_prune.export.sharded import is_sharded, whole_weights
 from sparse_prune.files import carry_over, file_hash, obstacle, whole_folder
 from sparse_prune.pattern import BlockPattern
 from sparse_prune.pruner import AttentionPruner
+from sparse_prune.sharded import is_sharded, whole_weights
 
 log = logging.getLogger(__name__)
 

@@ -20,11 +20,11 @@ class ScoreAverage:
     never seen score infinity, so that nothing unknown is pruned.
 
     Raises:
-        ValueError: If `decay` is outside [0, 1).
+        ValueError: If `decay` is outside [0, 1]. 1 gives a plain mean.
     """
 
     def __init__(self, kind: str, decay: float) -> None:
-        check_range("[0, 1)", decay=decay)
+        check_range("[0, 1]", decay=decay)
         self.kind, self.decay = kind, decay
         self._sum: Tensor | None = None
         self._weight: Tensor | None = None

@@ -22,8 +22,8 @@ def tensors():
     return tuple(t.detach().to(DEVICE, torch.float32).requires_grad_() for t in inputs(dim=16))
 
 
-def arguments(pattern):
-    tables, configs = plan(pattern, 16, torch.float32, DEVICE, Traits())
+def arguments(pattern, kv_heads=2):
+    tables, configs = plan(pattern, 16, torch.float32, DEVICE, Traits(), kv_heads, batch=2)
     return [tables, configs, pattern.causal, *ops.option_arguments(AttentionOptions())]
 
 
@@ -48,7 +48,8 @@ def _expanded():
 @pytest.mark.parametrize("made", [_transposed, _packed, _expanded])
 def test_operator_keeps_them_for_inputs_of_any_strides(made):
     """As models hand them over: (batch, length, heads, dim) turned, one projection for all three, KV heads repeated."""
-    torch.library.opcheck(ops.block_sparse_attention, (*made(), *arguments(random_pattern(4, 37, 37, 16, True))))
+    args, pattern = made(), random_pattern(4, 37, 37, 16, True)
+    torch.library.opcheck(ops.block_sparse_attention, (*args, *arguments(pattern, args[1].shape[1])))
 
 
 @pytest.mark.skipif(

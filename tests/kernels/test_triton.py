@@ -17,6 +17,7 @@ from sparse_prune.scores import probe_blocks
 from support.cases import inputs, random_pattern, run
 
 pytest.importorskip("triton")
+from sparse_prune.kernels.triton import ops, tables  # noqa: E402
 from sparse_prune.kernels.triton.attend import probe, probes  # noqa: E402
 from sparse_prune.kernels.triton.configs import Call, launch_config  # noqa: E402
 
@@ -105,10 +106,10 @@ def _mask(q_len=37, kv_len=37):
     return (torch.rand(2, 1, q_len, kv_len, generator=torch.Generator().manual_seed(3)) < 0.6).to(DEVICE)
 
 
-def _rows_of_heads(length=37):
+def _rows_of_heads(length=37, heads=4):
     """Every head misses rows of its own."""
-    shown = torch.arange(length) // 10 != torch.arange(4)[:, None]
-    return shown[None, ..., None].expand(2, 4, length, length).to(DEVICE)
+    shown = torch.arange(length) // 10 != torch.arange(heads)[:, None] % 4
+    return shown[None, ..., None].expand(2, heads, length, length).to(DEVICE)
 
 
 def _documents(length=37):
@@ -176,6 +177,42 @@ class TestOnAGpu:
         check_options(name, True, 1000, 1000, block, dim, dtype)
 
 
+@pytest.fixture(params=[True, False], ids=["groups together", "heads apart"])
+def together(request, monkeypatch):
+    """Whether a program of dkdv adds up the gradients of a whole group; asserts that every launch does so, or none."""
+    monkeypatch.setattr(tables, "processors", lambda device: 1 if request.param else 10**6)
+    inner, seen = ops.heads_of_a_program, set()
+
+    def members(*args):
+        seen.add(inner(*args) > 1)
+        return inner(*args)
+
+    monkeypatch.setattr(ops, "heads_of_a_program", members)
+    yield
+    assert seen == {request.param}
+
+
+@pytest.mark.parametrize("name", ["none", "rows of heads", "documents", "all"])
+@pytest.mark.parametrize(("group", "dim"), [(3, 24), (4, 16)])
+@pytest.mark.usefixtures("together")
+def test_key_gradients_of_a_group(name, group, dim):
+    """Masks and dropout are each head's own; a column of blocks is empty; the last tile is ragged."""
+    heads = 2 * group
+    given = {"attn_mask": _rows_of_heads(heads=heads)} if name == "rows of heads" else OPTIONS[name](37, 37)
+    options = AttentionOptions(**given).with_masks(lambda mask: mask.to(DEVICE))
+    keep = random_pattern(heads, 37, 37, 16, True, 0.7).keep.clone()
+    keep[:group, :, 1] = False
+    pattern = BlockPattern(keep, (16, 16), True, 37, 37)
+    assert_close_to_reference(inputs(heads=heads, dim=dim), pattern, options)
+
+
+@pytest.mark.parametrize("block", [(64, 32), (32, 64)])
+@pytest.mark.usefixtures("together")
+def test_key_gradients_of_a_group_in_half_precision(block):
+    pattern = random_pattern(4, 70, 133, block, True, 0.6)
+    assert_close_to_reference(inputs(kv_heads=1, q_len=70, kv_len=133, dim=64), pattern, dtype=torch.float16)
+
+
 def test_empty_rows_give_zeros_and_zero_gradients():
     pattern = BlockPattern(torch.zeros(4, 3, 3, dtype=torch.bool), (16, 16), True, 37, 37)
     for tensor in run(on_device(inputs(dim=16), torch.float32), pattern, None, "triton"):
@@ -194,6 +231,7 @@ def test_pruned_blocks_are_never_read():
         assert torch.isfinite(tensor).all()
 
 
+@pytest.mark.usefixtures("together")
 def test_same_input_same_bits_and_strides_do_not_matter():
     tensors = on_device(inputs(dim=16), torch.float32)
     pattern = random_pattern(4, 37, 37, 16, True)

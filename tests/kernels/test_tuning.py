@@ -43,6 +43,10 @@ def tensors():
     return tuple(t.detach().to(DEVICE, torch.float16).requires_grad_() for t in inputs(1, 4, 2, 64, 64, 16))
 
 
+def planned():
+    return plan(PATTERN, 16, torch.float16, DEVICE, Traits(), kv_heads=2, batch=1)
+
+
 def tune(options=None):
     """With a clock that finds the candidates slower and slower, except for the third one."""
     launches = []
@@ -56,14 +60,14 @@ def tune(options=None):
 
 
 def test_the_fastest_candidate_is_taken_and_kept():
-    before = plan(PATTERN, 16, torch.float16, DEVICE, Traits())[1]
+    before = planned()[1]
     found, launches = tune()
     assert len(launches) >= 3 * len(KERNELS)
     for kernel in KERNELS:
         shipped = launch_config(kernel, 90, CALL)
         assert found[kernel] in candidates(kernel, 90, CALL)
         assert found[kernel] != shipped
-    after = plan(PATTERN, 16, torch.float16, DEVICE, Traits())[1]
+    after = planned()[1]
     assert after == [n for k in KERNELS for n in found[k].numbers()]
     assert before != after
     again, launches = tune()
@@ -154,7 +158,7 @@ def test_a_folder_that_cannot_be_written_stops_nothing(tmp_path, monkeypatch, ca
 
 def test_what_another_process_measures_is_seen_at_the_next_call():
     """Under DDP the first rank measures for all: the others have looked before, and look again."""
-    before, other = plan(PATTERN, 16, torch.float16, DEVICE, Traits())[1], LaunchConfig((16, 32), 4, 2)
+    before, other = planned()[1], LaunchConfig((16, 32), 4, 2)
     assert tuning.tuned("dq", PATTERN, CALL, DEVICE) is None
     writer = (
         "import json, sys; from pathlib import Path; path = Path(sys.argv[1]); path.parent.mkdir(exist_ok=True);"
@@ -163,7 +167,7 @@ def test_what_another_process_measures_is_seen_at_the_next_call():
     key = tuning._key("dq", PATTERN, CALL, DEVICE)
     subprocess.run([sys.executable, "-c", writer, tuning.cache_file(), key], check=True)
     assert tuning.tuned("dq", PATTERN, CALL, DEVICE) == other
-    after = plan(PATTERN, 16, torch.float16, DEVICE, Traits())[1]
+    after = planned()[1]
     assert after == [*before[:5], 16, 32, 4, 2, 1, *before[10:]]
     found, launches = tune()
     assert found["dq"] == other
@@ -172,9 +176,9 @@ def test_what_another_process_measures_is_seen_at_the_next_call():
 
 def test_a_plan_is_made_once(monkeypatch):
     """Names of devices, paths and keys cost as much as a launch: they are not put together at every call."""
-    first = plan(PATTERN, 16, torch.float16, DEVICE, Traits())
+    first = planned()
     monkeypatch.setattr(tuning, "_key", lambda *a: pytest.fail("planned again"))
-    again = plan(PATTERN, 16, torch.float16, DEVICE, Traits())
+    again = planned()
     assert again[1] == first[1]
     assert all(a is b for a, b in zip(first[0], again[0], strict=True))
     assert again[0] is not first[0]

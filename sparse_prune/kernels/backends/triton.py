@@ -40,18 +40,22 @@ def _traced(query: Tensor, key: Tensor, value: Tensor, name: str, causal: bool, 
     from sparse_prune.kernels.triton.attend import attend_planned, call_dtype, width
 
     lengths, dtype = (query.shape[2], key.shape[2]), call_dtype(query)
-    planned = _plan(name, *lengths, width(query, value), dtype, query.device, traits(options))
+    call = (width(query, value), dtype, query.device, traits(options), key.shape[1], query.shape[0])
+    planned = _plan(name, *lengths, *call)
     return attend_planned(query, key, value, planned, causal, options)
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator, unused-ignore]
 def _plan(
-    name: str, q_len: int, kv_len: int, head_dim: int, dtype: torch.dtype, device: torch.device, traits: Traits
+    name: str, q_len: int, kv_len: int, head_dim: int, dtype: torch.dtype, device: torch.device, traits: Traits,
+    kv_heads: int, batch: int,
 ) -> tuple[list[Tensor], list[int]]:  # fmt: skip
     from sparse_prune.kernels.triton.attend import plan
 
     pattern = named_pattern(name).at(q_len, kv_len)
-    planned: tuple[list[Tensor], list[int]] = plan(pattern, head_dim, dtype, device, traits)
+    planned: tuple[list[Tensor], list[int]] = plan(
+        pattern, head_dim, dtype, device, traits, kv_heads, batch
+    )  # fmt: skip
     return planned
 
 

@@ -22,13 +22,14 @@ from sparse_prune.kernels.triton.configs import (
     launch_config,
     most_rows,
     probe_config,
+    processors,
     traits,
 )
 from sparse_prune.kernels.triton.influence import probe_influence
 from sparse_prune.kernels.triton.interpreter import triton_interprets
 from sparse_prune.kernels.triton.launch import launch_decode, launch_probe
 from sparse_prune.kernels.triton.memory import within_memory
-from sparse_prune.kernels.triton.tables import index_tables, sent
+from sparse_prune.kernels.triton.tables import heads_together, index_tables, sent
 from sparse_prune.pattern import BlockPattern, num_blocks
 from sparse_prune.scores import BlockStatistics
 from sparse_prune.scores.call import mask_heads
@@ -49,7 +50,9 @@ def attend(query: Tensor, key: Tensor, value: Tensor, pattern: BlockPattern, opt
     """
     query, key, value = _cast(query, key, value)
     check_supported(query)
-    planned = plan(pattern, width(query, value), query.dtype, query.device, traits(options))
+    planned = plan(
+        pattern, width(query, value), query.dtype, query.device, traits(options), key.shape[1], query.shape[0]
+    )
     return attend_planned(query, key, value, planned, pattern.causal, options)
 
 
@@ -89,7 +92,8 @@ def _scale(query: Tensor, options: AttentionOptions) -> float:
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator, unused-ignore]
 def plan(
-    pattern: BlockPattern, head_dim: int, dtype: torch.dtype, device: torch.device, traits: Traits
+    pattern: BlockPattern, head_dim: int, dtype: torch.dtype, device: torch.device, traits: Traits, kv_heads: int,
+    batch: int,
 ) -> Plan:  # fmt: skip
     """Make index tables and launch configurations of a pattern, as `ops.block_sparse_attention` takes them.
 
@@ -102,19 +106,20 @@ def plan(
     """
     call = Call(head_dim, dtype, pattern.block_size, *traits)
     tables, configs = derived(
-        pattern, ("plan", call, device), lambda: _plan(pattern, call, device), tuning.revision
+        pattern, ("plan", call, device, kv_heads, batch), lambda: _plan(pattern, call, device, kv_heads, batch),
+        tuning.revision,
     )  # fmt: skip
     return [*tables], [*configs]
 
 
-def _plan(pattern: BlockPattern, call: Call, device: torch.device) -> Plan:
+def _plan(pattern: BlockPattern, call: Call, device: torch.device, kv_heads: int, batch: int) -> Plan:
     tables: list[Tensor] = []
     configs: list[int] = []
     for kernel in KERNELS:
         shipped = launch_config(kernel, capability(device), call)
         config = tuning.tuned(kernel, pattern, call, device) or shipped
-        found = index_tables(pattern, config.tile, device)
-        tables += (found.cols if kernel == "dkdv" else found.rows).tensors()
+        members = heads_together(pattern, config.tile, kv_heads, batch, device) if kernel == "dkdv" else None
+        tables += index_tables(pattern, config.tile, device, members).tensors()
         configs += config.numbers()
     return tables, configs
 
@@ -281,7 +286,7 @@ def decode(
     kv_heads, length = key.shape[1], key.shape[2] if kv_len is None else kv_len
     config = decode_config(heads // kv_heads * q_len, head_dim, query.dtype, pattern.block_size)
     tables, first = _decode_tables(pattern, q_len, length, kv_heads, config.tile[1], query.device, held)
-    splits = max(1, min(tables.most, -(-2 * _processors(query.device) // (kv_heads * max(1, query.shape[0])))))
+    splits = max(1, min(tables.most, -(-2 * processors(query.device) // (kv_heads * max(1, query.shape[0])))))
     output = within_memory(
         "decode", config, query, options,
         lambda config: launch_decode(
@@ -327,7 +332,3 @@ def call_dtype(query: Tensor) -> torch.dtype:
 def _cast(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     dtype = call_dtype(query)
     return query.to(dtype), key.to(dtype), value.to(dtype)
-
-
-def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4

@@ -8,7 +8,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from sparse_prune.kernels.triton import tables
 from sparse_prune.kernels.triton.tiles import dropout_factor, load_tile, scaled, visible
+
+MEMBER_BIT = tl.constexpr(tables.MEMBER_BIT)
 
 
 @triton.jit
@@ -121,35 +124,43 @@ def dq_kernel(
 def _visit_queries(
     grad_k, grad_v, k, v, begin, end, index, q_base, g_base, lse, delta, key, dims, head, key_mask, attn_mask,
     documents,
-    stride_qt, stride_qd, stride_gt, stride_gd, stride_mask_q, stride_mask_k, window,
-    q_len, kv_len, head_dim, scale, softcap, dropout_p, seed,
-    TILE_Q: tl.constexpr, CAUSAL: tl.constexpr, MASKS: tl.constexpr,
+    stride_qh, stride_qt, stride_qd, stride_gh, stride_gt, stride_gd, stride_mask_h, stride_mask_q, stride_mask_k,
+    window, q_len, kv_len, head_dim, scale, softcap, dropout_p, seed,
+    TILE_Q: tl.constexpr, SHARED: tl.constexpr, CAUSAL: tl.constexpr, MASKS: tl.constexpr,
     SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, PADDED: tl.constexpr, ON_EDGE: tl.constexpr,
 ):  # fmt: skip
     in_tile = tl.arange(0, TILE_Q)
-    block = tl.load(index + begin)
+    visited = tl.load(index + begin)
     for visit in tl.range(begin, end):
         following = tl.load(index + visit + 1)
+        member, block = 0, visited
+        if SHARED:
+            member = visited >> MEMBER_BIT
+            block = visited - (member << MEMBER_BIT)
+        member64 = tl.cast(member, tl.int64)
         first = block * TILE_Q
         query = first + in_tile
-        q = load_tile(q_base, first, in_tile, q_len, dims, head_dim, stride_qt, stride_qd, PADDED, ON_EDGE)
-        g = load_tile(g_base, first, in_tile, q_len, dims, head_dim, stride_gt, stride_gd, PADDED, ON_EDGE)
+        q = load_tile(q_base + member64 * stride_qh, first, in_tile, q_len, dims, head_dim, stride_qt, stride_qd,
+                      PADDED, ON_EDGE)  # fmt: skip
+        g = load_tile(g_base + member64 * stride_gh, first, in_tile, q_len, dims, head_dim, stride_gt, stride_gd,
+                      PADDED, ON_EDGE)  # fmt: skip
+        row = member64 * q_len + query
         if ON_EDGE:
-            row_lse = tl.load(lse + query, mask=query < q_len, other=float("inf"))
-            row_delta = tl.load(delta + query, mask=query < q_len, other=0.0)
+            row_lse = tl.load(lse + row, mask=query < q_len, other=float("inf"))
+            row_delta = tl.load(delta + row, mask=query < q_len, other=0.0)
         else:
-            row_lse, row_delta = tl.load(lse + query), tl.load(delta + query)
+            row_lse, row_delta = tl.load(lse + row), tl.load(delta + row)
         # Keys by queries: both products below then need no transposed weights.
         products = tl.dot(k, tl.trans(q), input_precision="ieee")
         weight_grad = tl.dot(v, tl.trans(g), input_precision="ieee")
         used, logit_grad = _gradients(
-            products, weight_grad, row_lse[None, :], row_delta[None, :], query[None, :], key[:, None], head, key_mask,
-            attn_mask, documents, stride_mask_q, stride_mask_k, window, q_len, kv_len, scale, softcap, dropout_p, seed,
-            CAUSAL, MASKS, SOFTCAP, DROPOUT, ON_EDGE,
+            products, weight_grad, row_lse[None, :], row_delta[None, :], query[None, :], key[:, None], head + member,
+            key_mask, attn_mask + member64 * stride_mask_h, documents, stride_mask_q, stride_mask_k, window,
+            q_len, kv_len, scale, softcap, dropout_p, seed, CAUSAL, MASKS, SOFTCAP, DROPOUT, ON_EDGE,
         )  # fmt: skip
         grad_v += tl.dot(used.to(g.dtype), g, input_precision="ieee")
         grad_k += tl.dot(logit_grad.to(q.dtype), q, input_precision="ieee")
-        block = following
+        visited = following
     return grad_k, grad_v
 
 
@@ -160,14 +171,18 @@ def dkdv_kernel(
     stride_vb, stride_vh, stride_vt, stride_vd, stride_gb, stride_gh, stride_gt, stride_gd,
     stride_pb, stride_mask_b, stride_mask_h, stride_mask_q, stride_mask_k, window,
     heads, group, tiles, q_len, kv_len, head_dim, scale, softcap, dropout_p, seed,
-    TILE_Q: tl.constexpr, TILE_K: tl.constexpr, HEAD: tl.constexpr, CAUSAL: tl.constexpr,
+    TILE_Q: tl.constexpr, TILE_K: tl.constexpr, SHARED: tl.constexpr, HEAD: tl.constexpr, CAUSAL: tl.constexpr,
     MASKS: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr,
     PADDED: tl.constexpr,
 ):  # fmt: skip
-    """Writes grad_k and grad_v per query head, contiguous (batch, heads, kv_len, head_dim)."""
+    """Writes grad_k and grad_v, contiguous (batch, heads, kv_len, head_dim): per query head, or if `SHARED` per head of
+    keys. Then a program visits the queries of its whole group, and its index names member and tile.
+    """
     program = tl.load(order + tl.program_id(0))
     sample = tl.program_id(1).to(tl.int64)
-    head, tile = program // tiles, program % tiles
+    members = group if SHARED else 1
+    part, tile = program // tiles, program % tiles
+    head = part * members
     kv_head = (head // group).to(tl.int64)
     flat_head = sample * heads + head
     first, in_tile, dims = tile * TILE_K, tl.arange(0, TILE_K), tl.arange(0, HEAD)
@@ -191,11 +206,12 @@ def dkdv_kernel(
         dk, dv = _visit_queries(
             dk, dv, k_tile, v_tile, middle if edge else begin, end if edge else middle, index, q_base, g_base, lse,
             delta, key, dims, flat_head.to(tl.int32), key_mask, mask_base, documents,
-            stride_qt, stride_qd, stride_gt, stride_gd, stride_mask_q, stride_mask_k, window,
-            q_len, kv_len, head_dim, scale, softcap, dropout_p, seed,
-            TILE_Q, CAUSAL, MASKS, SOFTCAP, DROPOUT, PADDED, edge == 1,
+            stride_qh, stride_qt, stride_qd, stride_gh, stride_gt, stride_gd, stride_mask_h, stride_mask_q,
+            stride_mask_k, window, q_len, kv_len, head_dim, scale, softcap, dropout_p, seed,
+            TILE_Q, SHARED, CAUSAL, MASKS, SOFTCAP, DROPOUT, PADDED, edge == 1,
         )  # fmt: skip
-    place = (flat_head * kv_len + key)[:, None] * head_dim + dims[None, :]
-    inside = (key < kv_len)[:, None] & (dims < head_dim)[None, :]
-    tl.store(grad_k + place, (dk * scale).to(grad_k.dtype.element_ty), mask=inside)
-    tl.store(grad_v + place, dv.to(grad_v.dtype.element_ty), mask=inside)
+    base = ((sample * (heads // members) + part) * kv_len + first) * head_dim
+    place = in_tile[:, None] * head_dim + dims[None, :]
+    inside = (in_tile < kv_len - first)[:, None] & (dims < head_dim)[None, :]
+    tl.store(grad_v + base + place, dv.to(grad_v.dtype.element_ty), mask=inside)
+    tl.store(grad_k + base + place, (dk * scale).to(grad_k.dtype.element_ty), mask=inside)

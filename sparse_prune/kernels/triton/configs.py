@@ -90,6 +90,11 @@ def capability(device: torch.device) -> int:
     return 10 * major + minor
 
 
+def processors(device: torch.device) -> int:
+    """Return the number of the device's processors (streaming multiprocessors); 4 for the interpreter."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
 SHARED_MEMORY = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024}
 """Device class -> bytes that one program may have (CUDA programming guide, compute capabilities)."""
 

@@ -53,19 +53,26 @@ def launch_dkdv(
     config: LaunchConfig, causal: bool, options: AttentionOptions,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Compute the gradients of key and value, contiguous; `delta` as `launch_dq` gives it."""
-    batch, heads, _, head_dim = query.shape
-    kv_heads, kv_len = key.shape[1], key.shape[2]
-    # One program per query head: a KV group's gradients are added up afterwards, in a fixed order.
-    dtype = key.dtype if heads == kv_heads else torch.float32
-    grad_k = torch.empty(batch, heads, kv_len, head_dim, dtype=dtype, device=key.device)
+    batch, kv_heads, kv_len, head_dim = key.shape
+    members = heads_of_a_program(tables, query, key, config)
+    parts = query.shape[1] // members
+    # Where a program has one query head, a KV group's gradients are added up afterwards, in a fixed order.
+    dtype = key.dtype if parts == kv_heads else torch.float32
+    grad_k = torch.empty(batch, parts, kv_len, head_dim, dtype=dtype, device=key.device)
     grad_v = torch.empty_like(grad_k)
     strides = (*query.stride(), *key.stride(), *value.stride(), *grad.stride())
     tensors = (query, key, value, grad, lse, delta, grad_k, grad_v)
-    _launch(dkdv_kernel, tensors, tables, strides, config, query, key, causal, options)
-    if heads == kv_heads:
+    _launch(dkdv_kernel, tensors, tables, strides, config, query, key, causal, options, members, SHARED=members > 1)
+    if parts == kv_heads:
         return grad_k, grad_v
-    grouped = (batch, kv_heads, heads // kv_heads, kv_len, head_dim)
+    grouped = (batch, kv_heads, parts // kv_heads, kv_len, head_dim)
     return grad_k.view(grouped).sum(2).to(key.dtype), grad_v.view(grouped).sum(2).to(key.dtype)
+
+
+def heads_of_a_program(tables: Tables, query: Tensor, key: Tensor, config: LaunchConfig) -> int:
+    """Return of how many query heads a program of dkdv visits the queries: of a group's, if it has so few programs."""
+    group, tiles = query.shape[1] // key.shape[1], -(-key.shape[2] // config.tile[1])
+    return group if tables[-1].numel() == key.shape[1] * tiles else 1
 
 
 def launch_probe(query: Tensor, key: Tensor, config: LaunchConfig, causal: bool, options: AttentionOptions) -> Tensor:
@@ -123,9 +130,9 @@ def launch_decode(
 
 def _launch(
     kernel: Any, tensors: tuple[Tensor, ...], tables: Tables, strides: tuple[int, ...], config: LaunchConfig,
-    query: Tensor, key: Tensor, causal: bool, options: AttentionOptions, **constants: int,
+    query: Tensor, key: Tensor, causal: bool, options: AttentionOptions, members: int = 1, **constants: int,
 ) -> None:  # fmt: skip
-    """One launch of forward, dq or dkdv: a program per entry of the tables and per sample."""
+    """One launch of forward, dq or dkdv: a program per entry of the tables, of so many heads, and per sample."""
     batch, heads, q_len, head_dim = query.shape
     kv_heads, kv_len = key.shape[1], key.shape[2]
     masks, mask_strides, kinds = mask_arguments(options, (batch, heads, q_len, kv_len), query)
@@ -136,7 +143,7 @@ def _launch(
     with torch.cuda.device_of(query):
         kernel[(programs, batch)](
             *tensors, *tables, *masks, *strides, *mask_strides, options.window or 0,
-            heads, heads // kv_heads, programs // heads, q_len, kv_len, head_dim,
+            heads, heads // kv_heads, programs * members // heads, q_len, kv_len, head_dim,
             _scale(options, head_dim), options.softcap or 1.0, options.dropout_p, options.seed or 0,
             TILE_Q=config.tile[0], TILE_K=config.tile[1], HEAD=width, CAUSAL=causal, MASKS=kinds,
             SOFTCAP=options.softcap is not None, DROPOUT=options.dropout_p > 0, PADDED=width != head_dim,

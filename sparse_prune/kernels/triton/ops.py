@@ -10,7 +10,7 @@ from torch.autograd import forward_ad
 
 from sparse_prune.kernels.options import AttentionOptions
 from sparse_prune.kernels.triton.configs import LaunchConfig
-from sparse_prune.kernels.triton.launch import launch_dkdv, launch_dq, launch_forward
+from sparse_prune.kernels.triton.launch import heads_of_a_program, launch_dkdv, launch_dq, launch_forward
 from sparse_prune.kernels.triton.memory import within_memory
 from sparse_prune.kernels.triton.tables import check_tables
 
@@ -145,6 +145,9 @@ def _part(
     tile_q, tile_k = config.tile
     own = tables[4 * part : 4 * part + 4]
     rows, cols = -(-query.shape[2] // tile_q), -(-key.shape[2] // tile_k)
-    outer, inner = (cols, rows) if part == 2 else (rows, cols)
-    check_tables(own, query.shape[1] * outer, inner, query.device)
+    if part == 2:
+        members = heads_of_a_program(own, query, key, config)
+        check_tables(own, query.shape[1] // members * cols, rows, query.device, members)
+    else:
+        check_tables(own, query.shape[1] * rows, cols, query.device)
     return config, own

@@ -11,15 +11,19 @@ from torch.nn import functional as F
 from torch.utils.weak import WeakIdKeyDictionary
 
 from sparse_prune.kernels.derived import derived
+from sparse_prune.kernels.triton.configs import processors
 from sparse_prune.pattern import BlockPattern, possible_blocks, whole_blocks
+
+MEMBER_BIT = 20
+"""An entry of `Visits.index` is a tile below this bit and from it on which of a program's heads it belongs to."""
 
 
 @dataclass(frozen=True, eq=False)
 class Visits:
-    """The blocks that each program visits, compressed. All tensors are int32, contiguous, and on one device.
+    """The tiles that each program visits, compressed. All tensors are int32, contiguous, and on one device.
 
-    A program is (head, tile); it visits `index[start[p] : start[p + 1]]`, of which the first `full[p]` need no
-    element mask.
+    A program is (head, tile), or (heads of a group, tile); it visits `index[start[p] : start[p + 1]]`, of which the
+    first `full[p]` need no element mask.
     """
 
     start: Tensor
@@ -27,8 +31,8 @@ class Visits:
     full: Tensor
     """(programs,)"""
     index: Tensor
-    """(visits + 1,): full blocks ascending, then those on the diagonal or at a ragged end. One entry of padding, so
-    that a program can load the next index ahead."""
+    """(visits + 1,): full tiles ascending, then those on the diagonal or at a ragged end, of one head after the other.
+    One entry of padding, so that a program can load the next index ahead."""
     order: Tensor
     """(programs,): programs by descending number of visits, so that the longest start first."""
 
@@ -36,8 +40,9 @@ class Visits:
         """Return the tensors in the order in which kernels take them."""
         return [self.start, self.full, self.index, self.order]
 
-    def check(self, programs: int, visited: int, device: torch.device) -> None:
-        """Refuse tables with which so many programs a sample, visiting so many tiles, would read outside of tensors.
+    def check(self, programs: int, visited: int, device: torch.device, members: int = 1) -> None:
+        """Refuse tables with which so many programs a sample, visiting so many tiles of each of so many heads, would
+        read outside of tensors.
 
         Reads the tables back: the host waits for the device.
 
@@ -51,8 +56,9 @@ class Visits:
             _refuse("start", f"ascend from 0 to {len(index) - 1}", f"{start[0]}..{start[-1]}")
         if any(not 0 <= part <= count for part, count in zip(full, counts, strict=True)):
             _refuse("full", "lie between 0 and the visits of its program", f"{min(full)}..{max(full)}")
-        if any(not 0 <= entry < max(visited, 1) for entry in index):
-            _refuse("index", f"lie in 0..{visited - 1}", f"{min(index)}..{max(index)}")
+        entries = [divmod(entry, 1 << MEMBER_BIT) for entry in index]
+        if any(not 0 <= member < members or tile >= max(visited, 1) for member, tile in entries):
+            _refuse("index", f"lie in 0..{visited - 1} of {members} heads", f"{min(index)}..{max(index)}")
         if sorted(order) != list(range(programs)):
             _refuse("order", f"hold every program 0..{programs - 1} once", f"{min(order)}..{max(order)}")
 
@@ -76,31 +82,32 @@ def _refuse(name: str, wanted: str, got: object) -> NoReturn:
 _SOUND = WeakIdKeyDictionary()  # index tensor -> the tables and tiles that it was found, or built, to be right with
 
 
-def check_tables(tensors: list[Tensor], programs: int, visited: int, device: torch.device) -> None:
+def check_tables(tensors: list[Tensor], programs: int, visited: int, device: torch.device, members: int = 1) -> None:
     """Refuse tables as `Visits.check` does. Those that `index_tables` did not build are read back once."""
     check_layout(tensors, programs, device)
-    record = (*map(id, tensors), visited)
+    record = _record(tensors, visited, members)
     if _SOUND.get(tensors[2]) != record:
-        Visits(*tensors).check(programs, visited, device)
+        Visits(*tensors).check(programs, visited, device, members)
         _SOUND[tensors[2]] = record
 
 
-@dataclass(frozen=True, eq=False)
-class IndexTables:
-    """A pattern as visits of key tiles by query tiles, and the other way round."""
-
-    rows: Visits
-    """For output and query gradients: per (head, query tile) the key tiles."""
-    cols: Visits
-    """For key and value gradients: per (head, key tile) the query tiles."""
-    tile: tuple[int, int]
-    """Tokens per tile, (query, key); both divide the pattern's block."""
+def _record(tensors: list[Tensor], visited: int, members: int) -> tuple[int, ...]:
+    return (*map(id, tensors), visited, members)
 
 
-def index_tables(pattern: BlockPattern, tile: tuple[int, int], device: torch.device) -> IndexTables:
-    """Build the tables of a pattern, once per tile (query, key) and device; they are kept as long as the pattern lives.
+def index_tables(
+    pattern: BlockPattern, tile: tuple[int, int], device: torch.device, members: int | None = None
+) -> Visits:
+    """Build tables of a pattern, once per kind and device; they are kept as long as the pattern lives.
 
     They are built on the device, without a host synchronisation: a pattern that moves costs a training step no wait.
+
+    Args:
+        pattern: The pattern.
+        tile: Tokens per tile, (query, key).
+        device: Where the tables are wanted.
+        members: None: per (head, query tile) the key tiles, for output and query gradients. Else per (so many heads,
+            key tile) the query tiles, for key and value gradients; see `heads_together`.
 
     Raises:
         ValueError: If the tile does not divide the pattern's block.
@@ -108,10 +115,23 @@ def index_tables(pattern: BlockPattern, tile: tuple[int, int], device: torch.dev
     if pattern.block_size[0] % tile[0] or pattern.block_size[1] % tile[1]:
         raise ValueError(f"`tile` must divide the pattern's block {pattern.block_size}, got {tile}.")
 
-    def build() -> IndexTables:
-        return build_tables(pattern, tile, sent(pattern.keep, device), count_tiles(pattern, tile))
+    def build() -> Visits:
+        return build_tables(pattern, tile, sent(pattern.keep, device), int(count_tiles(pattern, tile).sum()), members)
 
-    return derived(pattern, ("tables", tile, device), build)
+    return derived(pattern, ("tables", tile, device, members), build)
+
+
+def heads_together(
+    pattern: BlockPattern, tile: tuple[int, int], kv_heads: int, batch: int, device: torch.device
+) -> int:
+    """Return of how many query heads a program of key tiles visits the queries: of a key head's group, or of one.
+
+    It is the group where that makes no program longer than a processor's share of all.
+    """
+    group, tiles = pattern.num_heads // kv_heads, pattern.block_size[1] // tile[1]
+    counts = count_tiles(pattern, tile).unflatten(0, (kv_heads, group)).sum(1)
+    longest = counts.max() / tiles
+    return group if batch * counts.sum() >= processors(device) * longest else 1
 
 
 def sent(tensor: Tensor, device: torch.device) -> Tensor:
@@ -119,7 +139,9 @@ def sent(tensor: Tensor, device: torch.device) -> Tensor:
     return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
 
 
-def build_tables(pattern: BlockPattern, tile: tuple[int, int], keep: Tensor, total: int) -> IndexTables:
+def build_tables(
+    pattern: BlockPattern, tile: tuple[int, int], keep: Tensor, total: int, members: int | None = None
+) -> Visits:
     """Build `index_tables` on the device of `keep`, which is the pattern's own; `total` is the number of kept tiles."""
     device, (block_q, block_kv) = keep.device, pattern.block_size
     possible = possible_blocks(pattern.q_len, pattern.kv_len, tile, pattern.causal, device)
@@ -127,29 +149,30 @@ def build_tables(pattern: BlockPattern, tile: tuple[int, int], keep: Tensor, tot
     keep = keep.repeat_interleave(block_q // tile[0], 1)[:, :rows]
     keep = keep.repeat_interleave(block_kv // tile[1], 2)[:, :, :cols] & possible
     full = whole_blocks(pattern.q_len, pattern.kv_len, tile, pattern.causal, device)
-    real = (torch.arange(rows, device=device) + 1) * tile[0] <= pattern.q_len  # of a column the queries are visited
-    by_row = build_visits(keep, full, total)
-    by_col = build_visits(keep.transpose(1, 2), (full & real[:, None]).T, total)
-    for visits, visited in ((by_row, cols), (by_col, rows)):
-        _SOUND[visits.index] = (*map(id, visits.tensors()), visited)
-    return IndexTables(by_row, by_col, tile)
+    if members is not None:
+        real = (torch.arange(rows, device=device) + 1) * tile[0] <= pattern.q_len  # of a column the queries are visited
+        keep, full = keep.transpose(1, 2), (full & real[:, None]).T
+    found = build_visits(keep, full, total, members or 1)
+    _SOUND[found.index] = _record(found.tensors(), keep.shape[2], members or 1)
+    return found
 
 
-def count_tiles(pattern: BlockPattern, tile: tuple[int, int]) -> int:
-    """Count the kept tiles on the host, where the pattern lives."""
+def count_tiles(pattern: BlockPattern, tile: tuple[int, int]) -> Tensor:
+    """Count the kept tiles of each head and column of blocks, on the host, where the pattern lives."""
     possible = possible_blocks(pattern.q_len, pattern.kv_len, tile, pattern.causal)
     per_row, per_col = pattern.block_size[0] // tile[0], pattern.block_size[1] // tile[1]
     blocks = F.pad(possible, (0, -possible.shape[1] % per_col, 0, -possible.shape[0] % per_row))
     weight = blocks.view(blocks.shape[0] // per_row, per_row, -1, per_col).sum((1, 3))
-    return int((pattern.keep * weight).sum())
+    return (pattern.keep * weight).sum(1)
 
 
-def build_visits(keep: Tensor, full: Tensor, total: int) -> Visits:
+def build_visits(keep: Tensor, full: Tensor, total: int, members: int = 1) -> Visits:
     """Compress `keep` (num_heads, tiles, visited) and `full` (tiles, visited) to visits along the last axis.
 
     Every shape is known from `total`, the number of kept tiles, so that nothing waits for the device.
     """
-    flat, whole = keep.flatten(0, 1), (keep & full).flatten(0, 1)
+    groups = (keep.shape[0] // members, members)
+    flat, whole = (part.unflatten(0, groups).transpose(1, 2).flatten(0, 1).flatten(1) for part in (keep, keep & full))
     count, wholes = flat.sum(1, dtype=torch.int32), whole.sum(1, dtype=torch.int32)
     start = F.pad(count.cumsum(0, dtype=torch.int32), (1, 0))
     # The place of a tile in its program's list: full ones first, those with an element mask behind them.
@@ -157,7 +180,8 @@ def build_visits(keep: Tensor, full: Tensor, total: int) -> Visits:
     among_edge = (flat & ~whole).cumsum(1, dtype=torch.int32) + wholes[:, None]
     place = start[:-1, None] + torch.where(whole, among_whole, among_edge) - 1
     slot = torch.where(flat, place, total).flatten().long()
-    visited = torch.arange(flat.shape[1], dtype=torch.int32, device=flat.device)
+    member = torch.arange(members, dtype=torch.int32, device=flat.device)[:, None] << MEMBER_BIT
+    visited = (member + torch.arange(keep.shape[2], dtype=torch.int32, device=flat.device)).flatten()
     index = torch.zeros(total + 1, dtype=torch.int32, device=flat.device)
     index.scatter_(0, slot, visited.expand_as(flat).flatten())
     index[total:] = 0  # pruned tiles were written here

@@ -22,7 +22,7 @@ from sparse_prune.files import whole_file
 from sparse_prune.kernels.options import AttentionOptions
 from sparse_prune.kernels.triton.configs import KERNELS, Call, Kernel, LaunchConfig, candidates, capability, traits
 from sparse_prune.kernels.triton.launch import launch_dkdv, launch_dq, launch_forward
-from sparse_prune.kernels.triton.tables import index_tables
+from sparse_prune.kernels.triton.tables import heads_together, index_tables
 from sparse_prune.pattern import BlockPattern
 
 log = logging.getLogger(__name__)
@@ -147,15 +147,16 @@ def _launcher(
     kernel: Kernel, query: Tensor, key: Tensor, value: Tensor, pattern: BlockPattern, options: AttentionOptions,
     config: LaunchConfig,
 ) -> Callable[[], object]:  # fmt: skip
-    tables = index_tables(pattern, config.tile, query.device)
-    rows, cols = tables.rows.tensors(), tables.cols.tensors()
+    batch, kv_heads = key.shape[:2]
+    together = heads_together(pattern, config.tile, kv_heads, batch, query.device) if kernel == "dkdv" else None
+    tables = index_tables(pattern, config.tile, query.device, together).tensors()
     if kernel == "forward":
-        return lambda: launch_forward(query, key, value, rows, config, pattern.causal, options)
+        return lambda: launch_forward(query, key, value, tables, config, pattern.causal, options)
     # The time of a backward pass does not hang on what is in gradient, output and row sums.
     sums = torch.zeros(query.shape[:3], dtype=torch.float32, device=query.device)
     if kernel == "dq":
-        return lambda: launch_dq(query, key, value, query, query, sums, rows, config, pattern.causal, options)
-    return lambda: launch_dkdv(query, key, value, query, sums, sums, cols, config, pattern.causal, options)
+        return lambda: launch_dq(query, key, value, query, query, sums, tables, config, pattern.causal, options)
+    return lambda: launch_dkdv(query, key, value, query, sums, sums, tables, config, pattern.causal, options)
 
 
 def _bench(launch: Callable[[], object]) -> float:
