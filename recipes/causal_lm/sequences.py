@@ -80,7 +80,8 @@ def make_sequences(
     """
     sizes: list[int] = []
     tokens = _tokens(tokenizer, documents, sizes)
-    made = _packed(tokens, length, _padding(tokenizer)) if pack else _joined(tokens, length)
+    padding = next((token for token in (tokenizer.pad_token_id, *end_of_text(tokenizer)) if token is not None), 0)
+    made = _packed(tokens, length, padding) if pack else _joined(tokens, length)
     found = list(islice((row for row in made if any(label != IGNORED for label in row.labels[1:])), count))
     if not found and sum(sizes) >= length:
         raise ValueError(
@@ -95,8 +96,8 @@ def make_sequences(
     ids, labels, positions = (torch.tensor(column) for column in zip(*found, strict=True))
     if not pack:
         return Sequences(ids, labels)
-    padding = (positions == 0) & (F.pad(positions[:, 1:], (0, 1)) == 0)  # a document has more tokens than one
-    log.info("Packed %s: %d sequences, of which %.1f %% is padding.", purpose, len(ids), 100 * padding.float().mean())
+    padded = (positions == 0) & (F.pad(positions[:, 1:], (0, 1)) == 0)  # a document has more tokens than one
+    log.info("Packed %s: %d sequences, of which %.1f %% is padding.", purpose, len(ids), 100 * padded.float().mean())
     return Sequences(ids, labels, positions)
 
 
@@ -167,7 +168,3 @@ def _filled(row: list[_Tokens], length: int, padding: int) -> _Tokens:
     ids, labels, positions = ([value for part in row for value in part[column]] for column in range(3))
     room = length - len(ids)
     return _Tokens(ids + [padding] * room, labels + [IGNORED] * room, positions + [0] * room)
-
-
-def _padding(tokenizer: Any) -> int:
-    return next((token for token in (tokenizer.pad_token_id, *end_of_text(tokenizer)) if token is not None), 0)

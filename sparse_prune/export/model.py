@@ -95,7 +95,7 @@ def _write(
         _save_model(model, new, weights)
         if tokenizer is not None:
             tokenizer.save_pretrained(new)
-        files = {str(file.relative_to(new)): file_hash(file) for file in _files(new)}
+        files = {str(file.relative_to(new)): file_hash(file) for file in sorted(new.rglob("*")) if file.is_file()}
         details = {
             "library": f"sparse_prune {version('sparse_prune')}",
             "model": identity(model),
@@ -246,10 +246,6 @@ def _save_model(model: Any, folder: Path, weights: dict[str, Tensor] | None) -> 
     shell = empty_twin(model).to(model.dtype)
     shell.generation_config = model.generation_config
     shell.save_pretrained(folder, state_dict=model.state_dict() if weights is None else weights)
-
-
-def _files(folder: Path) -> list[Path]:
-    return sorted(file for file in folder.rglob("*") if file.is_file())
 
 
 def _export_header(folder: Path) -> dict[str, Any] | None:
