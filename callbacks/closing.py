@@ -6,9 +6,11 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from sparse_prune.pruner import AttentionPruner, PruneReport
+from sparse_prune.prune_report import PruneReport
+from sparse_prune.pruner import AttentionPruner
 from sparse_prune.retrieval.questions import outcome
 from sparse_prune.swap_event import NO_GAIN, NO_GAIN_REMEDY, SwapEvent, measurement
+from sparse_prune.words import some
 
 
 def closing(
@@ -19,7 +21,7 @@ def closing(
     has_report: bool,
     unasked: str | None = None,
 ) -> str:
-    """Return the closing summary, a few lines; `unasked` is why the model was not asked for what stands far back."""
+    """Return the closing summary, a few lines; `unasked` is the reason if the model could not be asked questions."""
     if report is None:
         return "Pruning: no decision was made, because no optimizer step of the fit ran the attention layers."
     total, layers = pruner.total_sparsity, len(pruner.patterns)
@@ -35,7 +37,7 @@ def closing(
     if pruner.open_layers:
         names = [state.layer.name for state in pruner.open_layers]
         lines.append(
-            f"Not settled: {len(names)} of {layers} layers ({_some(names)}), which mask what was pruned and are no "
+            f"Not settled: {len(names)} of {layers} layers ({some(names)}), which mask what was pruned and are no "
             "faster. End the schedule earlier, train longer, or lower `patience` or `every_n_steps`."
         )
     retrieval = outcome(pruner, unasked)
@@ -58,7 +60,7 @@ def _reverted(events: list[SwapEvent], layers: int) -> str:
     else:
         found = f"none could be measured on {event.layer}"
     times = [f"{other.layer} {_milliseconds(other)}" for other in events[1:] if other.measured_ms]
-    others = f" (dense and best sparse: {_some(times)})" if times else ""
+    others = f" (dense and best sparse: {some(times)})" if times else ""
     return (
         f"Reverted: {len(events)} of {layers} layers got all their connections back, because {NO_GAIN}: "
         f"{found}{others}. {NO_GAIN_REMEDY}"
@@ -78,8 +80,3 @@ def _patterns(file: Path | None, reverted: bool) -> str:
         "them on a machine where they are faster)"
     )
     return f"Patterns: {file}{unused if reverted else ''}."
-
-
-def _some(names: list[str]) -> str:
-    shown = ", ".join(names[:3])
-    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"

@@ -1,9 +1,9 @@
-"""The pruner's state of one layer, and how a checkpoint holds it."""
+"""The pruner's state of one layer: what a decision does to it, and how a checkpoint holds it."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -13,7 +13,9 @@ from sparse_prune.attention import PrunableAttention
 from sparse_prune.codec import compress, decode, decompress, encode
 from sparse_prune.pattern import BlockPattern
 from sparse_prune.ranges import check_range
-from sparse_prune.scores import STATISTICS, BlockStatistics, ScoreAverage
+from sparse_prune.scores import STATISTICS, BlockStatistics, Score, ScoreAverage
+from sparse_prune.scores.statistics import grown
+from sparse_prune.selection import LayerScores
 
 STATE_VERSION = 4
 _READABLE = (2, 3, 4)
@@ -89,7 +91,7 @@ class LayerState:
         return [float(k / t) if t > 0 else 1.0 for k, t in zip(kept, total, strict=True)]
 
     def _mass(self) -> tuple[Tensor, Tensor]:
-        """Probability in kept blocks and in all blocks per head, (num_heads,) each; zeros before the first decision."""
+        """Sum probability in kept and in all blocks per head, (num_heads,) each; zeros before the first decision."""
         pattern = self.layer.pattern
         if pattern is None or self.mass.empty:
             zero = torch.zeros(self.layer.num_heads)
@@ -100,7 +102,7 @@ class LayerState:
         return (mass * keep).sum((1, 2)), mass.sum((1, 2))
 
     def average_beside(self, name: str) -> ScoreAverage:
-        """One of `asked`, a plain mean, which is made when it is first asked for."""
+        """Return one of `asked`, a plain mean; it is made when it is first asked for."""
         return self.asked.setdefault(name, ScoreAverage(self.scores.kind, decay=1.0))
 
     def pattern_at_scores(self, block_size: tuple[int, int]) -> BlockPattern:
@@ -116,8 +118,46 @@ class LayerState:
             return BlockPattern.dense(self.layer.num_heads, *lengths, block_size, self.layer.causal)
         return pattern if self.settled_at is not None else _fitted(pattern, shape)
 
+    def scored(self, score: Score, block_size: tuple[int, int]) -> LayerScores:
+        """Return the layer as `select` takes it.
+
+        A reverted layer counts as if it were still pruned, so that the others need not make up for it.
+        """
+        pattern, frozen = self.unused_pattern or self.pattern_at_scores(block_size), self.settled_at is not None
+        if frozen:
+            scores = pattern.keep.float()  # not used
+        else:
+            scores = _values(self.scores, score)
+            for asked in self.asked.values():
+                known = _values(asked, score)[:, : scores.shape[1], : scores.shape[2]]
+                known = grown(known.masked_fill(known == torch.inf, 0.0), *scores.shape[1:])
+                scores = torch.maximum(scores, known)
+        return LayerScores(self.layer.name, scores, pattern, self.layer.num_kv_heads, frozen)
+
+    def move(self, pattern: BlockPattern, block_size: tuple[int, int]) -> float:
+        """Put a new pattern in force; return its change (Jaccard distance)."""
+        change = pattern.difference(self.pattern_at_scores(block_size))
+        self.layer.pattern = pattern
+        self.layer.mode = "masked" if pattern.kept_blocks < pattern.possible_count else "dense"
+        return change
+
+    def settle(self, step: int, change: float) -> bool:
+        """Freeze the pattern if it is stable with this change; return whether it is."""
+        settled = self.tracker.update(change)
+        if settled:
+            self.settled_at, self.layer.probe_block_size = step, None
+        return settled
+
+    def revert(self) -> None:
+        """Give a settled layer all its connections back, in dense attention."""
+        pattern = self.layer.pattern
+        assert pattern is not None
+        self.unused_pattern = pattern
+        self.layer.pattern = replace(pattern, keep=pattern.possible.expand_as(pattern.keep).clone())
+        self.layer.mode = "dense"
+
     def state_dict(self) -> dict[str, Any]:
-        """Everything that the next decision depends on; large tensors are compressed."""
+        """Return everything that the next decision depends on; large tensors are compressed."""
         layer = self.layer
         patterns = {"in_force": layer.pattern, "given_back": self.unused_pattern}
         return {
@@ -154,6 +194,12 @@ class LayerState:
         layer.score_sums = _decompressed(own, (layer.score.kind,)) if layer.score is not None else None
 
 
+def _values(average: ScoreAverage, score: Score) -> Tensor:
+    """Return the scores of an average; blocks that were never seen score infinity."""
+    known = average.value()
+    return torch.where(known == torch.inf, known, score.value(known))
+
+
 def check_version(saved: Mapping[str, Any]) -> None:
     """Refuse the state of a pruner that this version cannot read."""
     if saved.get("version") not in _READABLE:
@@ -185,7 +231,7 @@ def check_layers(saved: Mapping[str, Mapping[str, Any]], layers: Mapping[str, Pr
 
 
 def _patterns_of_version_3(state: Mapping[str, Any]) -> dict[str, BlockPattern]:
-    """The patterns of state before version 4, which held their masks, and block size and lengths once."""
+    """Decode patterns of state before version 4, which held their masks, and block size and lengths once."""
     masks = {"in_force": state["keep"], "given_back": state["given_back"]}
     return {
         name: BlockPattern(decompress(keep), state["block_size"], state["causal"], *state["lengths"])
@@ -208,11 +254,11 @@ def _decompressed(held: Mapping[str, Any] | None, kinds: tuple[str, ...]) -> Blo
 
 
 def _fitted(pattern: BlockPattern, scores: torch.Size) -> BlockPattern:
-    """The pattern at the lengths that scores of a shape cover."""
+    """Return the pattern at the lengths that scores of a shape cover."""
     return pattern if scores == pattern.keep.shape else pattern.at(*_lengths(scores, pattern.block_size))
 
 
 def _lengths(scores: torch.Size, block_size: tuple[int, int]) -> tuple[int, int]:
-    """Lengths that scores of a shape cover, for self-attention in whole blocks."""
+    """Return the lengths that scores of a shape cover, for self-attention in whole blocks."""
     length = min(scores[1] * block_size[0], scores[2] * block_size[1])
     return length, length

@@ -13,7 +13,8 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from sparse_prune.distributed import on_first_rank, sum_over_ranks
 from sparse_prune.files import whole_file
-from sparse_prune.pruner import AttentionPruner, PruneReport
+from sparse_prune.prune_report import PruneReport
+from sparse_prune.pruner import AttentionPruner
 from sparse_prune.ranges import check_whole
 from sparse_prune.retrieval import Questions, Retrieval, retrieval_probes, text_probes
 from sparse_prune.retrieval.asked_model import named_module
@@ -45,9 +46,9 @@ class AttentionPruningCallback(TrainerCallback):  # type: ignore[misc]
             asked. None: nothing.
 
     Raises:
-        TypeError: If `pruner` is no AttentionPruner, or `retrieval` no Retrieval.
-        ValueError: If `every_n_steps` is no whole number of at least 1; when training starts, with `fp16`, with several
-            GPUs in one process, or if the checkpoint to resume from holds no pruning.
+        TypeError: If `pruner` is not an AttentionPruner, or `retrieval` not a Retrieval.
+        ValueError: If `every_n_steps` is not a whole number of at least 1. When training starts: with `fp16`, with
+            several GPUs in one process, or if the checkpoint to resume from holds no pruning.
     """
 
     def __init__(
@@ -174,7 +175,7 @@ def _asked_module(model: nn.Module, settings: Retrieval) -> nn.Module:
 def _refuse(args: Any) -> None:
     """Refuse settings under which scores would be wrong."""
     if args.fp16:
-        raise ValueError("`fp16` must be off while attention is pruned: its scaler skips steps. Use `bf16`.")
+        raise ValueError("`fp16` must be off while attention is pruned, got True: its scaler skips steps. Use `bf16`.")
     if args.n_gpu > 1:
         raise ValueError(
             f"A process must have one GPU while attention is pruned, got {args.n_gpu}. Start with torchrun, or set "

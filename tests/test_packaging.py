@@ -20,7 +20,7 @@ FOLDERS = {
     "sparse_prune.recipes": ROOT / "recipes",
 }
 LAYERS = (
-    "ranges pattern schedules files clock machine codec precision install_hints losses",
+    "ranges pattern schedules files clock machine codec precision losses prune_report refusals reports words",
     "scores constraints pictures",
     "selection distributed fixed_patterns sharded",
     "kernels",

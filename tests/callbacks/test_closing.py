@@ -1,4 +1,4 @@
-"""The last word of a fit reaches users at the default log level, once, and tells what became of the pruning."""
+"""The closing summary of a fit reaches users at the default log level, once, and tells what became of the pruning."""
 
 import subprocess
 import sys
