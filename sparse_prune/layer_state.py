@@ -14,7 +14,6 @@ from sparse_prune.codec import compress, decode, decompress, encode
 from sparse_prune.pattern import BlockPattern
 from sparse_prune.ranges import check_range
 from sparse_prune.scores import STATISTICS, BlockStatistics, Score, ScoreAverage
-from sparse_prune.scores.statistics import grown
 from sparse_prune.selection import LayerScores
 
 STATE_VERSION = 4
@@ -102,7 +101,7 @@ class LayerState:
         return (mass * keep).sum((1, 2)), mass.sum((1, 2))
 
     def average_beside(self, name: str) -> ScoreAverage:
-        """Return one of `asked`, a plain mean; it is made when it is first asked for."""
+        """Return one of `asked`, a plain mean, which is made when it is first asked for."""
         return self.asked.setdefault(name, ScoreAverage(self.scores.kind, decay=1.0))
 
     def pattern_at_scores(self, block_size: tuple[int, int]) -> BlockPattern:
@@ -124,15 +123,16 @@ class LayerState:
         A reverted layer counts as if it were still pruned, so that the others need not make up for it.
         """
         pattern, frozen = self.unused_pattern or self.pattern_at_scores(block_size), self.settled_at is not None
-        if frozen:
-            scores = pattern.keep.float()  # not used
-        else:
-            scores = _values(self.scores, score)
-            for asked in self.asked.values():
-                known = _values(asked, score)[:, : scores.shape[1], : scores.shape[2]]
-                known = grown(known.masked_fill(known == torch.inf, 0.0), *scores.shape[1:])
-                scores = torch.maximum(scores, known)
+        scores = pattern.keep.float() if frozen else self._largest(score)  # those of a frozen layer are not used
         return LayerScores(self.layer.name, scores, pattern, self.layer.num_kv_heads, frozen)
+
+    def _largest(self, score: Score) -> Tensor:
+        """Return the largest of a block's scores, in training and in `asked`; infinite if training never showed it."""
+        scores = _values(self.scores, score)
+        for asked in self.asked.values():
+            known = _values(asked, score)[:, : scores.shape[1], : scores.shape[2]]
+            scores = torch.maximum(scores, grown(known.masked_fill(known == torch.inf, 0.0), *scores.shape[1:]))
+        return scores
 
     def move(self, pattern: BlockPattern, block_size: tuple[int, int]) -> float:
         """Put a new pattern in force; return its change (Jaccard distance)."""
@@ -251,6 +251,12 @@ def _decompressed(held: Mapping[str, Any] | None, kinds: tuple[str, ...]) -> Blo
     if counts.dim() < 4:  # older state: one for all heads, with or without key blocks
         counts = counts.reshape(len(counts), 1, counts.shape[1], -1)
     return BlockStatistics(decompress(held["sums"]), counts, kinds)
+
+
+def _values(average: ScoreAverage, score: Score) -> Tensor:
+    """Convert an average to scores; blocks that were never seen score infinity."""
+    known = average.value()
+    return torch.where(known == torch.inf, known, score.value(known))
 
 
 def _fitted(pattern: BlockPattern, scores: torch.Size) -> BlockPattern:

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 
 def factor(ratio: float, more: str, less: str) -> str:
-    """Tell a ratio in words: "1.25x faster" for 1.25, "1.25x slower" for 0.8, if these are the words."""
-    return f"{ratio:.2f}x {more}" if ratio >= 1 else f"{1 / ratio:.2f}x {less}"
+    """Tell a ratio in words: "1.25x faster" for 1.25, "1.25x slower" for 0.8, if these are the words; 0 stays 0."""
+    return f"{1 / ratio:.2f}x {less}" if 0 < ratio < 1 else f"{ratio:.2f}x {more}"
 
 
 def duration(seconds: float) -> str:

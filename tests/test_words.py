@@ -5,7 +5,9 @@ import pytest
 from sparse_prune.words import duration, factor, some
 
 
-@pytest.mark.parametrize(("ratio", "told"), [(1.25, "1.25x smaller"), (1, "1.00x smaller"), (0.5, "2.00x larger")])
+@pytest.mark.parametrize(
+    ("ratio", "told"), [(1.25, "1.25x smaller"), (1, "1.00x smaller"), (0.5, "2.00x larger"), (0, "0.00x smaller")]
+)
 def test_a_ratio_is_told_in_the_direction_that_it_has(ratio, told):
     assert factor(ratio, "smaller", "larger") == told
 
