@@ -14,6 +14,7 @@ from sparse_prune.codec import compress, decode, decompress, encode
 from sparse_prune.pattern import BlockPattern
 from sparse_prune.ranges import check_range
 from sparse_prune.scores import STATISTICS, BlockStatistics, Score, ScoreAverage
+from sparse_prune.scores.statistics import grown
 from sparse_prune.selection import LayerScores
 
 STATE_VERSION = 4
