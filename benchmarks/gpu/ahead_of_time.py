@@ -93,17 +93,17 @@ GROUPS = {
         for kernel, head_dim, block, masks in itertools.product(TRAINING, (64, 128, 256), (64, 128), (1, 4, 8, 13))
     ]
     + [Case(kernel, 80, 128, masks=13, spills=4 if kernel == "forward" else 0) for kernel in TRAINING]
+    + [Case("probe", 90, head_dim, block, masks=1) for head_dim in (64, 128) for block in (64, 128)]
     + [Case(kernel, 90, head_dim, softcap=True) for kernel in TRAINING for head_dim in (64, 128)],
     "every option": [
         Case(kernel, capability, head_dim, **options, spills=_known(kernel, capability, head_dim, options))
         for kernel, capability, head_dim, options in itertools.product(TRAINING, (80, 90), (64, 128, 256), CROWDED)
     ]
+    + [Case("probe", 90, head_dim, 64, masks=2) for head_dim in (64, 128)]
     + [Case("probe", 90, 128, masks=15, softcap=True, spills=256)],
     "influence": [
-        Case(
-            "influence", capability, head_dim, block, spills=8 if (capability, head_dim, block) == (80, 128, 128) else 0
-        )
-        for capability, head_dim, block in itertools.product((80, 90), (64, 128), (64, 128))
+        Case("influence", capability, head_dim, block, masks=masks, spills=48 if masks & 2 else 0)
+        for capability, head_dim, block, masks in itertools.product((80, 90), (64, 128), (64, 128), (0, 1, 2))
     ],
     "float32": [Case(kernel, 90, 128, dtype=torch.float32) for kernel in TRAINING],
     "many rows": [

@@ -157,7 +157,7 @@ def named_module(model: nn.Module, name: str) -> nn.Module:
     Raises:
         ValueError: If there is none of that name.
     """
-    modules = dict(model.named_modules())
+    modules: dict[str, nn.Module] = dict(model.named_modules())
     if name not in modules:
         raise ValueError(
             f"`Retrieval.module` must name a module of {type(model).__name__}, got {name!r}. Its children are "

@@ -3,11 +3,12 @@
 import pytest
 import torch
 
-from sparse_prune import Influence
+from sparse_prune import BlockPattern, Influence
 from sparse_prune.kernels import AttentionOptions, probe_score
 from support.cases import inputs, random_pattern
 
 pytest.importorskip("triton")
+from sparse_prune.kernels.triton import influence as kernel  # noqa: E402
 from sparse_prune.kernels.triton.attend import influence  # noqa: E402
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -25,9 +26,16 @@ OPTIONS = {
 }
 
 
-def call(dtype=torch.float32, dim=24, block=BLOCK, heads=4):
-    tensors = (t.detach().to(DEVICE, dtype) for t in inputs(q_len=LENGTH, kv_len=LENGTH, dim=dim, heads=heads))
-    gradient = torch.randn(2, heads, LENGTH, dim, generator=torch.Generator(), dtype=torch.float64)
+@pytest.fixture(autouse=True)
+def poisoned(monkeypatch):
+    """What the kernel notes nowhere is NaN."""
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: empty(*a, **k).fill_(torch.nan))
+
+
+def call(dtype=torch.float32, dim=24, length=LENGTH, heads=4):
+    tensors = (t.detach().to(DEVICE, dtype) for t in inputs(q_len=length, kv_len=length, dim=dim, heads=heads))
+    gradient = torch.randn(2, heads, length, dim, generator=torch.Generator(), dtype=torch.float64)
     return *tensors, (1e-4 * gradient).to(DEVICE)
 
 
@@ -60,13 +68,54 @@ def test_kept_and_pruned_blocks_have_the_sums_of_torch(name, causal, density):
 
 @pytest.mark.parametrize(("dim", "block"), [(64, (128, 32)), (128, (64, 32)), (16, (16, 64))])
 def test_half_precision_tiles_and_heads(dim, block):
-    query, key, value, gradient = call(torch.float16, dim, block)
+    query, key, value, gradient = call(torch.float16, dim)
     pattern = random_pattern(4, LENGTH, LENGTH, block, True, 0.6)
     given = {"causal": True, "options": AttentionOptions(), "pattern": pattern}
     wanted = probe_score(
         Influence(), *(t.cpu().float() for t in (query, key, value)), block, gradient=gradient.cpu(), **given
     )
     close(influence(query, key, value, gradient, block, **given), wanted, 1e-2)
+
+
+def exact(query, key, value, gradient, block, keep):
+    """The sums of a causal call by their definition, in float64."""
+    query, key, value, gradient = (t.double().cpu() for t in (query, key, value, gradient))
+    key, value = (t.repeat_interleave(query.shape[1] // key.shape[1], 1) for t in (key, value))
+    length, blocks = query.shape[2], keep.shape[2]
+    kept = keep.repeat_interleave(block[0], 1).repeat_interleave(block[1], 2)[:, :length, :length]
+    seen = torch.ones(length, length, dtype=torch.bool).tril()
+    logits = (query @ key.mT / query.shape[3] ** 0.5).masked_fill(~seen, -torch.inf)
+    weights = (logits - logits.masked_fill(~kept, -torch.inf).logsumexp(-1, keepdim=True)).exp()
+    weights = weights * (kept & seen).any(-1, keepdim=True)
+    by_key = gradient @ value.mT
+    change = weights * (by_key - (weights * by_key * kept).sum(-1, keepdim=True))
+
+    def per_block(part):
+        wide = torch.nn.functional.pad(part, (0, blocks * block[1] - length))
+        return wide.unflatten(-1, (blocks, block[1])).sum(-1)
+
+    mass, own = per_block(weights), keep.repeat_interleave(block[0], 1)[:, :length]
+    there = per_block((kept & seen).double()) > 0
+    rise = -per_block(change) / torch.where(own, (1 - mass).clamp_min(1e-3), 1 + mass)
+    rise = rise.masked_fill(there.sum(-1, keepdim=True) <= there.int(), 0.0)
+    rise = torch.nn.functional.pad(rise, (0, 0, 0, keep.shape[1] * block[0] - length))
+    return rise.unflatten(2, (keep.shape[1], block[0])).sum((0, 3))
+
+
+@pytest.mark.parametrize("launches", [1, 4])
+def test_many_blocks_and_rows_that_one_of_them_holds_have_the_sums_of_their_definition(launches, monkeypatch):
+    """The share of a row's mass outside of a sink is what is left of a difference: its rounding is divided by it."""
+    if launches > 1:
+        monkeypatch.setattr(kernel, "_MOST_BYTES", 1)
+    query, key, value, gradient = call(length=333)
+    query[..., 0] += 4.0
+    key[:, :, 0] = 10.0 * torch.eye(24)[0]
+    keep = random_pattern(4, 333, 333, BLOCK, True, 0.6).keep.clone()
+    keep[:, :, 0] = True
+    pattern = BlockPattern(keep, BLOCK, True, 333, 333)
+    found = influence(query, key, value, gradient, BLOCK, causal=True, options=AttentionOptions(), pattern=pattern)
+    wanted = exact(query, key, value, gradient, BLOCK, keep)
+    assert (found.sums[0].cpu() - wanted).abs().max() <= 1e-4 * wanted.abs().max()
 
 
 def test_what_the_kernel_does_not_take_is_refused():

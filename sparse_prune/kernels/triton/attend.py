@@ -178,20 +178,11 @@ def influence(
     """
     query, key, value = _cast(query, key, value)
     check_supported(query)
-    options = replace(_padded_queries_hidden(options, query, key), scale=_scale(query, options))
+    options = replace(options, scale=_scale(query, options), dropout_p=0.0, seed=None)
     wide = width(query, value)
     query, key, value = (tensor.detach() for tensor in same_width(query, key, value))
     gradient = F.pad(gradient, (0, wide - gradient.shape[3]))
     return probe_influence(query, key, value, gradient, block_size, causal=causal, options=options, pattern=pattern)
-
-
-def _padded_queries_hidden(options: AttentionOptions, query: Tensor, key: Tensor) -> AttentionOptions:
-    """The options of a probe: padded queries are rows without a key, which add nothing, and nothing is dropped."""
-    attn_mask = options.attn_mask
-    if options.key_mask is not None and query.shape[2] == key.shape[2]:
-        real = options.key_mask[:, None, :, None]
-        attn_mask = real if attn_mask is None else attn_mask & real
-    return replace(options, attn_mask=attn_mask, dropout_p=0.0, seed=None)
 
 
 def probe(
@@ -209,18 +200,17 @@ def probe(
     Raises:
         ValueError: If the input is unsupported, or if `configs.probe_config` refuses head or block.
     """
-    options = options or AttentionOptions()
+    options = replace(options or AttentionOptions(), dropout_p=0.0, seed=None)
     query, key, _ = _cast(query, key, key)
     check_supported(query)
-    masked = _padded_queries_hidden(options, query, key)
-    config = probe_config(Call(query.shape[3], query.dtype, block_size, *traits(masked)))
+    config = probe_config(Call(query.shape[3], query.dtype, block_size, *traits(options)))
     sums = within_memory(
-        "probe", config, query, masked,
-        lambda config: launch_probe(query.detach(), key.detach(), config, causal, masked),
+        "probe", config, query, options,
+        lambda config: launch_probe(query.detach(), key.detach(), config, causal, options),
     )  # fmt: skip
     # A row with a key has mass 1, any other row none: the rows are counted by their mass.
     per_row = sums[0].sum(-1).double().round()  # (batch, num_heads, q_blocks)
-    if mask_heads(masked.attn_mask) == 1:
+    if mask_heads(options.attn_mask) == 1:
         per_row = per_row.amax(1, keepdim=True)
     counts = torch.stack([per_row.sum(0), (per_row > 0).sum(0).double()])
     return BlockStatistics(sums.double().sum(1), counts[..., None])

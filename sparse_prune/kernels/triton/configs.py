@@ -263,7 +263,7 @@ def probe_config(call: Call) -> LaunchConfig:
             f"got {call.block_size}. Use scores.probe_blocks, or another block size."
         )
     if math.prod(call.block_size) < 128 * 128:
-        return LaunchConfig(call.block_size, 4, 2)
+        return LaunchConfig(call.block_size, 8 if call.masks & 2 else 4, 2)
     return LaunchConfig(call.block_size, 16 if call.masks & 2 or call.softcap else 8, 1)
 
 

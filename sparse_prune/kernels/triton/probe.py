@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from sparse_prune.kernels.triton.tiles import load_tile, scaled, visible
+from sparse_prune.kernels.triton.tiles import load_tile, scaled, unpadded, visible
 
 
 @triton.jit(do_not_specialize=["q_len", "kv_len"])
@@ -32,6 +32,7 @@ def probe_kernel(
     k_base = k + sample * stride_kb + (head // group).to(tl.int64) * stride_kh
     attn_mask += sample * stride_mask_b + head.to(tl.int64) * stride_mask_h
     key_mask += sample * stride_pb
+    query = unpadded(query, key_mask, q_len, kv_len, MASKS)
     documents += sample * kv_len
     count = blocks_k
     if CAUSAL:

@@ -97,6 +97,15 @@ def visible(
 
 
 @triton.jit
+def unpadded(query, key_mask, q_len, kv_len, MASKS: tl.constexpr):
+    """Positions of queries; where queries are keys, those that are padding are put past the end: they see nothing."""
+    if MASKS & 1:
+        padding = (q_len == kv_len) & (tl.load(key_mask + query, mask=query < q_len, other=1) == 0)
+        query = tl.where(padding, q_len, query)
+    return query
+
+
+@triton.jit
 def dropout_factor(seed, head, query, key, dropout_p):
     """Return 0 for dropped weights, 1 / (1 - p) for the others; the same numbers as `kernels.dropout`."""
     key, query = tl.broadcast(key, query)
