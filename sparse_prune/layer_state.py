@@ -14,7 +14,6 @@ from sparse_prune.codec import compress, decode, decompress, encode
 from sparse_prune.pattern import BlockPattern
 from sparse_prune.ranges import check_range
 from sparse_prune.scores import STATISTICS, BlockStatistics, Score, ScoreAverage
-from sparse_prune.scores.statistics import grown
 from sparse_prune.selection import LayerScores
 
 STATE_VERSION = 4
@@ -132,7 +131,8 @@ class LayerState:
         scores = _values(self.scores, score)
         for asked in self.asked.values():
             known = _values(asked, score)[:, : scores.shape[1], : scores.shape[2]]
-            scores = torch.maximum(scores, grown(known.masked_fill(known == torch.inf, 0.0), *scores.shape[1:]))
+            part = scores[:, : known.shape[1], : known.shape[2]]  # scores may be negative where nothing was asked
+            part.copy_(part.maximum(known.masked_fill(known == torch.inf, -torch.inf)))
         return scores
 
     def move(self, pattern: BlockPattern, block_size: tuple[int, int]) -> float:
@@ -193,12 +193,6 @@ class LayerState:
         layer.statistics = _decompressed(state["statistics"], STATISTICS)
         own = state.get("score_sums")  # older state has none
         layer.score_sums = _decompressed(own, (layer.score.kind,)) if layer.score is not None else None
-
-
-def _values(average: ScoreAverage, score: Score) -> Tensor:
-    """Return the scores of an average; blocks that were never seen score infinity."""
-    known = average.value()
-    return torch.where(known == torch.inf, known, score.value(known))
 
 
 def check_version(saved: Mapping[str, Any]) -> None:
