@@ -116,7 +116,7 @@ class Questions:
 
     @contextmanager
     def _or_unasked(self) -> Iterator[None]:
-        """What goes wrong with questions that nobody asked for stops no run: its last word tells."""
+        """What goes wrong with questions that nobody asked for stops no run; its closing summary tells of it."""
         try:
             yield
         except Exception as problem:
