@@ -233,6 +233,7 @@ METHODS = {
     "short ramp, repeats": Method(short_ramp(), repeat_every=3),
     "short ramp, asked first": Method(short_ramp(Retrieval())),
     "short ramp, asked first, heads whole": Method(short_ramp(Retrieval(heads=0.05))),
+    "short ramp, asked first, questions": Method(short_ramp(Retrieval()), question_share=0.25),
     "short ramp, asked first, repeats": Method(short_ramp(Retrieval()), repeat_every=3),
     "short ramp, asked first, heads whole, repeats": Method(short_ramp(Retrieval(heads=0.05)), repeat_every=3),
     "gradual, row mass": Method(gradual(criterion="row_mass")),

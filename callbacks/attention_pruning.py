@@ -19,15 +19,16 @@ from sparse_prune.callbacks.collaborator import Driver, adopted
 from sparse_prune.callbacks.kernel_swap import KernelSwap
 from sparse_prune.callbacks.lightning import classes, overrides, tell
 from sparse_prune.callbacks.randomness import Randomness
-from sparse_prune.callbacks.retrieving import Questions
+from sparse_prune.callbacks.retrieving import module_with_logits
 from sparse_prune.callbacks.settings import BLOCK_SIZE, pruning_settings
 from sparse_prune.callbacks.sparsity_logger import SparsityLogger
 from sparse_prune.callbacks.training_step import StandIn
 from sparse_prune.constraints import Constraints
 from sparse_prune.distributed import sum_over_ranks
-from sparse_prune.pruner import AttentionPruner, PruneReport, Reduce
+from sparse_prune.prune_report import PruneReport
+from sparse_prune.pruner import AttentionPruner, Reduce
 from sparse_prune.ranges import check_whole
-from sparse_prune.retrieval import Retrieval
+from sparse_prune.retrieval import Questions, Retrieval, retrieval_probes
 from sparse_prune.schedules import Schedule
 from sparse_prune.scores import Criterion, Score, Statistic
 
@@ -41,9 +42,9 @@ class AttentionPruning(Driver):
     `logging`. A `KernelSwap` or `SparsityLogger` in the Trainer's list, at any place, replaces the default one. More
     than one of a kind is refused.
 
-    Steps of the schedule count from the run's first, those before a resume included; shares are of
+    The schedule counts steps from the start of the run, those before a resume included. Its shares are shares of
     `Trainer.estimated_stepping_batches`, corrected for a `GradientAccumulationScheduler`. A resumed run keeps the steps
-    that the shares gave at first, whatever its `max_steps`.
+    that its shares were first converted to, whatever its `max_steps`.
 
     Args:
         sparsity: Schedule of the share of possible blocks to prune, over all layers.
@@ -63,9 +64,9 @@ class AttentionPruning(Driver):
         patience: Stable decisions in a row, after the schedule's end, until a layer is frozen.
         module: Qualified name, in the LightningModule, of the module to prune. None: all of it, reference and reward
             models included.
-        retrieval: Ask a causal language model, before the first decision, what stands far back in its text; keep the
+        retrieval: Ask a causal language model, in the first decisions, what stands far back in its texts; keep the
             blocks that it looks at, and whole heads beside those that `constraints` protects (docs/retrieval.md).
-            "auto": `Retrieval()` where the model can be asked; the last word of the fit says why not. None: ask
+            "auto": `Retrieval()` if the model can be asked; if it cannot, the closing summary says why. None: ask
             nothing.
         swap: Swaps settled layers to block-sparse attention. None: `KernelSwap()`.
         logging: Logs what pruning does. None: `SparsityLogger()`.
@@ -95,8 +96,7 @@ class AttentionPruning(Driver):
         swap: KernelSwap | None = None,
         logging: SparsityLogger | None = None,
     ) -> None:
-        parts: list[tuple[str, object, type]] = [("retrieval", None if retrieval == "auto" else retrieval, Retrieval)]
-        parts += [("swap", swap, KernelSwap), ("logging", logging, SparsityLogger)]
+        parts: list[tuple[str, object, type]] = [("swap", swap, KernelSwap), ("logging", logging, SparsityLogger)]
         for name, given, kind in parts:
             if given is not None and not isinstance(given, kind):
                 raise TypeError(f"`{name}` must be a {kind.__name__} or None, got {given!r}. Write {kind.__name__}().")
@@ -171,7 +171,8 @@ class AttentionPruning(Driver):
         self.logging.begin_fit(trainer, settings)
         self._release()
         self._probed = StandIn(pl_module, partial(self._probe, pl_module))
-        self._questions.begin_fit(pl_module)
+        find = partial(module_with_logits, pl_module, self.pruner.layers)
+        self._questions.begin(find, getattr(pl_module, "retrieval_probes", retrieval_probes))
         self._randomness.begin_fit()
 
     @override
@@ -196,7 +197,7 @@ class AttentionPruning(Driver):
 
     @property
     def _apart(self) -> float:
-        """Seconds of this process that were no part of a step: measurements and questions."""
+        """Seconds that this process spent outside of any step, on measurements and questions."""
         return self.swap.timer.seconds + self._questions.seconds
 
     def _release(self) -> None:
@@ -204,7 +205,7 @@ class AttentionPruning(Driver):
         if self._probed is not None:
             self._probed.remove()
         self._probed = None
-        self._questions.end_fit()
+        self._questions.end()
 
     def _attach(self, pl_module: pl.LightningModule) -> None:
         if not self.pruner.attached_to(pl_module):
@@ -222,8 +223,8 @@ class AttentionPruning(Driver):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.global_step < self._last_step:
             log.warning(
-                "The fit starts at step %d, but pruning was at step %d: it starts anew from the patterns in force. "
-                "Pass `ckpt_path` to resume a run; leave AttentionPruning out to train with its patterns.",
+                "The fit starts at step %d, but pruning was at step %d. Pruning starts anew from the patterns "
+                "in force. Pass `ckpt_path` to resume a run, or leave AttentionPruning out to train with its patterns.",
                 trainer.global_step,
                 self._last_step,
             )
@@ -276,7 +277,7 @@ class AttentionPruning(Driver):
         return output
 
     def _look(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """After the first forward pass, before any weight has changed, choose the block size and forecast the gain."""
+        """Choose the block size and forecast the gain after the first forward pass, before any weight has changed."""
         length = trainer.strategy.broadcast(self.pruner.longest_call, src=0)  # all ranks need the same blocks
         if length is None:
             return
@@ -338,7 +339,8 @@ class AttentionPruning(Driver):
             self.pruner.forget()
             return
         if self._looked:
-            self._questions.put(trainer, _reduction(trainer))
+            context = trainer.precision_plugin.forward_context()
+            self._questions.put(trainer.strategy.root_device, _reduction(trainer), context)
         known = self.pruner.block_size is not None
         report = self.pruner.update(step, _reduction(trainer)) if known else None
         if report is not None:
@@ -390,13 +392,13 @@ class AttentionPruning(Driver):
 
 
 def _gradient_scale(trainer: pl.Trainer) -> float:
-    """The scaler's factor on the loss, which falls when a step is skipped; 1 unless the precision is 16-mixed."""
+    """Return the scaler's factor on the loss, which falls if a step is skipped; 1 unless the precision is 16-mixed."""
     scaler = getattr(trainer.precision_plugin, "scaler", None)
     return 1.0 if scaler is None else float(scaler.get_scale())
 
 
 def _reduction(trainer: pl.Trainer) -> Reduce | None:
-    """The function that adds up the ranks' statistics; None for a single process."""
+    """Return the function that adds up the ranks' statistics; None for a single process."""
     if trainer.world_size == 1:
         return None
     return partial(sum_over_ranks, device="cpu" if dist.get_backend() == "gloo" else trainer.strategy.root_device)

@@ -56,7 +56,7 @@ def steps_of_run(trainer: pl.Trainer, pl_module: pl.LightningModule) -> int | No
 
 
 def _estimated(trainer: pl.Trainer) -> float:
-    """Lightning's estimate, with the accumulation of each epoch that a scheduler sets."""
+    """Correct Lightning's estimate by the accumulation that a scheduler sets for each epoch."""
     total: float = trainer.estimated_stepping_batches
     callbacks = trainer.callbacks  # type: ignore[attr-defined]
     kinds = classes("callbacks.GradientAccumulationScheduler")
@@ -154,7 +154,7 @@ def warn_of_copies(pruner: AttentionPruner) -> None:
 
 
 def _what_would_do(pruner: AttentionPruner, length: int, wanted: float) -> str:
-    """The remedy for sequences of too few blocks, in words."""
+    """Tell the remedy for sequences of too few blocks."""
     halved = [(pruner.sides[0] >> fold, pruner.sides[1] >> fold) for fold in range(1, 8)]
     sizes = [sides for sides in halved if min(sides) >= _SMALLEST_BLOCK and _reach(pruner, sides) >= wanted]
     lengths = [length << fold for fold in range(1, 6) if _reach(pruner, pruner.sides, length << fold) >= wanted]
@@ -165,7 +165,7 @@ def _what_would_do(pruner: AttentionPruner, length: int, wanted: float) -> str:
 
 
 def _reach(pruner: AttentionPruner, sides: tuple[int, int], length: int | None = None) -> float:
-    """Share of possible blocks that constraints allow to prune, at a length or those of the last calls."""
+    """Return the share of possible blocks that constraints allow to prune, at a length or those of the last calls."""
     layers = []
     for layer in (state.layer for state in pruner.layers.values()):
         if layer.last_shape is not None:

@@ -6,8 +6,11 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from sparse_prune.pruner import AttentionPruner, PruneReport
+from sparse_prune.prune_report import PruneReport
+from sparse_prune.pruner import AttentionPruner
+from sparse_prune.retrieval.questions import outcome
 from sparse_prune.swap_event import NO_GAIN, NO_GAIN_REMEDY, SwapEvent, measurement
+from sparse_prune.words import some
 
 
 def closing(
@@ -18,7 +21,7 @@ def closing(
     has_report: bool,
     unasked: str | None = None,
 ) -> str:
-    """Return the closing summary, a few lines; `unasked` is why the model was not asked for what stands far back."""
+    """Return the closing summary, a few lines; `unasked` is the reason if the model could not be asked questions."""
     if report is None:
         return "Pruning: no decision was made, because no optimizer step of the fit ran the attention layers."
     total, layers = pruner.total_sparsity, len(pruner.patterns)
@@ -34,11 +37,12 @@ def closing(
     if pruner.open_layers:
         names = [state.layer.name for state in pruner.open_layers]
         lines.append(
-            f"Not settled: {len(names)} of {layers} layers ({_some(names)}), which mask what was pruned and are no "
+            f"Not settled: {len(names)} of {layers} layers ({some(names)}), which mask what was pruned and are no "
             "faster. End the schedule earlier, train longer, or lower `patience` or `every_n_steps`."
         )
-    if total and _writes(pruner):
-        lines.append(_retrieval(pruner, unasked))
+    retrieval = outcome(pruner, unasked)
+    if retrieval is not None:
+        lines.append(retrieval)
     lines.append(_patterns(file, bool(reverted)))
     if file is not None:
         page = f"`sparse-prune report {file.parent}` shows the run on one page; " if has_report else ""
@@ -49,35 +53,6 @@ def closing(
     return "\n  ".join(lines)
 
 
-def _retrieval(pruner: AttentionPruner, unasked: str | None) -> str:
-    """What was kept for retrieval, or what to do for it."""
-    kept = []
-    if any(state.floor is not None for state in pruner.layers.values()):
-        kept.append("the blocks that the model looks at to answer questions")
-    heads = sum(map(len, (pruner.constraints.protected_heads or {}).values()))
-    if heads:
-        kept.append(f"{heads} whole heads" if heads > 1 else "one whole head")
-    if kept:
-        return (
-            f"Retrieval: pruning keeps {' and '.join(kept)}. A language model loses what it looks up long before its "
-            "loss tells: `sparse-prune evaluate` measures both on an export."
-        )
-    if unasked:
-        return (
-            f"Retrieval: the model was not asked for what stands far back ({unasked}), and a language model loses "
-            "what it looks up long before its loss tells (docs/retrieval.md)."
-        )
-    return (
-        "Retrieval: nothing was kept for it, and a language model loses what it looks up long before its loss tells. "
-        "`AttentionPruning(retrieval=Retrieval())` keeps what questions look at (docs/retrieval.md)."
-    )
-
-
-def _writes(pruner: AttentionPruner) -> bool:
-    """Whether the model may be a language model that writes: all its layers are causal."""
-    return all(state.layer.causal for state in pruner.layers.values())
-
-
 def _reverted(events: list[SwapEvent], layers: int) -> str:
     event = events[0]
     if event.measured_ms:
@@ -85,7 +60,7 @@ def _reverted(events: list[SwapEvent], layers: int) -> str:
     else:
         found = f"none could be measured on {event.layer}"
     times = [f"{other.layer} {_milliseconds(other)}" for other in events[1:] if other.measured_ms]
-    others = f" (dense and best sparse: {_some(times)})" if times else ""
+    others = f" (dense and best sparse: {some(times)})" if times else ""
     return (
         f"Reverted: {len(events)} of {layers} layers got all their connections back, because {NO_GAIN}: "
         f"{found}{others}. {NO_GAIN_REMEDY}"
@@ -105,8 +80,3 @@ def _patterns(file: Path | None, reverted: bool) -> str:
         "them on a machine where they are faster)"
     )
     return f"Patterns: {file}{unused if reverted else ''}."
-
-
-def _some(names: list[str]) -> str:
-    shown = ", ".join(names[:3])
-    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"

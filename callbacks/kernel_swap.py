@@ -25,9 +25,9 @@ class KernelSwap(Collaborator):
             shapes, forward and backward, and reverts a layer that gains nothing to dense attention. In the first
             training step it measures the final sparsity in advance, and warns if no layer would gain. The name of a
             backend takes that one unmeasured.
-        tuning_seconds: What measuring launch configurations of the Triton kernels may take in a run on a GPU,
-            compiling included; 0: none are measured. The fastest are kept on disk (`SPARSE_PRUNE_CACHE_DIR`) by device
-            and kind of call, and the next run goes on with those that are left.
+        tuning_seconds: Most seconds that a run on a GPU spends on measuring launch configurations of the Triton
+            kernels, compilation included; 0: none are measured. The fastest are kept on disk
+            (`SPARSE_PRUNE_CACHE_DIR`) by device and kind of call, and the next run continues with those that are left.
 
     Raises:
         ValueError: If there is no such backend, or `tuning_seconds` is negative; when training starts, if the backend

@@ -57,5 +57,5 @@ def tell(trainer: pl.Trainer, message: str) -> None:
 
 
 def _package(thing: object, name: str) -> str:
-    """The package whose class of that name `thing` is an instance of."""
+    """Return the package in which `thing` is an instance of the class of that name."""
     return next((package for package in PACKAGES if isinstance(thing, _find(package, name))), PACKAGES[0])

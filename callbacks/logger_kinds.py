@@ -79,17 +79,13 @@ def describe_metrics(logger: Logger) -> None:
 def log_settings(logger: Logger, trainer: pl.Trainer, settings: dict[str, Any]) -> None:
     """Log the settings of pruning as hyperparameters, with a warning if the logger refuses them."""
     if is_tensorboard(logger):  # it shows only the hyperparameters of the first call
-        parts = (trainer.lightning_module, trainer.datamodule)  # type: ignore[attr-defined]
-        settings = {key: value for part in parts for key, value in _hyperparameters(part).items()} | settings
+        for part in (trainer.datamodule, trainer.lightning_module):  # type: ignore[attr-defined]
+            if getattr(part, "_log_hyperparams", False):  # Lightning will log these
+                settings = dict(part.hparams_initial) | settings
     try:
         logger.log_hyperparams(settings)
     except Exception as error:  # some loggers, such as MLflow's, refuse changes by a resumed run
         log.warning("%s takes no pruning settings as hyperparameters: %r", type(logger).__name__, error)
-
-
-def _hyperparameters(part: Any) -> dict[str, Any]:
-    """The hyperparameters of a module or data module that Lightning will log."""
-    return dict(part.hparams_initial) if getattr(part, "_log_hyperparams", False) else {}
 
 
 def log_summary(logger: Logger, summary: dict[str, float], step: int) -> None:

@@ -81,8 +81,8 @@ def set_random_state(state: dict[str, Any]) -> None:
     """Set the state of the generators.
 
     Args:
-        state: The result of `random_state`, of this process or another. Of the states of GPUs as many are set as
-            there are GPUs here.
+        state: The result of `random_state`, of this process or another. States of more
+            GPUs than this machine has are ignored.
     """
     torch.set_rng_state(state["torch"].cpu())
     for gpu, own in zip(_gpus(), state["cuda"], strict=False):
@@ -94,7 +94,7 @@ def set_random_state(state: dict[str, Any]) -> None:
 
 
 def _gpus() -> list[int]:
-    """The GPU of this process first, whatever its number, then all others that it sees."""
+    """List the GPU of this process first, whatever its number, then all others that it sees."""
     if not torch.cuda.is_available():
         return []
     own = torch.cuda.current_device()

@@ -1,261 +1,40 @@
-"""Asks a LightningModule's language model what stands far back in its text, and keeps what it looks at."""
+"""Finds the module of a LightningModule that can be asked."""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import replace
-from typing import Any, Literal
+from collections.abc import Iterable
 
 import pytorch_lightning as pl
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from sparse_prune.attention.handles import holds
-from sparse_prune.clock import now
-from sparse_prune.export.sharded import is_sharded
-from sparse_prune.pruner import AttentionPruner, Reduce
-from sparse_prune.retrieval import (
-    Retrieval,
-    RetrievalProbe,
-    far_field_influence,
-    look_at,
-    repeat_passages,
-    retrieval_probes,
-    strongest_heads,
-)
-
-log = logging.getLogger(__name__)
+from sparse_prune.retrieval import Retrieval
+from sparse_prune.retrieval.asked_model import named_module
+from sparse_prune.sharded import is_sharded
 
 
-class Questions:
-    """Asks once per run, and keeps whole heads beside those that the user protects.
-
-    Args:
-        pruner: Its blocks get scores, and its constraints the heads.
-        settings: What to ask; "auto": the default, where the model can be asked; None: nothing.
-    """
-
-    def __init__(self, pruner: AttentionPruner, settings: Retrieval | Literal["auto"] | None) -> None:
-        self.found: dict[str, tuple[int, ...]] = {}
-        """Layer -> heads kept whole for retrieval."""
-        self.unasked: str | None = None
-        """Why a model could not be asked that "auto" would have asked."""
-        self.seconds = 0.0
-        """Time of asking in this process."""
-        self._asked = False
-        self._pruner, self._auto = pruner, settings == "auto"
-        self._settings = Retrieval() if settings == "auto" else settings
-        self._own = pruner.constraints.protected_heads or {}
-        self._model: AskedModel | None = None
-
-    def begin_fit(self, pl_module: pl.LightningModule) -> None:
-        """Watch how the training step calls the model, unless it was asked before."""
-        if self._settings is not None and not self._asked:
-            with self._or_unasked():
-                self._model = AskedModel(pl_module, self._pruner, self._settings)
-
-    def end_fit(self) -> None:
-        """Watch no longer."""
-        if self._model is not None:
-            self._model.remove()
-        self._model = None
-
-    def put(self, trainer: pl.Trainer, reduce: Reduce | None) -> None:
-        """Ask once, on all ranks, because they may share the model; of the heads, take those of rank 0."""
-        model, self._model = self._model, None
-        if model is None:
-            return
-        self._asked, device = True, trainer.strategy.root_device
-        start = now(device)
-        with self._or_unasked(), trainer.precision_plugin.forward_context():
-            self._keep(trainer.strategy.broadcast(model.ask(reduce), src=0))
-        self.seconds += now(device) - start
-        if self.found:
-            total = sum(state.layer.num_heads for state in self._pruner.layers.values())
-            log.info(
-                "%d of %d heads are kept whole for retrieval (`retrieval`).", sum(map(len, self.found.values())), total
-            )
-        elif model.settings.heads:
-            log.warning(
-                "`retrieval` keeps no head whole, because the model answered none of its questions. Give the "
-                "LightningModule a method `retrieval_probes(tokens, count, seed)` with questions that it can answer, "
-                "such as `sparse_prune.retrieval.text_probes` with its tokenizer; or leave `heads` out."
-            )
-
-    @contextmanager
-    def _or_unasked(self) -> Iterator[None]:
-        """What goes wrong with questions that nobody asked for stops no run: its last word tells."""
-        try:
-            yield
-        except Exception as problem:
-            if not self._auto:
-                raise
-            self.unasked = f"{type(problem).__name__}: {problem}"
-
-    def _keep(self, found: Mapping[str, tuple[int, ...]]) -> None:
-        """Protect heads that were found, in place of those found before."""
-        self.found, own = dict(found), self._own
-        heads = {name: tuple(sorted({*own.get(name, ()), *found.get(name, ())})) for name in {**own, **found}}
-        self._pruner.constraints = replace(self._pruner.constraints, protected_heads=heads or None)
-
-    def forget_run(self) -> None:
-        """Reset what belongs to a run."""
-        self._asked, self.unasked = False, None
-        self._keep({})
-
-    def state(self) -> dict[str, Any]:
-        """What a checkpoint holds."""
-        return {"retrieval_asked": self._asked, "retrieval_heads": self.found}
-
-    def load_state(self, state: Mapping[str, Any]) -> None:
-        """Restore what `state` returned; older state has less."""
-        self._keep(state.get("retrieval_heads", {}))
-        self._asked = state.get("retrieval_asked", bool(self.found))
-
-
-class AskedModel:
-    """Remembers how the training step calls the language model, until `remove`; then asks it questions.
-
-    They are what a method `retrieval_probes(tokens, count, seed)` of the LightningModule returns, if it has one: with a
-    tokenizer, ask in words (`text_probes`). Else they are those of `sparse_prune.retrieval.retrieval_probes`. As many
-    sequences of the batch stand beside them with passages that repeat.
-
-    Args:
-        pl_module: Its model was attached to the pruner.
-        pruner: Its layers are looked at.
-        settings: What to ask, and what the answers decide.
+def module_with_logits(pl_module: pl.LightningModule, layers: Iterable[str], settings: Retrieval) -> nn.Module:
+    """Return the module that `Retrieval.module` names, or the only child that holds all attention layers.
 
     Raises:
-        ValueError: If the module that gives the logits cannot be told, or heads are to be found in weights that FSDP2
-            keeps in parts.
+        ValueError: If there is no such module, or not exactly one such child, or heads are to be found in weights that
+            FSDP2 keeps in parts.
     """
-
-    def __init__(self, pl_module: pl.LightningModule, pruner: AttentionPruner, settings: Retrieval) -> None:
-        self.pruner, self.settings = pruner, settings
-        self._ask = getattr(pl_module, "retrieval_probes", retrieval_probes)
-        self.module: nn.Module = _module_with_logits(pl_module, pruner.layers, settings.module)
-        if settings.heads and is_sharded(self.module):
-            raise ValueError(
-                f"`Retrieval.heads` must be 0 where FSDP2 keeps the weights in parts, got {settings.heads}. Find the "
-                "heads in a run of one process and give them as Constraints(protected_heads=...)."
-            )
-        self._tokens: Tensor | None = None
-        self._kwargs: dict[str, Any] = {}
-        self._by_name = False
-        self._hook = self.module.register_forward_pre_hook(self._remember, with_kwargs=True)
-
-    def remove(self) -> None:
-        """Look at no further call."""
-        self._hook.remove()
-
-    def _remember(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        tokens = kwargs.get("input_ids", args[0] if args else None)
-        if torch.is_grad_enabled() and isinstance(tokens, Tensor) and tokens.dim() == 2 and _whole(tokens):
-            self._tokens, self._by_name = tokens.detach(), "input_ids" in kwargs
-            # What goes with the batch's tokens, masks and labels, does not go with others.
-            self._kwargs = {name: value for name, value in kwargs.items() if not isinstance(value, Tensor)}
-
-    def ask(self, reduce: Reduce | None = None) -> dict[str, tuple[int, ...]]:
-        """Score blocks by what the model looks at to answer, and find the heads that its answers hang on.
-
-        Args:
-            reduce: As `AttentionPruner.update` takes it.
-
-        Returns:
-            The heads to keep whole, as `Constraints.protected_heads` takes them; by KV group if the constraints share
-            them. None of them if the settings ask for none.
-
-        Raises:
-            ValueError: If no training step has called the module with tokens.
-        """
-        if self._tokens is None:
-            raise ValueError(
-                "`retrieval` needs a language model that `training_step` calls with tokens, int64, (batch, length), as "
-                f"its first argument or as `input_ids`; {type(self.module).__name__} got none. Name another module by "
-                "`Retrieval.module`, or leave `retrieval` out."
-            )
-        self.remove()
-        if not all(state.layer.causal for state in self.pruner.layers.values()):
-            raise ValueError(
-                "`retrieval` needs a causal language model, got one whose tokens see later ones. Leave it out."
-            )
-        settings = self.settings
-        tokens = self._tokens[:, : settings.length].cpu()
-        with torch.compiler.set_stance("force_eager"):  # a few calls are not worth a compilation
-            probes = self._ask(tokens, settings.probes, settings.seed)
-            self._score_blocks(tokens, probes, reduce)
-            return self._heads(probes) if settings.heads else {}
-
-    def _score_blocks(self, tokens: Tensor, probes: list[RetrievalProbe], reduce: Reduce | None) -> None:
-        """Look at questions and at passages that repeat, unless the score needs a backward pass."""
-        pruner, settings = self.pruner, self.settings
-        if pruner.score_used.sees == "gradient":
-            log.warning(
-                "`retrieval` scores no block by its questions, because %r needs a backward pass. Use a `statistic` of "
-                "attention, or a score of the forward pass.",
-                pruner.score_used,
-            )
-            return
-        layers = [state.layer for state in pruner.layers.values()]
-        rows = torch.stack([tokens[index % len(tokens)] for index in range(settings.probes)])
-        for sequences in ([probe.tokens for probe in probes], repeat_passages(rows, 1, settings.seed)):
-            seen = look_at(self.module, self._call, layers, sequences, pruner.sides, pruner.score_used.kind)
-            pruner.ask(seen if reduce is None else reduce(seen))
-
-    def _heads(self, probes: list[RetrievalProbe]) -> dict[str, tuple[int, ...]]:
-        layers = {name: state.layer for name, state in self.pruner.layers.items()}
-        influence = far_field_influence(self.module, self._call, layers.values(), probes)
-        shared = self.pruner.constraints.share_kv_groups
-        groups = {name: layer.num_kv_heads for name, layer in layers.items()} if shared else None
-        return strongest_heads(influence, self.settings.heads, groups)
-
-    def _call(self, tokens: Tensor) -> Tensor:
-        assert self._tokens is not None
-        tokens = tokens.to(self._tokens)
-        return _logits_of(self.module(input_ids=tokens, **self._kwargs) if self._by_name else self.module(tokens))
+    module = named_module(pl_module, settings.module) if settings.module else _only_child(pl_module, list(layers))
+    if settings.heads and is_sharded(module):
+        raise ValueError(
+            f"`Retrieval.heads` must be 0 where FSDP2 keeps the weights in parts, got {settings.heads}. Find the heads "
+            "in a run of one process and give them as Constraints(protected_heads=...)."
+        )
+    return module
 
 
-def _whole(tokens: Tensor) -> bool:
-    return not tokens.is_floating_point() and tokens.dtype != torch.bool
-
-
-def _module_with_logits(pl_module: pl.LightningModule, layers: Iterable[str], wanted: str | None) -> nn.Module:
-    """Return the module of that name, or the only child that holds all attention layers.
-
-    Raises:
-        ValueError: If there is no such module, or not exactly one such child.
-    """
-    modules: dict[str, nn.Module] = dict(pl_module.named_modules())
-    children = [name for name, _ in pl_module.named_children()]
-    if wanted is not None:
-        if wanted not in modules:
-            raise ValueError(
-                f"`Retrieval.module` must name a module of {type(pl_module).__name__}, got {wanted!r}. Its "
-                f"children are {children}."
-            )
-        return modules[wanted]
-    layers = list(layers)
-    holding = [child for child in children if all(holds(child, layer) for layer in layers)]
+def _only_child(pl_module: pl.LightningModule, layers: list[str]) -> nn.Module:
+    children = dict(pl_module.named_children())
+    holding = [child for name, child in children.items() if all(holds(name, layer) for layer in layers)]
     if len(holding) != 1:
         raise ValueError(
-            f"`Retrieval.module` must be given for {type(pl_module).__name__}: none of its children {children} "
+            f"`Retrieval.module` must be given for {type(pl_module).__name__}: none of its children {[*children]} "
             "holds all attention layers. Name the module that ends with the logits."
         )
-    return modules[holding[0]]
-
-
-def _logits_of(output: Any) -> Tensor:
-    """A module's logits: its output, or what that has under this name.
-
-    Raises:
-        ValueError: If there are none.
-    """
-    logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
-    if not isinstance(logits, Tensor):
-        raise ValueError(
-            "`module` must name a module whose output is a tensor of logits or has `logits`, got "
-            f"{type(output).__name__}. Name the module that ends with the classes."
-        )
-    return logits
+    return holding[0]

@@ -25,7 +25,8 @@ from sparse_prune.machine import describe_machine
 from sparse_prune.metrics import Moment, head_table, layer_numbers, measure, summarize
 from sparse_prune.pattern import BlockPattern
 from sparse_prune.pictures import draw_layer, views
-from sparse_prune.pruner import AttentionPruner, PruneReport
+from sparse_prune.prune_report import PruneReport
+from sparse_prune.pruner import AttentionPruner
 from sparse_prune.ranges import check_range
 from sparse_prune.swap_event import SwapEvent
 
@@ -40,13 +41,13 @@ class SparsityLogger(Collaborator):
 
     `AttentionPruning` calls it after its decisions and swaps.
 
-    `sparse_prune.metrics.METRICS` lists keys, units and meanings; shares are in [0, 1]. Times are of this process,
-    every `Trainer.log_every_n_steps`, without the swap's measurements.
+    `sparse_prune.metrics.METRICS` lists keys, units and meanings; shares are in [0, 1]. Times are those of
+    this process, logged every `Trainer.log_every_n_steps` steps, without the swap's measurements.
 
     W&B and TensorBoard also get pictures: patterns/atlas (all layers and heads: scores, kept, pruned and regrown
     blocks) while patterns move, patterns/layer_NN when a layer settles and at the end. W&B also gets the table
     patterns/heads, the patterns as versions of an artifact, and a summary. The patterns, and their history for
-    `sparse-prune report`, are written beside the logs, also when an exception or Ctrl-C ends the run.
+    `sparse-prune report`, are written beside the logs, even if an exception or Ctrl-C ends the run.
 
     The settings of pruning, the machine and the versions join the loggers' hyperparameters, under pruning/.
 
@@ -102,7 +103,7 @@ class SparsityLogger(Collaborator):
                 log.warning("Frames of an earlier run stay in the pattern history: %r", error)
 
     def begin_batch(self, pl_module: pl.LightningModule, apart: float) -> None:
-        """Start the clock of a batch; `apart` are the seconds of this process that were no part of any step."""
+        """Start the clock of a batch; `apart` is the seconds that this process spent outside of any step so far."""
         self._apart = apart
         self._clock.start(pl_module.device)
 
@@ -261,13 +262,13 @@ def _save(pruner: AttentionPruner, path: Path) -> None:
 
 
 def _tokens(pruner: AttentionPruner) -> int:
-    """Tokens of the batch: those of the layer that sees the most."""
+    """Count the tokens of the batch: those of the layer that sees the most."""
     shapes = [state.layer.last_shape for state in pruner.layers.values()]
     return max((shape.batch * shape.q_len for shape in shapes if shape is not None), default=0)
 
 
 def _step(trainer: pl.Trainer) -> int:
-    """The step under which Lightning itself logs this batch."""
+    """Return the step under which Lightning itself logs this batch."""
     return int(trainer.fit_loop.epoch_loop._batches_that_stepped)
 
 

@@ -90,7 +90,7 @@ def _is_over(mark: _Mark) -> bool:
 
 
 def _seconds(begin: _Mark, end: _Mark) -> float:
-    """Seconds between two marks of one device, after waiting for a GPU to reach the second."""
+    """Return the seconds between two marks of one device, after waiting for a GPU to reach the second."""
     if isinstance(begin, float) or isinstance(end, float):
         assert isinstance(begin, float)
         assert isinstance(end, float)

@@ -13,7 +13,7 @@ import pytorch_lightning as pl
 class StandIn:
     """Stands in for a module's `training_step` until `remove`.
 
-    It does not see any other run of the model, such as by other callbacks. A copy or unpickled module has its own step.
+    Nothing else that runs the model calls it, such as another callback. A copied or unpickled module has its own step.
 
     Args:
         pl_module: The module.

@@ -94,7 +94,7 @@ class FallbackWandbLogger(WandbLogger, *logger_bases()):  # type: ignore[misc]
 
 
 def _last(summary: Any) -> Any:
-    """The last value of a summary, which may hold a minimum or a mean as well."""
+    """Return the last value of a summary, which may hold a minimum or a mean as well."""
     return summary.get("last") if hasattr(summary, "get") else summary
 
 

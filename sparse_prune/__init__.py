@@ -3,7 +3,8 @@
 from sparse_prune.constraints import Constraints
 from sparse_prune.layer_state import StabilityTracker
 from sparse_prune.pattern import BlockPattern
-from sparse_prune.pruner import AttentionPruner, PruneReport
+from sparse_prune.prune_report import PruneReport
+from sparse_prune.pruner import AttentionPruner
 from sparse_prune.schedules import (
     ConstantSchedule,
     CosineSchedule,

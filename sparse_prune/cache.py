@@ -29,8 +29,8 @@ class PatternCache(Cache):  # type: ignore[misc]
 
     Greedy decoding, sampling, beams, padded batches, continued chats (pass the cache again) and chunked prefill
     work; so does assisted decoding from an empty cache, for which blocks stay until the candidates are judged.
-    (transformers gives a filled cache, of whatever kind, the whole text again.) Threads may share a model, each with a
-    cache of its own. Positions count from the padded start, as in the patterns. For inference only.
+    (If a cache of any kind holds tokens already, transformers gives it the whole text again.) Threads may share a
+    model, each with a cache of its own. Positions count from the padded start, as in the patterns. For inference only.
 
     Args:
         model: A decoder whose attention was taken over (`sparse_prune.attention.attach`, the callbacks, or
@@ -46,13 +46,13 @@ class PatternCache(Cache):  # type: ignore[misc]
         handles = attached_layers(model)
         reuses = [getattr(modules[handle], "is_kv_shared_layer", False) for handle in handles]
         _check_own_cache(model, reuses)
-        # What others use again they need by patterns of their own.
+        # Layers that reuse keys of others need them by patterns of their own.
         stores = [any(reuses) and getattr(modules[handle], "store_full_length_kv", False) for handle in handles]
         whole = [store or reuse for store, reuse in zip(stores, reuses, strict=True)]
         super().__init__(layers=[_cache_layer(*layer) for layer in zip(handles, whole, strict=True)])
 
     def nbytes(self) -> int:
-        """Bytes of all storages that the cache holds on to, masks and spare room included."""
+        """Count the bytes of all storages that the cache holds on to, masks and spare room included."""
         return sum({s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for t in self._tensors())}.values())
 
     def _tensors(self) -> Iterator[Tensor]:
@@ -76,23 +76,23 @@ class PatternLayer(CacheLayerMixin):  # type: ignore[misc]
         self.length = 0
         """Tokens seen."""
         self.evicted_at = 0
-        """Length at the latest eviction: the cache cannot go back behind it."""
+        """Length at the latest eviction: the cache cannot go back to a shorter one."""
         self.record_past = False
-        """Evict nothing: what comes may be taken back."""
+        """Whether nothing is evicted, because new tokens may be taken back."""
         self.judged_at: int | None = None
         """Length at the latest `crop` while recording; None before the first one."""
         self.held: HeldKeys | None = None
         """None before the first token."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PatternLayer:
-        """A copy for the same model: the handle is not copied."""
+        """Copy the layer for the same model: the handle is shared."""
         other = PatternLayer(self.handle, self.pattern)
         other.__dict__.update(self.__dict__)
         other.held = copy.deepcopy(self.held)
         return other
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Remember what kind of tensors come."""
+        """Remember the dtype and the device of the first keys."""
         self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
 
     @torch.compiler.disable  # type: ignore[untyped-decorator, unused-ignore]
@@ -102,7 +102,7 @@ class PatternLayer(CacheLayerMixin):  # type: ignore[misc]
         """Take new keys and values, (batch, num_kv_heads, new tokens, head_dim).
 
         Returns:
-            What to attend to, as keys and as values.
+            Everything to attend to, once in place of keys and once in place of values.
 
         Raises:
             ValueError: If gradients would be lost.
@@ -168,22 +168,22 @@ class PatternLayer(CacheLayerMixin):  # type: ignore[misc]
             self.held = HeldKeys.gather(found, kept, more, block, self.length)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Masks cover all positions, evicted or not."""
+        """Return the width of masks, which cover all positions, evicted or not, and the first position, 0."""
         return self.length + query_length, 0
 
     def get_seq_length(self) -> int:
-        """Tokens seen."""
+        """Return the number of tokens seen."""
         return self.length
 
     def get_max_length(self) -> int:
-        """There is none."""
+        """Return -1: there is no maximum."""
         return -1
 
     def activate_past_recording(self) -> None:
-        """Evict nothing until the next `crop`, so that it can go back: assisted decoding wants this.
+        """Evict nothing until the next `crop`, so that tokens can be taken back, as assisted decoding does.
 
-        It asks once and crops after every call. So what one call brings can be taken back after a `crop` too; once a
-        call comes without a `crop` before it, recording has ended.
+        Assisted decoding calls this once, and `crop` after every call of the model. So recording continues after a
+        `crop`; it ends with the first call that has no `crop` before it.
         """
         self.record_past, self.judged_at = True, None
 
@@ -194,7 +194,7 @@ class PatternLayer(CacheLayerMixin):  # type: ignore[misc]
             tokens_to_remove: Minus the number of tokens.
 
         Raises:
-            ValueError: If it is positive or there are not so many tokens.
+            ValueError: If it is positive or there are fewer tokens.
             RuntimeError: If blocks were evicted that the shorter sequence needs.
         """
         if tokens_to_remove > 0 or -tokens_to_remove > self.length:
@@ -248,7 +248,7 @@ class PatternLayer(CacheLayerMixin):  # type: ignore[misc]
 
 
 def _check_own_cache(model: nn.Module, reuses: list[bool]) -> None:
-    """The model's own cache must hold keys and values of every layer that does not use another's, and nothing else."""
+    """Refuse models whose own cache holds anything but keys and values of each layer that does not use another's."""
     own = [type(layer).__name__ for layer in DynamicCache(config=model.config).layers]
     short = len(reuses) - len(own)
     kinds = zip(own + ["nothing"] * short, reuses + [False] * -short, strict=True)

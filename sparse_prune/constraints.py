@@ -17,7 +17,7 @@ class Constraints:
     """Constraints on pruning: which connections stay, and how scores are adjusted before the cut.
 
     Raises:
-        TypeError: If a count is no whole number, a switch no bool, or one name or head is given instead of a tuple.
+        TypeError: If a count is not a whole number, a switch not a bool, or a name or head is given instead of a tuple.
         ValueError: If a count is negative or a share is outside its range.
     """
 

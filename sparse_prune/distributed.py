@@ -40,7 +40,7 @@ def sum_over_ranks(
 
 
 def _layers(statistics: dict[str, BlockStatistics]) -> dict[str, BlockStatistics]:
-    """Layer -> statistics on the meta device, of the shape that the sum over all ranks has."""
+    """Map layers to statistics on the meta device, of the shape that the sum over all ranks has."""
     mine = {name: (seen.sums.shape, seen.counts.shape, seen.kinds) for name, seen in statistics.items()}
     gathered: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, mine)
@@ -136,6 +136,6 @@ def from_all_ranks(value: _Result) -> list[_Result]:
 
 @lru_cache(maxsize=1)
 def _waiting_group(world: dist.ProcessGroup | None) -> dist.ProcessGroup:
-    """A gloo group, made once per default group."""
+    """Return a gloo group, made once per default group."""
     group: dist.ProcessGroup = dist.new_group(backend="gloo", timeout=_PATIENCE)
     return group

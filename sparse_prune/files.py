@@ -6,14 +6,12 @@ import argparse
 import ctypes
 import glob
 import hashlib
-import json
 import os
 import platform
 import shutil
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
@@ -70,7 +68,7 @@ def whole_folder(target: Path) -> Iterator[Path]:
     """Yield a new folder to write into; it replaces `target` when the block ends without an error.
 
     An error, or a crash at any moment, leaves the previous folder whole. On Linux the two are exchanged in one step;
-    where the file system cannot do that, a crash between two renames leaves the previous one as `previous(target)`,
+    if the file system cannot do that, a crash between two renames leaves the previous one as `previous(target)`,
     which `recover` moves back. The new folder has the permissions of the previous one.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -89,7 +87,7 @@ def whole_folder(target: Path) -> Iterator[Path]:
 
 
 def obstacle(target: Path) -> str | None:
-    """Why `whole_folder` could not replace `target`; None if it can. Tried by writing, which leaves no trace."""
+    """Return why `whole_folder` could not replace `target`, by a trial write that leaves no trace; None if it can."""
     if target.exists() and Path.cwd().is_relative_to(target):
         return f"the working folder is {Path.cwd()}"
     if os.path.ismount(target):
@@ -103,7 +101,7 @@ def obstacle(target: Path) -> str | None:
 
 
 def carry_over(old: Path, new: Path, own: Collection[str]) -> None:
-    """Copy into a folder what it lacks of the one that it will replace, links and empty folders included."""
+    """Copy into `new` what only `old` holds, links and empty folders included, but nothing that `own` names."""
 
     def skip(folder: str, names: list[str]) -> list[str]:
         within = Path(folder).relative_to(old)
@@ -116,7 +114,7 @@ def carry_over(old: Path, new: Path, own: Collection[str]) -> None:
 
 
 def previous(target: Path) -> Path:
-    """The path of the previous folder during an exchange."""
+    """Return the path of the previous folder during an exchange."""
     return target.with_name(f".{target.name}.previous")
 
 
@@ -130,7 +128,7 @@ def recover(target: Path) -> None:
 
 
 def file_hash(path: Path) -> str:
-    """SHA-256 of a file."""
+    """Return the SHA-256 of a file in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -181,15 +179,3 @@ def write_output(parser: argparse.ArgumentParser, path: Path, text: str) -> None
             file.write_text(text, encoding="utf-8")
     except OSError as error:
         parser.error(f"`output` must be a file that can be written, got {str(path)!r}: {error}.")
-
-
-def write_report(folder: str | os.PathLike[str], name: str, data: Any, text: str, draw: Callable[[Path], None]) -> Path:
-    """Write a report as NAME.json, NAME.png and NAME.md, each whole or not at all; return the path of the text."""
-    target = Path(folder) / name
-    with whole_file(target.with_suffix(".json")) as file:
-        file.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-    with whole_file(target.with_suffix(".png")) as file:
-        draw(file)
-    with whole_file(target.with_suffix(".md")) as file:
-        file.write_text(text, encoding="utf-8")
-    return target.with_suffix(".md")

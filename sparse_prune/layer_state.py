@@ -1,20 +1,20 @@
-"""The pruner's state of one layer, and how a checkpoint holds it."""
+"""The pruner's state of one layer: what a decision does to it, and how a checkpoint holds it."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from sparse_prune.attention import PrunableAttention
 from sparse_prune.codec import compress, decode, decompress, encode
 from sparse_prune.pattern import BlockPattern
 from sparse_prune.ranges import check_range
-from sparse_prune.scores import STATISTICS, BlockStatistics, ScoreAverage
+from sparse_prune.scores import STATISTICS, BlockStatistics, Score, ScoreAverage
+from sparse_prune.selection import LayerScores
 
 STATE_VERSION = 4
 _READABLE = (2, 3, 4)
@@ -66,8 +66,8 @@ class LayerState:
     """Optimizer step at which the pattern was frozen."""
     unused_pattern: BlockPattern | None = None
     """The pattern with which the layer settled, if the layer was reverted to dense attention."""
-    floor: Tensor | None = None
-    """Least scores of blocks, float32, (num_heads, q_blocks, kv_blocks), from questions; None: there were none."""
+    asked: dict[str, ScoreAverage] = field(default_factory=dict)
+    """Averages beside that of training: of questions, say. A block has the largest of its scores."""
 
     @property
     def reverted(self) -> bool:
@@ -90,7 +90,7 @@ class LayerState:
         return [float(k / t) if t > 0 else 1.0 for k, t in zip(kept, total, strict=True)]
 
     def _mass(self) -> tuple[Tensor, Tensor]:
-        """Probability in kept blocks and in all blocks per head, (num_heads,) each; zeros before the first decision."""
+        """Sum probability in kept and in all blocks per head, (num_heads,) each; zeros before the first decision."""
         pattern = self.layer.pattern
         if pattern is None or self.mass.empty:
             zero = torch.zeros(self.layer.num_heads)
@@ -100,28 +100,9 @@ class LayerState:
         mass = mass.masked_fill(mass == torch.inf, 0.0)
         return (mass * keep).sum((1, 2)), mass.sum((1, 2))
 
-    def raise_floor(self, scores: Tensor) -> None:
-        """Let no block score less than given, nor less than before.
-
-        Args:
-            scores: float32, (num_heads, q_blocks, kv_blocks), for any length.
-        """
-        if self.floor is None:
-            self.floor = scores
-            return
-        rows, cols = (max(self.floor.shape[i], scores.shape[i]) for i in (1, 2))
-        self.floor = torch.maximum(_grown(self.floor, rows, cols), _grown(scores, rows, cols))
-
-    def raised(self, scores: Tensor) -> Tensor:
-        """Scores, none of them below the floor.
-
-        Args:
-            scores: As `floor`, of another length perhaps.
-        """
-        if self.floor is None:
-            return scores
-        rows, cols = scores.shape[1:]
-        return torch.maximum(scores, _grown(self.floor[:, :rows, :cols], rows, cols))
+    def average_beside(self, name: str) -> ScoreAverage:
+        """Return one of `asked`, a plain mean, which is made when it is first asked for."""
+        return self.asked.setdefault(name, ScoreAverage(self.scores.kind, decay=1.0))
 
     def pattern_at_scores(self, block_size: tuple[int, int]) -> BlockPattern:
         """Return the pattern in force at the lengths that the scores cover; a settled layer's pattern is unchanged.
@@ -136,8 +117,48 @@ class LayerState:
             return BlockPattern.dense(self.layer.num_heads, *lengths, block_size, self.layer.causal)
         return pattern if self.settled_at is not None else _fitted(pattern, shape)
 
+    def scored(self, score: Score, block_size: tuple[int, int]) -> LayerScores:
+        """Return the layer as `select` takes it.
+
+        A reverted layer counts as if it were still pruned, so that the others need not make up for it.
+        """
+        pattern, frozen = self.unused_pattern or self.pattern_at_scores(block_size), self.settled_at is not None
+        scores = pattern.keep.float() if frozen else self._largest(score)  # those of a frozen layer are not used
+        return LayerScores(self.layer.name, scores, pattern, self.layer.num_kv_heads, frozen)
+
+    def _largest(self, score: Score) -> Tensor:
+        """Return the largest of a block's scores, in training and in `asked`; infinite if training never showed it."""
+        scores = _values(self.scores, score)
+        for asked in self.asked.values():
+            known = _values(asked, score)[:, : scores.shape[1], : scores.shape[2]]
+            part = scores[:, : known.shape[1], : known.shape[2]]  # scores may be negative where nothing was asked
+            part.copy_(part.maximum(known.masked_fill(known == torch.inf, -torch.inf)))
+        return scores
+
+    def move(self, pattern: BlockPattern, block_size: tuple[int, int]) -> float:
+        """Put a new pattern in force; return its change (Jaccard distance)."""
+        change = pattern.difference(self.pattern_at_scores(block_size))
+        self.layer.pattern = pattern
+        self.layer.mode = "masked" if pattern.kept_blocks < pattern.possible_count else "dense"
+        return change
+
+    def settle(self, step: int, change: float) -> bool:
+        """Freeze the pattern if it is stable with this change; return whether it is."""
+        settled = self.tracker.update(change)
+        if settled:
+            self.settled_at, self.layer.probe_block_size = step, None
+        return settled
+
+    def revert(self) -> None:
+        """Give a settled layer all its connections back, in dense attention."""
+        pattern = self.layer.pattern
+        assert pattern is not None
+        self.unused_pattern = pattern
+        self.layer.pattern = replace(pattern, keep=pattern.possible.expand_as(pattern.keep).clone())
+        self.layer.mode = "dense"
+
     def state_dict(self) -> dict[str, Any]:
-        """Everything that the next decision depends on; large tensors are compressed."""
+        """Return everything that the next decision depends on; large tensors are compressed."""
         layer = self.layer
         patterns = {"in_force": layer.pattern, "given_back": self.unused_pattern}
         return {
@@ -148,7 +169,7 @@ class LayerState:
             "backend": layer.backend,
             "scores": self.scores.state_dict(),
             "mass": self.mass.state_dict(),
-            "floor": None if self.floor is None else compress(self.floor),
+            "asked": {name: average.state_dict() for name, average in self.asked.items()},
             "calm_checks": self.tracker.calm_checks,
             "change": self.tracker.change,
             "settled_at": self.settled_at,
@@ -164,8 +185,9 @@ class LayerState:
         layer.mode, layer.backend = state["mode"], state["backend"]
         self.scores.load_state_dict(state["scores"])
         self.mass.load_state_dict(state["mass"])
-        floor = state.get("floor")  # older state has none
-        self.floor = None if floor is None else decompress(floor)
+        self.asked = {}
+        for name, average in state.get("asked", {}).items():  # older state has none
+            self.average_beside(name).load_state_dict(average)
         self.tracker.calm_checks, self.tracker.change = state["calm_checks"], state["change"]
         self.settled_at = state["settled_at"]
         layer.statistics = _decompressed(state["statistics"], STATISTICS)
@@ -204,7 +226,7 @@ def check_layers(saved: Mapping[str, Mapping[str, Any]], layers: Mapping[str, Pr
 
 
 def _patterns_of_version_3(state: Mapping[str, Any]) -> dict[str, BlockPattern]:
-    """The patterns of state before version 4, which held their masks, and block size and lengths once."""
+    """Decode patterns of state before version 4, which held their masks, and block size and lengths once."""
     masks = {"in_force": state["keep"], "given_back": state["given_back"]}
     return {
         name: BlockPattern(decompress(keep), state["block_size"], state["causal"], *state["lengths"])
@@ -226,17 +248,18 @@ def _decompressed(held: Mapping[str, Any] | None, kinds: tuple[str, ...]) -> Blo
     return BlockStatistics(decompress(held["sums"]), counts, kinds)
 
 
-def _grown(scores: Tensor, rows: int, cols: int) -> Tensor:
-    """Scores of more blocks, of which nothing is known."""
-    return F.pad(scores, (0, cols - scores.shape[2], 0, rows - scores.shape[1]))
+def _values(average: ScoreAverage, score: Score) -> Tensor:
+    """Convert an average to scores; blocks that were never seen score infinity."""
+    known = average.value()
+    return torch.where(known == torch.inf, known, score.value(known))
 
 
 def _fitted(pattern: BlockPattern, scores: torch.Size) -> BlockPattern:
-    """The pattern at the lengths that scores of a shape cover."""
+    """Return the pattern at the lengths that scores of a shape cover."""
     return pattern if scores == pattern.keep.shape else pattern.at(*_lengths(scores, pattern.block_size))
 
 
 def _lengths(scores: torch.Size, block_size: tuple[int, int]) -> tuple[int, int]:
-    """Lengths that scores of a shape cover, for self-attention in whole blocks."""
+    """Return the lengths that scores of a shape cover, for self-attention in whole blocks."""
     length = min(scores[1] * block_size[0], scores[2] * block_size[1])
     return length, length

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
-from sparse_prune.pruner import AttentionPruner, PruneReport
+from sparse_prune.prune_report import PruneReport
+from sparse_prune.pruner import AttentionPruner
+from sparse_prune.reports import table
 from sparse_prune.swap_event import SwapEvent
 
 Style = Literal["main", "second", "accent", "muted", "thin"]
@@ -52,7 +54,7 @@ class Moment:
 
     @cached_property
     def savings(self) -> dict[str, float]:
-        """See `savings`."""
+        """The estimates of the function `savings`."""
         return savings(self.pruner)
 
 
@@ -247,8 +249,8 @@ def layer_numbers(pruner: AttentionPruner) -> dict[str, int]:
 
 def markdown_table() -> str:
     """Return the table of all metrics in docs/monitoring.md."""
-    rows = [f"| `{metric.key}` | {metric.meaning} | {metric.chart.unit or '0 or 1'} |" for metric in METRICS]
-    return "\n".join(["| Key | What it is | Unit |", "| --- | --- | --- |", *rows])
+    rows = [(f"`{metric.key}`", metric.meaning, metric.chart.unit or "0 or 1") for metric in METRICS]
+    return table(("Key", "What it is", "Unit"), rows)
 
 
 HEAD_COLUMNS = ("layer", "head", "sparsity", "mass kept", "change", "settled at", "backend")

@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 def num_blocks(length: int, block: int) -> int:
-    """Number of blocks that cover `length` tokens; the last one may be ragged."""
+    """Return the number of blocks that cover `length` tokens; the last one may be ragged."""
     return -(-length // block)
 
 
@@ -31,7 +31,7 @@ def check_block_size(block_size: int | tuple[int, int]) -> tuple[int, int]:
     given = block_size if isinstance(block_size, tuple | list) else (block_size, block_size)
     sides = [whole_number(side) or 0 for side in given]
     if len(sides) != 2 or min(sides) < 1:
-        raise ValueError(f"`block_size` must be a positive int or two of them, got {block_size!r}.")
+        raise ValueError(f"`block_size` must be a positive int or two of them, got {block_size!r}. Write 64, say.")
     if max(sides) % min(sides):
         raise ValueError(
             f"One side of `block_size` must divide the other, got {tuple(sides)}. "
@@ -41,7 +41,7 @@ def check_block_size(block_size: int | tuple[int, int]) -> tuple[int, int]:
 
 
 def suited_block_size(length: int) -> tuple[int, int]:
-    """Choose the block size for a length: 64 tokens per side, or 32 or 16 where that gives fewer than 32 blocks.
+    """Choose the block size for a length: 64 tokens per side, or 32 or 16 if that gives fewer than 32 blocks.
 
     With `n` blocks per side, `2n - 1` of `n (n + 1) / 2` possible ones hold a sink or the diagonal and stay
     (docs/choosing.md).
@@ -115,7 +115,8 @@ class BlockPattern:
         if self.keep.dim() != 3 or self.keep.shape[1:] != possible.shape:
             raise ValueError(
                 f"`keep` must have shape (num_heads, {possible.shape[0]}, {possible.shape[1]}) for lengths "
-                f"({self.q_len}, {self.kv_len}) and blocks {self.block_size}, got {tuple(self.keep.shape)}."
+                f"({self.q_len}, {self.kv_len}) and blocks {self.block_size}, got {tuple(self.keep.shape)}. "
+                "Give the lengths that it was made for."
             )
         object.__setattr__(self, "keep", self.keep.detach().cpu() & possible)
 
@@ -174,7 +175,7 @@ class BlockPattern:
         return ours == theirs and torch.equal(self.keep, other.keep)
 
     def difference(self, other: BlockPattern) -> float:
-        """Of the blocks that either pattern keeps, the share that only one keeps, in [0, 1] (Jaccard distance).
+        """Return the Jaccard distance, in [0, 1]: of the blocks that either keeps, the share that only one keeps.
 
         Patterns of different lengths are compared where both are defined: in the top-left corner.
         """
@@ -227,7 +228,7 @@ class BlockPattern:
         return sinks, band, dense, (min((source + 1) * block_q, self.q_len) - 1) // block_kv
 
     def _diagonal(self, row: Tensor) -> Tensor:
-        """Key block of a row's last query, as if the row were whole."""
+        """Return the key block of a row's last query, as if the row were whole."""
         return ((row + 1) * self.block_size[0] - 1) // self.block_size[1]
 
     def keep_rows(self, first: int, end: int, cols: int) -> Tensor:
@@ -274,7 +275,7 @@ class BlockPattern:
         if not self.causal or self.q_len != self.kv_len:
             raise ValueError(
                 "`needed_after` needs a causal pattern of self-attention, got "
-                f"causal={self.causal}, q_len={self.q_len}, kv_len={self.kv_len}."
+                f"causal={self.causal}, q_len={self.q_len}, kv_len={self.kv_len}. Use a cache that evicts nothing."
             )
         block_q, block_kv = self.block_size
         old_rows, old_cols = self.keep.shape[1:]
@@ -301,7 +302,7 @@ class BlockPattern:
         return needed | (col < sinks[:, None]) | dense[:, None]
 
     def droppable_share(self, num_kv_heads: int) -> float:
-        """Share of the KV cache that no query after the pattern's last one may attend to, in [0, 1].
+        """Return the share of the KV cache that no query after the pattern's last one may attend to, in [0, 1].
 
         A KV head's block is needed as long as any of its query heads may attend to it, however far in the future.
 
@@ -312,7 +313,7 @@ class BlockPattern:
         return 1.0 - float(needed.float().mean())
 
     def flops(self, head_dim: int, value_dim: int | None = None) -> tuple[int, int]:
-        """FLOPs (two per multiply-add) of one sample's forward pass, in the kept blocks and in all possible ones.
+        """Count the FLOPs (two per multiply-add) of one sample's forward pass, in kept blocks and in all possible ones.
 
         Args:
             head_dim: Channels of a head's queries and keys.
@@ -344,6 +345,6 @@ class BlockPattern:
 
 
 def total_sparsity(patterns: Collection[BlockPattern]) -> float:
-    """Share of possible blocks that is pruned, over all heads of several patterns, in [0, 1]; 0 without patterns."""
+    """Return the share of possible blocks that is pruned, over all heads of the patterns, in [0, 1]; 0 without any."""
     possible = sum(pattern.possible_count for pattern in patterns)
     return 1.0 - sum(pattern.kept_blocks for pattern in patterns) / possible if possible else 0.0

@@ -79,7 +79,7 @@ def draw_atlas(layers: Sequence[LayerView], pixels: int = 2, gap: int = 2) -> Pi
 
 
 def draw_layer(pattern: BlockPattern, pixels: int = 96, gap: int = 4) -> Picture:
-    """Draw a layer's heads side by side, about `pixels` high, or less where the width would pass `MOST_PIXELS`."""
+    """Draw a layer's heads side by side, about `pixels` high, or less if the width would pass `MOST_PIXELS`."""
     rows, cols = pattern.keep.shape[1:]
     scale, merged = _scale([(1, rows), (pattern.num_heads, cols)], max(1, pixels // rows), gap)
     colours = _colours(LayerView(pattern), None, merged).repeat(scale, 1).repeat(scale, 2)
@@ -124,7 +124,7 @@ def _fits(view: LayerView) -> bool:
 
 
 def _strengths(layers: Sequence[LayerView]) -> list[np.ndarray[Any, np.dtype[np.float32]] | None]:
-    """Scores on one logarithmic scale for the whole picture, in [0, 1] between the ends of `score_range`."""
+    """Bring scores to one logarithmic scale for the whole picture, in [0, 1] between the ends of `score_range`."""
     ends = score_range(layers)
     if ends is None:
         return [None] * len(layers)
@@ -139,7 +139,7 @@ def _strengths(layers: Sequence[LayerView]) -> list[np.ndarray[Any, np.dtype[np.
 
 
 def _colours(view: LayerView, strength: np.ndarray[Any, np.dtype[np.float32]] | None, merged: int) -> Picture:
-    """(num_heads, q_blocks, kv_blocks, 3), with both numbers of blocks divided by `merged`, rounded up."""
+    """Colour blocks, (num_heads, q_blocks, kv_blocks, 3); both numbers are divided by `merged`, rounded up."""
     paper, pruned, kept, regrown, lost, first_level = range(6)
     keep, possible = view.pattern.keep.numpy(), view.pattern.possible.numpy()
     numbers = np.full(keep.shape, paper, dtype=np.uint8)

@@ -59,7 +59,7 @@ def _is_fast(wanted: torch.dtype, kind: str) -> bool:
 
 
 def _gflops(dtype: torch.dtype) -> float:
-    """Best speed within `_SECONDS` of this thread's own CPU time, which other programs do not stretch."""
+    """Measure the best speed within `_SECONDS` of this thread's own CPU time, which other programs do not stretch."""
     matrix = torch.ones(_SIZE, _SIZE, dtype=dtype)
     times: list[float] = []
     with torch.no_grad():

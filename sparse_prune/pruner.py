@@ -4,45 +4,24 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import nn
 
 from sparse_prune.attention import PrunableAttention, attach, handle_of
 from sparse_prune.constraints import Constraints
 from sparse_prune.layer_state import STATE_VERSION, LayerState, StabilityTracker, check_layers, check_version
 from sparse_prune.pattern import BlockPattern, check_block_size, suited_block_size, total_sparsity
+from sparse_prune.prune_report import PruneReport
+from sparse_prune.ranges import check_range
 from sparse_prune.schedules import Schedule
 from sparse_prune.scores import BlockStatistics, Criterion, Score, ScoreAverage, Statistic, score_of
 from sparse_prune.scores.checks import check_finite, check_gradients
-from sparse_prune.selection import LayerScores, select
+from sparse_prune.selection import select
 
 log = logging.getLogger(__name__)
 Reduce = Callable[[dict[str, BlockStatistics]], dict[str, BlockStatistics]]
-
-
-@dataclass(frozen=True)
-class PruneReport:
-    """The result of one decision. Shares are in [0, 1]."""
-
-    step: int
-    """Optimizer steps taken."""
-    threshold: float
-    """Cut-off on scores in force."""
-    requested: float
-    """Value of the schedule."""
-    sparsity: float
-    """Share of possible blocks pruned, over all layers and heads."""
-    layer_sparsity: dict[str, float]
-    """Layer -> share of its possible blocks pruned."""
-    change: dict[str, float]
-    """Layer -> change of the pattern at this decision (Jaccard distance)."""
-    mass_kept: dict[str, float]
-    """Layer -> share of dense attention probability that falls into kept blocks."""
-    settled: tuple[str, ...] = ()
-    """Layers that settled at this decision."""
 
 
 @dataclass(eq=False)
@@ -53,7 +32,7 @@ class AttentionPruner:
     `update(step)`.
 
     Raises:
-        TypeError: If `sparsity` or `threshold` is no schedule, or `constraints` no `Constraints`.
+        TypeError: If `sparsity` or `threshold` is not a schedule, or `constraints` are not `Constraints`.
         ValueError: If not exactly one of `sparsity` and `threshold` is given, or a value is out of range.
     """
 
@@ -109,7 +88,8 @@ class AttentionPruner:
         self._chooses = self.block_size is None
         if self.block_size is not None:
             self.block_size = check_block_size(self.block_size)
-        self._new_state()  # checks decay, min_delta and patience now, not after hours of training
+        check_range("[0, 1)", decay=self.decay)
+        self._new_state()  # checks min_delta and patience now, not after hours of training
         self.layers: dict[str, LayerState] = {}
 
     def _new_state(self) -> tuple[ScoreAverage, ScoreAverage, StabilityTracker]:
@@ -238,16 +218,7 @@ class AttentionPruner:
         """
         if self.block_size is None:
             self._choose_by_calls(reduce)
-        kinds = tuple(dict.fromkeys((self.score_used.kind, "mean")))
-        found = {name: state.layer.take_statistics(kinds) for name, state in self.layers.items()}
-        statistics = {name: seen for name, seen in found.items() if seen is not None}
-        if reduce is not None:
-            statistics = reduce(statistics)
-        check_finite(statistics)
-        if self.score_used.sees == "gradient":
-            check_gradients(statistics, self.score_used, self.constraints.protected_layers)
-        statistics = {name: seen.trimmed(self.sides) for name, seen in statistics.items()}
-        statistics = {name: seen for name, seen in statistics.items() if seen.sums.numel()}
+        statistics = self._collected(reduce)
         if not statistics:
             return None
         for name, seen in statistics.items():
@@ -258,16 +229,11 @@ class AttentionPruner:
         patterns, threshold = self._select(known, requested)
         change, settled = {}, []
         for state, pattern in zip(known, patterns, strict=True):
-            if state.settled_at is not None:
-                continue
-            layer = state.layer
-            change[layer.name] = pattern.difference(state.pattern_at_scores(self.sides))
-            layer.pattern = pattern
-            layer.mode = "masked" if pattern.kept_blocks < pattern.possible_count else "dense"
-            if step >= self.schedule.end_step and state.tracker.update(change[layer.name]):
-                state.settled_at = step
-                layer.probe_block_size = None
-                settled.append(layer.name)
+            if state.settled_at is None:
+                name = state.layer.name
+                change[name] = state.move(pattern, self.sides)
+                if step >= self.schedule.end_step and state.settle(step, change[name]):
+                    settled.append(name)
         return self._report(step, threshold, requested, change, tuple(settled))
 
     def _choose_by_calls(self, reduce: Reduce | None) -> None:
@@ -280,39 +246,38 @@ class AttentionPruner:
         if self.longest_call is not None:
             self.choose_block_size(self.longest_call)
 
+    def _collected(self, reduce: Reduce | None) -> dict[str, BlockStatistics]:
+        """Take the checked statistics of all ranks, without layers that saw nothing but padding."""
+        kinds = tuple(dict.fromkeys((self.score_used.kind, "mean")))
+        found = {name: state.layer.take_statistics(kinds) for name, state in self.layers.items()}
+        statistics = {name: seen for name, seen in found.items() if seen is not None}
+        if reduce is not None:
+            statistics = reduce(statistics)
+        check_finite(statistics)
+        if self.score_used.sees == "gradient":
+            check_gradients(statistics, self.score_used, self.constraints.protected_layers)
+        trimmed = {name: seen.trimmed(self.sides) for name, seen in statistics.items()}
+        return {name: seen for name, seen in trimmed.items() if seen.sums.numel()}
+
     def forget(self) -> None:
-        """Drop the statistics that were probed since the last decision."""
+        """Drop the statistics that were collected since the last decision."""
         for state in self.layers.values():
             state.layer.take_statistics()
 
     def _select(self, states: list[LayerState], requested: float) -> tuple[list[BlockPattern], float]:
-        layers = self._scored(states)
+        layers = [state.scored(self.score_used, self.sides) for state in states]
         wanted = "threshold" if self.sparsity is None else "sparsity"
         return select(layers, self.constraints, signed=self.score_used.signed, **{wanted: requested})
 
-    def _scored(self, states: list[LayerState]) -> list[LayerScores]:
-        """The layers as selection takes them."""
-        layers = []
-        for state in states:
-            # Reverted layers count as if they were still pruned, so that the others need not make up for them.
-            pattern = state.unused_pattern or state.pattern_at_scores(self.sides)
-            if state.settled_at is not None:
-                scores = pattern.keep.float()  # not used: the layer is frozen
-            else:
-                average = state.scores.value()
-                scores = state.raised(torch.where(average == torch.inf, average, self.score_used.value(average)))
-            layer = state.layer
-            layers.append(LayerScores(layer.name, scores, pattern, layer.num_kv_heads, state.settled_at is not None))
-        return layers
-
-    def ask(self, statistics: Mapping[str, BlockStatistics]) -> None:
+    def ask(self, statistics: Mapping[str, BlockStatistics], topic: str = "questions") -> None:
         """Score blocks by calls that look things up, beside those of training.
 
-        From now on a block has the largest of its scores in training and in each call of this method, so that what few
-        tokens of a text look up is kept, too.
+        From now on a block has the largest of its scores in training and in each topic, so that what few tokens of a
+        text look up is kept, too. Calls of one topic are averaged.
 
         Args:
-            statistics: Layer -> statistics of such calls, of the score's `kind` (`sparse_prune.retrieval.look_at`).
+            statistics: Layer -> statistics of such calls, of the score's `kind` (`sparse_prune.retrieval.look_back`).
+            topic: What the calls have in common.
 
         Raises:
             ValueError: If the score sees gradients, which these calls do not have.
@@ -323,9 +288,7 @@ class AttentionPruner:
                 "`statistic`, or a score of the forward pass."
             )
         for name, seen in statistics.items():
-            total, weight = seen.of(self.score_used.kind)
-            scores = self.score_used.value((total / weight).float().masked_fill_(weight <= 0, 0.0))
-            self.layers[name].raise_floor(scores)
+            self.layers[name].average_beside(topic).update(seen)
 
     def _report(
         self, step: int, threshold: float, requested: float, change: dict[str, float], settled: tuple[str, ...]
@@ -367,12 +330,7 @@ class AttentionPruner:
         Raises:
             ValueError: If the layer has not settled.
         """
-        state = self._settled(name)
-        pattern = state.layer.pattern
-        assert pattern is not None
-        state.unused_pattern = pattern
-        state.layer.pattern = replace(pattern, keep=pattern.possible.expand_as(pattern.keep).clone())
-        state.layer.mode = "dense"
+        self._settled(name).revert()
 
     restore = revert  # its former name
 
@@ -388,7 +346,7 @@ class AttentionPruner:
         return {n: state.layer.pattern for n, state in self.layers.items() if state.layer.pattern is not None}
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that the next decision depends on."""
+        """Return everything that the next decision depends on."""
         return {
             "version": STATE_VERSION,
             "block_size": self.block_size,

@@ -39,7 +39,7 @@ class Schedule(ABC):
         for name in ("initial", "final"):
             value = getattr(self, name)
             if not _is_number(value) or not math.isfinite(value) or value < 0:
-                raise ValueError(f"`{name}` must be a finite number of at least 0, got {value!r}.")
+                raise ValueError(f"`{name}` must be a finite number of at least 0, got {value!r}. Write 0.7, say.")
         if self.final < self.initial:
             raise ValueError(
                 f"`final` must be at least `initial` ({self.initial}), got {self.final}. Swap them to prune gradually."
@@ -83,7 +83,7 @@ class Schedule(ABC):
         if end < begin:
             raise ValueError(
                 f"`end_step` must not come before `begin_step`, got {self.end_step} and {self.begin_step}: steps {end} "
-                f"and {begin} of {total_steps}."
+                f"and {begin} of {total_steps}. Raise `end_step`, or lower `begin_step`."
             )
         return replace(self, begin_step=begin, end_step=end)
 
@@ -114,7 +114,7 @@ class Schedule(ABC):
 
     @abstractmethod
     def shape(self, progress: float) -> float:
-        """Monotone map of [0, 1] onto itself."""
+        """Map the progress of the ramp, in [0, 1], to that of the value, in [0, 1], monotonically."""
 
 
 def _is_number(value: object) -> bool:

@@ -44,9 +44,9 @@ def select(
 ) -> tuple[list[BlockPattern], float]:
     """Select new patterns by a threshold, or by the threshold that reaches a sparsity.
 
-    Sparsity counts the possible blocks of all given layers, protected and frozen ones included. Where constraints keep
+    Sparsity counts the possible blocks of all given layers, protected and frozen ones included. If constraints keep
     more than it allows, every free block is pruned and the achieved sparsity is lower. Blocks without any attention are
-    pruned first and together, so where they are many it is higher.
+    pruned first, all together, so that the achieved sparsity is higher if there are many.
 
     Scores that may be negative (`Score.signed`) have no geometric mean: on a diagonal they are drawn to its mean
     instead of its largest one, by an arithmetic mean, and the query heads of a KV head share their sum. A threshold of
@@ -81,7 +81,7 @@ def select(
 
 
 def _solve(values: Tensor, sparsity: float) -> float:
-    """The threshold that prunes `sparsity` of the values: 0 for none, just past the largest for all free ones."""
+    """Find the threshold that prunes `sparsity` of the values: 0 for none, just past the largest for all free ones."""
     count, scores = int(sparsity * values.numel() + 0.5), values.numpy(force=True)
     if count == 0:
         return 0.0
@@ -103,7 +103,7 @@ def _solve(values: Tensor, sparsity: float) -> float:
 
 
 def _solve_signed(values: Tensor, sparsity: float) -> float:
-    """Like `_solve`, where 0 is a score like any other: the least free score for none."""
+    """Solve as `_solve`, with 0 a score like any other: the least free score prunes none."""
     count, scores = int(sparsity * values.numel() + 0.5), values.numpy(force=True)
     free = scores[np.isfinite(scores)]
     if not free.size:
@@ -115,7 +115,7 @@ def _solve_signed(values: Tensor, sparsity: float) -> float:
 
 
 def _effective(layer: LayerScores, constraints: Constraints, signed: bool = False) -> Tensor:
-    """Scores with every constraint folded in."""
+    """Fold every constraint into the scores."""
     pattern, scores = layer.pattern, layer.scores
     if scores.amax().isnan():  # the largest of values among which one is NaN
         raise ValueError(f"Scores of layer {layer.name!r} must not be NaN. Lower the learning rate.")
@@ -153,7 +153,7 @@ def _effective(layer: LayerScores, constraints: Constraints, signed: bool = Fals
 
 
 def _whole(scores: Tensor, far: Tensor, of_layer: bool) -> Tensor:
-    """Scores with those of the far field replaced by their mean in the head or in the layer."""
+    """Replace the scores of the far field by their mean in the head or in the layer."""
     sums, counts = scores.masked_fill(~far, 0.0).sum((1, 2)), far.sum((1, 2))
     if of_layer:
         sums, counts = sums.sum().expand_as(sums), counts.sum().expand_as(counts)
@@ -161,7 +161,7 @@ def _whole(scores: Tensor, far: Tensor, of_layer: bool) -> Tensor:
 
 
 def _filled(scores: Tensor, pattern: BlockPattern, sink_blocks: int) -> Tensor:
-    """Scores that never fall toward the diagonal: each becomes the largest from there outwards, sinks excepted."""
+    """Let scores never fall toward the diagonal: each becomes the largest from there outwards, sinks excepted."""
     first, last = _standing(pattern)
     col = torch.arange(scores.shape[2])
     before = pattern.possible & (col >= sink_blocks) & (col < first)
@@ -172,7 +172,7 @@ def _filled(scores: Tensor, pattern: BlockPattern, sink_blocks: int) -> Tensor:
 
 
 def _distance(pattern: BlockPattern) -> Tensor:
-    """Key blocks between a block and the nearest one that its row's queries stand in, int64, (q_blocks, kv_blocks)."""
+    """Count key blocks from a block to the nearest one that its row's queries are in, int64, (q_blocks, kv_blocks)."""
     first, last = _standing(pattern)
     col = torch.arange(pattern.keep.shape[2])
     return torch.clamp(torch.maximum(first - col, col - last), min=0)
@@ -181,7 +181,7 @@ def _distance(pattern: BlockPattern) -> Tensor:
 def _shared_diagonals(
     scores: Tensor, pattern: BlockPattern, sink_blocks: int, weight: float, signed: bool = False
 ) -> Tensor:
-    """Scores drawn toward the largest known one on their diagonal, or to its mean if signed; sinks keep theirs."""
+    """Draw scores toward the largest known one on their diagonal, or to its mean if signed; sinks keep theirs."""
     first, last = _standing(pattern)
     col = torch.arange(scores.shape[2])
     shared = pattern.possible & (col >= sink_blocks)
@@ -212,7 +212,7 @@ def _shared_diagonals(
 
 
 def _standing(pattern: BlockPattern) -> tuple[Tensor, Tensor]:
-    """First and last key block in which a row's queries stand, int64, (q_blocks, 1) each."""
+    """Return the first and last key block that a row's queries are in, int64, (q_blocks, 1) each."""
     block_q, block_kv = pattern.block_size
     offset = pattern.kv_len - pattern.q_len if pattern.causal else 0
     row = torch.arange(pattern.keep.shape[1])[:, None]
@@ -221,7 +221,7 @@ def _standing(pattern: BlockPattern) -> tuple[Tensor, Tensor]:
 
 
 def _forced(layer: LayerScores, constraints: Constraints) -> Tensor:
-    """Blocks that stay in any case, boolean, (num_heads, q_blocks, kv_blocks).
+    """Mark blocks that stay in any case, boolean, (num_heads, q_blocks, kv_blocks).
 
     The diagonal is among them, so every row keeps a block.
     """

@@ -17,8 +17,8 @@ class SwapTimer:
     """Times layers with dense attention and with every backend that skips blocks on their device.
 
     Args:
-        tuning_seconds: What finding the backends' launch configurations may take, over all layers; 0: none is looked
-            for.
+        tuning_seconds: Most seconds to spend on finding the backends' launch configurations, over all layers; 0: none
+            are tried.
 
     Raises:
         ValueError: If `tuning_seconds` is negative.
@@ -27,7 +27,7 @@ class SwapTimer:
     def __init__(self, tuning_seconds: float = 10.0) -> None:
         check_range("[0, inf)", "0 takes launch configurations as they are.", tuning_seconds=tuning_seconds)
         self.tuning_seconds = tuning_seconds
-        """What is left of them."""
+        """Seconds that are left for finding launch configurations."""
         self.seconds = 0.0
         """Total time of measurements in this process, in seconds."""
         self._hidden = True  # whether the host runs ahead of its device; assumed before the first step

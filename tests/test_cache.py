@@ -483,11 +483,11 @@ def test_what_a_cache_holds_is_for_attention_that_was_taken_over():
     detach(model)
     for implementation in ("sdpa", "eager"):
         model.set_attn_implementation(implementation)
-        with pytest.raises(TypeError, match="taken over.*attach"):
+        with pytest.raises(TypeError, match="attached attention layer.*attach"):
             model(ids[:, :1], past_key_values=cache)
     model = prune(DiffLlamaForCausalLM(DiffLlamaConfig(**SMALL)).eval())
     cache = PatternCache(model)
-    with pytest.raises(TypeError, match="chunk.*changes keys or values behind the cache"):
+    with pytest.raises(TypeError, match="chunk.*changes keys or values after the cache"):
         model(ids, past_key_values=cache)
     held, _ = cache.layers[0].update(torch.zeros(2, 2, 1, 8), torch.zeros(2, 2, 1, 8))
     with pytest.raises(AttributeError, match="repeat"):

@@ -264,7 +264,7 @@ def test_model_of_another_shape_is_refused_with_the_difference(tmp_path, name, c
     foreign = {"llama": LlamaForCausalLM, "mistral": MistralForCausalLM}[name](config)
     foreign.save_pretrained(path)
     if name == "mistral":  # its weights have the same names and shapes
-        from sparse_prune.export import model as module
+        from sparse_prune.export import loading as module
 
         patterns, header = read_pattern_file(path / PATTERN_FILE)
         with pytest.raises(ValueError, match=named):

@@ -5,6 +5,9 @@ import io
 import pytest
 import torch
 
+from sparse_prune.attention import PrunableAttention
+from sparse_prune.layer_state import LayerState, StabilityTracker
+from sparse_prune.scores import BlockStatistics, Score, ScoreAverage
 from support.fed import HEADS, feed, pruner
 
 BLOCKS = 24
@@ -59,3 +62,26 @@ def test_a_block_that_is_not_finite_is_refused(bad):
     made.layers["b"].layer.statistics.sums[2, 1, 3, 2] = bad
     with pytest.raises(ValueError, match="'b': attention logits must be finite"):
         made.update(1)
+
+
+class Signed(Score):
+    """A score of the forward pass that may be negative."""
+
+    signed = True
+
+    def add(self, tile):
+        raise AssertionError("its sums are given")
+
+
+def test_questions_on_shorter_texts_leave_negative_scores_beyond_them():
+    score = Signed()
+
+    def seen(sums):
+        sums = torch.tensor([[sums]], dtype=torch.float64)
+        return BlockStatistics(sums, torch.ones(1, 1, sums.shape[2], 1, dtype=torch.float64), (score.kind,))
+
+    averages = ScoreAverage(score.kind, 0.0), ScoreAverage("mean", 0.0)
+    state = LayerState(PrunableAttention("a", 1, 1, causal=False), *averages, StabilityTracker())
+    state.scores.update(seen([[-1.0, -2.0], [-3.0, -4.0]]))
+    state.average_beside("questions").update(seen([[0.5]]))
+    assert state.scored(score, (8, 8)).scores.tolist() == [[[0.5, -2.0], [-3.0, -4.0]]]

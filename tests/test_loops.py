@@ -43,8 +43,10 @@ def test_questions_of_the_docs_score_blocks():
     pruner.attach(model)
     exec(code, {"model": model, "pruner": pruner, "tokens": torch.randint(50, (2, 128))})
     for state in pruner.layers.values():
-        assert state.floor.shape == (4, 8, 8)
-        assert state.floor.max() > 0.5
+        assert {*state.asked} == {"questions", "repeats"}
+        for average in state.asked.values():
+            assert average.shape == (4, 8, 8)
+            assert average.value().tril().max() > 0.5
 
 
 def test_all_loops_are_found():

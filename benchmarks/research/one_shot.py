@@ -61,7 +61,7 @@ def prune(
     model: Any,
     seen: dict[str, BlockStatistics],
     sparsity: float,
-    asked: Iterable[dict[str, BlockStatistics]] = (),
+    asked: Iterable[tuple[dict[str, BlockStatistics], str]] = (),
     **changes: Any,
 ) -> AttentionPruner:
     """A pruner like `watcher` but for the changes, after its only decision, by what was seen and asked."""
@@ -69,8 +69,8 @@ def prune(
     pruner.attach(model)
     for name, state in pruner.layers.items():
         state.layer.pattern, state.layer.mode, state.layer.statistics = None, "dense", seen[name]
-    for statistics in asked:
-        pruner.ask(statistics)
+    for statistics, topic in asked:
+        pruner.ask(statistics, topic)
     pruner.update(step=1)
     return pruner
 

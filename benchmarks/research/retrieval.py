@@ -27,8 +27,7 @@ from sparse_prune.retrieval import (
     Retrieval,
     RetrievalProbe,
     far_field_influence,
-    look_at,
-    repeat_passages,
+    look_back,
     retrieval_probes,
     strongest_heads,
     text_probes,
@@ -48,7 +47,7 @@ def main() -> None:
     watcher = AttentionPruner(ConstantSchedule(final=0.5), block_size=arguments.block_size)
     watcher.attach(model)
     train, rows = sequences["train"], _there(arguments)
-    seen, asked = probe(watcher, model, train), dict[str, list[dict[str, BlockStatistics]]]()
+    seen, asked = probe(watcher, model, train), dict[str, list[tuple[dict[str, BlockStatistics], str]]]()
     influence: dict[str, dict[str, Tensor]] = {}
     ways: list[tuple[str, str | None, float]] = [(_UNASKED, None, 0.0)]
     for by in arguments.by:
@@ -86,13 +85,12 @@ def _there(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 
 def _looked_at(
     model: Any, watcher: AttentionPruner, sequences: Tensor, questions: list[RetrievalProbe]
-) -> list[dict[str, BlockStatistics]]:
+) -> list[tuple[dict[str, BlockStatistics], str]]:
     """What the model looks at in questions, and in passages that repeat."""
     layers = [state.layer for state in watcher.layers.values()]
     call, start = partial(model, use_cache=False), time.perf_counter()
-    texts: list[Any] = [[question.tokens for question in questions], repeat_passages(sequences, 1)]
-    found = [look_at(model, call, layers, text, watcher.sides) for text in texts]
-    print(f"looking at {sum(map(len, texts))} sequences: {time.perf_counter() - start:.0f} s", flush=True)
+    found = list(look_back(model, call, layers, questions, sequences, watcher.sides))
+    print(f"looking at {len(questions) + len(sequences)} sequences: {time.perf_counter() - start:.0f} s", flush=True)
     return found
 
 

@@ -20,6 +20,7 @@ from sparse_prune.ranges import check_range
 from sparse_prune.recipes.base.held_out import HeldOutBatch
 from sparse_prune.recipes.base.loader import SPLITS, SplitDataModule
 from sparse_prune.recipes.base.module import FineTuneModule
+from sparse_prune.words import some
 
 log = logging.getLogger(__name__)
 _NAMED = 8  # rare classes that a warning names
@@ -161,6 +162,5 @@ def warn_of_rare_classes(counts: Mapping[str, int]) -> None:
         log.warning(
             "Classes with fewer than %d examples are not in validation and test; those with none cannot be learned: %s",
             len(SPLITS),
-            ", ".join(f"{label} ({count})" for label, count in list(rare.items())[:_NAMED])
-            + (f", and {len(rare) - _NAMED} more" if len(rare) > _NAMED else ""),
+            some([f"{label} ({count})" for label, count in rare.items()], _NAMED),
         )

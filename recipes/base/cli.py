@@ -6,6 +6,7 @@ import logging
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from importlib.resources import files
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import pytorch_lightning as pl
+from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from pytorch_lightning.loggers import CSVLogger
 from typing_extensions import override
@@ -21,26 +23,27 @@ from sparse_prune.callbacks import AttentionPruning
 from sparse_prune.callbacks.run_folder import filled_folders, run_folder
 from sparse_prune.distributed import on_first_rank
 from sparse_prune.export import check_folder, save_pretrained
-from sparse_prune.export.sharded import is_sharded
 from sparse_prune.files import user_path
 from sparse_prune.machine import describe_machine
 from sparse_prune.metrics import STEP_SECONDS, savings
 from sparse_prune.recipes.base.closing import where_and_next, won_and_lost
 from sparse_prune.recipes.base.history import RunHistory
 from sparse_prune.recipes.base.module import FineTuneModule
-from sparse_prune.recipes.base.parser import RecipeParser
+from sparse_prune.recipes.base.parser import RecipeParser, end_with
 from sparse_prune.recipes.base.pretrained import check_vocabulary
 from sparse_prune.recipes.base.progress import Heartbeat, Progress
-from sparse_prune.recipes.base.refusals import program_of, refusals
 from sparse_prune.recipes.base.report import CacheComparison, DenseRun, RunReport
 from sparse_prune.recipes.base.trainer import RecipeTrainer
 from sparse_prune.recipes.base.twin import TwinLogger
+from sparse_prune.refusals import refusals
+from sparse_prune.sharded import is_sharded
 
 log = logging.getLogger(__name__)
 _Found = TypeVar("_Found")
 _CONFIG = ("--config", "-c")
 _EXPORT = "pruned"
 _DEBUG = "--debug"
+_SHIPPED = "sparse_prune.recipes."
 
 
 class FineTuneCLI(LightningCLI):
@@ -85,7 +88,7 @@ class FineTuneCLI(LightningCLI):
         return None
 
     def quality(self, trainer: pl.Trainer) -> dict[str, float]:
-        """Measure more qualities than the test metrics, of a model that was just trained: name -> share in [0, 1]."""
+        """Measure other qualities than the test metrics on a model that was just trained: name -> share in [0, 1]."""
         return {}
 
     def cache(self) -> CacheComparison | None:
@@ -97,7 +100,7 @@ class FineTuneCLI(LightningCLI):
         return {}
 
     def held_out(self) -> dict[str, Any] | None:
-        """What an export shall tell of the data that was held out, as JSON types; None if nothing."""
+        """Describe the held-out data for an export, as JSON types; None if there is nothing to tell."""
         return None
 
     def next_commands(self, folder: Path, export: str | None) -> list[list[str]]:
@@ -162,7 +165,7 @@ class FineTuneCLI(LightningCLI):
             on_first_rank(export)
 
     def _report(self) -> RunReport:
-        """The report of the run without its dense twin."""
+        """Make the report of the run without its dense twin."""
         pruner = _callback(self.trainer, AttentionPruning).pruner
         loss, quality = self._test(self.trainer, self.model)
         return RunReport(
@@ -200,14 +203,14 @@ class FineTuneCLI(LightningCLI):
         return notes
 
     def _test(self, trainer: pl.Trainer, module: pl.LightningModule) -> tuple[float, dict[str, float]]:
-        """Test loss, and the other qualities of a model."""
+        """Measure the test loss and the other qualities of a model."""
         quality = self.quality(trainer)  # first: testing empties the metrics of the fit
         found = trainer.test(module, datamodule=self.datamodule, verbose=False)[0]
         tested = {name.removeprefix("test/").replace("_", " "): float(value) for name, value in found.items()}
         return tested.pop("loss"), tested | quality
 
     def _compare(self, folder: Path) -> DenseRun | None:
-        """The dense run; None if it fails in a single process.
+        """Repeat the run without pruning; None if it fails in a single process.
 
         With several processes its error ends the run, as the other ranks would wait for the one that failed.
         """
@@ -230,7 +233,7 @@ class FineTuneCLI(LightningCLI):
         return DenseRun(before, after, history.records, quality)
 
     def _twin(self) -> FineTuneModule:
-        """A new module, with the optimizer and the scheduler of the command line if it names any."""
+        """Make a new module, with the optimizer and the scheduler of the command line if it names any."""
         # The command line adds entries of its own to the hyperparameters.
         given = {name: value for name, value in self.model.hparams.items() if not name.startswith("_")}
         twin: FineTuneModule = type(self.model)(**given)
@@ -242,7 +245,7 @@ class FineTuneCLI(LightningCLI):
         return twin
 
     def _twin_trainer(self, **replaced: Any) -> pl.Trainer:
-        """A new Trainer with the same settings. Strategy and plugins are made anew, because they keep state."""
+        """Make a new Trainer with the same settings. Strategy and plugins are made anew, because they keep state."""
         settings = self.config["fit"]["trainer"].as_dict()
         settings |= {"callbacks": None, "logger": None, "enable_checkpointing": False}
         parser = LightningArgumentParser()
@@ -261,7 +264,7 @@ class FineTuneCLI(LightningCLI):
         }
 
     def _processes(self) -> dict[str, Any]:
-        """The shares of several processes in a batch."""
+        """Describe how several processes share a batch."""
         if self.trainer.world_size == 1:
             return {}
         shares = (self.trainer.distributed_sampler_kwargs or {"num_replicas": 1})["num_replicas"]
@@ -285,16 +288,25 @@ def run(
     Any refusal, of settings, files or weights, ends the process with one line and exit status 2; with `--debug`, with
     the traceback.
     """
-    given, program = list(sys.argv[1:] if args is None else args), program_of(package)
-    debug = _DEBUG in given
+    given, program = list(sys.argv[1:] if args is None else args), _program(package)
+
+    def refuse(text: str) -> None:
+        end_with(program, f"{text.rstrip('. ')}. {_DEBUG} shows where it came from.")
+
     logging.basicConfig(format="%(message)s")
     logging.getLogger("sparse_prune").setLevel(logging.INFO)
-    with refusals(program, debug):
+    with nullcontext() if _DEBUG in given else refusals(refuse, MisconfigurationException, TypeError):
         given = _find_configs([arg for arg in given if arg != _DEBUG], package)
         prog = {"prog": program}
         kinds: dict[str, Any] = {"trainer_class": RecipeTrainer, "parser_class": RecipeParser}
         kinds["parser_kwargs"] = prog | {name: prog for name in cli.subcommands()}
         cli(module, data, args=given, save_config_kwargs={"overwrite": True}, **kinds)
+
+
+def _program(package: str) -> str:
+    """Return the command that runs a recipe."""
+    name = package.removeprefix(_SHIPPED)
+    return f"python -m {package} fit" if name == package else f"sparse-prune recipes run {name}"
 
 
 def _find_configs(args: Sequence[str], package: str) -> list[str]:
@@ -331,7 +343,7 @@ def _attempt(what: str, measure: Callable[[], _Found]) -> _Found | None:
 
 
 def _told(value: object) -> str | None:
-    """A setting for the model card: of a path of this machine, the last part alone."""
+    """Return a setting as the model card shows it: of a path on this machine, the last part alone."""
     if value is None:
         return None
     path = user_path(str(value))

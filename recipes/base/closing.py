@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sparse_prune.recipes.base.report import RunReport
+from sparse_prune.words import duration, factor
 
 
 def won_and_lost(report: RunReport) -> tuple[str, str]:
@@ -43,7 +44,7 @@ def where_and_next(report: Path, folder: Path, export: str | None, commands: Seq
 
 
 def _program() -> str:
-    """The command for a shell: its name, or its path if the name is unknown or of another program."""
+    """Return the command for a shell: its name, or its path if the name is unknown or means another program."""
     own = Path(sys.executable).parent / "sparse-prune"
     if not own.exists() or shutil.which("sparse-prune") == str(own):
         return "sparse-prune"
@@ -55,32 +56,24 @@ def _speed(report: RunReport) -> list[tuple[bool, str]]:
     if report.dense is None or "sparse" not in times or "dense" not in times:
         return []
     dense, sparse = times["dense"], times["sparse"]
-    better = sparse < dense
-    factor = f"{dense / sparse:.2f}x faster" if better else f"{sparse / dense:.2f}x slower"
-    return [(better, f"a step with swapped layers is {factor} ({_seconds(sparse)} against {_seconds(dense)})")]
-
-
-def _seconds(seconds: float) -> str:
-    return f"{seconds:.3g} s" if seconds >= 1 else f"{1000 * seconds:.3g} ms"
+    gain, both = factor(dense / sparse, "faster", "slower"), f"{duration(sparse)} against {duration(dense)}"
+    return [(sparse <= dense, f"a step with swapped layers is {gain} ({both})")]
 
 
 def _cache(report: RunReport) -> list[tuple[bool, str]]:
     if report.cache is None or report.cache.pruned.kv_bytes == report.cache.dense.kv_bytes:
         return []
     small, large = report.cache.pruned.kv_bytes, report.cache.dense.kv_bytes
-    better = small < large
-    factor = f"{large / max(small, 1):.2f}x smaller" if better else f"{small / max(large, 1):.2f}x larger"
-    sizes = f"{small / 2**20:.3g} against {large / 2**20:.3g} MiB"
-    return [(better, f"the KV cache of {report.cache.length} tokens is {factor} ({sizes})")]
+    gain, both = factor(large / max(small, 1), "smaller", "larger"), f"{small / 2**20:.3g} against {large / 2**20:.3g}"
+    return [(small < large, f"the KV cache of {report.cache.length} tokens is {gain} ({both} MiB)")]
 
 
 def _loss(report: RunReport) -> list[tuple[bool, str]]:
     if report.dense is None:
         return []
     dense = report.dense.loss_after
-    better = report.loss < dense
     change = f"{report.loss / dense - 1.0:+.2%} ({report.loss:.4f} against {dense:.4f})"
-    return [(better, f"held-out loss {change}")]
+    return [(report.loss < dense, f"held-out loss {change}")]
 
 
 def _quality(report: RunReport) -> list[tuple[bool, str]]:

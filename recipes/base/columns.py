@@ -1,4 +1,4 @@
-"""Which columns of a data set hold what is looked for."""
+"""Finds the columns of a data set that hold text, chats, labels or images."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ _ANSWERED = (
 )
 """Columns of prompts and their answers, by the names of trl and Alpaca."""
 PARTS = ("prompt", "input", "answer")
-"""Contents of the columns of a document, of which there are at most so many."""
+"""What the columns of a document hold; a document has at most this many columns."""
 _USUAL = {
     "text": _TEXT,
     "document": _TEXT + _MESSAGES,
     "label": ("label", "labels", "target", "class", "category", "sentiment", "topic", "intent", "emotion", "rating"),
     "image": ("image", "img", "picture", "photo"),
 }
-"""What a column may hold -> what it is usually called; the first name, as it stands, is taken before others."""
+"""What a column may hold -> its usual names; the first one, spelled exactly so, is preferred to the others."""
 _LONG = 40
 _WORDS = {"document": "text or the messages of a chat"}
 _ALSO = {"document": " (prompts and their answers as in NAME::PROMPT:ANSWER)"}
@@ -50,18 +50,18 @@ def find_columns(
     argument: str,
     name: str,
 ) -> list[str]:
-    """A column for each kind: the one that is given, else the one with a usual name.
+    """Find a column for each kind: the one that is given, or else one with a usual name.
 
     Args:
         known: The columns of a data set.
-        features: Their types of `datasets`, where they are known.
-        given: Names, in the order of `kinds`; an empty one, or one that is missing, is looked for.
+        features: Column -> its type in `datasets`, for the columns whose type is known.
+        given: Names of columns, in the order of `kinds`; a name that is empty or missing is looked for.
         kinds: What columns hold: "text", "label", "image", or "document" (text, or the messages of a chat).
         argument: What errors call the data set.
-        name: Of the data set.
+        name: Name of the data set.
 
     Raises:
-        ValueError: If there is no such column, several may be meant, or it holds something else.
+        ValueError: If there is no such column, if several may be meant, or if the column holds something else.
     """
     wanted = [*given, *[""] * (len(kinds) - len(given))]
     found = []
@@ -80,7 +80,7 @@ def find_columns(
             )
         found.append(column)
     if any(not asked and column != _USUAL[kind][0] for column, asked, kind in zip(found, wanted, kinds, strict=True)):
-        log.info("Of %s these columns are taken: %s.", name, ", ".join(found))
+        log.info("These columns of %s are taken: %s.", name, ", ".join(found))
     return found
 
 
@@ -99,16 +99,16 @@ def find_document_columns(
     if len(columns) > 1:
         others = [column for column in known if column not in columns]
         log.info(
-            "Of %s these columns are taken: %s. What the last one holds is to be predicted%s.",
+            "These columns of %s are taken: %s. The last one holds what is to be predicted%s.",
             name,
             ", ".join(columns),
             f"; left out: {', '.join(others)}" if others else "",
         )
     for pair in pairs if alone else []:
         log.info(
-            "Of %s the column %s is taken. Name %s as in %s::%s to predict answers alone.",
-            name,
+            "The column %s of %s is taken. Name %s as in %s::%s to predict answers alone.",
             columns[0],
+            name,
             ", ".join(pair),
             name,
             ":".join(pair),
@@ -117,19 +117,19 @@ def find_document_columns(
 
 
 def _answered(known: Sequence[str]) -> list[list[str]]:
-    """Columns of prompts and answers by their usual names; several if the names are ambiguous."""
+    """Find the columns of prompts and answers by their usual names; several lists if the names are ambiguous."""
     names = {column.strip().lower(): column for column in reversed(known)}
     found = [[names[column] for column in columns] for columns in _ANSWERED if names.keys() >= set(columns)]
     return [columns for columns in found if not any(set(columns) < set(other) for other in found)]
 
 
 def _shortened(text: str) -> str:
-    """The beginning of what may be long."""
+    """Cut a long text off after `_LONG` characters."""
     return text if len(text) <= _LONG else f"{text[:_LONG]}..."
 
 
 def _usual(kind: str, known: Sequence[str]) -> str:
-    """The column of a usual name, whatever its case; the kind itself if there is none, or more than one."""
+    """Return the column with a usual name, in upper or lower case; the first usual name if no column can be told."""
     names = _USUAL[kind]
     if names[0] in known:
         return names[0]

@@ -28,9 +28,9 @@ class StepRecord:
     """sparse: every layer is swapped; masked: pruning is under way; dense: nothing is pruned yet."""
     probed: bool
     sparsity: float
-    """Share of the possible blocks that is pruned in it."""
+    """Share of the possible blocks that is pruned in this step."""
     requested: float | None = None
-    """Share that the schedule asked for at the latest decision; None before it, and where it is one of thresholds."""
+    """Share that the schedule asked for at the latest decision; None before it, and for a schedule of thresholds."""
 
 
 class RunHistory(pl.Callback):
@@ -65,7 +65,7 @@ class RunHistory(pl.Callback):
             self._step, self._losses, self._seconds = trainer.global_step, [], 0.0
 
     def _record(self, trainer: pl.Trainer) -> StepRecord:
-        """The record of the step that just ended."""
+        """Make the record of the step that just ended."""
         found = [c for c in trainer.callbacks if isinstance(c, AttentionPruning)]  # type: ignore[attr-defined]
         layers = [state.layer for state in found[0].pruner.layers.values()] if found else []
         modes = {layer.mode for layer in layers}

@@ -28,8 +28,8 @@ def numbered(labels: Sequence[Any], argument: str, names: Sequence[str] | None =
     Args:
         labels: A label per row; blanks around it are ignored.
         argument: The name of the data in errors.
-        names: Names of the classes, if labels are numbers already, and -1 none. Classes without rows keep their
-            numbers.
+        names: Names of the classes, if the labels are numbers already; -1 then stands for a missing label. Classes
+            without rows keep their numbers.
 
     Raises:
         ValueError: If a row has no label, or a list of them.
@@ -78,7 +78,7 @@ def _warn_of_twins(classes: Sequence[str]) -> None:
 
 
 def _likeness(label: str) -> str:
-    """A label without case, extra blanks, invisible characters and the way of writing a number."""
+    """Reduce a label to what remains without case, extra blanks, invisible characters and ways of writing numbers."""
     try:
         return repr(float(label))
     except ValueError:

@@ -39,7 +39,7 @@ class ResumableDataLoader(DataLoader[Tensor]):
         self._served = 0
 
     def _rest(self, served: int) -> DataLoader[Tensor]:
-        """A loader of the rest of an epoch, after some batches."""
+        """Make a loader of the rest of an epoch, after some batches."""
         assert self.batch_sampler is not None
         return DataLoader(
             self.dataset,

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import re
+import sys
 from difflib import get_close_matches
 from typing import Any, NoReturn
 
 from pytorch_lightning.cli import LightningArgumentParser
-
-from sparse_prune.recipes.base.refusals import end_with
 
 PLACE = "{default_root_dir}"
 """Placeholder for `trainer.default_root_dir` in the Trainer's settings, such as a logger's `save_dir`."""
@@ -38,8 +37,14 @@ class RecipeParser(LightningArgumentParser):
         return super().instantiate_classes(placed, **options)
 
 
+def end_with(program: str, text: str) -> NoReturn:
+    """End the process with one line on stderr and exit status 2."""
+    print(f"{program}: error: {' '.join(text.split())}", file=sys.stderr)
+    sys.exit(2)
+
+
 def _readable(message: str) -> str:
-    """A message of jsonargparse without its repetitions of types and values."""
+    """Shorten a message of jsonargparse, which repeats types and values."""
     lines = [line.strip() for line in message.splitlines()]
     told = " ".join(line for line in lines if not line.startswith(("Subtypes:", "Given value", "- Expected a")))
     told = re.sub(r'Parser key "([^"]+)":', r"`\1`:", told)
@@ -47,14 +52,14 @@ def _readable(message: str) -> str:
 
 
 def _likely(message: str, parser: LightningArgumentParser) -> str:
-    """A suggestion of a setting whose name is close to an unknown one."""
+    """Suggest a setting whose name is close to an unknown one."""
     unknown = re.search(r"unrecognized arguments: (--[^\s=]+)", message)
     close = get_close_matches(unknown[1], parser._option_string_actions, 1) if unknown else []
     return f". Did you mean {close[0]}?" if close else "."
 
 
 def _filled(value: Any, folder: str) -> Any:
-    """A copy of nested settings with placeholders replaced by the folder."""
+    """Copy nested settings with placeholders replaced by the folder."""
     if isinstance(value, str):
         return value.replace(PLACE, folder)
     if isinstance(value, list):

@@ -34,7 +34,7 @@ def read_text(file: Path, argument: str) -> str:
     """Read a file in UTF-8, or in UTF-16 or UTF-32 with a byte order mark, compressed by gzip or not.
 
     Raises:
-        ValueError: If the file is no text, or has another encoding; the message names it.
+        ValueError: If the file is not text, or has another encoding; the message names it.
     """
     content = file.read_bytes()
     try:
@@ -49,7 +49,7 @@ def read_text(file: Path, argument: str) -> str:
             return io.TextIOWrapper(io.BytesIO(content), encoding=encoding).read()
     except UnicodeDecodeError as error:
         encoding, place = error.encoding.upper(), error.start
-        problem = f"which is no text in {encoding} (byte {place}). {conversion(file)}, or remove it"
+        problem = f"which is not text in {encoding} (byte {place}). {conversion(file)}, or remove it"
     except (EOFError, OSError, zlib.error) as error:
         problem = f"whose compression is broken ({error}). Copy it again"
     raise ValueError(f"`{argument}` must hold text, got {str(file)!r}, {problem}.")

@@ -24,7 +24,7 @@ def locate(model: str) -> tuple[str, dict[str, str]]:
     Raises:
         FileNotFoundError: If the file or folder does not exist.
         ModuleNotFoundError: If the package is not installed.
-        ValueError: If a file of weights is incomplete, missing, a pointer of Git LFS, or named in place of its folder.
+        ValueError: If a file of weights is incomplete, missing, a pointer of Git LFS, or given instead of its folder.
     """
     if model.startswith(_PACKAGE):
         package, _, file = model.removeprefix(_PACKAGE).partition("/")
@@ -77,7 +77,7 @@ def load_pretrained(auto: Any, model: str, **settings: Any) -> Any:
 
 
 def _not_loaded(model: str, where: str, options: dict[str, str], error: Exception) -> ValueError:
-    """The error for what transformers does not load; the first line of its own error says why."""
+    """Make the error for what transformers does not load; the first line of its own error says why."""
     why = str(error).partition("\n")[0].rstrip(".")
     if options:
         file = str(Path(where) / options["gguf_file"])
@@ -87,7 +87,7 @@ def _not_loaded(model: str, where: str, options: dict[str, str], error: Exceptio
     else:
         return ValueError(
             f"`model` must be a folder, a `.gguf` file or a model of the hub, got {model!r}: {why}. Check the name and "
-            "the connection; log in with `hf auth login` where it is private or gated."
+            "the connection; log in with `hf auth login` if it is private or gated."
         )
     return ValueError(f"{wanted}: {why}. Copy it again, or name another.")
 
@@ -116,7 +116,7 @@ def most_positions(model: Any) -> int | None:
 
 
 def _other_tables(model: Any) -> Iterator[nn.Embedding]:
-    """Embeddings other than those of words."""
+    """Yield embeddings other than those of words."""
     words = model.get_input_embeddings()
     return (module for module in model.modules() if isinstance(module, nn.Embedding) and module is not words)
 

@@ -132,7 +132,7 @@ class Progress(pl.Callback):
             self._heartbeat.at("the test")
 
     def _seconds_left(self, step: int, last: float) -> float:
-        """By the first step; later by those after it, for what pruning asks and measures between the two comes once."""
+        """Estimate by the first step, then by the later ones: pruning asks and measures once, after the first."""
         now, later = time.monotonic(), step - self._first - 1
         return ((now - self._second) / later if later else now - self._begun) * (last - step)
 

@@ -12,10 +12,11 @@ from typing import Any
 
 from sparse_prune.callbacks import SwapEvent
 from sparse_prune.evaluation import CacheCost
-from sparse_prune.files import write_report
 from sparse_prune.pattern import BlockPattern
 from sparse_prune.pictures import LayerView, draw_atlas
 from sparse_prune.recipes.base.history import StepRecord
+from sparse_prune.reports import table, write_report
+from sparse_prune.words import factor
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class CacheComparison:
         large, small = self.dense.kv_bytes, self.pruned.kv_bytes
         return (
             f"The KV cache of {self.length} tokens takes {small / 2**20:.1f} MiB by the allocator, without patterns "
-            f"{large / 2**20:.1f} MiB ({large / max(small, 1):.2f}x smaller); decoding runs at "
+            f"{large / 2**20:.1f} MiB ({factor(large / max(small, 1), 'smaller', 'larger')}); decoding runs at "
             f"{self.pruned.decode_tokens_per_s:.1f} tokens/s, without patterns at {self.dense.decode_tokens_per_s:.1f}."
         )
 
@@ -138,20 +139,17 @@ class RunReport:
 
     def text(self) -> str:
         """Return the report as Markdown."""
-        setup = "\n".join(f"| {key} | {value} |" for key, value in self.setup.items())
-        times = "\n".join(f"| {name} | {seconds:.2f} |" for name, seconds in self.step_seconds().items())
         by_layer = {event.layer: event for event in self.events}
-        rows = "\n".join(_layer_row(name, self.patterns.get(name), by_layer.get(name)) for name in self.layers)
-        savings = "\n".join(f"| {key} | {value:.4g} |" for key, value in self.savings.items())
+        layers = [_layer_row(name, self.patterns.get(name), by_layer.get(name)) for name in self.layers]
+        tables = {
+            "Step time": table(("phase", "median s:"), [(k, f"{v:.2f}") for k, v in self.step_seconds().items()]),
+            "Estimated savings": table(("what", "value:"), [(k, f"{v:.4g}") for k, v in self.savings.items()]),
+            "Layers": table(("layer", "sparsity:", "settled at:", "now", "dense ms:", "sparse ms:"), layers),
+            "Setup": table(("what", "value"), self.setup.items()),
+        }
+        sections = "\n".join(f"## {title}\n\n{text}\n" for title, text in tables.items())
         verdicts = "".join(f"- {line}\n" for line in (*self.verdicts(), *self.qualities()))
-        return (
-            f"# Attention pruning report\n\n{verdicts}\n![Run](report.png)\n\n"
-            f"## Step time\n\n| phase | median s |\n| --- | ---: |\n{times}\n\n"
-            f"## Estimated savings\n\n| what | value |\n| --- | ---: |\n{savings}\n\n"
-            "## Layers\n\n| layer | sparsity | settled at | now | dense ms | sparse ms |\n"
-            f"| --- | ---: | ---: | --- | ---: | ---: |\n{rows}\n\n"
-            f"## Setup\n\n| what | value |\n| --- | --- |\n{setup}\n"
-        )
+        return f"# Attention pruning report\n\n{verdicts}\n![Run](report.png)\n\n{sections}"
 
     def qualities(self) -> list[str]:
         """Return the other qualities as plain sentences."""
@@ -200,10 +198,9 @@ def _curve(records: list[StepRecord], what: str) -> tuple[list[int], list[float]
     return [record.step for record in records], [getattr(record, what) for record in records]
 
 
-def _layer_row(name: str, pattern: BlockPattern | None, event: SwapEvent | None) -> str:
+def _layer_row(name: str, pattern: BlockPattern | None, event: SwapEvent | None) -> tuple[object, ...]:
     sparsity = "" if pattern is None else f"{pattern.sparsity:.1%}"
     if event is None:
-        return f"| {name} | {sparsity} | not settled | masked | | |"
-    dense = "" if event.dense_ms is None else f"{event.dense_ms:.1f}"
-    sparse = "" if event.sparse_ms is None else f"{event.sparse_ms:.1f}"
-    return f"| {name} | {sparsity} | {event.step} | {event.backend} | {dense} | {sparse} |"
+        return name, sparsity, "not settled", "masked", "", ""
+    times = ("" if ms is None else f"{ms:.1f}" for ms in (event.dense_ms, event.sparse_ms))
+    return name, sparsity, event.step, event.backend, *times

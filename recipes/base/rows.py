@@ -1,4 +1,4 @@
-"""Reads the rows of data sets, of the hub or of this machine."""
+"""Reads the rows of data sets, from the hub or from this machine."""
 
 from __future__ import annotations
 
@@ -27,25 +27,25 @@ PREFIX = "hub:"
 
 @dataclass(frozen=True)
 class Rows:
-    """The training split of a data set, and which of its columns hold what was asked for."""
+    """The training split of a data set, with the columns that were asked for."""
 
     data: Any
-    """Of `datasets`, streamed or not."""
+    """A data set of the `datasets` library, streamed or not."""
     columns: list[str]
-    """In the order in which they were asked for."""
+    """Names of the columns, in the order in which they were asked for."""
     name: str
-    """Of the data set."""
+    """Name of the data set."""
     argument: str
-    """What errors call it."""
+    """What errors call the data set."""
     parts: int = 1
-    """Number of columns, from the first on, that make up a document (`document_of`)."""
+    """Number of columns that make up a document (`document_of`), counted from the first."""
     _told: set[str] = field(default_factory=set)
 
     def documents(self) -> Iterator[tuple[int, Document]]:
-        """Number and document of every row; rows without any are left out, which is said once.
+        """Yield the number and the document of every row; rows without a document are left out, with one log line.
 
         Raises:
-            ValueError: If a row cannot be read, or holds anything else than text, a chat, or a prompt and its answer.
+            ValueError: If a row cannot be read, or holds anything but text, a chat, or a prompt and its answer.
         """
         columns = self.columns[: self.parts]
         for row, cells in enumerate(self._cells(columns), 1):
@@ -55,7 +55,7 @@ class Rows:
                 raise ValueError(
                     f"`{self.argument}` must hold text, or messages with `role` and `content`, got {error} in row "
                     f"{row} of {self.name!r}. Save chats as JSON lines or Parquet, not as text; name other columns "
-                    "where this is none of both."
+                    "if it is neither."
                 ) from error
             if document is None:
                 self._tell_once(f"Rows without text are left out of {self.name}; the first of them is row {row}.")
@@ -63,10 +63,10 @@ class Rows:
                 yield row - 1, document
 
     def classes(self) -> tuple[list[str], list[int]]:
-        """Names of the classes and every row's number, by the second column of rows that are not streamed.
+        """Return the names of the classes and every row's class number, from the second column alone.
 
-        A column of classes (`datasets.ClassLabel`) says itself how they are called. Reads no other column; errors as
-        in `numbered`.
+        A column of type `datasets.ClassLabel` holds the names itself. The rows must not be streamed. Errors are those
+        of `numbered`.
         """
         column = self.columns[1]
         return numbered(list(self.data[column]), self.argument, getattr(self.data.features[column], "names", None))
@@ -83,20 +83,20 @@ class Rows:
 
 
 def is_data_set(name: str) -> bool:
-    """Whether a name means rows: of the hub by its prefix, of tables by what lies there."""
+    """Whether a name means rows: it begins with `hub:`, or tables lie at the path."""
     return name.startswith(PREFIX) or holds_tables(_place(name)[0])
 
 
 def data_rows(name: str, kinds: Sequence[str], argument: str, stream: bool = False) -> Rows:
-    """The training split of a data set, and a column of each kind.
+    """Open the training split of a data set, with a column of each kind.
 
     Args:
         name: `NAME[:CONFIG[:COLUMN...]]`. NAME is a table (tables.py), a glob of tables of one kind, or a folder of
-            them; behind `hub:` also an id of the hub, or a folder of whatever `datasets.load_dataset` takes. Names of
-            places may hold colons.
+            them; after `hub:` it may also be an id of the hub, or any folder that `datasets.load_dataset` takes. Paths
+            may hold colons.
         kinds: What each column holds, as `find_columns` takes it.
         argument: What errors call the name.
-        stream: Read rows as they are asked for, rather than all of them first.
+        stream: Read rows on request instead of all rows first.
 
     Raises:
         ConnectionError: If the hub cannot be reached.
@@ -112,11 +112,11 @@ def document_rows(name: str, argument: str) -> Rows:
     """Open the training split of a data set for a language model, streamed: text, chats, or prompts and their answers.
 
     Args:
-        name: As `data_rows` takes it; the columns of prompts and answers, if any, as `find_document_columns` does.
+        name: As in `data_rows`; it may name the columns of prompts and answers, as in `find_document_columns`.
         argument: What errors call the name.
 
     Raises:
-        ConnectionError: As `data_rows`, like all others.
+        ConnectionError: As in `data_rows`, which also lists the other errors.
     """
     place, given, data, known = _opened(name, PARTS, argument, stream=True)
     columns = find_document_columns(known, data.features or {}, given, argument, place)
@@ -124,13 +124,13 @@ def document_rows(name: str, argument: str) -> Rows:
 
 
 def _opened(name: str, parts: Sequence[str], argument: str, stream: bool) -> tuple[str, list[str], Any, list[str]]:
-    """Open a data set: its place, the columns that `name` names (at most one a part), the data, the names of all."""
+    """Open a data set: its place, the columns that `name` names (one a part at most), the data, all column names."""
     place, rest = _place(name)
     config, columns = "".join(rest[:1]) or None, rest[1:]
     if not place or len(columns) > len(parts):
         raise ValueError(
             f"`{argument}` must be {PREFIX}NAME[:CONFIG[:COLUMN...]] with at most {len(parts)} columns "
-            f"({', '.join(parts)}), got {name!r}. Leave out what is too much."
+            f"({', '.join(parts)}), got {name!r}. Leave the others out."
         )
     path = Path(place).expanduser()
     if is_saved(path) or (files_at(place) and not path.is_dir()):
@@ -148,14 +148,14 @@ def place_of(name: str) -> str:
 
 
 def _place(name: str) -> tuple[str, list[str]]:
-    """What a name names, and what it says behind that: as many parts as are a path; ids of the hub hold no colons."""
+    """Split a name into its place and its other parts: the longest path that exists, or else an id without colons."""
     parts = name.removeprefix(PREFIX).split(":")
     end = next((end for end in range(len(parts), 0, -1) if files_at(":".join(parts[:end]))), 1)
     return ":".join(parts[:end]), parts[end:]
 
 
 def _load(data_set: str, config: str | None, argument: str, stream: bool) -> Any:
-    """A data set of the hub, or a folder as it lays out its files."""
+    """Load a data set of the hub, or a folder by the layout of its files."""
     from datasets import load_dataset
     from datasets.exceptions import DatasetGenerationError
 
@@ -168,7 +168,7 @@ def _load(data_set: str, config: str | None, argument: str, stream: bool) -> Any
     except FileNotFoundError as error:
         raise FileNotFoundError(
             f"{wanted}, which does not exist, holds no data, or needs an account ({error}). Check the name; log in "
-            "with `hf auth login` where it is private or gated."
+            "with `hf auth login` if it is private or gated."
         ) from error
     except ConnectionError as error:
         raise ConnectionError(

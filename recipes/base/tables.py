@@ -13,6 +13,7 @@ from typing import Any
 
 from sparse_prune.recipes.base.plain_text import GZIP, conversion, encoding_of
 from sparse_prune.recipes.base.sources import files_in
+from sparse_prune.words import some
 
 _READERS = {
     ".csv": "csv",
@@ -27,7 +28,6 @@ SUFFIXES = ", ".join(_READERS)
 _SEPARATORS = ",;\t|"
 _ABOUT = {".md", ".py", "dataset_infos.json", "dataset_info.json"}  # suffixes and names of files beside tables
 _SAVED = ("dataset_info.json", "dataset_dict.json")
-_NAMED = 3  # broken files that an error names
 _HEAD = 1 << 16  # bytes that hold the names of columns
 
 
@@ -75,7 +75,7 @@ def load_tables(place: str, argument: str, stream: bool) -> Any:
             return saved
         if "train" not in saved:
             raise ValueError(
-                f"`{argument}` must have a split called train, got {sorted(saved)} in {place!r}. Name one."
+                f"`{argument}` must have a split called train, got {sorted(saved)} in {place!r}. Rename one."
             )
         return saved["train"]
     files = files_at(place)
@@ -114,7 +114,7 @@ def options_for(place: str) -> dict[str, Any]:
 
 
 def _head(file: Path) -> bytes:
-    """The first bytes of a file, compressed by gzip or not."""
+    """Read the first bytes of a file, compressed by gzip or not."""
     with open(file, "rb") as opened:
         start = opened.read(len(GZIP))
     with gzip.open(file) if start == GZIP else open(file, "rb") as opened:
@@ -148,27 +148,26 @@ def unreadable(error: Exception, place: str, argument: str) -> ValueError:
     """Make the error for tables that a library failed to read."""
     cause = error.__cause__ if type(error).__name__ == "DatasetGenerationError" and error.__cause__ else error
     files = [str(file) for file in files_at(place)] or [place]
-    named = ", ".join(map(repr, files[:_NAMED])) + (", ..." if len(files) > _NAMED else "")
     remedy = "Copy it again"
     if _reader(Path(files[0])) in ("csv", "json"):
-        remedy = (
-            "Mend the file: a cell that holds the separator stands in quotes, JSON holds an object a line or a list"
-        )
+        remedy = "Mend the file: cells that hold the separator stand in quotes, JSON holds an object a line or a list"
     if isinstance(cause, UnicodeDecodeError):
         remedy = conversion(Path(files[0]))
     told = str(cause).strip().rstrip(".")
-    return ValueError(f"`{argument}` must be a table that can be read, got {named}: {told}. {remedy}.")
+    return ValueError(
+        f"`{argument}` must be a table that can be read, got {some(list(map(repr, files)))}: {told}. {remedy}."
+    )
 
 
 def _data_files(place: str) -> list[Path]:
-    """The data files of a path or a glob."""
+    """List the data files of a path or a glob."""
     path = Path(place).expanduser()
     files = files_in(path, tell=False) if path.is_dir() else files_at(place)
     return [file for file in files if not _ABOUT & {file.suffix.lower(), file.name}]
 
 
 def _common_reader(files: Sequence[Path]) -> str | None:
-    """The reader of `datasets` for all of these files; None if there are several or none."""
+    """Find the reader of `datasets` for all of these files; None if there are several or none."""
     readers = {_reader(file) for file in files}
     return readers.pop() if len(readers) == 1 else None
 

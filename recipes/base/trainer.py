@@ -12,11 +12,11 @@ from sparse_prune.precision import fast_precision
 
 
 class RecipeTrainer(pl.Trainer):
-    """A Trainer that takes `precision="auto"`: "bf16-mixed" where the machine multiplies bfloat16 fast, else "32-true".
+    """A Trainer that takes `precision="auto"`: "bf16-mixed" if the machine multiplies bfloat16 fast, or else "32-true".
 
     Args:
-        *args: As for `pytorch_lightning.Trainer`, like all else.
-        accelerator: For `precision="auto"`, "auto" is the GPU where there is one.
+        *args: As for `pytorch_lightning.Trainer`.
+        accelerator: As for `pytorch_lightning.Trainer`; for `precision="auto"`, "auto" means the GPU if there is one.
         precision: As for `pytorch_lightning.Trainer`, or "auto".
         **kwargs: As for `pytorch_lightning.Trainer`.
     """

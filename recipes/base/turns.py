@@ -89,7 +89,7 @@ def _message(turn: Mapping[str, Any]) -> dict[str, Any]:
 def _text_of_part(part: Any) -> str:
     if isinstance(part, Mapping) and isinstance(part.get("text"), str):
         return str(part["text"])
-    raise ValueError(f"a turn with {str(part)[:60]!r}, which is no text,")
+    raise ValueError(f"a turn with {str(part)[:60]!r}, which is not text,")
 
 
 def _turns(role: str, said: str | Chat) -> Chat:

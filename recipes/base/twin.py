@@ -40,7 +40,7 @@ class TwinLogger(Logger):
 
     @override
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
-        """The pruned run has logged the same."""
+        """Log nothing, because the pruned run has logged the same."""
 
     @override
     def save(self) -> None:

@@ -29,7 +29,7 @@ def check_weights(place: Path) -> None:
 
 
 def _missing(folder: Path) -> list[str]:
-    """Files of weights that an index or an adapter's configuration speaks of and that are not there."""
+    """Return the files of weights that an index or an adapter's configuration names but that do not exist."""
     named = {
         name
         for index in folder.glob("*.index.json")
@@ -46,7 +46,7 @@ def _problem(file: Path) -> str | None:
         if start == _POINTER:
             return f"a pointer of Git LFS, not the file. Run `git lfs pull` in {str(file.parent)!r}"
         if file.suffix == ".gguf" and not start.startswith(b"GGUF"):
-            return "which is no GGUF file. Copy it again, or name another"
+            return "which is not a GGUF file. Copy it again, or name another"
     if file.suffix == ".safetensors":
         try:
             with safe_open(file, "pt"):

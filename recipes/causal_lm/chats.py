@@ -1,4 +1,4 @@
-"""Chats and exchanges as tokens, of which the answers are to be predicted."""
+"""Converts chats and exchanges to tokens, with labels for the answers, which are to be predicted."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from typing import Any
 from sparse_prune.recipes.base.turns import Exchange
 
 IGNORED = -100
-"""The label of a token that does not count in the loss, as transformers has it."""
+"""The label of a token that does not count in the loss, as in transformers."""
 _STAND_IN = "\N{OBJECT REPLACEMENT CHARACTER}"
 Messages = Sequence[Mapping[str, Any]]
 
 
 def chat_tokens(tokenizer: Any, messages: Messages) -> tuple[list[int], list[int]]:
-    """Tokens of a chat by the tokenizer's template, and labels: those of the answers, `IGNORED` for all others.
+    """Return the tokens of a chat by the tokenizer's template, and labels: tokens of answers, `IGNORED` elsewhere.
 
-    An answer is what changes in the whole chat if another answer is put into its place, and the special token that
-    ends it. So templates need no marks, and may show earlier turns differently from the last one.
+    An answer is the text that changes in the whole chat when another answer takes its place, with the special token
+    that ends it. So templates need no marks, and may show earlier turns in another way than the last one.
 
     Args:
-        tokenizer: Of transformers, with a chat template.
-        messages: Each with `role` and `content`; the answers are those of the assistant, but for those of `weight` 0.
+        tokenizer: A tokenizer of transformers with a chat template.
+        messages: Messages with `role` and `content`. Those of the assistant are answers, unless their `weight` is 0.
 
     Raises:
         ValueError: If there is no template, or it refuses the messages.
@@ -47,9 +47,14 @@ def chat_tokens(tokenizer: Any, messages: Messages) -> tuple[list[int], list[int
 
 
 def exchange_tokens(tokenizer: Any, exchange: Exchange, end: Sequence[int]) -> tuple[list[int], list[int]]:
-    """Return the tokens of prompt and answer, and labels: those of the answer and its end, `IGNORED` for the prompt.
+    """Return the tokens of prompt and answer, and labels: tokens of the answer and its end, `IGNORED` for the prompt.
 
     A token with characters of both belongs to the answer.
+
+    Args:
+        tokenizer: A fast tokenizer of transformers.
+        exchange: The prompt and the answer.
+        end: Tokens after the answer.
 
     Raises:
         ValueError: If the tokenizer is slow.
@@ -66,7 +71,7 @@ def exchange_tokens(tokenizer: Any, exchange: Exchange, end: Sequence[int]) -> t
 def _places(
     tokenizer: Any, text: str, passages: Sequence[tuple[int, int]], add_special_tokens: bool
 ) -> tuple[list[int], list[list[int]]]:
-    """Tokens of a text, and for each passage (start and end in the text) the places of its tokens."""
+    """Return the tokens of a text, and for each passage (start and end in the text) the places of its tokens."""
     encoded = tokenizer(text, add_special_tokens=add_special_tokens, return_offsets_mapping=True, verbose=False)
     offsets = encoded["offset_mapping"]
     inside = [
@@ -77,7 +82,7 @@ def _places(
 
 
 def _answers(tokenizer: Any, turns: list[dict[str, Any]], chat: str) -> Iterator[tuple[int, int]]:
-    """Where answers begin and end in the text of a chat."""
+    """Find where answers begin and end in the text of a chat."""
     for index, turn in enumerate(turns):
         if turn["role"] == "assistant" and turn.get("weight", 1):  # OpenAI's files say so of what is not to be learnt
             other = _rendered(tokenizer, [*turns[:index], turn | {"content": _STAND_IN}, *turns[index + 1 :]])

@@ -24,7 +24,7 @@ _DECODED = 16  # tokens whose time is taken
 
 
 class CausalLMCLI(FineTuneCLI):
-    """Adds passkey accuracy and what generation costs."""
+    """Adds passkey accuracy and the cost of generation."""
 
     @override
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -66,10 +66,10 @@ class CausalLMCLI(FineTuneCLI):
 
     @override
     def cache(self) -> CacheComparison:
-        """What generation costs after one sequence of the test documents, in the parameters' own type.
+        """Measure the cost of generation after one sequence of the test documents, in the parameters' own dtype.
 
-        Under autocast transformers' cache holds values as float32 and ours as they come: bytes would not compare. A
-        table of positions cuts the sequence, so that what is decoded has its places.
+        Under autocast, transformers' cache holds float32 values and ours the dtype that it gets, so that bytes would
+        not compare. If the model has a table of positions, the sequence is cut to leave room for the decoded tokens.
         """
         device, model = self.trainer.strategy.root_device, self.model.model
         training, home = model.training, model.device

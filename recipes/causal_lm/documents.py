@@ -24,10 +24,10 @@ _BREAKS = ("\n\n", "\n", " ")
 
 
 def split_text(text: str | list[str], held_out_share: float = 0.1, seed: int = 0) -> Mapping[str, Iterable[Document]]:
-    """Documents as "train", "val" and "test"; a document stays in its split when others are added.
+    """Split documents into "train", "val" and "test"; a document stays in its split when others are added.
 
     Args:
-        text: As for `TextDataModule`. Data sets are read as far as documents are taken; a split once per pass.
+        text: As for `TextDataModule`. Every pass over a split reads a data set anew, as far as documents are taken.
         held_out_share: Share of documents in validation and in test, each, in (0, 0.5).
         seed: Order of the documents in files; the rows of a data set keep their own.
     """
@@ -39,7 +39,7 @@ def split_text(text: str | list[str], held_out_share: float = 0.1, seed: int = 0
 
 
 def all_documents(text: str | list[str]) -> Iterable[Document]:
-    """The documents of all splits; `text` as in `split_text`."""
+    """Return the documents of all splits; `text` is as in `split_text`."""
     tables, files = _kinds(text)
     rows = (document for name in tables for _, document in document_rows(name, "text").documents())
     return chain(rows, load_documents(files).values()) if files or not tables else rows
@@ -48,10 +48,10 @@ def all_documents(text: str | list[str]) -> Iterable[Document]:
 def split_documents(
     documents: Mapping[str, Document], held_out_share: float = 0.1, seed: int = 0
 ) -> Mapping[str, list[Document]]:
-    """Documents as "train", "val" and "test", shuffled; a document stays in its split when others are added.
+    """Shuffle and split documents into "train", "val" and "test"; one stays in its split when others are added.
 
-    Documents that are too few for all splits are held out in part, which is said: of each, validation is what stands
-    behind the training's part, and the test is its end.
+    If there are too few documents for all splits, each one is split, with a log line: its first part is for training,
+    the next one for validation, its end for the test.
     """
     names = sorted(documents)
     random.Random(seed).shuffle(names)
@@ -59,10 +59,12 @@ def split_documents(
 
 
 def load_documents(text: str | list[str]) -> dict[str, str]:
-    """Name, of files the whole path, -> document, of "stdlib", files, folders or globs; blank ones are left out.
+    """Load documents from "stdlib", files, folders or globs, without blank ones: name -> document.
+
+    The name of a file is its absolute path.
 
     Raises:
-        ValueError: If nothing is found, or a file is no text.
+        ValueError: If nothing is found, or a file is not text.
     """
     documents: dict[str, str] = {}
     for entry in [text] if isinstance(text, str) else text:
@@ -81,7 +83,7 @@ def load_documents(text: str | list[str]) -> dict[str, str]:
 
 
 def _kinds(text: str | list[str]) -> tuple[list[str], list[str]]:
-    """What are data sets, and what are files."""
+    """Split the entries into data sets and files."""
     entries = [text] if isinstance(text, str) else text
     tables = [entry for entry in entries if entry != STDLIB and is_data_set(entry)]
     return tables, [entry for entry in entries if entry not in tables]
@@ -108,8 +110,8 @@ def _split(documents: Sequence[tuple[str, Document]], held_out_share: float) -> 
     if all(splits.values()) or len(whole) < len(documents):
         return splits
     log.info(
-        "Documents are too few (%d) to hold out whole ones: of each, the last %.0f %% are the test, as much before "
-        "that is validation.",
+        "There are too few documents (%d) to hold out whole ones: the last %.0f %% of each are for the test, as much "
+        "before that for validation.",
         len(whole),
         100 * held_out_share,
     )
@@ -118,7 +120,7 @@ def _split(documents: Sequence[tuple[str, Document]], held_out_share: float) -> 
 
 
 def _parts(document: str, held_out_share: float) -> dict[str, str]:
-    """A document's part in every split, each up to the end of a paragraph, a line or a word."""
+    """Cut a document into its parts for the splits, each up to the end of a paragraph, a line or a word."""
     room = int(held_out_share * len(document) / 2)
     ends = (1 - 2 * held_out_share, 1 - held_out_share)
     val, test = (_break_behind(document, int(end * len(document)), room) for end in ends)
@@ -126,7 +128,7 @@ def _parts(document: str, held_out_share: float) -> dict[str, str]:
 
 
 def _break_behind(document: str, place: int, room: int) -> int:
-    """Where a passage ends, at most `room` characters behind a place; the place itself if none does."""
+    """Find the end of a passage at most `room` characters after a place; the place itself if there is none."""
     found = (document.find(mark, place, place + room) + len(mark) for mark in _BREAKS)
     return next((end for end in found if end > place), place)
 
@@ -144,7 +146,7 @@ def _files(entry: str) -> list[Path]:
     tables = [file for file in files if is_table(file)]
     if tables:
         log.info(
-            "Tables among text are read as they stand, %d in %s; name them by themselves to read their rows.",
+            "Tables among the text files are read as text, %d in %s; name them by themselves to read their rows.",
             len(tables),
             path,
         )

@@ -16,10 +16,10 @@ def load_model(model: str, dtype: torch.dtype = torch.float32) -> Any:
 
     Args:
         model: What to load.
-        dtype: Of the parameters. Casting a loaded model would cast rotary frequencies as well, which loading does not.
+        dtype: Dtype of the parameters. To cast a loaded model would cast its rotary frequencies as well.
 
     Raises:
-        ValueError: If tokens see those behind them, which they are to predict, as in BERT.
+        ValueError: If tokens see later ones, which they are to predict, as in BERT.
     """
     from transformers import AutoModelForCausalLM
 
@@ -27,18 +27,18 @@ def load_model(model: str, dtype: torch.dtype = torch.float32) -> Any:
     layers = [layer for layer in list_layers(found) if layer.problem is None]
     if layers and not any(layer.causal for layer in layers):
         raise ValueError(
-            f"`model` must be a causal language model, got {type(found).__name__} of {model!r}, whose tokens see those "
-            "behind them. Name another."
+            f"`model` must be a causal language model, got {type(found).__name__} of {model!r}, whose tokens see "
+            "later ones. Name another."
         )
     return found
 
 
 @torch.no_grad()
 def check_packing(model: Any) -> None:
-    """Refuse a model whose attention does not end where position ids begin anew; it is tried on a few tokens.
+    """Refuse a model whose attention does not end where position ids begin anew; a few tokens are tried.
 
     Raises:
-        ValueError: If it takes no position ids, or a document changes with what stands before it.
+        ValueError: If it takes no position ids, or if the outputs of a document depend on the document before it.
     """
     refused = f"`data.pack` must be false for {type(model).__name__}, which"
     if "position_ids" not in signature(model.forward).parameters:

@@ -1,4 +1,4 @@
-"""Text that asks for what stands in it, so that attention has something to look up."""
+"""Puts facts and questions on them into text, so that attention has something to look up."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ def with_questions(examples: Sequences, tokenizer: Any, share: float, seed: int 
     The wordings, names and numbers are those that no test of `sparse_prune.evaluation` uses (`text_probes`).
 
     Args:
-        examples: Joined, not packed.
-        tokenizer: Of transformers, with which they were made.
-        share: Of all sequences, in [0, 1]; they stand at even distances.
-        seed: Of all that is drawn.
+        examples: Sequences of joined documents, not of packed ones.
+        tokenizer: The tokenizer of transformers that made them.
+        share: Share of the sequences that get facts, at even distances, in [0, 1].
+        seed: Seed of facts and wordings.
 
     Returns:
-        As many sequences, of the same length.
+        The same number of sequences, of the same length.
 
     Raises:
         ValueError: If there are too few sequences for the share, or facts and questions do not fit their length.

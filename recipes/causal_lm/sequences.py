@@ -1,4 +1,4 @@
-"""Documents as sequences of one length: joined and cut, or packed whole."""
+"""Makes sequences of one length from documents: joined and cut, or packed whole."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ class Sequences(Dataset[dict[str, Tensor]]):
     input_ids: Tensor
     """int64, (sequences, length)."""
     labels: Tensor
-    """The tokens themselves, `IGNORED` where none is to be predicted; like `input_ids`."""
+    """The tokens themselves, `IGNORED` where none is to be predicted; shaped as `input_ids`."""
     position_ids: Tensor | None = None
-    """Places in the documents, from 0 on in each, where they are packed; like `input_ids`."""
+    """Places in packed documents, from 0 on in each, shaped as `input_ids`; None: documents are joined."""
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -59,33 +59,34 @@ def make_sequences(
     argument: str,
     pack: bool = False,
 ) -> Sequences:
-    """Documents as sequences of one length; only as many are read as are needed.
+    """Make sequences of one length from documents, of which no more are read than needed.
 
-    Joined documents, with the end-of-text token behind each, are cut wherever a sequence ends. Packed ones stay whole:
-    a sequence holds as many as have room, then padding, and position ids begin anew in each, by which attention stays
-    inside. The rest of a document that is longer than a sequence begins with the last token of what stands before, so
-    that every token of a document but the first is predicted once, whatever the length.
+    Joined documents, each followed by the end-of-text token, are cut wherever a sequence ends. Packed documents stay
+    whole: a sequence holds as many as fit, then padding. Position ids begin anew in each document, so that attention
+    stays inside of it. A document that is longer than a sequence is cut into parts; each part begins with the last
+    token of the part before, so that every token but the document's first is predicted once, whatever the length.
 
     Args:
-        tokenizer: Of transformers.
-        documents: In their order; of chats and exchanges only the answers are to be predicted.
+        tokenizer: A tokenizer of transformers.
+        documents: Documents, in order; of chats and exchanges only the answers are to be predicted.
         length: Tokens per sequence.
-        count: Sequences; fewer if there is not so much text.
-        purpose: What errors say that the text is for.
-        argument: What errors call the length.
-        pack: Pack documents rather than join them.
+        count: Number of sequences; there are fewer if the text does not suffice.
+        purpose: What the text is for, in errors.
+        argument: Name of the length in errors.
+        pack: Pack documents instead of joining them.
 
     Raises:
-        ValueError: If there is not one sequence in which something is to be predicted.
+        ValueError: If no sequence holds anything to predict.
     """
     sizes: list[int] = []
     tokens = _tokens(tokenizer, documents, sizes)
-    made = _packed(tokens, length, _padding(tokenizer)) if pack else _joined(tokens, length)
+    padding = next((token for token in (tokenizer.pad_token_id, *end_of_text(tokenizer)) if token is not None), 0)
+    made = _packed(tokens, length, padding) if pack else _joined(tokens, length)
     found = list(islice((row for row in made if any(label != IGNORED for label in row.labels[1:])), count))
     if not found and sum(sizes) >= length:
         raise ValueError(
             f"`text` must hold something to predict {purpose}, got {sum(sizes)} tokens without an answer. Give chats "
-            f"in which the assistant answers, or raise `{argument}` where answers come late."
+            f"in which the assistant answers, or raise `{argument}` if answers come late."
         )
     if not found:
         raise ValueError(
@@ -95,18 +96,18 @@ def make_sequences(
     ids, labels, positions = (torch.tensor(column) for column in zip(*found, strict=True))
     if not pack:
         return Sequences(ids, labels)
-    padding = (positions == 0) & (F.pad(positions[:, 1:], (0, 1)) == 0)  # a document has more tokens than one
-    log.info("Packed %s: %d sequences, of which %.1f %% is padding.", purpose, len(ids), 100 * padding.float().mean())
+    padded = (positions == 0) & (F.pad(positions[:, 1:], (0, 1)) == 0)  # a document has more tokens than one
+    log.info("Packed %s: %d sequences, of which %.1f %% is padding.", purpose, len(ids), 100 * padded.float().mean())
     return Sequences(ids, labels, positions)
 
 
 def end_of_text(tokenizer: Any) -> list[int]:
-    """The token that stands behind a document, one or none."""
+    """Return the token that ends a document, in a list; an empty list if the tokenizer has none."""
     return [token for token in (tokenizer.eos_token_id, tokenizer.sep_token_id) if token is not None][:1]
 
 
 def _tokens(tokenizer: Any, documents: Iterable[Document], sizes: list[int]) -> Iterator[_Tokens]:
-    """The tokens of every document, whose numbers are put down."""
+    """Yield the tokens of every document, and append their number to `sizes`."""
     end = end_of_text(tokenizer)
     for document in documents:
         if isinstance(document, str):
@@ -121,7 +122,7 @@ def _tokens(tokenizer: Any, documents: Iterable[Document], sizes: list[int]) -> 
 
 
 def _joined(documents: Iterable[_Tokens], length: int) -> Iterator[_Tokens]:
-    """One document after the other, cut wherever a sequence ends; what is left at the end is dropped."""
+    """Join documents and cut them wherever a sequence ends; drop the rest at the end."""
     rest = _Tokens([], [], [])
     for document in documents:
         rest = _Tokens(*(one + other for one, other in zip(rest, document, strict=True)))
@@ -131,7 +132,7 @@ def _joined(documents: Iterable[_Tokens], length: int) -> Iterator[_Tokens]:
 
 
 def _packed(documents: Iterable[_Tokens], length: int, padding: int) -> Iterator[_Tokens]:
-    """Each document, or part of one, where the least room is left behind it."""
+    """Put each document, or part of one, into the sequence in which it leaves the least room."""
     waiting: list[list[_Tokens]] = []
     for document in documents:
         for part in _parts(document, length):
@@ -148,7 +149,7 @@ def _packed(documents: Iterable[_Tokens], length: int, padding: int) -> Iterator
 
 
 def _parts(document: _Tokens, length: int) -> Iterator[_Tokens]:
-    """A document as parts no longer than a sequence. Each shares a token with the next; its first does not count."""
+    """Cut a document in parts no longer than a sequence. Each shares a token with the next; its first is unlabelled."""
     for start in range(0, len(document.ids) - 1, length - 1):
         ids, labels, positions = _part(document, start, start + length)
         yield _Tokens(ids, [IGNORED, *labels[1:]], [position - start for position in positions])
@@ -163,11 +164,7 @@ def _room(row: list[_Tokens], length: int) -> int:
 
 
 def _filled(row: list[_Tokens], length: int, padding: int) -> _Tokens:
-    """A whole sequence. Every token of padding is a document of its own, which nothing attends to."""
+    """Fill a sequence up. Every token of padding is a document of its own, to which nothing attends."""
     ids, labels, positions = ([value for part in row for value in part[column]] for column in range(3))
     room = length - len(ids)
     return _Tokens(ids + [padding] * room, labels + [IGNORED] * room, positions + [0] * room)
-
-
-def _padding(tokenizer: Any) -> int:
-    return next((token for token in (tokenizer.pad_token_id, *end_of_text(tokenizer)) if token is not None), 0)

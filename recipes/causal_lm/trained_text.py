@@ -27,8 +27,9 @@ def describe_split(text: str | list[str], held_out_share: float, seed: int) -> d
 def unseen_documents(text: str | list[str], told: Mapping[str, Any] | None) -> tuple[Iterable[Document], str]:
     """Return documents that a model was not trained on, and a description of which part of the text they are.
 
-    Of the training text these are the test documents that the training held out, of stdlib and `hub:NAME` those that
-    causal_lm holds out, and of other text all. Files are recognised by their paths: copies count as other text.
+    Of the training text, these are the test documents that the training held out; of other stdlib or `hub:NAME` text,
+    those that causal_lm holds out; of any other text, all of it. Files are known by their paths, so that copies count
+    as other text.
 
     Raises:
         ValueError: If the text overlaps with the training text, but is not the same.
@@ -41,7 +42,8 @@ def unseen_documents(text: str | list[str], told: Mapping[str, Any] | None) -> t
     if told and {_digest(place) for one in places for place in _around(one)} & {*told["places"]}:
         raise ValueError(
             f"`text` must be all of the text that the model was trained on, of which the held-out part is taken, or "
-            f"none of it, got {text!r}, which is a part, or more. Name it as the training did, or name other text."
+            f"none of it, got {text!r}, which is only a part, or holds more. Name it as the training did, or name "
+            "other text."
         )
     files = [name for name in names if name != STDLIB and not name.startswith(PREFIX)]
     others = [name for name in names if name not in files]
@@ -52,14 +54,14 @@ def unseen_documents(text: str | list[str], told: Mapping[str, Any] | None) -> t
 
 
 def _places(names: Iterable[str]) -> set[str]:
-    """Files and folders by their absolute paths, data sets by their names."""
+    """Name files and folders by their absolute paths, data sets by their names."""
     places = [name if name == STDLIB else place_of(name) for name in names]
     found = [(place, files_at(place.removeprefix(PREFIX))) for place in places]
     return {path for place, files in found for path in ([str(file.resolve()) for file in files] or [place])}
 
 
 def _around(place: str) -> Iterator[str]:
-    """A place, the folders around it, and the files inside it."""
+    """Yield a place, the folders around it, and the files inside it."""
     path = Path(place)
     yield place
     if path.is_absolute():

@@ -15,7 +15,7 @@ from sparse_prune.recipes.long_range.module import ListOpsModule
 
 
 class ListOpsCLI(FineTuneCLI):
-    """Takes the length from the data; reports the share of the commonest class, which guessing would get."""
+    """Takes the length from the data; reports the share of the commonest class, the accuracy of guessing it always."""
 
     exportable = False
 

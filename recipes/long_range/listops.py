@@ -44,7 +44,7 @@ class Rules:
         if not 0 <= self.min_length < self.max_length - 1:
             raise ValueError(
                 f"`min_length` must be at least 0 and two less than `max_length`, got {self.min_length} and "
-                f"{self.max_length}."
+                f"{self.max_length}. Raise `max_length`."
             )
         if self.max_depth < 2 or self.max_args < 2:
             raise ValueError(f"`max_depth` and `max_args` must be at least 2, got {self.max_depth}, {self.max_args}.")

@@ -51,7 +51,7 @@ class LabelledTextDataModule(ClassificationDataModule):
 
     Raises:
         FileNotFoundError: If the file or the data set does not exist.
-        ValueError: If a number is out of range, a column or a label is missing, or a file is no text.
+        ValueError: If a number is out of range, a column or a label is missing, or a file is not text.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class LabelledTextDataModule(ClassificationDataModule):
         return list(islice(_in_turns(classes), count))
 
     def _examples(self, tokenizer: object, texts: list[str], label: int) -> Iterator[Example]:
-        """Chunks of a class's documents, one of each document in turn."""
+        """Yield chunks of a class's documents, one of each document in turn."""
         chunks = [islice(self._chunks(tokenizer, text), self.chunks_per_document) for text in texts]
         return (chunk | {"labels": torch.tensor(label)} for chunk in _in_turns(chunks))
 
@@ -150,7 +150,7 @@ def _by_label(classes: Sequence[str], texts: Sequence[tuple[int, str, str]]) -> 
 
 
 def _stdlib() -> Documents:
-    """Documents of the packages with the most files."""
+    """Return the documents of the packages with the most files."""
     files = {name: text for name, text in stdlib_documents().items() if _TABLES not in Path(name).parts}
     largest = Counter(Path(name).parts[0] for name in files if len(Path(name).parts) > 1).most_common(_STDLIB_CLASSES)
     found: Documents = {package: {} for package in sorted(name for name, _ in largest)}

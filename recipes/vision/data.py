@@ -34,8 +34,8 @@ class ImageDataModule(ClassificationDataModule):
             images per class, or `hub:NAME[:CONFIG[:IMAGE[:LABEL]]]` for the training split of a data set of the hub or
             in a folder (`data_rows`).
         image_size: Pixels per side after bilinear resizing.
-        mean: Mean of values in [0, 1] for the pretrained model; it is subtracted.
-        std: Their standard deviation for the pretrained model; it divides them.
+        mean: Mean of the pretrained model's values in [0, 1]; it is subtracted.
+        std: Standard deviation of the pretrained model's values; they are divided by it.
         batch_size: Images per batch.
         train_examples: Most images to train on.
         val_examples: Most images of validation.
@@ -119,7 +119,7 @@ class SquareImages(Dataset[Example]):
         }
 
     def _pixels(self, image: np.ndarray[Any, Any]) -> Tensor:
-        """(3, size, size)."""
+        """Resize and normalise an image to (3, size, size)."""
         values = torch.from_numpy(image).float()
         values = values.expand(3, *values.shape) if values.dim() == 2 else values.movedim(-1, 0)
         size = (self.size, self.size)

@@ -14,9 +14,9 @@ import numpy as np
 from sparse_prune.recipes.base.labels import numbered
 from sparse_prune.recipes.base.rows import PREFIX, data_rows, is_data_set
 from sparse_prune.recipes.base.sources import files_by_class
+from sparse_prune.words import some
 
 log = logging.getLogger(__name__)
-_NAMED = 3  # broken files that an error names
 _BROKEN = (OSError, SyntaxError, ValueError)  # Pillow's errors for broken images
 _BITS, _SIGNED = 258, 339
 """Tags of TIFF: bits of a sample, and its format, of which 2 is a signed integer."""
@@ -70,10 +70,9 @@ class LabelledImages:
             except _BROKEN as error:
                 broken.append(f"{str(source)!r} ({error})")
         if broken:
-            more = f", and {len(broken) - _NAMED} more" if len(broken) > _NAMED else ""
             raise ValueError(
-                f"`data` must hold images that can be read, got {'; '.join(broken[:_NAMED])}{more}. Copy them again, "
-                "or remove them."
+                f"`data` must hold images that can be read, got {some(broken, comma='; ')}. Copy them again, or remove "
+                "them."
             )
 
     @property
@@ -83,14 +82,14 @@ class LabelledImages:
 
 
 def _source(image: Path | Mapping[str, Any]) -> Path | io.BytesIO:
-    """The file or the bytes of an image."""
+    """Return the file or the bytes of an image."""
     if isinstance(image, Path):
         return image
     return Path(image["path"]) if image["bytes"] is None else io.BytesIO(image["bytes"])
 
 
 def _decoded(source: Path | io.BytesIO) -> np.ndarray[Any, Any]:
-    """The image, rotated as its camera was; values are of white, as `_white` tells it."""
+    """Decode an image, rotated as its camera was; values are shares of white (`_white`)."""
     from PIL import Image, ImageOps
 
     try:
@@ -109,7 +108,7 @@ def _decoded(source: Path | io.BytesIO) -> np.ndarray[Any, Any]:
 
 
 def _white(image: Any) -> float | None:
-    """The value of white by the image's mode in Pillow; None if Pillow brings it to 255.
+    """Return the value of white by the image's mode in Pillow; None if Pillow brings it to 255.
 
     Only few formats hold 16 bits as integers of 32. Other integers of 32 bits may be of any scale, and a guess by the
     values would show the images of one data set in several.
@@ -120,7 +119,7 @@ def _white(image: Any) -> float | None:
         return None
     tags = getattr(image, "tag_v2", {})
     if image.mode == "I" and image.format not in ("PNG", "PPM") and tags.get(_BITS) != (16,):
-        raise ValueError("integers of 32 bits, of which no one knows what is white: save them as 8 or 16 bits")
+        raise ValueError("integers of 32 bits, whose value of white is unknown: save them as 8 or 16 bits")
     return 2.0**15 - 1 if tags.get(_SIGNED) == (2,) else 2.0**16 - 1
 
 
@@ -169,7 +168,7 @@ def _says_labels(root: Path) -> bool:
 
 
 def _image_files(root: Path) -> list[tuple[str, Path]]:
-    """Class and file, of files with suffixes that Pillow reads."""
+    """List class and file of the files with suffixes that Pillow reads."""
     from PIL import Image
 
     suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}

@@ -28,8 +28,8 @@ class VisionModule(ClassificationModule):
         **training: As for `FineTuneModule`.
 
     Raises:
-        ValueError: If a number is out of range, `width` is not a multiple of `heads`, or `image_size` not the model's
-            own, or not a multiple of `patch_size`, or the model takes other images than those of 3 channels.
+        ValueError: If a number is out of range, `width` is not a multiple of `heads`, `image_size` is not that of the
+            model or not a multiple of `patch_size`, or the model does not take images of 3 channels.
     """
 
     def __init__(
@@ -50,9 +50,12 @@ class VisionModule(ClassificationModule):
         if model is None:
             check_range("[1, inf)", patch_size=patch_size, width=width, layers=layers, heads=heads)
             if width % heads:
-                raise ValueError(f"`width` must be a multiple of `heads`, got {width} and {heads}.")
+                raise ValueError(f"`width` must be a multiple of `heads`, got {width} and {heads}. Change one of them.")
             if image_size % patch_size:
-                raise ValueError(f"`image_size` must be a multiple of `patch_size`, got {image_size} and {patch_size}.")
+                raise ValueError(
+                    f"`image_size` must be a multiple of `patch_size`, got {image_size} and {patch_size}. Change "
+                    "one of them."
+                )
             config = ViTConfig(
                 image_size=image_size,
                 patch_size=patch_size,

@@ -56,7 +56,7 @@ def list_layers(model: nn.Module, example: Any = None) -> list[FoundLayer]:
 
 
 def _claims(modules: dict[str, nn.Module], calls: list[TrialCalls | None]) -> list[list[str]]:
-    """The modules of each family: its candidates and those whose calls it saw, unless an earlier family claims them."""
+    """Assign modules to families: candidates and those whose calls were seen, to the first family that claims them."""
     free, claims = dict(modules), []
     for family, made in zip(FAMILIES, calls, strict=True):
         mine = {*family.candidates(free), *(made or ())}
@@ -141,7 +141,7 @@ def detach(model: nn.Module) -> None:
 
 
 def _unreached(modules: dict[str, nn.Module], found: list[str], tried: bool) -> list[FoundLayer]:
-    """Innermost modules that are called attention and that no family found."""
+    """List the innermost modules that are called attention and that no family found."""
     named = [name for name, module in modules.items() if re.search("att(ention|n)", type(module).__name__.lower())]
     problem = "computes attention in its own code, without SDPA or the AttentionInterface"
     if not tried:

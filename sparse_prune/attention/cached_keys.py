@@ -50,7 +50,7 @@ class HeadSet:
 
     @cached_property
     def index(self) -> Tensor | slice:
-        """What picks the heads out of all on their device, where it stays: a copy per token would wait."""
+        """Index of the set's heads among all, on their device: a copy for every token would wait for the GPU."""
         return slice(None) if len(self.heads) == self.num_kv_heads else self.heads.to(self.device)
 
     @cached_property
@@ -60,9 +60,9 @@ class HeadSet:
         return slots.flatten(1).to(self.device)
 
     def row_mask(self, row: int, pattern: BlockPattern) -> Tensor | None:
-        """Slots that the queries of one pattern row attend to, (heads, group, 1, slots); None: all of them.
+        """Mark the slots that the queries of one pattern row attend to, (heads, group, 1, slots); None: all of them.
 
-        Kept until another row is asked for, as decoding stays in a row for many tokens.
+        The result is kept until another row is asked for, as decoding stays in a row for many tokens.
         """
         if row != self._row:
             keep = self.block_mask(row, row + 1, pattern)
@@ -71,7 +71,7 @@ class HeadSet:
         return self._row_mask
 
     def block_mask(self, first_row: int, end_row: int, pattern: BlockPattern) -> Tensor:
-        """Held blocks that rows of the pattern attend to, (heads, group, rows, blocks), on the CPU."""
+        """Mark the held blocks that rows of the pattern attend to, (heads, group, rows, blocks), on the CPU."""
         cols = int(self.blocks.max()) + 1 if self.blocks.numel() else 0
         keep = torch.unflatten(pattern.keep_rows(first_row, end_row, cols), 0, (self.num_kv_heads, -1))[self.heads]
         return keep.take_along_dim(self.blocks[:, None, None, :], -1)
@@ -104,14 +104,18 @@ class HeldKeys:
     blocks: HeldBlocks
     """Where each head's blocks stand."""
     ends: Tensor
-    """Per KV head the slot behind its last one, int64, on the keys' device."""
+    """Per KV head, the slot after its last one, int64, on the keys' device."""
 
     @classmethod
     def gather(cls, heads: list[HeadKeys], kept: list[Tensor], room: int, block: int, length: int) -> HeldKeys:
-        """Copy the blocks that are `kept` of each head (their places among its blocks, ascending).
+        """Copy the kept blocks of each head, with room for later tokens.
 
-        There is room for as many later blocks of tokens behind the last one of the sequence, whose length counts what
-        was evicted as well.
+        Args:
+            heads: Keys and values of every KV head.
+            kept: Per KV head, the places of the kept blocks among its blocks, ascending.
+            room: Number of blocks to leave room for, after the last one of the sequence.
+            block: Tokens per key block.
+            length: Tokens of the sequence, evicted ones included.
         """
         fresh = torch.arange(room) + num_blocks(length, block)
         of_count: dict[int, list[int]] = {}
@@ -127,7 +131,7 @@ class HeldKeys:
             for head, own in zip(members, blocks, strict=True):
                 place[head, own] = torch.arange(count + room) + first // block
                 slots = (kept[head][:, None] * block + torch.arange(block)).flatten()
-                # Only the sequence's last block may be partly filled; a prompt has no room behind it.
+                # Only the sequence's last block may be partly filled; a prompt has no room after it.
                 partly = count > 0 and int(own[count - 1]) == length // block
                 slots = slots[: count * block - (-length % block if partly else 0)].to(keys.device)
                 keys[:, first : first + len(slots)] = heads[head].keys[:, slots]
@@ -163,8 +167,8 @@ class HeldKeys:
 class CachedKeys:
     """All keys and values that a layer's cache holds, those of the latest queries included.
 
-    The model's code gets it from its cache in place of both tensors and passes it on. It is no tensor: whatever
-    computes with it, other than attention that was taken over, fails instead of taking some keys for all.
+    The model's code gets it from its cache in place of both tensors and passes it on. It is not a tensor: any code but
+    an attached attention layer fails on it, instead of mistaking some keys for all of them.
     """
 
     held: HeldKeys
@@ -218,7 +222,7 @@ class CachedKeys:
         return output.flatten(1, 2)
 
     def _mask(self, head_set: HeadSet, q_len: int, used: int, options: AttentionOptions) -> Tensor | None:
-        """Which slots each query attends to, (batch or 1, heads, group or 1, q_len or 1, used); None: all."""
+        """Mark the slots that each query attends to, (batch or 1, heads, group or 1, q_len or 1, used); None: all."""
         block_q, block_kv = self.pattern.block_size
         _, num_kv_heads, length, _ = self.shape
         start, device = length - q_len, head_set.device
@@ -244,7 +248,7 @@ class CachedKeys:
 
 def _misused(operation: str) -> str:
     return (
-        f"What `PatternCache` holds must go as it is to attention that was taken over, got `{operation}` of it. "
-        "If the model was detached, call `sparse_prune.attention.attach(model)`; else its code changes keys or values "
-        "behind the cache: use a cache that evicts nothing, such as DynamicCache()."
+        "Keys and values of a `PatternCache` must be passed on unchanged to an attached attention layer, got "
+        f"`{operation}`. If the model was detached, call `sparse_prune.attention.attach(model)`. Otherwise its code "
+        "changes keys or values after the cache: use a cache that evicts nothing, such as DynamicCache()."
     )

@@ -1,4 +1,4 @@
-"""The pattern of one call: with later keys, which a prefix's or image's mask may show, or for the last queries."""
+"""Adapts a pattern to one call: to one that shows later keys, as prefixes and images do, or to the last queries."""
 
 from __future__ import annotations
 
@@ -41,6 +41,6 @@ def last_rows(pattern: BlockPattern, q_len: int, kv_len: int, causal: bool, devi
 
 
 def _later(first: int, end: int, cols: int, block_size: tuple[int, int]) -> Tensor:
-    """Blocks in which some key is later than some query, (end - first, cols)."""
+    """Mark the blocks in which some key is later than some query, (end - first, cols)."""
     block_q, block_kv = block_size
     return (torch.arange(cols) + 1) * block_kv - 1 > torch.arange(first, end)[:, None] * block_q

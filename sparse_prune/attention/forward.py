@@ -76,7 +76,7 @@ _SEATS = ("forward", "_old_forward")
 
 
 def _seat(module: nn.Module) -> str:
-    """The attribute that holds the module's forward: accelerate renames it when it adds a hook."""
+    """Name the attribute that holds the module's forward: accelerate renames it when it adds a hook."""
     return "_old_forward" if "_hf_hook" in vars(module) and "_old_forward" in vars(module) else "forward"
 
 

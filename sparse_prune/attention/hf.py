@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from sparse_prune.attention.handles import FoundLayer, handle_of, modules_of
 from sparse_prune.attention.hf_attention import BESIDE_EAGER, IMPLEMENTATION, REFUSED, attention_forward, claims_causal
 from sparse_prune.attention.hf_configs import restore_implementation, set_implementation
-from sparse_prune.attention.hf_masks import make_mask, newest, window_of
+from sparse_prune.attention.hf_make_mask import make_mask
+from sparse_prune.attention.hf_masks import newest, window_of
 from sparse_prune.attention.layer import PrunableAttention
 from sparse_prune.attention.trial_run import TrialCall, TrialCalls, describe, named_cross
 
@@ -130,7 +131,7 @@ def register() -> None:
 
 
 def _implementation(model: nn.Module, config: Any, sharing: list[nn.Module]) -> str:
-    """The implementation for layers that share a config."""
+    """Choose the implementation for layers that share a config."""
     known = all(handle_of(module) is not None and getattr(module, "is_causal", False) for module in sharing)
     return IMPLEMENTATION if known or _sdpa_holds(model.modules(), config) else BESIDE_EAGER
 
@@ -147,7 +148,7 @@ def attached_layers(model: nn.Module) -> list[PrunableAttention]:
     """Return the handles of an attached transformers decoder, one per layer, in the order of its cache.
 
     Raises:
-        ValueError: If the model is no decoder, or a layer of its cache has no handle or is not causal.
+        ValueError: If the model is not a decoder, or a layer of its cache has no handle or is not causal.
     """
     config: Any = getattr(model, "config", None)
     if config is None or getattr(config, "is_encoder_decoder", False):
@@ -205,7 +206,7 @@ def refused(name: str, module: nn.Module) -> str | None:
 
 
 def _heads(module: Any) -> tuple[int | None, int | None]:
-    """Query and key heads, by the layer itself or else by its config, which may count an encoder's."""
+    """Count query and key heads, by the layer itself or else by its config, which may count an encoder's."""
     counts = (getattr(module, name, None) for name in ("num_heads", "num_attention_heads", "n_heads"))
     heads = next((count for count in counts if isinstance(count, int)), None)
     if heads is None:
@@ -224,7 +225,7 @@ def _hands_over(module: nn.Module, argument: str) -> bool:
 
 @cache
 def _keywords(forward: Callable[..., Any]) -> dict[str, ast.expr]:
-    """Keyword arguments of calls of the attention function; none without source, as in a frozen program."""
+    """Read the keyword arguments of calls of the attention function; none without source, as in a frozen program."""
     try:
         source = inspect.getsource(forward)
     except (OSError, TypeError):

@@ -25,10 +25,10 @@ from sparse_prune.attention.hf_masks import (
     window_of,
 )
 from sparse_prune.attention.layer import PrunableAttention
-from sparse_prune.attention.masks import assert_hides_future, hides_future
 from sparse_prune.attention.softcap import softcapped
 from sparse_prune.attention.trial_run import BIAS
 from sparse_prune.kernels import AttentionOptions
+from sparse_prune.kernels.dropout import draw_seed
 
 log = logging.getLogger(__name__)
 IMPLEMENTATION = "sparse_prune"
@@ -85,7 +85,7 @@ _run_own_eagerly: Callable[..., tuple[Tensor, Tensor | None]] = torch.compiler.d
 
 
 def _eager_function(kind: type[nn.Module]) -> Callable[..., Any]:
-    """The eager attention function in the file of a layer's class."""
+    """Find the eager attention function in the file of a layer's class."""
     forward: Any = inspect.unwrap(kind.forward)
     for name in forward.__code__.co_names:
         if name.endswith("eager_attention_forward"):
@@ -110,7 +110,7 @@ def _dense(
     softcap: float | None = None,
     **kwargs: Any,
 ) -> Tensor:
-    """The model's own attention by SDPA, (batch, num_heads, q_len, head_dim)."""
+    """Compute the model's own attention by SDPA, (batch, num_heads, q_len, head_dim)."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     causal = claims_causal(module, is_causal)
@@ -128,7 +128,7 @@ def _dense(
 
 
 def _for_kernels(mask: Tensor | None, window: int | None, causal: bool) -> tuple[Tensor | None, int | None]:
-    """Mask and window for the kernels, whose windows are causal: others become part of the mask."""
+    """Return mask and window for the kernels, whose windows are causal: others become part of the mask."""
     return (mask, window) if mask is None or window is None or causal else (expand(mask, causal), None)
 
 
@@ -204,13 +204,10 @@ def _shows_no_later_key(
     """Whether a call is causal: the flag holds unless there is a mask over all pairs, which is read instead."""
     if window is not None:
         return True
-    if mask is None or mask.dim() == 2:
-        return flag or (q_len == 1 and handle.causal)
-    if torch.compiler.is_compiling():
-        if handle.causal:
-            assert_hides_future(mask, q_len, kv_len, handle.name)
+    pairs = None if mask is None or mask.dim() == 2 else mask
+    if pairs is not None and pairs.shape[-1] != kv_len and not torch.compiler.is_compiling():
         return handle.causal
-    return hides_future(mask, q_len, kv_len) if mask.shape[-1] == kv_len else handle.causal
+    return handle.hides_later_keys(pairs, flag, q_len, kv_len)
 
 
 _attend_eagerly = torch.compiler.disable(_attend)  # type: ignore[no-untyped-call, unused-ignore]
@@ -228,7 +225,7 @@ def _options(
         documents=tokens if tells_documents(tokens) else None,
         window=window,
         dropout_p=dropout,
-        seed=int(torch.randint(2**62, ())) if dropout else None,
+        seed=draw_seed(dropout),
         softcap=softcap,
     )
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from sparse_prune.attention.cached_keys import CachedKeys
 from sparse_prune.attention.call_patterns import last_rows, opened
 from sparse_prune.attention.gradient import with_gradient
+from sparse_prune.attention.masks import assert_hides_future, hides_future
 from sparse_prune.kernels import (
     AttentionOptions,
     block_sparse_attention,
@@ -46,7 +47,7 @@ class CallShape(NamedTuple):
     head_dim: int
     """Channels of a head."""
     dtype: torch.dtype
-    """Of query, key and value."""
+    """Dtype of query, key and value."""
     device: torch.device
     """Device of query, key and value."""
     options: AttentionOptions = AttentionOptions()
@@ -85,7 +86,7 @@ class PrunableAttention:
     statistics: BlockStatistics | None = None
     """Statistics of row mass since `take_statistics`."""
     mass: bool = True
-    """Whether row mass is collected; without it nothing but `score_sums` is."""
+    """Whether row mass is collected; if not, `score_sums` alone are."""
     score: Score | None = None
     """A score with sums of its own, to be collected beside row mass; None: there is none."""
     score_sums: BlockStatistics | None = None
@@ -136,6 +137,19 @@ class PrunableAttention:
         """Whether calls go to the model's own attention: there is no pattern to apply and nothing to probe."""
         untouched = (self.mode == "dense" or self._pattern is None) and self.probe_block_size is None
         return untouched or self.aside is not None
+
+    def hides_later_keys(self, mask: Tensor | None, flag: bool, q_len: int, kv_len: int) -> bool:
+        """Whether a call hides later keys from every query, by its mask over all pairs or else by its flag.
+
+        torch.compile cannot read a mask: then it is as the layer, and the compiled graph asserts it.
+        """
+        if mask is None:
+            return flag or (q_len == 1 and self.causal)
+        if not torch.compiler.is_compiling():
+            return hides_future(mask, q_len, kv_len)
+        if self.causal:
+            assert_hides_future(mask, q_len, kv_len, self.name)
+        return self.causal
 
     def pattern_at(self, q_len: int, kv_len: int) -> BlockPattern:
         """Return the pattern for a call's lengths in tokens."""
@@ -210,8 +224,8 @@ class PrunableAttention:
             if dropped is None:
                 raise ValueError(
                     f"Layer {self.name!r} sees a window of its tokens, and its cache may have dropped keys that the "
-                    "pattern counts. Generate with past_key_values=PatternCache(model), or with DynamicCache() where "
-                    "that refuses the model."
+                    "pattern counts. Generate with past_key_values=PatternCache(model), or with DynamicCache() if "
+                    "the former refuses the model."
                 )
             return self._attend_cached(call, dropped)
         pattern = self._pattern_of(call)
@@ -222,7 +236,7 @@ class PrunableAttention:
         return self._with_gradient(output, call)
 
     def _pattern_of(self, call: _Call) -> BlockPattern:
-        """The pattern for a call's lengths; if the call shows later keys, it keeps all of these."""
+        """Return the pattern for a call's lengths; if the call shows later keys, it keeps all of these."""
         pattern = self.pattern_at(call.q_len, call.kv_len)
         return opened(pattern) if pattern.causal and not call.causal else pattern
 
@@ -320,7 +334,7 @@ class PrunableAttention:
         return check_backend(self.backend).decode if self.mode == "sparse" and not torch.is_grad_enabled() else None
 
     def _cached(self, key: Tensor | CachedKeys, value: Tensor | CachedKeys) -> CachedKeys:
-        """The keys and values of a `PatternCache`, checked to be of this layer's pattern."""
+        """Check that the keys and values of a `PatternCache` are of this layer's pattern, and return them."""
         if not isinstance(key, CachedKeys) or value is not key:
             raise ValueError(
                 f"Layer {self.name!r} must get keys and values from one PatternCache, got others. "
@@ -334,7 +348,7 @@ class PrunableAttention:
         return key
 
     def _attend_cached(self, call: _Call, dropped: int) -> Tensor:
-        """Attention of the last queries against a cache: by the backend's decoding, or else under a mask."""
+        """Compute attention of the last queries against a cache: by the backend's decoding, or else under a mask."""
         assert self._pattern is not None
         query, key, value, options, causal = call
         decode = None if dropped else self._decode
@@ -371,7 +385,7 @@ class _Call(NamedTuple):
         return self._replace(query=self.query.detach(), key=self.key.detach(), value=self.value.detach())
 
     def shape(self) -> CallShape:
-        """What of the call tells its time."""
+        """Everything about the call that its time depends on."""
         batch, _, q_len, head_dim = self.query.shape
         options = self.options.with_masks(lambda mask: mask.to("meta") if mask.dtype == torch.bool else mask)
         dtype, device, value_dim = self.value.dtype, self.query.device, self.value.shape[3]
@@ -379,6 +393,6 @@ class _Call(NamedTuple):
 
 
 def _causal_too(options: AttentionOptions, length: int, device: torch.device) -> AttentionOptions:
-    """The options of a causal call under a bidirectional pattern: causality becomes a mask."""
+    """Return the options of a causal call under a bidirectional pattern: causality becomes a mask."""
     lower = torch.ones(length, length, dtype=torch.bool, device=device).tril()[None, None]
     return replace(options, attn_mask=lower if options.attn_mask is None else options.attn_mask & lower)

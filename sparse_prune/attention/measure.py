@@ -68,7 +68,7 @@ def in_words(times: Mapping[str, float]) -> str:
 def _each(
     layer: PrunableAttention, backends: Iterable[str], work: Callable[[PrunableAttention, str], _T]
 ) -> dict[str, _T]:
-    """The results of `work` by backend, without those that fail: a measurement must not end a run."""
+    """Return the results of `work` by backend, without those that fail: a measurement must not end a run."""
     results = {}
     for backend in backends:
         try:
@@ -87,12 +87,12 @@ def _own_pattern(layer: PrunableAttention) -> BlockPattern:
 def tune(
     layer: PrunableAttention, backends: Sequence[str], seconds: float, pattern: BlockPattern | None = None
 ) -> list[str]:
-    """Find the backends' fastest launch configurations, where they have any, for the layer's last training call.
+    """Find the fastest launch configurations of backends that have some, for the layer's last training call.
 
     Args:
         layer: A layer that has seen a training call.
         backends: Names of backends.
-        seconds: After which no other configuration is tried.
+        seconds: Seconds after which no other configuration is tried.
         pattern: As in `time_attention`.
 
     Returns:
@@ -119,7 +119,7 @@ def _time(layer: PrunableAttention, backend: str, pattern: BlockPattern, hidden:
 def _attention(
     layer: PrunableAttention, backend: str, pattern: BlockPattern, query: Tensor, key: Tensor, value: Tensor
 ) -> Callable[[], Tensor]:
-    """Attention like the layer's with a backend, or "dense", as a model computes it without a pattern."""
+    """Make attention like the layer's with a backend, or "dense", as a model computes it without a pattern."""
     q_len, kv_len, options = query.shape[2], key.shape[2], _options(layer)
     if backend != "dense":
         return partial(block_sparse_attention, query, key, value, pattern, options, backend=backend)
@@ -150,7 +150,7 @@ def _attention(
 
 
 def _options(layer: PrunableAttention) -> AttentionOptions:
-    """The options of the last call, with masks that hide nothing: time depends on their shapes, not their values.
+    """Return the options of the last call, with masks that hide nothing: time depends on their shapes alone.
 
     Documents are those of the call, as time depends on their lengths.
     """

@@ -21,6 +21,7 @@ from sparse_prune.attention.masks import is_bias, visible
 from sparse_prune.attention.sdpa import call_is_causal
 from sparse_prune.attention.trial_run import TrialCall, TrialCalls, describe, named_cross
 from sparse_prune.kernels import AttentionOptions
+from sparse_prune.kernels.dropout import draw_seed
 
 KIND = "mha"
 _NESTED = "_nested_tensor_before_pruning"
@@ -134,7 +135,7 @@ def detach(model: nn.Module) -> None:
 
 
 def _no_fast_path(module: nn.Module, args: Any) -> None:
-    """A hook without effect: an encoder layer takes no fast path around a module that has one."""
+    """Do nothing: an encoder layer takes no fast path around a module that has a hook."""
 
 
 def _forward(module: nn.Module, own: Callable[..., Any] | None, *args: Any, **kwargs: Any) -> Any:
@@ -190,7 +191,7 @@ def _attend(
         key_mask=key_mask,
         attn_mask=None if is_causal and causal and layer.causal else attn_mask,
         dropout_p=dropout,
-        seed=int(torch.randint(2**62, ())) if dropout else None,
+        seed=draw_seed(dropout),
     )
     everything = AttentionOptions(key_mask=key_mask, attn_mask=attn_mask).token_mask(length, length, query.device)
     output = layer.attend(
@@ -211,7 +212,7 @@ def _attend(
 
 
 def _project(module: nn.MultiheadAttention, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
-    """Query, key and value, (batch, num_heads, length, head_dim) each."""
+    """Project to query, key and value, (batch, num_heads, length, head_dim) each."""
     weight, bias = module.in_proj_weight, module.in_proj_bias
     if weight is None:
         weight = torch.cat([module.q_proj_weight, module.k_proj_weight, module.v_proj_weight])
@@ -234,7 +235,7 @@ def _as_sdpa(mask: Tensor | None) -> Tensor | None:
 
 
 def _weights(layer: PrunableAttention, query: Tensor, key: Tensor, mask: Tensor | None) -> Tensor:
-    """Attention probabilities under the layer's pattern, (batch, num_heads, length, length)."""
+    """Compute attention probabilities under the layer's pattern, (batch, num_heads, length, length)."""
     length = query.shape[2]
     logits: Tensor = query @ key.transpose(2, 3) * query.shape[3] ** -0.5
     if layer.mode != "dense" and layer.pattern is not None:

@@ -12,7 +12,7 @@ from sparse_prune.attention.handles import handles_in
 
 @contextmanager
 def all_connections(model: nn.Module) -> Iterator[None]:
-    """Let a model attend by all its connections inside the block, and probe nothing; one without patterns stays."""
+    """Let a model attend by all its connections inside the block, and probe nothing; without patterns it stays."""
     layers = list(handles_in(model).values())
     before = [(layer.mode, layer.probe_block_size) for layer in layers]
     try:

@@ -20,7 +20,7 @@ def renamings(names: Collection[str], others: Collection[str]) -> dict[tuple[str
 
 
 def _prefixes(name: str, other: str) -> tuple[str, str]:
-    """The prefixes of two names before their longest common suffix, in whole parts."""
+    """Return the prefixes of two names before their longest common suffix, in whole parts."""
     one, two = name.split("."), other.split(".")
     common = 0
     while common < min(len(one), len(two)) and one[-1 - common] == two[-1 - common]:

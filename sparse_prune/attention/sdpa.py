@@ -19,10 +19,11 @@ from torch.overrides import TorchFunctionMode
 from sparse_prune.attention.forward import replace_forward, replaced, restore_forward, routed, run_original
 from sparse_prune.attention.handles import FoundLayer, handle_of, modules_of
 from sparse_prune.attention.layer import PrunableAttention
-from sparse_prune.attention.masks import assert_hides_future, hides_future, is_bias, split
+from sparse_prune.attention.masks import is_bias, split
 from sparse_prune.attention.sdpa_callers import can_call_sdpa
 from sparse_prune.attention.trial_run import BIAS, TrialCall, TrialCalls, describe, run_example
 from sparse_prune.kernels import AttentionOptions
+from sparse_prune.kernels.dropout import draw_seed
 
 KIND = "sdpa"
 _LENGTH = 4  # tokens when a module is tried alone
@@ -164,8 +165,7 @@ def attend(
     q_len, kv_len = query.shape[2], key.shape[2]
     causal = call_is_causal(layer, q_len, kv_len, attn_mask, is_causal)
     key_mask, attn_mask_ = split(attn_mask, query.shape[0], kv_len)
-    seed = int(torch.randint(2**62, ())) if dropout_p else None
-    options = AttentionOptions(scale, key_mask, attn_mask_, dropout_p=dropout_p, seed=seed)
+    options = AttentionOptions(scale, key_mask, attn_mask_, dropout_p=dropout_p, seed=draw_seed(dropout_p))
     return layer.attend(query, key, value, options, dense=dense, causal=causal)
 
 
@@ -182,12 +182,6 @@ def call_is_causal(
     if q_len != kv_len and (is_causal or torch.is_grad_enabled()):
         counted = " with is_causal=True, which SDPA counts from the first key" if is_causal else ""
         layer.refuse(f"cross-attention ({q_len} queries, {kv_len} keys{counted})")
-    if attn_mask is None:
-        return is_causal or (q_len == 1 and layer.causal)
-    if torch.compiler.is_compiling():
-        if layer.causal:
-            assert_hides_future(attn_mask, q_len, kv_len, layer.name)
-        return layer.causal
-    if is_bias(attn_mask):
+    if attn_mask is not None and not torch.compiler.is_compiling() and is_bias(attn_mask):
         layer.refuse(BIAS)
-    return hides_future(attn_mask, q_len, kv_len)
+    return layer.hides_later_keys(attn_mask, is_causal, q_len, kv_len)

@@ -56,7 +56,7 @@ def _mentions(function: FunctionType, owner: type[nn.Module], seen: set[CodeType
 
 
 def _names(code: CodeType) -> Iterator[str]:
-    """Names of globals and attributes that code uses, inner functions included."""
+    """Yield the names of globals and attributes that code uses, inner functions included."""
     yield from code.co_names
     for constant in code.co_consts:
         if isinstance(constant, CodeType):

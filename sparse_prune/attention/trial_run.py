@@ -78,7 +78,7 @@ def _never(nothing: None) -> Tensor:
 
 
 def _converted(parameter: Tensor, tensor: Tensor) -> Tensor:
-    """An input on the parameter's device and, if floating-point, in its precision, as trainers convert batches."""
+    """Convert an input to the parameter's device and, if floating-point, to its precision, as trainers do."""
     return tensor.to(parameter.device, parameter.dtype if tensor.is_floating_point() else tensor.dtype)
 
 

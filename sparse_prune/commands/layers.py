@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from sparse_prune.attention import FoundLayer, list_layers
-from sparse_prune.install_hints import refusals
+from sparse_prune.refusals import refusals
 
 _KINDS = "a hub id or a folder of a transformers model, timm:NAME, or package.module:factory, a callable"
 COLUMNS = ("layer", "kind", "heads", "kv heads", "causal", "window", "cannot be pruned because")
@@ -25,7 +25,7 @@ def main(args: list[str] | None = None) -> None:
     )
     parser.add_argument("model", help=_KINDS)
     given = parser.parse_args(args)
-    with refusals(parser):
+    with refusals(parser.error):
         model, example = build(given.model)
         layers = list_layers(model, example)
     print(table(layers))
@@ -77,12 +77,12 @@ def _made(module: str, attribute: str) -> nn.Module:
     except TypeError as error:
         raise ValueError(f"{module}:{attribute} must be callable without arguments: {error}") from error
     if not isinstance(model, nn.Module):
-        raise ValueError(f"{module}:{attribute} must return an nn.Module, got {type(model).__name__}.")
+        raise ValueError(f"{module}:{attribute} must return an nn.Module, got {type(model).__name__}. Name another.")
     return model
 
 
 def _transformers(name: str) -> nn.Module:
-    """A model from its configuration, on the meta device."""
+    """Make a model from its configuration, on the meta device."""
     import transformers
 
     folder = Path(name).expanduser()

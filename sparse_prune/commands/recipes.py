@@ -12,7 +12,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from sparse_prune.files import user_path, whole_folder
-from sparse_prune.install_hints import refusals
+from sparse_prune.refusals import refusals
 
 _PACKAGE = "sparse_prune.recipes"
 
@@ -90,7 +90,7 @@ def main(args: list[str] | None = None) -> None:
     if given.action == "run":
         _run(running, known, given, rest)
     elif given.action == "copy":
-        with refusals(parser):
+        with refusals(parser.error):
             written = copy(known[given.name], given.folder)
         print(f"Copied {len(written)} files. Edit them, then, in {given.folder.resolve().parent}:")
         print(f"  python -m {given.folder.name} fit --config quickstart")

@@ -110,7 +110,7 @@ def live_bytes(device: torch.device) -> int:
 
 
 def _prefill(model: Any, inputs: Tensor, cache: Any, chunk: int) -> Tensor:
-    """The next token, (1, 1)."""
+    """Prefill, and return the next token, (1, 1)."""
     for start in range(0, inputs.shape[1], chunk):
         logits = model(input_ids=inputs[:, start : start + chunk], past_key_values=cache, logits_to_keep=1).logits
     return torch.as_tensor(logits[:, -1:].argmax(-1))

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparse_prune import reports
 from sparse_prune.evaluation.tasks import Example, Question, Task, build
 from sparse_prune.evaluation.tasks.task import Split
 
@@ -138,7 +139,7 @@ def answer(model: Any, example: Example, make_cache: Callable[[], Any] | None = 
 
 
 def _cached(model: Any, example: Example, cache: Any) -> Callable[[Question], Tensor]:
-    """The logits of a question and its answer after the context, (tokens, vocabulary)."""
+    """Make a function that computes the logits of a question and its answer after the context, (tokens, vocabulary)."""
     model(input_ids=_row(model, example.context), past_key_values=cache, logits_to_keep=1)
 
     def logits(question: Question) -> Tensor:
@@ -151,7 +152,7 @@ def _cached(model: Any, example: Example, cache: Any) -> Callable[[Question], Te
 
 
 def _uncached(model: Any, example: Example) -> Callable[[Question], Tensor]:
-    """As `_cached`, but of the last tokens alone where the model can be asked for them."""
+    """Make the function of `_cached` without a cache, for the last tokens alone if the model can be asked for them."""
     before, few = list(example.context), "logits_to_keep" in inspect.signature(model.forward).parameters
 
     def logits(question: Question) -> Tensor:
@@ -173,15 +174,11 @@ def counted(dense: TaskScore) -> bool:
 
 def table(rows: Iterable[tuple[str, TaskScore, TaskScore]]) -> str:
     """Format a Markdown table: per task its name, the dense model's score and the pruned one's."""
-    lines = [
-        "| task | dense | pruned | log-probability, nats per token | counted |",
-        "| --- | ---: | ---: | ---: | --- |",
-    ]
+    lines = []
     for name, dense, pruned in rows:
         note = "yes" if counted(dense) else f"not counted, dense solves {dense.accuracy:.0%}"
-        prob = f"{dense.log_prob:.2f} / {pruned.log_prob:.2f}"
-        lines.append(f"| {name} | {_share(dense)} | {_share(pruned)} | {prob} | {note} |")
-    return "\n".join(lines)
+        lines.append((name, _share(dense), _share(pruned), f"{dense.log_prob:.2f} / {pruned.log_prob:.2f}", note))
+    return reports.table(("task", "dense:", "pruned:", "log-probability, nats per token:", "counted"), lines)
 
 
 def _share(score: TaskScore) -> str:

@@ -14,6 +14,7 @@ from sparse_prune.export.patterns import PATTERN_FILE, read_pattern_file
 from sparse_prune.files import whole_file
 from sparse_prune.pattern import BlockPattern
 from sparse_prune.pictures import LEGEND, framed_atlas, views
+from sparse_prune.reports import table
 
 log = logging.getLogger(__name__)
 
@@ -105,7 +106,7 @@ def _facts(header: Mapping[str, Any], patterns: Mapping[str, BlockPattern]) -> s
         schedule = header["schedule"]
         rows["schedule"] = f"{schedule['kind']} of {schedule['of']}, final {schedule.get('final', '?')}"
     rows["written by"] = header["library"]
-    return "| | |\n| --- | --- |\n" + "\n".join(f"| {key} | {value} |" for key, value in rows.items())
+    return table(("", ""), rows.items())
 
 
 def _draw(patterns: Mapping[str, BlockPattern], path: Path) -> bool:
@@ -131,23 +132,23 @@ def _evaluation(folder: Path) -> dict[str, Any]:
 
 
 def _table(report: Mapping[str, Any]) -> str:
-    """Dense beside pruned, with the 95 % intervals of the retrieval tasks."""
-    rows = ["| measured | tokens | dense | pruned |", "| --- | ---: | ---: | ---: |"]
+    """Show dense beside pruned, with the 95 % intervals of the retrieval tasks."""
+    rows: list[tuple[object, ...]] = []
     for dense, pruned in zip(report["dense"], report["pruned"], strict=True):
         length, one, other = dense["length"], dense["cost"], pruned["cost"]
         rows += [
-            f"| loss, nats per token | {length} | {dense['loss']:.4f} | {pruned['loss']:.4f} |",
-            f"| KV cache, MiB | {length} | {one['kv_bytes'] / 2**20:.2f} | {other['kv_bytes'] / 2**20:.2f} |",
-            f"| decoding, tokens per second | {length} | {one['decode_tokens_per_s']:.1f} "
-            f"| {other['decode_tokens_per_s']:.1f} |",
+            ("loss, nats per token", length, *(f"{loss:.4f}" for loss in (dense["loss"], pruned["loss"]))),
+            ("KV cache, MiB", length, *(f"{cost['kv_bytes'] / 2**20:.2f}" for cost in (one, other))),
+            ("decoding, tokens per second", length, *(f"{c['decode_tokens_per_s']:.1f}" for c in (one, other))),
         ]
     for task in report["tasks"]:
-        both = f"{_right(task['dense'])} | {_right(task['pruned'])}"
-        rows.append(f"| {task['task']}, right (95 % interval) | {task['length']} | {both} |")
+        name = f"{task['task']}, right (95 % interval)"
+        rows.append((name, task["length"], _right(task["dense"]), _right(task["pruned"])))
     setup = ", ".join(
         f"{key}: {report['setup'][key]}" for key in ("text", "dtype", "machine") if key in report["setup"]
     )
-    return "## Evaluation\n\n" + "\n".join(rows) + f"\n\nMeasured by `sparse-prune evaluate` ({setup})."
+    measured = table(("measured", "tokens:", "dense:", "pruned:"), rows)
+    return f"## Evaluation\n\n{measured}\n\nMeasured by `sparse-prune evaluate` ({setup})."
 
 
 def _right(score: Mapping[str, Any]) -> str:
@@ -156,7 +157,7 @@ def _right(score: Mapping[str, Any]) -> str:
 
 
 def _results(report: Mapping[str, Any]) -> list[Any]:
-    """What the hub shows beside the card; of the pruned model."""
+    """Describe the results of the pruned model, which the hub shows beside the card."""
     from huggingface_hub import EvalResult
 
     if not report:

@@ -121,7 +121,7 @@ def _kv_reaches(layer: PrunableAttention) -> list[Reach | None]:
 
 
 def _streaming(rows: int, sinks: int, recent: int) -> torch.Tensor:
-    """Blocks that sinks and a window keep, boolean, (rows, rows)."""
+    """Mark the blocks that sinks and a window keep, boolean, (rows, rows)."""
     row, col = torch.arange(rows)[:, None], torch.arange(rows)
     return (col <= row) & ((col < sinks) | (row - col < recent))
 

@@ -81,7 +81,7 @@ def _give_pattern(module: Any, query: Tensor, key: Tensor) -> None:
 
 
 def _pattern_file(config: Any) -> Path:
-    """Beside the model's weights, in the folder or the hub's repository that it was loaded from."""
+    """Find the pattern file beside the model's weights, in the folder or hub repository that it was loaded from."""
     name = str(getattr(config, "name_or_path", ""))
     if name and Path(name).is_dir():
         file = Path(name, PATTERN_FILE).resolve()
@@ -123,10 +123,10 @@ def _layers(file: Path, stamp: int) -> dict[int, _Layer]:
 
 @torch.compiler.disable  # type: ignore[untyped-decorator, unused-ignore]
 def _without_room(mask: Tensor) -> Tensor:
-    """A mask of the last queries without the places of a static cache that wait for later keys.
+    """Cut the places of a static cache that wait for later keys off a mask of the last queries.
 
-    What no sample's last query sees, at the end, is such a place: the latest token of the longest sample is no padding.
-    Shape (batch, 1 or num_heads, q_len, kv_len).
+    These are the last places, which no sample's last query sees: the latest token of the longest sample is no padding.
+    The mask is (batch, 1 or num_heads, q_len, kv_len).
     """
     last = mask[:, :, -1]
     seen = (last if last.dtype == torch.bool else last == 0).flatten(0, -2).any(0).nonzero()

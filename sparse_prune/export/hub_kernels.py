@@ -86,7 +86,7 @@ def _is_own(build: Path) -> bool:
 
 
 def _sources() -> dict[str, str]:
-    """Path in the package -> source, of the entry and all that it imports."""
+    """Collect path in the package -> source, of the entry and all that it imports."""
     found: dict[str, str] = {}
     waiting = [_ENTRY]
     while waiting:
@@ -102,7 +102,7 @@ def _sources() -> dict[str, str]:
 
 
 def _imports(module: str, source: str) -> list[str]:
-    """Modules of this library that one imports, inside of functions too; all of a package that looks for its own."""
+    """List the modules of this library that one imports, inside functions too; all of a package that finds its own."""
     tree, found = ast.parse(source), []
     for node in _from_here(tree):
         for alias in node.names:
@@ -114,7 +114,7 @@ def _imports(module: str, source: str) -> list[str]:
 
 
 def _relative(module: str, source: str) -> str:
-    """The source with imports from this library made relative to the module."""
+    """Make imports from this library relative to the module, in its source."""
     dots = "." * (module.count(".") + _is_package(module))
     lines = source.splitlines(keepends=True)
     for node in _from_here(ast.parse(source)):
@@ -139,6 +139,6 @@ def _is_package(module: str) -> bool:
 
 
 def _path(module: str) -> Path:
-    """Of a module in the package."""
+    """Return the path of a module in the package."""
     parts = module.split(".")[1:]
     return Path(*parts, "__init__.py") if _is_package(module) else Path(*parts).with_suffix(".py")

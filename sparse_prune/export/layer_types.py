@@ -46,7 +46,7 @@ def with_layer_types(model: Any) -> Any:
 
 
 def _window(layer: PrunableAttention) -> int | None:
-    """Tokens of a layer's window; None if it is full."""
+    """Return the tokens of a layer's window; None if attention is full."""
     if layer.pattern is None or layer.mode == "dense":
         return None
     heads = reaches(layer.pattern, layer.name)
@@ -69,7 +69,7 @@ def _words(reach: Reach | None) -> str:
 
 
 def _one(layers: list[PrunableAttention], windows: list[int | None]) -> int:
-    """The width of all windows."""
+    """Return the width of all windows."""
     found = {tokens: layer.name for layer, tokens in zip(layers, windows, strict=True) if tokens is not None}
     if len(found) != 1:
         raise ValueError(f"`model` must have windows of one width, got {found or 'full layers alone'}. {_REMEDY}")
@@ -77,7 +77,7 @@ def _one(layers: list[PrunableAttention], windows: list[int | None]) -> int:
 
 
 def _changes(model: Any, layers: list[PrunableAttention], windows: list[int | None], window: int) -> dict[str, Any]:
-    """What the configuration has to say."""
+    """Return the changes of the configuration."""
     config, declared = model.config, vars(model.config)
     if len(layers) != getattr(config, "num_hidden_layers", None) or "sliding_window" not in declared:
         raise ValueError(
@@ -108,7 +108,7 @@ def _changes(model: Any, layers: list[PrunableAttention], windows: list[int | No
 
 
 def _rebuilt(model: Any, changes: dict[str, Any]) -> Any:
-    """A model of another configuration with the same parameters and buffers."""
+    """Make a model of another configuration with the same parameters and buffers."""
     twin = empty_twin(model, changes)
     twin.load_state_dict(model.state_dict(keep_vars=True), assign=True)
     twin.tie_weights()
@@ -120,7 +120,7 @@ def _rebuilt(model: Any, changes: dict[str, Any]) -> Any:
 
 
 def _covering(layer: PrunableAttention, tokens: int) -> BlockPattern:
-    """The window's blocks and those that it reaches into."""
+    """Mark the window's blocks and those that it reaches into."""
     pattern = layer.pattern
     assert pattern is not None
     row, col = torch.arange(pattern.keep.shape[1])[:, None], torch.arange(pattern.keep.shape[2])

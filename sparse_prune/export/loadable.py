@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from sparse_prune.export.sharded import plain_class
+from sparse_prune.sharded import plain_class
+from sparse_prune.words import some
 
 
 def loadable(model: Any) -> Any:
@@ -36,7 +37,7 @@ def loadable(model: Any) -> Any:
 
 
 def _from_its_class(model: Any) -> str:
-    """In what its weights differ from those of its class; empty if in nothing."""
+    """Tell how a model's weights differ from those of its class; empty if they do not."""
     found = _shapes(model)
     if quantization(model) not in (None, "gguf"):
         # The quantizer put layers of its own into the model while it was loaded. Adapters keep those as `base_layer`.
@@ -98,12 +99,12 @@ def empty_twin(model: Any, changes: Mapping[str, Any] | None = None) -> Any:
 
 
 def _shapes(model: Any) -> dict[str, Any]:
-    """Shapes of weights; those that a quantizer keeps in a form of its own have none."""
+    """Return the shapes of weights; None for those that a quantizer keeps in a form of its own."""
     return {name: getattr(value, "shape", None) for name, value in model.state_dict().items()}
 
 
 def _shared(model: Any) -> set[str]:
-    """Names of parameters that have another name before."""
+    """Return the names of parameters that have another name before."""
     first: dict[int, str] = {}
     named = model.named_parameters(remove_duplicate=False)
     return {name for name, parameter in named if first.setdefault(id(parameter), name) != name}
@@ -112,11 +113,6 @@ def _shared(model: Any) -> set[str]:
 def _difference(
     missing: Collection[str], unexpected: Collection[str], reshaped: Collection[str], shared: Collection[str] = ()
 ) -> str:
-    """Empty if there is none."""
+    """Tell the differences; empty if there are none."""
     parts = {"none for": missing, "also": unexpected, "other shapes for": reshaped, "those of others for": shared}
-    return "; ".join(f"{what} {_some(names)}" for what, names in parts.items() if names)
-
-
-def _some(names: Collection[str]) -> str:
-    shown = ", ".join(sorted(names)[:3])
-    return f"{shown} and {len(names) - 3} more" if len(names) > 3 else shown
+    return "; ".join(f"{what} {some(sorted(names))}" for what, names in parts.items() if names)

@@ -1,4 +1,4 @@
-"""A pruned model as a folder: the model's own files, and its patterns beside them."""
+"""Saves a pruned model as a folder: the model's own files, and its patterns beside them."""
 
 from __future__ import annotations
 
@@ -9,33 +9,23 @@ from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, get_args
+from typing import Any
 
-import torch
 from torch import Tensor
 
-from sparse_prune.attention import PrunableAttention
-from sparse_prune.attention.apply import fitting_layers
 from sparse_prune.attention.handles import handles_in
-from sparse_prune.attention.layer import Mode
 from sparse_prune.distributed import is_first_rank, on_first_rank
 from sparse_prune.export.card import CARD, PICTURE, is_own, tell_of_card, write_card
-from sparse_prune.export.loadable import check_loaded, empty_twin, loadable, model_class, quantization
+from sparse_prune.export.loadable import empty_twin, loadable, quantization
+from sparse_prune.export.loading import HALVES, HEADER, absolute, identity
 from sparse_prune.export.patterns import PATTERN_FILE, read_pattern_file, save_patterns
 from sparse_prune.export.provenance import describe_pruning
-from sparse_prune.export.sharded import is_sharded, plain_class, whole_weights
-from sparse_prune.files import carry_over, file_hash, obstacle, previous, whole_folder
-from sparse_prune.kernels import BACKENDS, check_backend, usable_backend
+from sparse_prune.files import carry_over, file_hash, obstacle, whole_folder
 from sparse_prune.pattern import BlockPattern
 from sparse_prune.pruner import AttentionPruner
+from sparse_prune.sharded import is_sharded, whole_weights
 
 log = logging.getLogger(__name__)
-
-_HEADER = {"model", "attention", "buffers", "files"}
-"""What the header of an export holds, and that of patterns alone does not."""
-_HALVES = ("bfloat16", "float16")
-_HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
-_SHAPE = ("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "hidden_size", "vocab_size")
 
 
 def save_pretrained(
@@ -82,7 +72,7 @@ def save_pretrained(
     write = partial(_write, model, folder, pruner, tokenizer, told, evaluation)
     if is_sharded(model):
         return on_first_rank(partial(write, whole_weights(model)))
-    return write(None) if is_first_rank() else _absolute(folder)
+    return write(None) if is_first_rank() else absolute(folder)
 
 
 def _write(
@@ -95,7 +85,7 @@ def _write(
     weights: dict[str, Tensor] | None,
 ) -> Path:
     """Write an export; `weights` are those of a sharded model."""
-    target = _absolute(folder)
+    target = absolute(folder)
     patterns, layers = _state(model)
     check_folder(folder)
     dtypes = {parameter.dtype for parameter in model.parameters() if parameter.dtype.is_floating_point}
@@ -105,7 +95,7 @@ def _write(
         _save_model(model, new, weights)
         if tokenizer is not None:
             tokenizer.save_pretrained(new)
-        files = {str(file.relative_to(new)): file_hash(file) for file in _files(new)}
+        files = {str(file.relative_to(new)): file_hash(file) for file in sorted(new.rglob("*")) if file.is_file()}
         details = {
             "library": f"sparse_prune {version('sparse_prune')}",
             "model": identity(model),
@@ -136,7 +126,7 @@ def check_folder(folder: str | os.PathLike[str], argument: str = "folder") -> No
         ValueError: If `folder` holds something else, or if no other folder can take its place: a mount point, the
             working folder, a place where this process may not write.
     """
-    target = _absolute(folder)
+    target = absolute(folder)
     occupied = target.exists() and (not target.is_dir() or any(target.iterdir()))
     if occupied and _export_header(target) is None:
         raise ValueError(
@@ -149,84 +139,6 @@ def check_folder(folder: str | os.PathLike[str], argument: str = "folder") -> No
             f"`{argument}` must be a folder that another can take the place of, got {os.fspath(folder)!r}: {reason}. "
             "Name a folder inside it, or elsewhere."
         )
-
-
-def load(
-    name: str | os.PathLike[str],
-    *,
-    backend: str | None = None,
-    verify: bool = True,
-    revision: str | None = None,
-    token: str | None = None,
-    **options: Any,
-) -> Any:
-    """Load a pruned model as it was saved, in eval mode; on the same machine its logits are the same, bit for bit.
-
-    Another machine, or another `backend`, gives them up to rounding. No file is unpickled and no code of the folder
-    runs.
-
-    Args:
-        name: A folder that `save_pretrained` wrote, or a hub repository.
-        backend: One of `BACKENDS` for all pruned layers; None: those at the time of saving ("gather" in place of
-            "triton" where there is no GPU).
-        verify: Whether to compare every file's SHA-256 with the one at the time of saving.
-        revision: Branch, tag or commit of the hub repository.
-        token: Access token of the hub.
-        **options: Passed to the model class's `from_pretrained`; its dtype is that of the export unless given.
-
-    Raises:
-        FileNotFoundError: If there is no such folder, or no patterns in it.
-        ValueError: If a file was altered, or if patterns, weights and model do not belong together; the message names
-            what differs.
-    """
-    if backend is not None:
-        check_backend(backend)
-    if "output_loading_info" in options:
-        raise ValueError("`output_loading_info` must be left out: weights that do not fit are an error. Remove it.")
-    folder = _fetch(os.fspath(name), revision, token)
-    if not (folder / PATTERN_FILE).is_file():
-        raise FileNotFoundError(
-            f"`name` must be a folder or repository with {PATTERN_FILE}, got {os.fspath(name)!r}. "
-            "Write it with `sparse_prune.export.save_pretrained`."
-        )
-    patterns, header = read_pattern_file(folder / PATTERN_FILE)
-    if not _HEADER.issubset(header):
-        raise ValueError(
-            f"{PATTERN_FILE} must belong to an export, got patterns alone. Put them on a model with `load_patterns` "
-            "and `sparse_prune.attention.apply_patterns`."
-        )
-    if verify:
-        _verify(folder, header["files"])
-    kind = model_class(header["model"]["class"])
-    if kind is None:
-        raise ValueError(
-            f"The exported model must be of a class of transformers, got {header['model']['class']!r}. "
-            "Update transformers."
-        )
-    settings = {"dtype": "auto", "trust_remote_code": False, **options, "use_safetensors": True}
-    model, report = kind.from_pretrained(folder, **settings, output_loading_info=True)
-    _compare("class", header["model"], identity(model))
-    check_loaded(kind, report)
-    _cast_buffers(model, header["buffers"])
-    _apply(model, patterns, header["attention"], backend)
-    return model.eval()
-
-
-def export_header(
-    name: str | os.PathLike[str], *, revision: str | None = None, token: str | None = None
-) -> dict[str, Any]:
-    """Read what an export tells of itself, as JSON types.
-
-    Args:
-        name: A folder that `save_pretrained` wrote, or a hub repository.
-        revision: Branch, tag or commit of the hub repository.
-        token: Access token of the hub.
-
-    Raises:
-        FileNotFoundError: If there is no such folder, or no patterns in it.
-        ValueError: If the patterns cannot be read.
-    """
-    return read_pattern_file(_fetch(os.fspath(name), revision, token) / PATTERN_FILE)[1]
 
 
 def push_to_hub(
@@ -278,7 +190,7 @@ def push_to_hub(
 
 
 def _cards_to_leave(api: Any, repo_id: str, revision: str | None) -> list[str]:
-    """Files of the export that must not replace those of a repository."""
+    """List the files of the export that must not replace those of a repository."""
     if not api.file_exists(repo_id, CARD, revision=revision):
         return []
     if is_own(Path(api.hf_hub_download(repo_id, CARD, revision=revision))):
@@ -287,21 +199,14 @@ def _cards_to_leave(api: Any, repo_id: str, revision: str | None) -> list[str]:
     return [CARD, PICTURE]
 
 
-def identity(model: Any) -> dict[str, Any]:
-    """What must agree for patterns to fit a model."""
-    config = model.config.get_text_config(decoder=True) if hasattr(model.config, "get_text_config") else model.config
-    shape = {name: getattr(config, name, None) for name in _SHAPE}
-    return {"class": plain_class(model).__name__, "model_type": model.config.model_type, **shape}
-
-
 def _hub_name(model: Any) -> str | None:
-    """The hub's name that a model was loaded by; None if it was a folder of this machine, of which nothing is told."""
+    """Return the hub's name that a model was loaded by; None if it was a folder, whose path is not told."""
     name = str(model.config.name_or_path)
     return name if name.count("/") == 1 and not name.startswith(("/", ".", "~")) and not Path(name).exists() else None
 
 
 def _state(model: Any) -> tuple[dict[str, BlockPattern], dict[str, dict[str, Any]]]:
-    """Patterns by layer name, and how each layer computes."""
+    """Return the patterns by layer name, and how each layer computes."""
     patterns, layers = {}, {}
     for name, handle in handles_in(model).items():
         if handle.pattern is None:
@@ -321,24 +226,15 @@ def _state(model: Any) -> tuple[dict[str, BlockPattern], dict[str, dict[str, Any
 
 
 def _names(model: Any) -> dict[str, str]:
-    """Layer as the pruner calls it, which may have found it in a module around the model -> its name in the model."""
+    """Map a layer's name for the pruner, which may know a module around the model, to its name in the model."""
     return {handle.name: name for name, handle in handles_in(model).items()}
 
 
 def _buffers(model: Any) -> dict[str, str]:
-    """Types of the buffers that loading makes anew: `model.to(bfloat16)` casts rotary frequencies, loading does not."""
+    """Tell the types of buffers that loading makes anew: `model.to(bfloat16)` casts rotary frequencies, loading not."""
     saved = model.state_dict()
     kinds = {name: str(b.dtype).removeprefix("torch.") for name, b in model.named_buffers() if name not in saved}
-    return {name: kind for name, kind in kinds.items() if kind in _HALVES}
-
-
-def _cast_buffers(model: Any, kinds: Mapping[str, str]) -> None:
-    known = dict(model.named_buffers())
-    for name, kind in kinds.items():
-        if name not in known or kind not in _HALVES:
-            raise ValueError(f"The patterns are of another model: it has a buffer {name!r} of type {kind!r}.")
-        owner, _, attribute = name.rpartition(".")
-        setattr(model.get_submodule(owner), attribute, known[name].to(getattr(torch, kind)))
+    return {name: kind for name, kind in kinds.items() if kind in HALVES}
 
 
 def _save_model(model: Any, folder: Path, weights: dict[str, Tensor] | None) -> None:
@@ -352,88 +248,10 @@ def _save_model(model: Any, folder: Path, weights: dict[str, Tensor] | None) -> 
     shell.save_pretrained(folder, state_dict=model.state_dict() if weights is None else weights)
 
 
-def _files(folder: Path) -> list[Path]:
-    return sorted(file for file in folder.rglob("*") if file.is_file())
-
-
 def _export_header(folder: Path) -> dict[str, Any] | None:
-    """The header of an export; None if the folder is none."""
+    """Read the header of an export; None if the folder holds none."""
     try:
         header = read_pattern_file(folder / PATTERN_FILE)[1]
     except (FileNotFoundError, ValueError):
         return None
-    return header if _HEADER.issubset(header) else None
-
-
-def _absolute(folder: str | os.PathLike[str]) -> Path:
-    return Path(folder).expanduser().resolve()
-
-
-def _fetch(name: str, revision: str | None, token: str | None) -> Path:
-    folder = _absolute(name)
-    if folder.is_dir():
-        return folder
-    if previous(folder).is_dir():
-        return previous(folder)
-    if name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise FileNotFoundError(f"`name` must be an existing folder, got {name!r}. Check the path.")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(name, revision=revision, token=token, allow_patterns=_HUB_FILES))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
-        raise FileNotFoundError(
-            f"`name` must be an existing folder or hub repository, got {name!r}, which is no folder here and which the "
-            "hub did not give. Check the path, or the repository, `revision`, `token` and the network."
-        ) from error
-
-
-def _verify(folder: Path, files: Mapping[str, str]) -> None:
-    for name, expected in files.items():
-        path = folder / name
-        if Path(name).is_absolute() or ".." in Path(name).parts:
-            raise ValueError(f"{PATTERN_FILE} must name files of its own folder, got {name!r}.")
-        if not path.is_file():
-            raise ValueError(f"The export must hold {name!r}, which is missing. Copy or download it again.")
-        if file_hash(path) != expected:
-            raise ValueError(
-                f"{name!r} was altered since the patterns were saved. Export the model again, "
-                "or load with verify=False if you changed it yourself."
-            )
-
-
-def _compare(what: str, expected: Mapping[str, Any], found: Mapping[str, Any]) -> None:
-    wrong = [
-        f"{key} {expected[key]!r} there, {found.get(key)!r} here" for key in expected if expected[key] != found.get(key)
-    ]
-    if wrong:
-        raise ValueError(f"The patterns are of another model: {'; '.join(wrong)} ({what} {found.get('class')}).")
-
-
-def _apply(
-    model: Any, patterns: Mapping[str, BlockPattern], layers: Mapping[str, Mapping[str, Any]], backend: str | None
-) -> None:
-    """Put patterns on a model. Nothing is changed if anything does not fit."""
-    handles = fitting_layers(model, patterns)
-    if patterns.keys() != layers.keys():
-        raise ValueError(f"The header must describe the layers that have patterns, got {sorted(layers)[:4]}.")
-    for name, handle in handles.items():
-        _check_layer(handle, layers[name])
-    for name, handle in handles.items():
-        part = layers[name]
-        handle.pattern = patterns[name]
-        handle.mode = "sparse" if backend is not None and part["mode"] == "masked" else part["mode"]
-        handle.backend = backend or usable_backend(part["backend"])
-
-
-def _check_layer(handle: PrunableAttention, part: Mapping[str, Any]) -> None:
-    if part["num_kv_heads"] != handle.num_kv_heads:
-        raise ValueError(
-            f"The patterns are of another model: layer {handle.name!r} has {part['num_kv_heads']} key heads there, "
-            f"{handle.num_kv_heads} here."
-        )
-    if part["mode"] not in get_args(Mode) or part["backend"] not in BACKENDS:
-        raise ValueError(
-            f"Layer {handle.name!r} must have one of the modes {get_args(Mode)} and a known backend, got {dict(part)}."
-        )
+    return header if HEADER.issubset(header) else None

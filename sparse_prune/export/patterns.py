@@ -80,7 +80,7 @@ def load_patterns(path: str | os.PathLike[str], unused: bool = False) -> dict[st
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it is no such file, of another version or rule, cut short or altered.
+        ValueError: If it is another kind of file, of another version or rule, cut short or altered.
     """
     patterns, learned, _ = _read(path)
     return {**patterns, **learned} if unused else patterns
@@ -103,7 +103,7 @@ def read_pattern_file(path: str | os.PathLike[str]) -> tuple[dict[str, BlockPatt
 def _read(
     path: str | os.PathLike[str],
 ) -> tuple[dict[str, BlockPattern], dict[str, BlockPattern], dict[str, Any]]:
-    """Patterns in force, unused ones, and the header."""
+    """Read patterns in force, unused ones, and the header."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"`path` must be a pattern file, got {os.fspath(path)!r}, which does not exist.")
     try:
@@ -159,7 +159,7 @@ def _decode_version_2(tensors: Mapping[str, Tensor], header: Mapping[str, Any]) 
 
 
 def _checksum(header: str, tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 of the header's text and of every tensor's name, type, shape and bytes."""
+    """Compute the SHA-256 of the header's text and of every tensor's name, type, shape and bytes."""
     digest = hashlib.sha256(header.encode())
     for name in sorted(tensors):
         tensor = tensors[name].contiguous()

@@ -22,7 +22,7 @@ def probe_attention(
 ) -> BlockStatistics:
     """Collect row-mass statistics of dense attention per block: by the Triton kernel on a GPU, else in torch.
 
-    On a GPU the sums stay there and the host does not wait. If logits were not finite, the sums are not, either.
+    On a GPU the sums stay there and the host does not wait. Logits that are not finite give sums that are not.
 
     Args:
         query: (batch, num_heads, q_len, head_dim), after position encoding.
@@ -103,13 +103,13 @@ def probe_score(
 
 
 def _probe_kernels(query: Tensor, block_size: tuple[int, int]) -> ModuleType | None:
-    """The Triton kernels, if they probe such a call on its device."""
+    """Return the Triton kernels, if they probe such a call on its device."""
     kernels = triton_kernels() if query.device.type == "cuda" else None
     return kernels if kernels is not None and kernels.probes(query, block_size) else None
 
 
 def _hidden_but_padding(options: AttentionOptions, query: Tensor, key: Tensor) -> Tensor | None:
-    """Masks, documents and window as one mask, without padding, which hides queries as well."""
+    """Combine masks, documents and window into one mask, without padding, which hides queries as well."""
     if options.documents is None and options.window is None:
         return options.attn_mask
     return replace(options, key_mask=None).token_mask(query.shape[2], key.shape[2], query.device)
@@ -152,7 +152,7 @@ def _check(query: Tensor, key: Tensor, value: Tensor, pattern: BlockPattern, opt
     if query.dim() != 4 or key.dim() != 4 or value.dim() != 4 or value.shape[:3] != key.shape[:3]:
         raise ValueError(
             "`query`, `key` and `value` must have shape (batch, heads, length, head_dim), `value` with the first three "
-            f"sizes of `key`, got {tuple(query.shape)}, {tuple(key.shape)}, {tuple(value.shape)}."
+            f"sizes of `key`, got {tuple(query.shape)}, {tuple(key.shape)}, {tuple(value.shape)}. Reshape them."
         )
     if not query.dtype == key.dtype == value.dtype and not torch.is_autocast_enabled(query.device.type):
         raise ValueError(
@@ -163,25 +163,29 @@ def _check(query: Tensor, key: Tensor, value: Tensor, pattern: BlockPattern, opt
     if key.shape[0] != batch or key.shape[3] != head_dim or (heads % key.shape[1] if key.shape[1] else heads):
         raise ValueError(
             f"`key` must have batch {batch}, head_dim {head_dim} and a number of heads that divides {heads}, "
-            f"got {tuple(key.shape)}."
+            f"got {tuple(key.shape)}. Repeat or select its heads."
         )
     if pattern.num_heads != heads:
-        raise ValueError(f"`pattern` must have {heads} heads like `query`, got {pattern.num_heads}.")
+        raise ValueError(f"`pattern` must have {heads} heads like `query`, got {pattern.num_heads}. Pass that layer's.")
     if (pattern.q_len, pattern.kv_len) != (q_len, key.shape[2]):
         raise ValueError(
             f"`pattern` must cover lengths ({q_len}, {key.shape[2]}), got ({pattern.q_len}, {pattern.kv_len}). "
             "Use `pattern.at(q_len, kv_len)`."
         )
     if options.key_mask is not None and options.key_mask.shape != (batch, key.shape[2]):
-        raise ValueError(f"`key_mask` must have shape ({batch}, {key.shape[2]}), got {tuple(options.key_mask.shape)}.")
+        raise ValueError(
+            f"`key_mask` must have shape ({batch}, {key.shape[2]}), got {tuple(options.key_mask.shape)}. Give one "
+            "value per key; masks per query are for `attn_mask`."
+        )
     if options.documents is not None and options.documents.shape != (batch, key.shape[2]):
         raise ValueError(
-            f"`documents` must have shape ({batch}, {key.shape[2]}), got {tuple(options.documents.shape)}."
+            f"`documents` must have shape ({batch}, {key.shape[2]}), got {tuple(options.documents.shape)}. Give one "
+            "number per key."
         )
     if options.documents is not None and (q_len > key.shape[2] or (q_len < key.shape[2] and not pattern.causal)):
         # Queries are the last of the tokens, and have their documents.
         raise ValueError(
-            f"`documents` must be of all queries, got {q_len} queries and {key.shape[2]} keys in a "
+            f"`documents` must number all queries, got {q_len} queries and {key.shape[2]} keys in a "
             f"{'causal' if pattern.causal else 'bidirectional'} pattern. Pass `attn_mask`."
         )
     if options.window is not None and not pattern.causal:

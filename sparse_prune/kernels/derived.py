@@ -1,4 +1,4 @@
-"""What is derived from a pattern or a mask and kept, for as long as that lives."""
+"""Keeps what is derived from a pattern or a mask for as long as the pattern or the mask lives."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ def derived(
     make: Callable[[], _T],
     state: Callable[[], Hashable] = lambda: None,
 ) -> _T:
-    """Return what `make` gives, made once per owner (a pattern, say) and key, and dropped with the owner.
+    """Return the result of `make`, called once per owner (a pattern, say) and key; it is dropped with the owner.
 
-    It is made outside of inference mode: autograd cannot save for training what validation built inside it. It must not
-    hold the owner, or neither would ever be dropped. In another `state` it is made anew, and what was made before goes.
+    `make` runs outside of inference mode, because training cannot use what validation made inside it. Its result must
+    not hold the owner, or neither would ever be dropped. When `state` changes, it is called again.
     """
     known = _KEPT.setdefault(owner, {})
     found = known.get(key)
@@ -40,10 +40,10 @@ def derived(
 
 
 def of_tensor(tensor: Tensor, key: Hashable, make: Callable[[], _T]) -> _T:
-    """Return what `make` gives, made once per tensor and key: the layers of a forward pass share their masks.
+    """Return the result of `make`, called once per tensor and key: the layers of a forward pass share their masks.
 
-    After a write into the tensor it is made anew. A tracer keeps nothing, nor does inference mode, which does not count
-    writes. As with `derived`, what is made must not hold the tensor.
+    After a write into the tensor it is called again. Nothing is kept under a tracer, nor for inference tensors, which
+    do not count writes. As with `derived`, the result must not hold the tensor.
     """
     if torch.compiler.is_compiling() or tensor.is_inference():
         return make()
@@ -54,7 +54,7 @@ def of_tensor(tensor: Tensor, key: Hashable, make: Callable[[], _T]) -> _T:
 
 
 def at_lengths(pattern: BlockPattern, q_len: int, kv_len: int) -> BlockPattern:
-    """Return `pattern.at(q_len, kv_len)`, kept for the next call; only the latest lengths are."""
+    """Return `pattern.at(q_len, kv_len)`; the results for the latest lengths are kept."""
     if (q_len, kv_len) == (pattern.q_len, pattern.kv_len):
         return pattern
     itself: BlockPattern = proxy(pattern)  # what is kept must not hold it

@@ -61,13 +61,13 @@ def spanned(pattern: BlockPattern, options: AttentionOptions) -> BlockPattern:
 
 
 def _left(pattern: BlockPattern, meets: Tensor) -> BlockPattern | None:
-    """The part of a pattern inside documents; None: all of it."""
+    """Return the part of a pattern inside documents; None: all of it."""
     keep = pattern.keep & meets
     return None if torch.equal(keep, pattern.keep) else replace(pattern, keep=keep)
 
 
 def _meets(pattern: BlockPattern, documents: Tensor) -> Tensor:
-    """Blocks in which a query and a key may be of one document, in any sample: boolean, (q_blocks, kv_blocks)."""
+    """Mark blocks in which a query and a key may be of one document, in any sample: boolean, (q_blocks, kv_blocks)."""
     block_q, block_kv = pattern.block_size
     first, last = _range(documents[:, pattern.kv_len - pattern.q_len :], block_q)
     first_key, last_key = _range(documents, block_kv)
@@ -75,7 +75,7 @@ def _meets(pattern: BlockPattern, documents: Tensor) -> Tensor:
 
 
 def _range(documents: Tensor, side: int) -> tuple[Tensor, Tensor]:
-    """The lowest and the highest number in each block, (batch, blocks)."""
+    """Find the lowest and the highest number in each block, (batch, blocks)."""
     missing = -documents.shape[1] % side
     padded = torch.cat([documents, documents[:, -1:].expand(-1, missing)], 1)
     return torch.unflatten(padded, 1, (-1, side)).aminmax(dim=2)
@@ -102,7 +102,7 @@ def per_document(
 
 
 def _rows_that_reach(documents: Tensor, real: Tensor | None, block_size: tuple[int, int], causal: bool) -> Tensor:
-    """Query rows of a block whose document has tokens in a key block, float64, (batch, q_blocks, kv_blocks)."""
+    """Count query rows of a block whose document has tokens in a key block, float64, (batch, q_blocks, kv_blocks)."""
     (block_q, block_kv), (batch, length), device = block_size, documents.shape, documents.device
     rows, cols = num_blocks(length, block_q), num_blocks(length, block_kv)
     place = torch.arange(length, device=device).expand(batch, -1)

@@ -9,6 +9,11 @@ _LOW = 0xFFFFFFFF
 _AT_ONCE = 2**15  # numbers: few enough to stay in a core's cache
 
 
+def draw_seed(dropout_p: float) -> int | None:
+    """Draw the seed of a call's dropout from torch's generator; None without dropout, which draws nothing."""
+    return int(torch.randint(2**62, ())) if dropout_p else None
+
+
 def dropout_uniform(seed: int, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
     """Draw uniform numbers in [0, 1) that depend only on the seed and on the weight's coordinates.
 
@@ -31,7 +36,7 @@ def dropout_uniform(seed: int, head: Tensor, query: Tensor, key: Tensor) -> Tens
 
 
 def _philox(seed: int, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-    """All numbers at once; the first rounds are computed before their inputs are broadcast."""
+    """Draw all numbers at once; the first rounds are computed before their inputs are broadcast."""
     c0, c1, c2, c3 = key & _LOW, query & _LOW, head & _LOW, torch.zeros_like(key)
     k0, k1 = seed & _LOW, (seed >> 32) & _LOW
     for _ in range(10):

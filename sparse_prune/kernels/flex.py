@@ -51,10 +51,10 @@ def attend(query: Tensor, key: Tensor, value: Tensor, pattern: BlockPattern, opt
 
 
 def _tiles(block_size: tuple[int, int]) -> dict[str, Any] | None:
-    """Kernel options whose tiles divide the blocks in the forward pass; None if the default ones do.
+    """Choose kernel options whose tiles divide the blocks in the forward pass; None if the default ones do.
 
     Raises:
-        ValueError: If a side is no multiple of 16, the least side of a tile.
+        ValueError: If a side is not a multiple of 16, the least side of a tile.
     """
     if all(side % _LONGEST_TILE == 0 for side in block_size):
         return None
@@ -109,7 +109,7 @@ def _compiled(compiler: str, tuned: bool, kind: tuple[Any, ...]) -> Any:
 
 
 def _block_mask(pattern: BlockPattern, visible: Tensor | None, device: torch.device) -> BlockMask:
-    """The block mask, built once per pattern unless the call has masks."""
+    """Return the block mask, built once per pattern unless the call has masks."""
     if visible is not None:
         return _build(pattern, visible.expand(-1, -1, pattern.q_len, pattern.kv_len), device)
     return derived(pattern, ("flex", device), lambda: _build(pattern, None, device))
@@ -145,6 +145,6 @@ def _build(pattern: BlockPattern, visible: Tensor | None, device: torch.device) 
 
 
 def _listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """(1, heads, rows) counts and (1, heads, rows, cols) indices, the listed blocks first."""
+    """Return counts, (1, heads, rows), and indices, (1, heads, rows, cols), the listed blocks first."""
     order = blocks.int().sort(dim=-1, descending=True, stable=True).indices.int()
     return blocks.sum(-1, dtype=torch.int32)[None], order[None]

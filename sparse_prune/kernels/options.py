@@ -46,7 +46,7 @@ class AttentionOptions:
         if self.documents is not None and (self.documents.is_floating_point() or self.documents.dtype == torch.bool):
             raise TypeError(f"`documents` must hold integers, got {self.documents.dtype}. Pass `documents.int()`.")
         if not 0.0 <= self.dropout_p < 1.0:
-            raise ValueError(f"`dropout_p` must lie in [0, 1), got {self.dropout_p}.")
+            raise ValueError(f"`dropout_p` must lie in [0, 1), got {self.dropout_p}. Write 0.1 for 10 %.")
         if self.dropout_p and self.seed is None:
             raise ValueError("`seed` must be given with `dropout_p` above 0, got None. Draw one per call.")
         if self.softcap is not None and self.softcap <= 0:

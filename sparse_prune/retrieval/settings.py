@@ -13,18 +13,20 @@ from sparse_prune.retrieval.probes import LEAST_LENGTH
 
 @dataclass(frozen=True, kw_only=True)
 class Retrieval:
-    """Questions to a causal language model before the first decision, and what its answers decide.
+    """Questions to a causal language model in its first decisions, and what its answers decide.
 
-    What the model looks at while it reads and answers them scores blocks as training does: a block has the larger of
-    the two scores. A share of the heads, those that the answers hang on most, can be kept whole beside that.
+    What the model looks at while it reads and answers them scores blocks as training does: a block has the largest of
+    the scores. A share of the heads, those that the answers hang on most, can be kept whole beside that.
 
     Raises:
         ValueError: If a number is out of range.
     """
 
     probes: int = 8
-    """Sequences that ask for what stands in them, at least 2, and as many that repeat passages. Each is a forward pass,
-    and a backward pass too if `heads` is not 0. In words (`text_probes`), eight of them ask twenty questions."""
+    """Texts to ask about, at least 2: those of the training steps before a decision, until there were enough. Each
+    gives a sequence that asks for what stands in it, in words (`text_probes`) up to eight times, and one that repeats
+    passages: two forward passes. If `heads` is not 0, the first decision asks as many times more, with a backward
+    pass."""
     heads: float = 0.0
     """Share of all heads to keep whole, in [0, 1]."""
     length: int | None = None

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sparse_prune.evaluation.tasks import TASKS, build
+from sparse_prune.evaluation.tasks import build
+from sparse_prune.evaluation.tasks.needles import mixed
 from sparse_prune.retrieval.probes import RetrievalProbe
 
-ASKED = ("passkey", "needle", "multi_query", "key_value")
-"""The tasks that are asked; their wordings are those for choosing, which no test uses."""
+_MOST = 8  # facts of a probe
+_PER_FACT = 128  # tokens of a probe, so that there is text between the facts
 
 
 def text_probes(tokenizer: Any, sequences: Tensor, count: int, seed: int = 0) -> list[RetrievalProbe]:
-    """The retrieval tasks of `sparse_prune.evaluation` in turn, facts at all depths, in the wordings for choosing.
+    """Facts hidden at all depths of texts, in many wordings, which are those for choosing that no test uses.
 
-    All questions on a text stand behind it, one after the other, each with its answer: one pass asks them all.
+    Each text hides a fact per 128 tokens, at most eight. Their questions stand behind it, one after the other, each
+    with its answer: one pass asks them all.
 
     Args:
         tokenizer: A transformers tokenizer, that of the model.
@@ -30,11 +31,10 @@ def text_probes(tokenizer: Any, sequences: Tensor, count: int, seed: int = 0) ->
         ValueError: If the facts and the questions do not fit a sequence's length.
     """
     rows, length = sequences.tolist(), sequences.shape[1]
-    tasks = [replace(TASKS[kind], turns=True) for kind in ASKED]
+    task = mixed(min(max(length // _PER_FACT, 1), _MOST))
     probes = []
     for index in range(count):
-        task = tasks[index % len(tasks)]
-        depth = (0.5 + index * 0.618) % 1.0  # spread over the text, however many there are
+        depth = (0.5 + (seed + index) * 0.618) % 1.0  # spread over the text, however many there are
         example = build(task, tokenizer, rows[index % len(rows)], length, depth, seed * 100_003 + index, "choose")
         tokens, answers = list(example.context), list[int]()
         for question in example.questions:

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from sparse_prune.attention import PrunableAttention
 from sparse_prune.attention.modes import evaluating
+from sparse_prune.retrieval.probes import RetrievalProbe
+from sparse_prune.retrieval.repeats import repeat_passages
 from sparse_prune.scores import BlockStatistics, Score
 
 _KEPT = ("mode", "mass", "score", "probe_block_size", "gradient_scale", "statistics", "score_sums", "last_shape")
@@ -47,6 +49,36 @@ def look_at(
             if seen is not None:
                 found[layer.name] = seen
     return found
+
+
+def look_back(
+    model: nn.Module,
+    call: Callable[[Tensor], object],
+    handles: Iterable[PrunableAttention],
+    questions: Iterable[RetrievalProbe],
+    texts: Tensor,
+    block_size: tuple[int, int],
+    kind: str = "max",
+    seed: int = 0,
+) -> Iterator[tuple[dict[str, BlockStatistics], str]]:
+    """What a model looks at to answer questions, then what it looks at in texts whose second half repeats passages.
+
+    Each comes with its topic, as `AttentionPruner.ask` takes it.
+
+    Args:
+        model: As `look_at` takes it, like all that is not said here.
+        call: Calls it.
+        handles: Its layers.
+        questions: At least one.
+        texts: Tokens, int64, (batch, length).
+        block_size: Tokens per block side, (query, key).
+        kind: Which of the statistics to return.
+        seed: Of the passages.
+    """
+    layers = list(handles)
+    asked = [question.tokens for question in questions]
+    for topic, sequences in (("questions", asked), ("repeats", repeat_passages(texts, 1, seed))):
+        yield look_at(model, call, layers, sequences, block_size, kind), topic
 
 
 @contextmanager

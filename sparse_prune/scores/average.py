@@ -7,11 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from sparse_prune.codec import compress, decompress
 from sparse_prune.ranges import check_range
-from sparse_prune.scores.statistics import BlockStatistics
+from sparse_prune.scores.statistics import BlockStatistics, grown
 
 
 class ScoreAverage:
@@ -21,11 +20,11 @@ class ScoreAverage:
     never seen score infinity, so that nothing unknown is pruned.
 
     Raises:
-        ValueError: If `decay` is outside [0, 1).
+        ValueError: If `decay` is outside [0, 1]. 1 gives a plain mean.
     """
 
     def __init__(self, kind: str, decay: float) -> None:
-        check_range("[0, 1)", decay=decay)
+        check_range("[0, 1]", decay=decay)
         self.kind, self.decay = kind, decay
         self._sum: Tensor | None = None
         self._weight: Tensor | None = None
@@ -39,8 +38,7 @@ class ScoreAverage:
         heads = max(len(self._weight), len(weight))
         rows, cols = (max(self._sum.shape[i], total.shape[i]) for i in (1, 2))
         if (heads, rows, cols) != self._weight.shape:
-            grow = (0, cols - self._sum.shape[2], 0, rows - self._sum.shape[1])
-            self._sum, self._weight = F.pad(self._sum, grow), F.pad(self._weight.expand(heads, -1, -1), grow)
+            self._sum, self._weight = (grown(x, rows, cols) for x in (self._sum, self._weight.expand(heads, -1, -1)))
         corner = (slice(None), slice(total.shape[1]), slice(total.shape[2]))
         # Rows that were not seen keep their sums: they add nothing, either.
         fade = torch.full_like(weight, self.decay).masked_fill_(weight <= 0, 1.0)

@@ -227,7 +227,7 @@ class Tile:
         return blocks.repeat_interleave(self.call.block_size[1], -1)[..., : self.seen]
 
     def _products(self, rows: Tensor, columns: Tensor) -> Tensor:
-        """(batch, num_heads, rows, head_dim) times (batch, num_kv_heads, 1, head_dim, kv_len), as far as is seen."""
+        """Multiply (batch, num_heads, rows, head_dim) by what is seen of (batch, num_kv_heads, 1, head_dim, kv_len)."""
         batch, heads, count, head_dim = rows.shape
         kv_heads = columns.shape[1]
         grouped = rows.reshape(batch, kv_heads, heads // kv_heads, count, head_dim)

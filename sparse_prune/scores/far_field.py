@@ -15,8 +15,8 @@ class FarField(Score):
     """Rise of the loss when a head loses all of its far field at once, to first order in the output; signed.
 
     With o the output, s the output if a row saw only its sinks and its nearest blocks, and g the gradient of the loss
-    in o, it is the sum over rows of g.(s - o). It is of a head, not of blocks: the rise of a block of rows stands in
-    its first column, and the other columns are 0.
+    in o, it is the sum over rows of g.(s - o). It is a score of a head, not of single blocks: the rise for a block of
+    rows stands in the first column, and the other columns are 0.
 
     Args:
         sink_blocks: First key blocks that are not far.
@@ -31,7 +31,7 @@ class FarField(Score):
         self.sink_blocks, self.recent_blocks = sink_blocks, recent_blocks
 
     def add(self, tile: Tile) -> Tensor:
-        """Sum of the rises over rows and samples, in the first column."""
+        """Sum the rises over rows and samples, in the first column."""
         near, share = self._near(tile), tile.weights * tile.gradient_by_key
         left = (tile.weights * near).sum(-1).clamp_min(torch.finfo(torch.float32).tiny)
         rise = (share * near).sum(-1) / left - share.sum(-1)
@@ -39,7 +39,7 @@ class FarField(Score):
         return torch.nn.functional.pad(total[:, None], (0, tile.kv_blocks - 1))
 
     def _near(self, tile: Tile) -> Tensor:
-        """Which keys are not far from a query: boolean, (rows, seen)."""
+        """Mark the keys that are not far from a query: boolean, (rows, seen)."""
         call, device = tile.call, tile.logits.device
         side, offset = call.block_size[1], call.key.shape[2] - call.query.shape[2] if call.causal else 0
         own = (torch.arange(tile.start, tile.stop, device=device)[:, None] + offset) // side

@@ -35,7 +35,7 @@ class Influence(Score):
     kernel: ClassVar[str | None] = "sparse_prune.kernels.triton.attend:influence"
 
     def add(self, tile: Tile) -> Tensor:
-        """Sum of the rises over rows and samples."""
+        """Sum the rises over rows and samples."""
         kept = tile.kept[:, None]  # (num_heads, 1, kv_blocks)
         kept_keys = tile.per_key(kept) & tile.mask
         lse = tile.logits.masked_fill(~kept_keys, -torch.inf).logsumexp(-1, keepdim=True)

@@ -19,7 +19,7 @@ class OutputChange(Score):
     per: ClassVar[Per] = "sample"
 
     def add(self, tile: Tile) -> Tensor:
-        """Sum over samples of the largest distance."""
+        """Sum the largest distance of each sample."""
         batch, heads, rows, _ = tile.weights.shape
         kv_heads, head_dim = tile.values.shape[1], tile.values.shape[3]
         width, side = tile.kv_blocks, tile.call.block_size[1]

@@ -18,7 +18,7 @@ class Mean(Score):
     statistic: ClassVar[Statistic | None] = "mean"
 
     def add(self, tile: Tile) -> Tensor:
-        """Sum of the masses."""
+        """Sum the masses."""
         return tile.mass.sum((0, 2))
 
 
@@ -28,7 +28,7 @@ class MeanSquare(Score):
     statistic: ClassVar[Statistic | None] = "mean_square"
 
     def add(self, tile: Tile) -> Tensor:
-        """Sum of the squared masses."""
+        """Sum the squared masses."""
         return tile.mass.square().sum((0, 2))
 
 
@@ -40,7 +40,7 @@ class Max(Score):
     per: ClassVar[Per] = "sample"
 
     def add(self, tile: Tile) -> Tensor:
-        """Sum over samples of the largest mass."""
+        """Sum the largest mass of each sample."""
         return tile.mass.amax(2).sum(0)
 
 

@@ -34,9 +34,9 @@ class Score(ABC):
     statistic: ClassVar[Statistic | None] = None
     """The statistic of row mass whose average is the score; these are always collected. None: sums of its own."""
     kernel: ClassVar[str | None] = None
-    """The function that collects the sums on a GPU, as "package.module:function", with the arguments of `probe_score`
-    behind the score: query, key, value, gradient, block size, and the rest by name. It is asked for calls that the
-    Triton probe takes, and not inherited. None: torch does it."""
+    """Function that collects the sums on a GPU, as "package.module:function", for calls that the Triton probe takes.
+    Its arguments are those of `probe_score` after the score: query, key, value, gradient and block size, the rest by
+    name. Subclasses do not inherit it. None: torch collects the sums."""
 
     @property
     def kind(self) -> str:

@@ -27,9 +27,9 @@ class BlockStatistics:
     """float64, (kinds, num_heads, q_blocks, kv_blocks): mass, squared mass, largest mass of each sample. Rows that were
     not seen are 0."""
     counts: Tensor
-    """float64, (2, num_heads, q_blocks, kv_blocks): query rows seen, samples seen. A score with sums of its own has a
-    row of its own, the last or the only one. There is 1 for all heads where their masks are alike, and 1 for all key
-    blocks unless sequences are packed: then those whose document reaches into the block."""
+    """float64, (2, num_heads, q_blocks, kv_blocks): query rows seen, samples seen. The counts of a score with sums of
+    its own come last, or alone. num_heads is 1 if the masks of all heads are alike. kv_blocks is 1 unless sequences are
+    packed: then each key block counts the queries whose document reaches into it."""
     kinds: tuple[str, ...] = STATISTICS
     """Names of the parts of `sums`, in order."""
 
@@ -40,7 +40,7 @@ class BlockStatistics:
         return BlockStatistics(sums, counts, self.kinds)
 
     def _alike(self, other: BlockStatistics) -> tuple[BlockStatistics, BlockStatistics]:
-        """Both with equally many blocks."""
+        """Return both with equally many blocks."""
         rows, cols = (max(self.sums.shape[i], other.sums.shape[i]) for i in (2, 3))
         return self.grown(rows, cols), other.grown(rows, cols)
 
@@ -55,8 +55,9 @@ class BlockStatistics:
         if not (pad_rows or pad_cols):
             return self
         counts = self.counts.expand(-1, -1, -1, self.sums.shape[3]) if pad_cols else self.counts
-        sums, counts = (F.pad(part, (0, pad_cols, 0, pad_rows)) for part in (self.sums, counts))
-        return BlockStatistics(sums, counts, self.kinds)
+        return BlockStatistics(
+            grown(self.sums, rows, cols), grown(counts, rows, counts.shape[3] + pad_cols), self.kinds
+        )
 
     def trimmed(self, block_size: tuple[int, int]) -> BlockStatistics:
         """Cut the end of self-attention in which no query was seen, because it was padding in all samples.
@@ -101,3 +102,8 @@ class BlockStatistics:
             kind: One of `kinds`.
         """
         return self.sums[self.kinds.index(kind)], self.counts[_COUNTS.get(kind, -1)]
+
+
+def grown(blocks: Tensor, rows: int, cols: int) -> Tensor:
+    """Extend numbers per block, (..., q_blocks, kv_blocks), with zeros at the bottom right, to (..., rows, cols)."""
+    return F.pad(blocks, (0, cols - blocks.shape[-1], 0, rows - blocks.shape[-2]))

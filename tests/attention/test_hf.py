@@ -52,6 +52,7 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from sparse_prune import AttentionPruner, BlockPattern, ConstantSchedule
 from sparse_prune.attention import attach, detach, find_layers, hf, hf_masks, list_layers
+from sparse_prune.attention.hf_make_mask import make_mask
 from sparse_prune.cache import PatternCache
 from support.families import BERT, BLOCK, GPT2, LENGTH, MODELS, SMALL, make, tokens
 
@@ -250,7 +251,7 @@ def test_a_mask_that_shows_dropped_keys_is_refused():
     model, ids = make("mistral, sliding window"), tokens()
     set_patterns(attach(model), "sparse", density=0.3)
     cache = model(ids[:, :9]).past_key_values
-    shown = hf_masks.make_mask(2, 1, 6, q_offset=9, kv_offset=4, allow_is_causal_skip=False)
+    shown = make_mask(2, 1, 6, q_offset=9, kv_offset=4, allow_is_causal_skip=False)
     assert shown.shape[-1] == 10
     with pytest.raises(ValueError, match="may have dropped keys"):
         model(ids[:, 9:10], attention_mask=shown, past_key_values=cache)
@@ -622,10 +623,10 @@ def test_documents_are_found_in_the_masks_of_older_transformers_too(monkeypatch)
     monkeypatch.delattr(masking_utils, "remap_positions_for_packed_sequence", raising=False)
     documents = torch.tensor([[0, 0, 1, 1, 1, 2]])
     parts = masking_utils.causal_mask_function, masking_utils.packed_sequence_mask_function(documents)
-    packed = hf_masks.make_mask(1, 6, 6, mask_function=masking_utils.and_masks(*parts))
+    packed = make_mask(1, 6, 6, mask_function=masking_utils.and_masks(*parts))
     assert torch.equal(packed, documents.int())
     hides_less = masking_utils.or_masks(*parts)
-    either = hf_masks.make_mask(1, 6, 6, mask_function=hides_less, allow_is_causal_skip=False)
+    either = make_mask(1, 6, 6, mask_function=hides_less, allow_is_causal_skip=False)
     assert either.shape == (1, 1, 6, 6)
     assert either[0, 0, 3].tolist() == [True, True, True, True, True, False]
 
@@ -672,10 +673,10 @@ def test_who_wants_all_of_a_mask_gets_it():
     from transformers.masking_utils import sliding_window_causal_mask_function
 
     asked = {"mask_function": sliding_window_causal_mask_function(4), "local_size": 4}
-    assert hf_masks.make_mask(1, 9, 9, **asked).shape == (1, 1, 4, 9)
-    assert hf_masks.make_mask(1, 9, 9, **asked, allow_is_causal_skip=False).shape == (1, 1, 9, 9)
-    assert hf_masks.make_mask(1, 9, 9) is None
-    assert hf_masks.make_mask(1, 9, 9, allow_is_causal_skip=False).shape == (1, 1, 9, 9)
+    assert make_mask(1, 9, 9, **asked).shape == (1, 1, 4, 9)
+    assert make_mask(1, 9, 9, **asked, allow_is_causal_skip=False).shape == (1, 1, 9, 9)
+    assert make_mask(1, 9, 9) is None
+    assert make_mask(1, 9, 9, allow_is_causal_skip=False).shape == (1, 1, 9, 9)
 
 
 def test_a_windowed_mask_is_expanded_once_for_all_layers():

@@ -93,3 +93,11 @@ def test_wrong_kernels_fail(monkeypatch):
     monkeypatch.setattr(agreement, "_results", wrong)
     with pytest.raises(ArithmeticError, match="gradient of key .* times what is allowed"):
         agreement.check(tuple(call[:3]), call[3], pattern)
+
+
+def test_gradients_that_cancel_are_measured_by_their_terms(monkeypatch):
+    """A row that sees one key has no gradient; what the kernels have instead is the rounding of their output."""
+    monkeypatch.syspath_prepend(str(CAMPAIGN.parents[1]))
+    from gpu import random_cases
+
+    assert max(random_cases.run(843, 96).values()) < 0.5

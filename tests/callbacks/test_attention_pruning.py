@@ -370,7 +370,7 @@ def test_a_module_that_is_fitted_again_from_the_start_is_pruned_anew(tmp_path, c
     assert [event.step for event in swap.events] == [7, 7]
     assert callback.report.step == 7
     assert {state.layer.mode for state in callback.pruner.layers.values()} == {"sparse"}
-    assert "The fit starts at step 0, but pruning was at step 12: it starts anew" in caplog.text
+    assert "The fit starts at step 0, but pruning was at step 12. Pruning starts anew" in caplog.text
 
 
 def test_a_fit_after_the_validation_of_a_checkpoint_starts_anew(tmp_path):

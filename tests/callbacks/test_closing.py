@@ -1,4 +1,4 @@
-"""The last word of a fit reaches users at the default log level, once, and tells what became of the pruning."""
+"""The closing summary of a fit reaches users at the default log level, once, and tells what became of the pruning."""
 
 import subprocess
 import sys
@@ -54,7 +54,7 @@ def test_a_language_model_is_told_what_was_kept_for_retrieval(tmp_path, told):
     trainer(tmp_path, [callback]).fit(TinyModule(), batches())
     assert "Retrieval: pruning keeps one whole head. A" in told[0]
     for state in callback.pruner.layers.values():
-        state.floor = state.scores.value()
+        state.average_beside("questions")
     assert (
         "Retrieval: pruning keeps the blocks that the model looks at to answer questions and one whole head. "
         in closing(callback.pruner, callback.report, [], None, False)

@@ -9,8 +9,7 @@ from torch.utils.data import DataLoader
 
 from sparse_prune import ConstantSchedule, Constraints
 from sparse_prune.callbacks import AttentionPruning, KernelSwap, Retrieval
-from sparse_prune.callbacks.retrieving import AskedModel
-from sparse_prune.retrieval import RetrievalProbe, retrieval_probes
+from sparse_prune.retrieval import AskedModel, RetrievalProbe, retrieval_probes
 from sparse_prune.scores import BlockStatistics, Influence
 from support.nano import NanoGPT
 from support.tiny import TinyModule, pruning, tiny_llama, trainer
@@ -57,10 +56,10 @@ def test_blocks_that_questions_look_at_stay(tmp_path, monkeypatch):
         call(sequences[0][None])  # it can be called
         sums = torch.zeros(1, 4, 8, 8).double()
         sums[:, :, 6, 2] = 1.0
-        return {layer.name: BlockStatistics(sums, torch.ones(2, 8).double(), (kind,)) for layer in layers}
+        return {layer.name: BlockStatistics(sums, torch.ones(2, 1, 8, 1).double(), (kind,)) for layer in layers}
 
     alone, _, _ = fit(tmp_path, retrieval=None, steps=8)
-    monkeypatch.setattr("sparse_prune.callbacks.retrieving.look_at", look)
+    monkeypatch.setattr("sparse_prune.retrieval.watching.look_at", look)
     callback, _, run = fit(tmp_path, retrieval=Retrieval(probes=2), steps=8)
     assert asked == [2, 2]  # questions, then passages that repeat
     kept = torch.stack([pattern.keep[:, 6, 2] for pattern in callback.pruner.patterns.values()])
@@ -72,13 +71,45 @@ def test_blocks_that_questions_look_at_stay(tmp_path, monkeypatch):
     again, _, _ = fit(tmp_path, retrieval=Retrieval(probes=2), steps=10, ckpt_path=tmp_path / "a.ckpt")
     assert len(asked) == 2  # a resumed run asks nothing
     for name, state in again.pruner.layers.items():
-        assert torch.equal(state.floor, callback.pruner.layers[name].floor)
+        for topic, average in state.asked.items():
+            assert torch.equal(average.value(), callback.pruner.layers[name].asked[topic].value())
+
+
+class Asking(TinyModule):
+    """It asks questions of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.asked = []
+
+    def retrieval_probes(self, tokens, count, seed):
+        self.asked.append((tokens, count, seed))
+        return retrieval_probes(tokens, count, seed)
+
+
+def test_decisions_ask_about_the_texts_before_them_until_there_were_enough(tmp_path):
+    settings = {"retrieval": Retrieval(probes=5), "every_n_steps": 2}
+    _, module, run = fit(tmp_path, Asking(), steps=8, **settings)
+    texts, counts, seeds = zip(*module.asked, strict=True)
+    assert counts == (2, 3)  # decisions after steps 1, 3, 5 and 7
+    assert seeds == (0, 2)
+    assert torch.equal(texts[0], TOKENS[:2])
+    assert torch.equal(texts[1], TOKENS[2:5])
+    # A resumed run asks what is left.
+    early, _, run = fit(tmp_path, Asking(), steps=1, **settings)
+    run.save_checkpoint(tmp_path / "a.ckpt")
+    again, module, _ = fit(tmp_path, Asking(), steps=8, ckpt_path=tmp_path / "a.ckpt", **settings)
+    assert [count for _, count, _ in module.asked] == [3]
+    for name, state in again.pruner.layers.items():
+        for topic, average in state.asked.items():
+            assert average.shape == early.pruner.layers[name].asked[topic].shape
+            assert not torch.equal(average.value(), early.pruner.layers[name].asked[topic].value())
 
 
 def test_by_default_a_model_is_asked_and_one_that_fails_is_left_in_peace(tmp_path):
     callback, module, _ = fit(tmp_path, retrieval="auto", steps=1)
     assert AttentionPruning(ConstantSchedule(final=0.5)).retrieval == "auto"
-    assert all(state.floor is not None for state in callback.pruner.layers.values())
+    assert all([*state.asked] == ["questions", "repeats"] for state in callback.pruner.layers.values())
     assert callback.pruner.constraints.protected_heads is None
 
     class Failing(TinyModule):
@@ -86,7 +117,7 @@ def test_by_default_a_model_is_asked_and_one_that_fails_is_left_in_peace(tmp_pat
             raise RuntimeError("the tokenizer is not there")
 
     callback, other, _ = fit(tmp_path, Failing(), retrieval="auto", steps=1)
-    assert all(state.floor is None for state in callback.pruner.layers.values())
+    assert all(not state.asked for state in callback.pruner.layers.values())
     assert other.losses == module.losses
     with pytest.raises(RuntimeError, match="the tokenizer is not there"):
         fit(tmp_path, Failing(), steps=1)
@@ -95,9 +126,9 @@ def test_by_default_a_model_is_asked_and_one_that_fails_is_left_in_peace(tmp_pat
 def test_the_time_of_questions_is_no_part_of_a_step(tmp_path, monkeypatch):
     seen, look = [], AskedModel.ask
 
-    def slow(self, reduce=None):
+    def slow(self, *args):
         time.sleep(0.5)
-        return look(self, reduce)
+        return look(self, *args)
 
     def stop(self, device, tokens, apart=0.0):
         seen.append(apart)
@@ -114,9 +145,9 @@ def test_questions_compile_nothing(tmp_path, monkeypatch):
     module.model.compile(backend=lambda graph, inputs: compiled.append(graph) or graph.forward)
     ask = AskedModel.ask
 
-    def counted(self, reduce=None):
+    def counted(self, *args):
         before = len(compiled)
-        found = ask(self, reduce)
+        found = ask(self, *args)
         counts.append((before, len(compiled)))
         return found
 
@@ -132,16 +163,17 @@ def test_questions_change_no_random_number_and_no_statistic_of_training(tmp_path
     assert module.losses == other.losses
     for name, state in callback.pruner.layers.items():
         assert torch.equal(state.scores.value(), alone.pruner.layers[name].scores.value())
-        floor = state.floor
-        assert floor.shape == state.scores.shape
-        assert floor.max() > 0.5
-        assert floor.isfinite().all()
+        for average in state.asked.values():
+            scores = average.value()[:, state.layer.pattern.possible]
+            assert average.shape == state.scores.shape
+            assert scores.max() > 0.5
+            assert scores.isfinite().all()
 
 
 def test_scores_of_the_backward_pass_are_told_that_no_block_is_asked_for(tmp_path, caplog):
     callback, _, _ = fit(tmp_path, retrieval=Retrieval(heads=0.25, probes=2), score=Influence(), steps=1)
     assert sum("`retrieval` scores no block by its questions" in text for text in caplog.messages) == 1
-    assert all(state.floor is None for state in callback.pruner.layers.values())
+    assert all(not state.asked for state in callback.pruner.layers.values())
     assert callback.pruner.constraints.protected_heads
     with pytest.raises(ValueError, match="Questions cannot score blocks by Influence"):
         callback.pruner.ask({})
@@ -152,7 +184,7 @@ def test_a_resumed_run_has_the_same_heads_and_another_run_finds_its_own(tmp_path
     found = callback.pruner.constraints.protected_heads
     run.save_checkpoint(tmp_path / "a.ckpt")
     again = pruning(retrieval=Retrieval(heads=0.25, probes=2), block_size=16)
-    monkeypatch.setattr("sparse_prune.callbacks.retrieving.far_field_influence", None)  # it would fail
+    monkeypatch.setattr("sparse_prune.retrieval.asked_model.far_field_influence", None)  # it would fail
     more = trainer(tmp_path, [again, KernelSwap("gather")], steps=6)
     more.fit(TinyModule(), DataLoader(TOKENS, batch_size=2), ckpt_path=tmp_path / "a.ckpt", weights_only=False)
     assert again.pruner.constraints.protected_heads == found
@@ -164,7 +196,7 @@ def test_a_resumed_run_has_the_same_heads_and_another_run_finds_its_own(tmp_path
 
 def test_heads_of_the_user_stay_protected_and_groups_go_together(tmp_path, monkeypatch):
     influence = {LAYER: torch.tensor([1.0, 0.0, 0.0, 0.0]), LAYER.replace("0", "1"): torch.tensor([0.3, 0.4, 0.6, 0.9])}
-    monkeypatch.setattr("sparse_prune.callbacks.retrieving.far_field_influence", lambda *args: influence)
+    monkeypatch.setattr("sparse_prune.retrieval.asked_model.far_field_influence", lambda *args: influence)
     constraints = Constraints(protected_heads={LAYER: (3,)}, share_kv_groups=True)
     callback, _, _ = fit(tmp_path, constraints=constraints, steps=1)
     assert callback.pruner.constraints.protected_heads == {LAYER: (3,), LAYER.replace("0", "1"): (2, 3)}
@@ -194,24 +226,16 @@ def test_a_model_of_another_kind_that_takes_tokens_is_served(tmp_path):
 
 def test_a_model_that_answers_nothing_is_told_of(tmp_path, caplog, monkeypatch):
     nothing = {name: torch.zeros(4) for name in (LAYER, LAYER.replace("0", "1"))}
-    monkeypatch.setattr("sparse_prune.callbacks.retrieving.far_field_influence", lambda *args: nothing)
+    monkeypatch.setattr("sparse_prune.retrieval.asked_model.far_field_influence", lambda *args: nothing)
     callback, _, _ = fit(tmp_path, steps=1)
     assert callback.pruner.constraints.protected_heads is None
     assert sum("`retrieval` keeps no head whole" in text for text in caplog.messages) == 1
 
 
-class Asking(TinyModule):
-    """It asks questions of its own."""
-
-    def retrieval_probes(self, tokens, count, seed):
-        self.asked = tokens.shape, count, seed
-        return retrieval_probes(tokens, count, seed)
-
-
 def test_a_module_may_ask_its_own_questions(tmp_path):
     module = Asking()
     fit(tmp_path, module, steps=1, retrieval=Retrieval(heads=0.25, probes=3, length=128, seed=4))
-    assert module.asked == ((2, 128), 3, 4)
+    assert [(tokens.shape, count, seed) for tokens, count, seed in module.asked] == [((2, 128), 2, 4), ((2, 128), 3, 4)]
 
 
 class Vectors(TinyModule):
@@ -231,7 +255,7 @@ class Two(TinyModule):
 
 
 def test_modules_without_tokens_or_without_one_model_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="`retrieval` needs a language model that `training_step` calls with tokens"):
+    with pytest.raises(ValueError, match="`retrieval` needs a language model that training calls with tokens"):
         fit(tmp_path, Vectors())
     with pytest.raises(ValueError, match="`Retrieval.module` must be given for Two"):
         fit(tmp_path, Two())

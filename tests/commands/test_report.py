@@ -16,7 +16,7 @@ from sparse_prune import BlockPattern
 from sparse_prune.__main__ import main as sparse_prune
 from sparse_prune.callbacks import KernelSwap, SparsityLogger
 from sparse_prune.commands.report import animation
-from sparse_prune.commands.report.animation import MOST_BYTES, MOST_FRAMES, blocks_per_cell, packed
+from sparse_prune.commands.report.animation import MOST_BYTES, MOST_FRAMES, blocks_per_cell, cells
 from sparse_prune.commands.report.cli import main
 from sparse_prune.commands.report.compare import describe as describe_runs
 from sparse_prune.commands.report.heads import describe_heads
@@ -257,7 +257,7 @@ def test_frames_hold_the_blocks(run):
 
 def test_merged_cells_tell_how_many_of_their_blocks_are_kept():
     keep = torch.tensor([[[1, 0, 0], [1, 1, 0], [0, 0, 1]], [[1, 0, 0], [0, 0, 0], [1, 0, 1]]], dtype=torch.bool)
-    layer = packed(BlockPattern(keep, (8, 8), True, 24, 24), 2)
+    layer = cells(BlockPattern(keep, (8, 8), True, 24, 24), 2)
     # All three of three, none of two, none impossible; one of three, one of two.
     assert unpacked(layer).tolist() == [[[3, 0], [0, 3]], [[1, 0], [2, 3]]]
     possible = np.unpackbits(np.frombuffer(base64.b64decode(layer["possible"]), np.uint8), count=4)
@@ -268,7 +268,7 @@ def test_a_large_model_makes_a_page_of_a_few_megabytes():
     large = {str(n): BlockPattern.dense(32, 128, 128, 1, True) for n in range(2)}
     frames = MOST_FRAMES * 16  # as many cells as 32 layers have
     merged = blocks_per_cell(large, frames)
-    size = frames * sum(len(packed(pattern, merged)["keep"]) for pattern in large.values())
+    size = frames * sum(len(cells(pattern, merged)["keep"]) for pattern in large.values())
     assert merged > 1
     assert MOST_BYTES / 3 < size <= 1.1 * MOST_BYTES
     assert blocks_per_cell(large, 1) == 2  # 32 heads of 128 blocks are more than a screen shows

@@ -28,7 +28,7 @@ def test_documents_that_are_not_integers_are_refused(dtype):
 def test_documents_of_other_tokens_than_the_queries_are_refused(causal, q_len, kv_len):
     query, key = torch.randn(1, 4, q_len, 16), torch.randn(1, 4, kv_len, 16)
     options = AttentionOptions(documents=torch.zeros(1, kv_len, dtype=torch.int32))
-    with pytest.raises(ValueError, match=f"must be of all queries, got {q_len} queries and {kv_len} keys in a"):
+    with pytest.raises(ValueError, match=f"must number all queries, got {q_len} queries and {kv_len} keys in a"):
         block_sparse_attention(query, key, key, random_pattern(4, q_len, kv_len, 16, causal), options, backend="gather")
 
 

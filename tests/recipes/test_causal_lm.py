@@ -371,4 +371,4 @@ def test_smollm2_loads_from_its_package():
 def test_retrieval_is_asked_for_in_words(tiny_model):
     module = CausalLMModule(tiny_model)
     probes = module.retrieval_probes(torch.full((1, 400), 5), 4, 0)
-    assert [probe.kind for probe in probes] == ["passkey", "needle", "multi_query", "key_value"]
+    assert [probe.kind for probe in probes] == ["mixed"] * 4

@@ -56,3 +56,10 @@ def test_what_was_won_and_lost_stands_in_two_sentences(arguments, won, lost):
     first, second = won_and_lost(report(*arguments))
     assert first == f"Won, with 70.0% of the attention blocks pruned: {won}"
     assert second.startswith(lost)
+
+
+def test_a_cache_that_grew_is_said_to_be_larger():
+    grown = report(2.1, 6.0, 0.5, kv=180)
+    assert grown.cache.verdict().startswith("The KV cache of 2048 tokens takes 180.0 MiB")
+    assert "without patterns 90.0 MiB (2.00x larger)" in grown.cache.verdict()
+    assert "the KV cache of 2048 tokens is 2.00x larger (180 against 90 MiB)" in won_and_lost(grown)[1]

@@ -25,7 +25,9 @@ def test_a_corpus_of_one_file_is_split_inside(tmp_path, caplog, mark, words):
     assert [len(found[name][0]) / len(text) for name in SPLITS] == pytest.approx([0.8, 0.1, 0.1], abs=0.01)
     for name in SPLITS[:2]:
         assert found[name][0].endswith(mark)  # no passage is in two splits
-    assert caplog.text.count("too few (1) to hold out whole ones: of each, the last 10 % are the test") == 1
+    assert (
+        caplog.text.count("too few documents (1) to hold out whole ones: the last 10 % of each are for the test") == 1
+    )
     assert list(all_documents(str(tmp_path / "one.txt"))) == [text]
 
 
@@ -71,7 +73,7 @@ def test_what_lies_in_a_folder_is_text_or_said(tmp_path, caplog):
     found = load_documents(str(tmp_path))
     assert set(found.values()) == {"a.txt", "sub/b.json"}
     assert f"Hidden files are left out: 3 in {tmp_path}." in caplog.text
-    assert "Tables among text are read as they stand, 1 in" in caplog.text
+    assert "Tables among the text files are read as text, 1 in" in caplog.text
     (tmp_path / "figure.png").write_bytes(b"\x89PNG\r\n")
     with pytest.raises(ValueError, match=r"`text` must hold text, got '.*figure.png', an image. Remove it, or name"):
         load_documents(str(tmp_path))

@@ -112,7 +112,7 @@ def test_columns_of_usual_names_are_found_and_said(tmp_path, caplog):
     caplog.set_level("INFO", "sparse_prune")
     (tmp_path / "rows.csv").write_text("id,Review,Sentiment\n1,good,pos\n")
     assert load_labelled(str(tmp_path / "rows.csv")) == {"pos": {"0": "good"}}
-    assert "rows.csv these columns are taken: Review, Sentiment." in caplog.text
+    assert "rows.csv are taken: Review, Sentiment." in caplog.text
     (tmp_path / "rows.csv").write_text("sentence,review,label\na,b,1\n")
     with pytest.raises(ValueError, match=r"one of \['sentence', 'review', 'label'\], got 'text'\. Name it"):
         load_labelled(str(tmp_path / "rows.csv"))

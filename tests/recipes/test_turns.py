@@ -58,15 +58,17 @@ def test_columns_of_any_name_may_hold_a_question_and_its_answer(saved):
 
 def test_what_is_taken_and_what_is_left_out_is_said(saved, caplog):
     caplog.set_level("INFO", "sparse_prune")
-    document_rows(saved(PREFERRED), "text")
+    preferred = saved(PREFERRED)
+    document_rows(preferred, "text")
     assert (
-        "these columns are taken: prompt, chosen. What the last one holds is to be predicted; left out: rejected."
-        in caplog.text
+        f"These columns of {preferred} are taken: prompt, chosen. "
+        "The last one holds what is to be predicted; left out: rejected." in caplog.text
     )
     name = saved({"instruction": "Two?", "input": "", "output": "Three.", "text": "Two? Three."})
     assert list(document_rows(name, "text").documents()) == [(0, "Two? Three.")]
     assert (
-        f"column text is taken. Name instruction, input, output as in {name}::instruction:input:output" in caplog.text
+        f"The column text of {name} is taken. Name instruction, input, output as in {name}::instruction:input:output"
+        in caplog.text
     )
     with pytest.raises(ValueError, match="got 'text'. Name it as in"):
         document_rows(saved({"prompt": "a", "completion": "b", "chosen": "c"}), "text")

@@ -6,7 +6,6 @@ import torch
 from sparse_prune.evaluation import TASKS
 from sparse_prune.recipes.base.pretrained import load_tokenizer
 from sparse_prune.retrieval import retrieval_probes, text_probes
-from sparse_prune.retrieval.text_probes import ASKED
 
 
 @pytest.mark.parametrize("length", [128, 200, 1024])
@@ -54,24 +53,27 @@ def test_sequences_without_room_are_refused():
         retrieval_probes(torch.zeros(1, 64, dtype=torch.int64), 2)
 
 
-def test_questions_in_words_have_their_facts_in_the_text_and_no_test_wording(tiny_model):
+@pytest.mark.parametrize(("length", "facts"), [(180, 1), (400, 3), (1500, 8)])
+def test_questions_in_words_have_their_facts_in_the_text_and_no_test_wording(tiny_model, length, facts):
     tokenizer = load_tokenizer(tiny_model)
-    text = torch.full((2, 400), tokenizer("and")["input_ids"][0])
+    text = torch.full((2, length), tokenizer("and")["input_ids"][0])
     probes = text_probes(tokenizer, text, 8, seed=2)
-    assert [probe.kind for probe in probes] == [*ASKED] * 2
+    tested = {wording.question.partition("{")[0].strip() for task in TASKS.values() for wording in task.test}
+    asked_in = set()
     for probe in probes:
-        assert probe.tokens.shape == (400,)
+        assert probe.tokens.shape == (length,)
         tokens, answers = probe.tokens.tolist(), probe.answers.tolist()
         asked = [[answers[0]]]  # places of every answer
         for place in answers[1:]:
             asked += [[place]] if place > asked[-1][-1] + 1 else []
             asked[-1] += [place] if place > asked[-1][-1] else []
-        assert len(asked) == (4 if probe.kind in ("multi_query", "key_value") else 1)
-        assert answers[-1] == 399
+        assert len(asked) == facts
+        assert answers[-1] == length - 1
         for places in asked:
             answer = tokens[places[0] : places[-1] + 1]
             assert any(tokens[start : start + len(answer)] == answer for start in range(places[0] - 10))
-        words = tokenizer.decode(tokens[answers[0] - 40 :])
-        tested = [wording.question.partition("{")[0].strip() for wording in TASKS[probe.kind].test]
+            asked_in.add(tokenizer.decode(tokens[places[0] - 12 : places[0]]))
+        words = tokenizer.decode(tokens)
         assert not any(test and test in words for test in tested)
+    assert len(asked_in) > facts  # many wordings
     assert not torch.equal(probes[0].tokens, text_probes(tokenizer, text, 8, seed=3)[0].tokens)

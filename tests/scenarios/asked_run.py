@@ -22,7 +22,11 @@ if __name__ == "__main__":
     run = trainer(target, [callback], steps=2, strategy=strategy, devices=2)
     run.fit(Sharded() if sharded else TinyModule(), DataLoader(tokens, batch_size=2))
     found = {
-        "floor": {name: state.floor for name, state in callback.pruner.layers.items()},
+        "asked": {
+            f"{name} {topic}": average.value()
+            for name, state in callback.pruner.layers.items()
+            for topic, average in state.asked.items()
+        },
         "patterns": {name: pattern.keep for name, pattern in callback.pruner.patterns.items()},
     }
     torch.save(found, target / f"rank{run.global_rank}.pt")

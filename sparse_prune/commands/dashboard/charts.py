@@ -46,7 +46,7 @@ _OF_TWIN = (metrics.STEP_SECONDS,)
 
 
 def _loss(title: str, stage: str) -> Chart:
-    """The losses of the pruned run and the dense twin in one chart."""
+    """Show the losses of the pruned run and the dense twin in one chart."""
     keys = loss_keys(stage)
     return Chart(title, (*keys, *(TWIN + key for key in keys)), unit="loss")
 
@@ -56,7 +56,7 @@ def _number(title: str, metric: Metric) -> Chart:
 
 
 def _charts(section: str) -> tuple[Chart, ...]:
-    """The charts of a section, from the registry of metrics."""
+    """Make the charts of a section, from the registry of metrics."""
     return tuple(_chart(chart, shown) for chart, shown in metrics.charts().items() if chart.section == section)
 
 

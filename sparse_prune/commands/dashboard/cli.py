@@ -8,7 +8,7 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from sparse_prune.files import user_path, write_output
-from sparse_prune.install_hints import refusals
+from sparse_prune.refusals import refusals
 
 if TYPE_CHECKING:
     from sparse_prune.commands.dashboard.views import Target
@@ -27,7 +27,7 @@ def main(args: list[str] | None = None) -> None:
     parser.add_argument("--name", default="Attention pruning", help="name of the workspace, title of the report")
     parser.add_argument("--output", type=user_path, help="write both as JSON to this file and ask no server")
     given = parser.parse_args(args)
-    with refusals(parser):
+    with refusals(parser.error):
         from sparse_prune.commands.dashboard.views import report, workspace
 
         target = parse_target(given.target, given.runs, given.baseline)

@@ -26,13 +26,13 @@ from sparse_prune.evaluation import (
 )
 from sparse_prune.export import export_header, load
 from sparse_prune.files import user_path
-from sparse_prune.install_hints import refusals
 from sparse_prune.machine import describe_machine
 from sparse_prune.precision import fast_dtype
 from sparse_prune.recipes.base.pretrained import load_tokenizer
 from sparse_prune.recipes.causal_lm.pretrained import load_model
 from sparse_prune.recipes.causal_lm.sequences import make_sequences
 from sparse_prune.recipes.causal_lm.trained_text import unseen_documents
+from sparse_prune.refusals import refusals
 
 log = logging.getLogger(__name__)
 _RETRIEVED = ("passkey", "needle")
@@ -80,7 +80,7 @@ def evaluate(
 def _retrieved(
     model: Any, tokenizer: Any, text: Sequence[int], length: int, depths: Sequence[float], prompts: int
 ) -> tuple[list[float], list[float]]:
-    """Share of the passkeys and of the needles that are found, per depth; empty without prompts."""
+    """Return the share of the passkeys and of the needles that are found, per depth; empty without prompts."""
     if not prompts:
         return [], []
     asking = Asking(tokenizer, text, _RETRIEVED, length, prompts * len(depths), depths)
@@ -101,7 +101,7 @@ def check(
     """Refuse arguments that `evaluate` cannot measure; see there.
 
     Raises:
-        ValueError: If the model is no causal language model, or an argument is out of range.
+        ValueError: If the model is not a causal language model, or an argument is out of range.
     """
     if not model.can_generate():
         raise ValueError(f"`model` must be a causal language model, got {type(model).__name__}. Name another.")
@@ -116,7 +116,7 @@ def main(args: list[str] | None = None) -> None:
     parser = _parser()
     given = parser.parse_args(args)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    with refusals(parser):
+    with refusals(parser.error):
         model, twin, measure, part = _prepare(given)
         asking = _asking(given, measure)
     pruned, asked = evaluate(model, **measure, chunk=given.chunk), asking.ask(model)
@@ -140,7 +140,7 @@ def main(args: list[str] | None = None) -> None:
 
 
 def _prepare(given: argparse.Namespace) -> tuple[Any, Any, dict[str, Any], str]:
-    """Pruned model, dense twin or None, the other arguments of `evaluate`, all checked, and which part of the text."""
+    """Load and check the pruned model, the dense one or None, the arguments of `evaluate`, and the part of the text."""
     import matplotlib  # noqa: F401 - the report needs it: fail now rather than after the measurement
 
     options = {"dtype": getattr(torch, given.dtype)} if given.dtype else {}
@@ -165,13 +165,13 @@ def _prepare(given: argparse.Namespace) -> tuple[Any, Any, dict[str, Any], str]:
 def held_out(
     tokenizer: Any, text: str | list[str], length: int, count: int, told: Mapping[str, Any] | None = None
 ) -> tuple[torch.Tensor, str]:
-    """Sequences of text that a model was not trained on, at most `count`, and which part of the text they are."""
+    """Return at most `count` sequences of text that a model was not trained on, and which part of the text they are."""
     documents, part = unseen_documents(text, told)
     return make_sequences(tokenizer, documents, length, count, "to evaluate on", "lengths").input_ids, part
 
 
 def _asking(given: argparse.Namespace, measure: dict[str, Any]) -> Asking:
-    """The tasks to ask; raises ValueError if one does not fit."""
+    """Make the tasks to ask; raises ValueError if one does not fit."""
     names = list(TASKS) if given.tasks == ["all"] else given.tasks
     length = given.task_length or max(measure["lengths"])
     filler = measure["tokens"][0].tolist() if names else [0]
@@ -198,7 +198,7 @@ def _check_output(folder: Path) -> None:
 
 
 def sparsity_of(model: Any) -> float:
-    """Share of possible blocks that is pruned, over all layers with a pattern, in [0, 1]."""
+    """Return the share of possible blocks that is pruned, over all layers with a pattern, in [0, 1]."""
     handles = [handle for handle in handles_of(model) if handle.pattern is not None]
     patterns = [handle.pattern for handle in handles if handle.pattern is not None]
     possible = sum(pattern.possible_count for pattern in patterns)
@@ -214,7 +214,7 @@ def _parser() -> argparse.ArgumentParser:
         "--text",
         nargs="+",
         default=["stdlib"],
-        help="files, folders, globs, all of them; of the text of the training, stdlib and hub:NAME what was held out",
+        help="files, folders or globs, read whole; of the training text, stdlib and hub:NAME only the held-out part",
     )
     count = _at_least(1)
     parser.add_argument(
@@ -231,17 +231,17 @@ def _parser() -> argparse.ArgumentParser:
         default=[],
         choices=("all", *TASKS),
         metavar="TASK",
-        help=f"retrieval tasks to ask as well, or all of them: {', '.join(TASKS)}; default: none. They take long: a "
-        "question is a prefill, for several questions on one context in some tasks, of dense and pruned each",
+        help=f"retrieval tasks to ask as well, or all of them: {', '.join(TASKS)}; default: none. They take "
+        "long: both models read a whole context for every question, or for several that share one",
     )
-    parser.add_argument("--questions", type=count, default=60, help="of each task; fewer than 60 tell little")
+    parser.add_argument("--questions", type=count, default=60, help="questions of each task; fewer than 60 tell little")
     parser.add_argument(
         "--task_length", type=_at_least(2), help="tokens of a task; default: the longest of the lengths"
     )
     parser.add_argument("--decode", type=count, default=32, help="tokens to decode for the speed")
     parser.add_argument("--chunk", type=count, default=1024, help="tokens per forward pass")
     parser.add_argument(
-        "--dtype", choices=("bfloat16", "float16", "float32"), help="default: as saved, or float32 where that is faster"
+        "--dtype", choices=("bfloat16", "float16", "float32"), help="default: as saved, or float32 if that is faster"
     )
     parser.add_argument("--device", type=_device, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", type=user_path, default=Path("runs/evaluate"), help="folder for the report")

@@ -20,7 +20,7 @@ def lengths_around(model: Any, decode: int = 32) -> list[int]:
     """
     learned = max((handle.pattern.kv_len for handle in handles_of(model) if handle.pattern is not None), default=0)
     if not learned:
-        raise ValueError("`lengths` must be given for a model without patterns, got none.")
+        raise ValueError("`lengths` must be given for a model without patterns, got none. Give numbers of tokens.")
     longest = getattr(model.config, "max_position_embeddings", None) or 4 * learned
     lengths = {length for length in (learned // 2, learned, 2 * learned, 4 * learned) if 0 < length <= longest}
     room = longest_prompt(model, decode)

@@ -9,9 +9,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from sparse_prune.evaluation import CacheCost
-from sparse_prune.evaluation.meter import TaskScore, table
-from sparse_prune.files import write_report
+from sparse_prune.evaluation import CacheCost, meter
+from sparse_prune.evaluation.meter import TaskScore
+from sparse_prune.reports import table, write_report
+from sparse_prune.words import factor
 
 _DENSE, _PRUNED = "#9aa3b2", "#1d4e89"
 
@@ -27,7 +28,7 @@ class LengthResult:
     passkey: list[float]
     """Share of right answers per depth, in [0, 1]; empty if there were no prompts."""
     needle: list[float]
-    """The same for a fact in real text."""
+    """As `passkey`, for a fact in real text."""
     cost: CacheCost
 
     @property
@@ -54,7 +55,7 @@ class EvaluationReport:
     setup: Mapping[str, Any]
     """Model, text, versions, machine."""
     sparsity: float
-    """Share of possible blocks that the pruned model lacks, in [0, 1]."""
+    """Share of possible blocks that are pruned, in [0, 1]."""
     depths: tuple[float, ...]
     dense: list[LengthResult]
     pruned: list[LengthResult]
@@ -88,42 +89,40 @@ class EvaluationReport:
 
     def table(self) -> str:
         """Return a Markdown table with a row per length and dense / pruned in every cell."""
-        rows = [
-            "| tokens | perplexity | passkey | needle | KV cache, MiB | prefill, tokens/s | decode, tokens/s |",
-            "| ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
-        ]
+        rows = []
         for d, p, ratio in zip(self.dense, self.pruned, self.ratios(), strict=True):
-            kv = f"{d.cost.kv_bytes / 2**20:.2f} / {p.cost.kv_bytes / 2**20:.2f} ({ratio['kv_bytes']:.2f}x smaller)"
+            smaller = factor(ratio["kv_bytes"], "smaller", "larger")
             rows.append(
-                f"| {d.length} | {d.perplexity:.3f} / {p.perplexity:.3f} ({ratio['perplexity_rise']:+.2%}) "
-                f"| {_mean(d.passkey)} / {_mean(p.passkey)} | {_mean(d.needle)} / {_mean(p.needle)} | {kv} "
-                f"| {d.cost.prefill_tokens_per_s:.0f} / {p.cost.prefill_tokens_per_s:.0f} ({ratio['prefill']:.2f}x) "
-                f"| {d.cost.decode_tokens_per_s:.1f} / {p.cost.decode_tokens_per_s:.1f} ({ratio['decode']:.2f}x) |"
+                (
+                    d.length,
+                    f"{d.perplexity:.3f} / {p.perplexity:.3f} ({ratio['perplexity_rise']:+.2%})",
+                    f"{_mean(d.passkey)} / {_mean(p.passkey)}",
+                    f"{_mean(d.needle)} / {_mean(p.needle)}",
+                    f"{d.cost.kv_bytes / 2**20:.2f} / {p.cost.kv_bytes / 2**20:.2f} ({smaller})",
+                    f"{d.cost.prefill_tokens_per_s:.0f} / {p.cost.prefill_tokens_per_s:.0f} ({ratio['prefill']:.2f}x)",
+                    f"{d.cost.decode_tokens_per_s:.1f} / {p.cost.decode_tokens_per_s:.1f} ({ratio['decode']:.2f}x)",
+                )
             )
-        return "\n".join(rows)
+        costs = ("KV cache, MiB:", "prefill, tokens/s:", "decode, tokens/s:")
+        return table(("tokens:", "perplexity:", "passkey:", "needle:", *costs), rows)
 
     def text(self) -> str:
         """Return the report as Markdown."""
-        setup = "\n".join(f"| {key} | {value} |" for key, value in self.setup.items())
         depths = ""
         if self.dense and self.dense[0].passkey:
-            heads = " | ".join(f"{depth:.0%}" for depth in self.depths)
             rows = [
-                f"| {task} | {d.length} | "
-                + " | ".join(f"{a:.0%} / {b:.0%}" for a, b in zip(one, two, strict=True))
-                + " |"
+                (task, d.length, *(f"{a:.0%} / {b:.0%}" for a, b in zip(one, two, strict=True)))
                 for d, p in zip(self.dense, self.pruned, strict=True)
                 for task, one, two in (("passkey", d.passkey, p.passkey), ("needle", d.needle, p.needle))
             ]
-            rule = "| --- | ---: |" + " ---: |" * len(self.depths)
-            lines = ["", "## Retrieval by depth", "", f"| task | tokens | {heads} |", rule, *rows, ""]
-            depths = "\n".join(lines)
+            columns = ("task", "tokens:", *(f"{depth:.0%}:" for depth in self.depths))
+            depths = f"\n## Retrieval by depth\n\n{table(columns, rows)}\n"
         return (
             f"# Evaluation\n\nDense / pruned, {self.sparsity:.1%} of the possible attention blocks pruned.\n\n"
             f"{self.table()}\n\n![Evaluation](evaluation.png)\n{depths}{self._asked()}\n"
             "The loss runs through the cache in chunks, so what was evicted is missed. KV bytes are what the prefill\n"
             "of one sequence adds to the allocator's live bytes.\n\n"
-            f"## Setup\n\n| what | value |\n| --- | --- |\n{setup}\n"
+            f"## Setup\n\n{table(('what', 'value'), self.setup.items())}\n"
         )
 
     def _asked(self) -> str:
@@ -132,7 +131,7 @@ class EvaluationReport:
             return ""
         rows = [(task.name, task.dense, task.pruned) for task in self.tasks]
         head = f"\n## Retrieval tasks, {self.tasks[0].length} tokens\n\nShare right with its 95 % interval; "
-        return f"{head}log-probability of the answer, dense / pruned.\n\n{table(rows)}\n"
+        return f"{head}log-probability of the answer, dense / pruned.\n\n{meter.table(rows)}\n"
 
     def _draw(self, path: Path) -> None:
         from matplotlib.figure import Figure

@@ -34,9 +34,9 @@ class Asking:
     length: int
     """Tokens of a prompt with its answer."""
     questions: int
-    """Least questions of each task."""
+    """Smallest number of questions per task."""
     depths: Sequence[float]
-    """Positions of facts, in [0, 1], in turn."""
+    """Positions of facts in the text, in [0, 1], used in turn."""
 
     def __post_init__(self) -> None:
         check_range("[1, inf)", questions=self.questions)

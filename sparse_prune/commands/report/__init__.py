@@ -1,1 +1,1 @@
-"""A run as one HTML page that needs no network."""
+"""`sparse-prune report`: shows a run, or several, as one HTML page that needs no network."""

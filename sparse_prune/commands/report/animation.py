@@ -1,4 +1,4 @@
-"""The history of patterns as the page animates it: few frames, small ones, as text."""
+"""Makes the animation of the page from the history of patterns: few and small frames, as text."""
 
 from __future__ import annotations
 
@@ -16,34 +16,34 @@ from sparse_prune.pattern import BlockPattern
 MOST_FRAMES = 60
 """Frames that the animation shows; longer histories are thinned out."""
 MOST_BYTES = 5_000_000
-"""Of the frames inside the page, about; where they are more, squares of blocks are merged into cells."""
+"""Bytes of the frames inside the page, about; if there are more, squares of blocks are merged into cells."""
 MOST_CELLS = 2400
-"""Along a side of the atlas: a screen shows no more."""
+"""Cells along a side of the atlas; a screen shows no more."""
 LEVELS = 4
 """Shades of a cell of several blocks: all pruned, up to a third of the possible ones kept, up to two thirds, more."""
 
 
 def thin_out(steps: Sequence[int]) -> list[int]:
-    """At most `MOST_FRAMES` of the steps, evenly, the first and the last among them."""
+    """Choose at most `MOST_FRAMES` of the steps, evenly spaced, with the first and the last."""
     if len(steps) <= MOST_FRAMES:
         return list(steps)
     return [steps[round(i * (len(steps) - 1) / (MOST_FRAMES - 1))] for i in range(MOST_FRAMES)]
 
 
 def blocks_per_cell(patterns: Mapping[str, BlockPattern], frames: int) -> int:
-    """Side, in blocks, of the smallest cells with which frames stay below `MOST_BYTES` and `MOST_CELLS`."""
+    """Find the side, in blocks, of the smallest cells that keep frames below `MOST_BYTES` and `MOST_CELLS`."""
     shapes = [pattern.keep.shape for pattern in patterns.values()]
     most = max((max(shape[1:]) for shape in shapes), default=1)
     for merged in range(1, most):
-        cells = sum(heads * -(-rows // merged) * -(-cols // merged) for heads, rows, cols in shapes)
+        count = sum(heads * -(-rows // merged) * -(-cols // merged) for heads, rows, cols in shapes)
         side = max(len(shapes) * -(-most // merged), max(shape[0] for shape in shapes) * -(-most // merged))
-        if frames * cells * _depth(merged) / 8 * 4 / 3 <= MOST_BYTES and side <= MOST_CELLS:
+        if frames * count * _depth(merged) / 8 * 4 / 3 <= MOST_BYTES and side <= MOST_CELLS:
             return merged
     return most
 
 
-def packed(pattern: BlockPattern, merged: int) -> dict[str, Any]:
-    """A layer of a frame as JSON types.
+def cells(pattern: BlockPattern, merged: int) -> dict[str, Any]:
+    """Describe a layer of a frame as JSON types.
 
     Returns:
         heads, rows and cols of cells; `depth`, bits per cell; `keep`, levels of cells from the first head's first row
@@ -61,8 +61,8 @@ def packed(pattern: BlockPattern, merged: int) -> dict[str, Any]:
 
 
 def frames(history: Iterator[tuple[int, Mapping[str, BlockPattern]]], merged: int) -> list[dict[str, Any]]:
-    """Frames as JSON types; only one is held at full size at a time."""
-    return [{"step": step, "layers": [packed(p, merged) for p in patterns.values()]} for step, patterns in history]
+    """Describe frames as JSON types; only one is held at full size at a time."""
+    return [{"step": step, "layers": [cells(p, merged) for p in patterns.values()]} for step, patterns in history]
 
 
 def _depth(merged: int) -> int:
@@ -70,7 +70,7 @@ def _depth(merged: int) -> int:
 
 
 def _sums(blocks: Tensor, merged: int) -> Tensor:
-    """How many of a cell's blocks are set, (heads, rows, cols) of cells."""
+    """Count the blocks that are set in each cell, (heads, rows, cols) of cells."""
     heads, rows, cols = blocks.shape
     whole = pad(blocks.int(), (0, -cols % merged, 0, -rows % merged))
     return whole.view(heads, -(-rows // merged), merged, -(-cols // merged), merged).sum((2, 4))

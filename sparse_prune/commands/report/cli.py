@@ -1,4 +1,4 @@
-"""The command: read the logs of runs, write their page."""
+"""The command: reads the logs of runs and writes their page."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from sparse_prune.commands.report import compare, page
 from sparse_prune.commands.report.logs import read_run
 from sparse_prune.export.history import FOLDER
 from sparse_prune.files import user_path, write_output
-from sparse_prune.install_hints import refusals
+from sparse_prune.refusals import refusals
 
 
 def main(args: list[str] | None = None) -> None:
-    """`sparse-prune report RUN [RUN ...] [--output FILE]`."""
+    """Run `sparse-prune report RUN [RUN ...] [--output FILE]`."""
     parser = argparse.ArgumentParser(
         prog="sparse-prune report",
         description="One HTML page of a run, or of several beside each other, from their logs; no network is needed.",
@@ -24,7 +24,7 @@ def main(args: list[str] | None = None) -> None:
         "--output", type=user_path, help="where to write; report.html, or comparison.html, beside the first logs"
     )
     given = parser.parse_args(args)
-    with refusals(parser):
+    with refusals(parser.error):
         runs = [read_run(run) for run in given.run]
         text = page.render(runs[0]) if len(runs) == 1 else compare.render(runs)
     first = runs[0]

@@ -1,4 +1,4 @@
-"""Several runs on one page: what each pruned, and what that cost."""
+"""Shows several runs on one page: what each one pruned, and what that cost."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from sparse_prune.commands.report.verdict import LIMITS_TOLD, Numbers, figures, 
 
 
 def render(runs: Sequence[RunLogs]) -> str:
-    """The whole page as HTML, with nothing to fetch."""
+    """Return the whole page as HTML that fetches nothing."""
     return fill(describe(runs))
 
 
 def describe(runs: Sequence[RunLogs]) -> dict[str, Any]:
-    """Everything that the page shows, as JSON types."""
+    """Describe everything that the page shows, as JSON types."""
     shared = os.path.commonpath([run.folder for run in runs])
     names = _names([os.path.relpath(run.folder, shared) for run in runs])
     found = [numbers(run) for run in runs]
@@ -46,7 +46,7 @@ def _row(name: str, run: Numbers) -> dict[str, Any]:
 
 
 def _names(folders: Sequence[str]) -> list[str]:
-    """Folders without the end that all of them share."""
+    """Cut off the end that all folders share."""
     parts = [folder.split(os.sep) for folder in folders]
     while len({each[-1] for each in parts}) == 1 and min(map(len, parts)) > 1:
         parts = [each[:-1] for each in parts]
@@ -54,7 +54,7 @@ def _names(folders: Sequence[str]) -> list[str]:
 
 
 def _chart(title: str, unit: str, found: Sequence[Numbers], what: str) -> dict[str, Any]:
-    """Points of the runs; their dense twins stand at sparsity 0."""
+    """Describe a chart with a point per run and per dense twin; twins stand at sparsity 0."""
     points = [
         {"run": number, "twin": twin, "x": 0.0 if twin else run.sparsity, "y": value}
         for number, run in enumerate(found)

@@ -1,4 +1,4 @@
-"""What the page tells of every head: how dense it is, how far it reaches, and which rule kept its blocks."""
+"""Describes every head for the page: how sparse it is, how far it reaches, and which rule kept its blocks."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from sparse_prune.pattern import BlockPattern
 
 
 def describe_heads(pattern: BlockPattern, settings: Mapping[str, str]) -> dict[str, Any]:
-    """Lists with a number per head, as JSON types.
+    """Return lists with a number per head, as JSON types.
 
     Args:
-        pattern: Of a layer.
-        settings: Of the run; `Constraints` keep the first and the recent blocks of every row.
+        pattern: The pattern of a layer.
+        settings: The settings of the run; its `Constraints` keep first and recent blocks of every row.
 
     Returns:
         heads: Share of possible blocks pruned.
-        reach: Tokens from a row's own block to the furthest one it keeps, sinks apart, median of the rows.
-        sink, recent: Shares of the kept blocks that the constraints keep; scores chose the rest.
+        reach: Tokens from a row's own block to the furthest block that it keeps, sinks excepted; median of the rows.
+        sink, recent: Shares of the kept blocks that these constraints keep; scores chose the rest.
     """
     keep, possible = pattern.keep, pattern.possible
     _, rows, cols = keep.shape
@@ -41,6 +41,6 @@ def describe_heads(pattern: BlockPattern, settings: Mapping[str, str]) -> dict[s
 
 
 def _count(settings: Mapping[str, str], name: str) -> int:
-    """Blocks that a constraint keeps; 0 where the logs do not say."""
+    """Return the number of blocks that a constraint keeps; 0 if the logs do not tell."""
     text = settings.get(f"pruning/constraints/{name}", "")
     return int(text) if text.isdecimal() else 0

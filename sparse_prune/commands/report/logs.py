@@ -1,4 +1,4 @@
-"""What a run left in its folder: metrics by key, settings, and patterns by step."""
+"""Reads what a run left in its folder: metrics by key, settings, and patterns by step."""
 
 from __future__ import annotations
 
@@ -17,28 +17,29 @@ from sparse_prune.metrics import METRICS
 from sparse_prune.pattern import BlockPattern
 
 Series = list[tuple[int, float]]
-"""(optimizer steps taken, value), ascending. Loggers count from 0: what they log under n was so after n + 1 steps."""
+"""(optimizer steps taken, value), ascending. Loggers count from 0 and log under n what holds after n + 1 steps."""
 _LOGS = ("metrics.csv", "run-*.wandb")
 
 
 @dataclass(frozen=True)
 class RunLogs:
-    """A run as its loggers saw it."""
+    """What loggers recorded of a run."""
 
     folder: Path
-    """Where metrics.csv, or W&B's file, is."""
+    """Folder of metrics.csv, or of W&B's file."""
     metrics: Mapping[str, Series]
+    """Key -> series."""
     dense: Mapping[str, Series]
-    """The same of the dense twin that a recipe trained; empty if there is none."""
+    """As `metrics`, of the dense twin that a recipe trained; empty if there is none."""
     steps: Sequence[int]
-    """Those of which the pattern history has a frame, ascending."""
+    """Steps of which the pattern history has a frame, ascending."""
     settings: Mapping[str, str] = field(default_factory=dict)
-    """Hyperparameters and configuration, flat, as text: names are parted by slashes."""
+    """Hyperparameters and configuration, flat, as text; slashes join the parts of a name."""
     history: Path | None = None
-    """Folder of the pattern history, where it is not `folder`."""
+    """Folder of the pattern history; None: `folder`."""
 
     def frame(self, step: int) -> Mapping[str, BlockPattern]:
-        """Layer -> pattern after a step.
+        """Load the patterns after a step, layer -> pattern.
 
         Raises:
             ValueError: If the frame is damaged.
@@ -47,12 +48,12 @@ class RunLogs:
 
 
 def read_run(folder: Path) -> RunLogs:
-    """Read what `CSVLogger` wrote, or else W&B's client on disk, and find what `SparsityLogger` did.
+    """Read the logs of `CSVLogger`, or else those of W&B's client on disk, and find the patterns of `SparsityLogger`.
 
     Raises:
         FileNotFoundError: If there are no logs.
-        ImportError: If there are W&B's alone, and wandb is missing.
-        ValueError: If they are damaged.
+        ImportError: If there are logs of W&B alone, and wandb is missing.
+        ValueError: If the logs are damaged.
     """
     file = _latest(folder)
     home = file.parent
@@ -90,12 +91,12 @@ def _csv_rows(path: Path) -> Iterable[tuple[int, dict[str, float]]]:
                 yield step, {key: float(text) for key, text in row.items() if text}
             except (KeyError, TypeError, ValueError) as error:
                 raise ValueError(
-                    f"{path} must hold a step and numbers in every row, got {error!r} in line {number}."
+                    f"{path} must hold a step and numbers in every row, got {error!r} in line {number}. Remove it."
                 ) from error
 
 
 def _series(rows: Iterable[tuple[int, Mapping[str, float]]]) -> dict[str, Series]:
-    """Key -> series; what is not finite is left out, and a prefix that the logger gave all keys."""
+    """Collect key -> series, without values that are not finite, and without the logger's prefix of keys."""
     series: dict[str, dict[int, float]] = {}
     for step, row in rows:
         for key, value in row.items():
@@ -107,13 +108,13 @@ def _series(rows: Iterable[tuple[int, Mapping[str, float]]]) -> dict[str, Series
 
 
 def _prefix(keys: Iterable[str]) -> str:
-    """What Lightning's loggers put before every key when they are given a `prefix`; told by the metrics of pruning."""
+    """Find what a Lightning logger with a `prefix` puts before every key, by the keys of pruning's metrics."""
     known = "|".join(metric.pattern for metric in METRICS)
     return next((found[1] for key in keys if (found := re.fullmatch(rf"(.+-)(?:{known})", key))), "")
 
 
 def _settings(home: Path) -> dict[str, str]:
-    """Of hparams.yaml and of a recipe's config.yaml."""
+    """Read the settings in hparams.yaml and in a recipe's config.yaml."""
     found: dict[str, str] = {}
     for name in ("config.yaml", "hparams.yaml"):
         if (home / name).is_file():
@@ -129,7 +130,7 @@ def _settings(home: Path) -> dict[str, str]:
 
 
 def flat(value: Any, name: str = "") -> dict[str, str]:
-    """Nested settings as text by path, such as trainer/max_steps."""
+    """Flatten nested settings to path -> text, with paths such as trainer/max_steps."""
     if isinstance(value, list) and any(isinstance(part, Mapping) for part in value):
         value = dict(enumerate(value))
     if not isinstance(value, Mapping):

@@ -1,4 +1,4 @@
-"""What W&B's client keeps on disk: records of protocol buffers in LevelDB's log format."""
+"""Reads what W&B's client keeps on disk: records of protocol buffers in LevelDB's log format."""
 
 from __future__ import annotations
 
@@ -16,29 +16,30 @@ Rows = list[tuple[int, dict[str, float]]]
 
 
 def read_offline(path: Path) -> tuple[Rows, dict[str, str]]:
-    """Numbers and settings of a run-*.wandb file, as far as it was written.
+    """Read numbers and settings from a run-*.wandb file, as far as it was written.
 
     Format: https://github.com/google/leveldb/blob/main/doc/log_format.md, wandb/proto/wandb_internal.proto.
 
     Returns:
-        (step as logged, key -> number) in order, and the run's config, flat, as text.
+        Rows (step as logged, key -> number) in order, and the run's config, flat, as text.
 
     Raises:
         ImportError: If wandb is missing.
-        ValueError: If the file is of another kind.
+        ValueError: If the file is not one of W&B's client.
     """
     from wandb.proto.wandb_internal_pb2 import Record
 
     data = path.read_bytes()
     if not data.startswith(b":W&B"):
-        raise ValueError(f"{path} must be a file of W&B's client, got one that begins with {data[:4]!r}.")
+        raise ValueError(f"{path} must be a file of W&B's client, got one that begins with {data[:4]!r}. Remove it.")
     rows: Rows = []
     settings: dict[str, str] = {}
     last = 0
     for piece in _records(data):
         record = Record.FromString(piece)
         for item in (*record.run.config.update, *record.config.update):
-            settings["/".join(item.nested_key) or item.key] = _text(json.loads(item.value_json))
+            value = json.loads(item.value_json)
+            settings["/".join(item.nested_key) or item.key] = value if isinstance(value, str) else json.dumps(value)
         row = _numbers(record.history.item)
         last = int(row.pop("trainer/global_step", last))
         # W&B repeats every row in its summary; how the run ended stands there alone.
@@ -48,13 +49,13 @@ def read_offline(path: Path) -> tuple[Rows, dict[str, str]]:
 
 
 def _numbers(items: Iterable[Any]) -> dict[str, float]:
-    """Those of a record, without those of the client's own, which begin with "_"."""
+    """Return the numbers of a record, without those of the client itself, which begin with "_"."""
     found = {"/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in items}
     return {k: float(v) for k, v in found.items() if isinstance(v, int | float) and not k.startswith("_")}
 
 
 def _records(data: bytes) -> Iterator[bytes]:
-    """Whole records; one that was cut by the end of the file is left out."""
+    """Yield whole records, without one that the end of the file cuts off."""
     place, parts = _HEADER, b""
     while place + _HEADER <= len(data):
         room = _BLOCK - place % _BLOCK
@@ -67,7 +68,3 @@ def _records(data: bytes) -> Iterator[bytes]:
         if kind in (_WHOLE, _LAST) and place <= len(data):
             yield parts
             parts = b""
-
-
-def _text(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value)

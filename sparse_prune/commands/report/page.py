@@ -1,4 +1,4 @@
-"""The page of a run: what it was, as JSON inside a template that draws it."""
+"""Makes the page of a run: its data, as JSON, inside a template that draws them."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ _PARTS = ("page.css", "draw.js", "run.js", "compare.js")
 
 
 def render(logs: RunLogs) -> str:
-    """The whole page of a run as HTML, with nothing to fetch."""
+    """Return the whole page of a run as HTML that fetches nothing."""
     return fill(describe(logs))
 
 
 def fill(data: Mapping[str, Any]) -> str:
-    """The template with its data."""
+    """Return the template with its data."""
     text = json.dumps(data, separators=(",", ":"), allow_nan=False)
     # Inside a script element only "</" and "<!--" could end or comment out what follows.
     text = text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
@@ -38,7 +38,7 @@ def fill(data: Mapping[str, Any]) -> str:
 
 
 def describe(logs: RunLogs) -> dict[str, Any]:
-    """Everything that the page shows, as JSON types."""
+    """Describe everything that the page shows, as JSON types."""
     shown = thin_out(logs.steps)
     final = logs.frame(shown[-1]) if shown else {}
     merged = blocks_per_cell(final, len(shown))
@@ -64,7 +64,7 @@ def describe(logs: RunLogs) -> dict[str, Any]:
 
 
 def _facts(logs: RunLogs, final: Mapping[str, BlockPattern]) -> list[list[str]]:
-    """What was trained on what, as far as the logs say: label, value."""
+    """Tell what was trained on what, as far as the logs tell: label, value."""
     said = logs.settings
 
     def first(*names: str) -> str | None:
@@ -98,7 +98,7 @@ def _schedule(said: Mapping[str, str], kind: str) -> str | None:
 
 
 def _also(logs: RunLogs) -> list[str]:
-    """More numbers of the end, each with what it is."""
+    """Tell more numbers of the end of the run in words."""
     found = {key: last(metric.key, logs.metrics) for key, metric in _ALSO.items()}
     told = [f"{value:.1%} {key}" for key, value in found.items() if value is not None]
     sparse, layers = last(metrics.SPARSE_LAYERS.key, logs.metrics), len(metrics.LAYER_SPARSITY.keys(logs.metrics))
@@ -112,7 +112,7 @@ _ALSO = {
 
 
 def _charts(logs: RunLogs) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """The loss and the charts over the run, and those that are folded away, as far as the run logged them."""
+    """Make the charts over the run, loss first, and those that are folded away, as far as the run logged them."""
     main: list[dict[str, Any]] = [_loss_chart(logs)]
     more: list[dict[str, Any]] = []
     for chart, shown in metrics.charts().items():
@@ -139,12 +139,12 @@ def _loss_chart(logs: RunLogs) -> dict[str, Any]:
 
 
 def _lines(metric: Metric, logs: RunLogs) -> list[dict[str, Any]]:
-    """The curves of a metric, one per layer where it has as many, and the dense twin's below them."""
+    """Make the curves of a metric, one per layer if it has as many, above those of the dense twin."""
 
     def name(key: str) -> str:
         return f"{metric.label} {key.rpartition('_')[2]}" if metric.per_layer else metric.label
 
-    # What is logged whenever patterns change holds until the run's last step.
+    # A value that is logged whenever patterns change holds until the run's last step.
     end = span(logs)[1] if metric.at == "pattern" else 0
     twin = [{"name": "dense twin", "points": logs.dense[key], "style": "muted"} for key in metric.keys(logs.dense)]
     return twin + [
@@ -159,7 +159,7 @@ def _held(points: Series, end: int) -> Series:
 
 
 def _table(patterns: Mapping[str, BlockPattern], logs: RunLogs) -> list[dict[str, Any]]:
-    """A row per layer, with what is told of each of its heads."""
+    """Make a row per layer, with the numbers of each of its heads."""
     series: Mapping[str, Series] = logs.metrics
     rows: list[dict[str, Any]] = []
     for index, (name, pattern) in enumerate(patterns.items()):

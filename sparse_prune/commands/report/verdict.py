@@ -1,4 +1,4 @@
-"""What was won and lost, judged: a sentence and three figures, from what the loggers saw."""
+"""Judges what pruning won and lost, from the logs: a sentence and three figures."""
 
 from __future__ import annotations
 
@@ -12,17 +12,18 @@ from typing import Literal
 from sparse_prune import metrics
 from sparse_prune.commands.report.logs import RunLogs, Series
 from sparse_prune.losses import find_loss, loss_keys
+from sparse_prune.words import duration, factor
 
 Judgement = Literal["good", "fair", "bad", "unknown"]
 LIMITS = {"speed": (1.05, 0.95), "loss": (0.01, 0.05), "retrieval": (0.95, 0.8)}
-"""Where good ends, and where bad begins: times as fast, more loss, share of the twin's answers."""
+"""Where good ends and where bad begins: factor of speed, relative rise of the loss, share of the twin's answers."""
 LIMITS_TOLD = (
     "The dense twin is the same fine-tune without pruning. "
     "Green: at least 5% faster, at most 1% more loss, at least 95% of the dense twin's answers. "
     "Red: more than 5% slower, more than 5% more loss, under 80% of the answers. Amber: between. Grey: no comparison."
 )
 FEW_PROMPTS = 20
-"""With fewer, one prompt more or less found changes the judgement."""
+"""With fewer prompts, a single answer changes the judgement."""
 _RETRIEVAL = re.compile(r"passkey|needle|retriev|recall")
 _HELD_OUT = re.compile(r"(?:test|val|valid|validation)[/_](.+?)(?:_epoch|_step)?")
 
@@ -37,35 +38,35 @@ class Figure:
     """What it was compared with."""
     judgement: Judgement
     clause: str
-    """It as a part of the sentence; empty where nothing was compared."""
+    """The figure as a clause of the sentence; empty if nothing was compared."""
 
 
 @dataclass(frozen=True)
 class Numbers:
-    """A run in numbers; None: not logged."""
+    """A run in numbers; None: the number was not logged."""
 
     finished: bool
     step: int
-    """The last that was logged."""
+    """Last step that was logged."""
     sparsity: float | None
     loss: float | None
     dense_loss: float | None
     loss_key: str | None
     seconds: float | None
-    """Of a step, median of those after the last swap; of all, where no layer was swapped."""
+    """Median seconds of the steps after the last swap; of all steps if no layer was swapped."""
     dense_seconds: float | None
-    """Median of the dense twin, its first step left out."""
+    """Median seconds of the dense twin's steps but the first."""
     swapped: bool
     quality: float | None
     dense_quality: float | None
     quality_name: str
-    """Without its stage: passkey accuracy."""
+    """Name of the quality without its stage, such as passkey accuracy."""
     prompts: float
-    """With which retrieval was asked for; infinite where that is not said."""
+    """Number of prompts that retrieval was measured with; infinite if the settings do not tell."""
 
 
 def numbers(logs: RunLogs) -> Numbers:
-    """Read them from the logs."""
+    """Read the numbers of a run from its logs."""
     loss = next((key for stage in ("test", "validation", "training") if (key := find_loss(stage, logs.metrics))), None)
     quality = _quality(logs.metrics)
     prompts = logs.settings.get("passkey_prompts", "") if quality and "passkey" in quality else ""
@@ -91,12 +92,12 @@ def numbers(logs: RunLogs) -> Numbers:
 
 
 def last(key: str | None, of: Mapping[str, Series]) -> float | None:
-    """The last value of a key; None if it was not logged."""
+    """Return the last value of a key; None if it was not logged."""
     return of[key][-1][1] if key is not None and key in of else None
 
 
 def span(logs: RunLogs) -> tuple[int, int]:
-    """First and last step of the run's curves: metrics of pruning, and losses while it trained."""
+    """Return the first and last step of the run's curves: metrics of pruning, training and validation losses."""
     keys = [key for metric in metrics.METRICS for key in metric.keys(logs.metrics)]
     keys += [key for stage in ("training", "validation") if (key := find_loss(stage, logs.metrics))]
     steps = [step for key in keys for step, _ in (logs.metrics[key][0], logs.metrics[key][-1])]
@@ -104,12 +105,12 @@ def span(logs: RunLogs) -> tuple[int, int]:
 
 
 def swap_steps(logs: RunLogs) -> list[int]:
-    """Steps at which layers were swapped, ascending."""
+    """Return the steps at which layers were swapped, ascending."""
     return sorted({step for key in metrics.LAYER_SWAP.keys(logs.metrics) for step, _ in logs.metrics[key]})
 
 
 def sentence(found: Numbers, planned: str | None) -> str:
-    """The run in a sentence."""
+    """Tell the run in a sentence."""
     begin = "" if found.finished else f"Unfinished, step {found.step}{f' of {planned}' if planned else ''}: "
     if found.sparsity is None:
         return f"{begin}nothing was pruned yet."
@@ -120,7 +121,7 @@ def sentence(found: Numbers, planned: str | None) -> str:
 
 
 def figures(found: Numbers) -> list[Figure]:
-    """Speed, loss, retrieval."""
+    """Judge speed, loss and retrieval."""
     return [_speed(found), _loss(found), _kept(found)]
 
 
@@ -129,12 +130,12 @@ def _speed(found: Numbers) -> Figure:
     if own is None:
         return Figure("Step time", "not logged", "", "unknown", "")
     if dense is None:
-        return Figure("Step time", _seconds(own), "no dense twin was timed", "unknown", "")
-    note = f"{_seconds(own)} a step against {_seconds(dense)} of the dense twin"
+        return Figure("Step time", duration(own), "no dense twin was timed", "unknown", "")
+    note = f"{duration(own)} a step against {duration(dense)} of the dense twin"
     if not found.swapped:
         return Figure("Step time", "not swapped yet", note, "unknown", "no layer skips what was pruned yet")
     gain = dense / own
-    value = f"{gain:.2f}x faster" if gain >= 1 else f"{1 / gain:.2f}x slower"
+    value = factor(gain, "faster", "slower")
     clause = f"a step is {value} than the dense twin's"
     return Figure("Step time", value, note, _judge(gain, *LIMITS["speed"]), clause)
 
@@ -173,12 +174,8 @@ def _judge(value: float, good: float, bad: float) -> Judgement:
 
 
 def _quality(logged: Mapping[str, Series]) -> str | None:
-    """The held-out share that tells most: retrieval before any accuracy."""
+    """Find the key of the most telling held-out share: retrieval before any accuracy."""
     losses = {*loss_keys("test"), *loss_keys("validation")}
     names = [key for key in sorted(logged) if _HELD_OUT.fullmatch(key) and key not in losses]
     found = [key for key in names if _RETRIEVAL.search(key)] or [key for key in names if "acc" in key]
     return found[0] if found else None
-
-
-def _seconds(seconds: float) -> str:
-    return f"{seconds:.3g} s" if seconds >= 1 else f"{1000 * seconds:.3g} ms"

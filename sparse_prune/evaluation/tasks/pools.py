@@ -7,7 +7,10 @@ from random import Random
 from sparse_prune.evaluation.tasks.task import Split
 
 NAMES: dict[Split, list[str]] = {
-    "choose": ["Athens", "Bogota", "Cairo", "Dublin", "Geneva", "Lima", "Madrid", "Warsaw"],
+    "choose": [
+        *("Athens", "Berlin", "Bogota", "Cairo", "Delhi", "Dublin", "Geneva", "Havana"),
+        *("Lima", "Madrid", "Paris", "Prague", "Rome", "Sofia", "Tokyo", "Warsaw"),
+    ],
     "test": ["Lisbon", "Nairobi", "Oslo", "Quito", "Seoul", "Toronto", "Vienna", "Zagreb"],
 }
 VARIABLES: dict[Split, str] = {"choose": "ABCDEFGHJKLM", "test": "NPQRSTUVWXYZ"}

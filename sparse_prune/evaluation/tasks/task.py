@@ -71,7 +71,7 @@ class Task:
     """As in `Example`."""
 
     def wordings(self, split: Split) -> tuple[Wording, ...]:
-        """The wordings of a split.
+        """Return the wordings of a split.
 
         Raises:
             ValueError: If the split is unknown.

@@ -137,13 +137,13 @@ class _Call:
                 )
 
     def in_blocks(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Query, key and value as blocks, in the dtypes of their products."""
+        """Cut query, key and value into blocks, in the dtypes of their products."""
         (block_q, block_kv), (exact, fast) = self.pattern.block_size, _dtypes(query.dtype)
         q, k = _to_blocks(query.to(exact), block_q), _to_blocks(key.to(exact), block_kv)
         return q, k, _to_blocks(value.to(fast), block_kv)
 
     def logits(self, chunk: _Chunk, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Masked logits, (tiles, block_q, keys), and with a soft cap its slope at them."""
+        """Compute masked logits, (tiles, block_q, keys), and with a soft cap its slope at them."""
         logits, slope = torch.bmm(query * self.scale, key.transpose(1, 2)), None
         if self.options.softcap is not None:
             bounded = torch.tanh(logits / self.options.softcap)
@@ -172,7 +172,7 @@ class _Call:
         return logits, slope
 
     def dropout(self, chunk: _Chunk, dtype: torch.dtype) -> Tensor | None:
-        """Factors on the weights, (tiles, block_q, keys): 0 for dropped ones."""
+        """Draw factors on the weights, (tiles, block_q, keys): 0 for dropped ones."""
         if not self.options.dropout_p:
             return None
         assert self.options.seed is not None
@@ -183,7 +183,7 @@ class _Call:
 
 
 def _to_blocks(x: Tensor, block: int) -> Tensor:
-    """(batch, heads, length, dim) -> (batch * heads * blocks, block, dim), the ragged end padded with zeros."""
+    """Cut (batch, heads, length, dim) into (batch * heads * blocks, block, dim), with zeros after a ragged end."""
     x = F.pad(x, (0, 0, 0, -x.shape[2] % block))
     return x.reshape(-1, block, x.shape[3])
 
@@ -194,12 +194,12 @@ def _from_blocks(x: Tensor, like: Tensor) -> Tensor:
 
 
 def _pick(x: Tensor, index: Tensor, tiles: int) -> Tensor:
-    """Blocks by index, joined per tile: (tiles, tokens, dim)."""
+    """Pick blocks by index and join them per tile: (tiles, tokens, dim)."""
     return x.index_select(0, index).view(tiles, -1, x.shape[2])
 
 
 def _dtypes(dtype: torch.dtype) -> tuple[torch.dtype, torch.dtype]:
-    """The dtype of logits and sums, and that of the other products."""
+    """Choose the dtype of logits and sums, and that of the other products."""
     exact = torch.float64 if dtype == torch.float64 else torch.float32
     # Not float16: sums of weights times values may leave its range.
     return exact, dtype if dtype == torch.bfloat16 else exact

@@ -47,15 +47,13 @@ def masked_attention(
 
 
 def _suits_moving(query: Tensor, pattern: BlockPattern, options: AttentionOptions) -> bool:
-    return query.device.type == "cpu" and options.softcap is None and _masking_pays(query, pattern, options)
-
-
-def _masking_pays(query: Tensor, pattern: BlockPattern, options: AttentionOptions) -> bool:
-    """Whether a CPU is faster with a token mask over all pairs than with the kept blocks alone.
+    """Whether the call is on a CPU that is faster with a token mask over all pairs than with the kept blocks alone.
 
     The unit of costs is SDPA's time for one query-key pair, forward and backward; they were fitted to measurements of
     `benchmarks/moving_backend.py` on one thread of an Intel Xeon.
     """
+    if query.device.type != "cpu" or options.softcap is not None:
+        return False
     pairs = query.shape[0] * pattern.num_heads * pattern.q_len * pattern.kv_len
     masks = (options.key_mask, options.attn_mask, options.documents)
     own = any(mask is not None and mask.shape[0] > 1 for mask in masks)  # each sample has its own mask
