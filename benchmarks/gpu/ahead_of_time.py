@@ -86,6 +86,11 @@ GROUPS = {
         Case("dkdv", 90, head_dim, block, group=4, masks=13)
         for head_dim, block in itertools.product((64, 128, 256), (64, 128))
     ],
+    "10.0": [
+        Case(*parts, spills=4 if parts == ("dkdv", 100, 128, 128) else 0)
+        for parts in itertools.product(TRAINING, (100,), (64, 128, 256), (64, 128))
+    ]
+    + [Case("dkdv", 100, head_dim, block, group=4) for head_dim in (64, 128) for block in (64, 128)],
     "small devices": [Case(*parts) for parts in itertools.product(TRAINING, (89,), (64, 128, 256))],
     # Key mask, documents, window, and all three.
     "masks": [
@@ -185,7 +190,7 @@ def launched(case):
 
 def resources(ptx, capability):
     """Registers and spilled bytes, as ptxas reports them."""
-    arch = f"sm_{capability}a" if capability == 90 else f"sm_{capability}"
+    arch = f"sm_{capability}a" if capability >= 90 else f"sm_{capability}"
     found = nvidia.get_ptxas(capability) if inspect.signature(nvidia.get_ptxas).parameters else nvidia.get_ptxas()
     ptxas = getattr(found, "path", found[0] if isinstance(found, tuple) else found)
     with tempfile.TemporaryDirectory() as folder:
@@ -210,7 +215,7 @@ def compiled(case):
     with mock.patch.object(JITFunction, "run", compile_only):
         tile, span = launched(case)
     kernel = kernels[f"{case.kernel}_kernel"]
-    made = {name: getattr(kernel.metadata, name) for name in ("num_warps", "num_stages")}
+    made = {name: getattr(kernel.metadata, name) for name in ("num_warps", "num_stages", "tmem_size")}
     return kernel, vars(case) | {"dtype": NAMES[case.dtype], "tile": tile, "span": span, **made}
 
 

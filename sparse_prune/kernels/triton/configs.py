@@ -193,6 +193,8 @@ def launch_config(kernel: Kernel, capability: int, call: Call) -> LaunchConfig:
     fitted = _fitted(_SMALL.get((kernel, width), plain) if device == 89 else plain, call.block_size)
     if _small(kernel, fitted.tile, width, device):
         fitted = replace(fitted, num_warps=4)
+    if capability >= 100 and device == 90 and (kernel, width, fitted.tile) == ("dq", 256, (128, 32)):
+        fitted = replace(fitted, num_stages=2)  # the fifth generation's products read more from shared memory
     if (kernel, device, width, fitted.tile) == ("forward", 90, 64, (64, 64)) and not call.masks and not call.softcap:
         fitted = replace(fitted, span=2)  # exponentials bound so short a head: a wider tile has less beside them
     return _MASKED.get((kernel, width, fitted.tile), fitted) if call.masks else fitted
