@@ -19,7 +19,7 @@ from sparse_prune.callbacks.collaborator import Driver, adopted
 from sparse_prune.callbacks.kernel_swap import KernelSwap
 from sparse_prune.callbacks.lightning import classes, overrides, tell
 from sparse_prune.callbacks.randomness import Randomness
-from sparse_prune.callbacks.retrieving import module_with_logits
+from sparse_prune.callbacks.retrieving import module_with_logits, questions_of
 from sparse_prune.callbacks.settings import BLOCK_SIZE, pruning_settings
 from sparse_prune.callbacks.sparsity_logger import SparsityLogger
 from sparse_prune.callbacks.training_step import StandIn
@@ -28,7 +28,7 @@ from sparse_prune.distributed import sum_over_ranks
 from sparse_prune.prune_report import PruneReport
 from sparse_prune.pruner import AttentionPruner, Reduce
 from sparse_prune.ranges import check_whole
-from sparse_prune.retrieval import Questions, Retrieval, retrieval_probes
+from sparse_prune.retrieval import Questions, Retrieval
 from sparse_prune.schedules import Schedule
 from sparse_prune.scores import Criterion, Score, Statistic
 
@@ -172,7 +172,7 @@ class AttentionPruning(Driver):
         self._release()
         self._probed = StandIn(pl_module, partial(self._probe, pl_module))
         find = partial(module_with_logits, pl_module, self.pruner.layers)
-        self._questions.begin(find, getattr(pl_module, "retrieval_probes", retrieval_probes))
+        self._questions.begin(find, questions_of(trainer, pl_module))
         self._randomness.begin_fit()
 
     @override

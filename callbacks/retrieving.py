@@ -1,4 +1,4 @@
-"""Finds the module of a LightningModule that can be asked."""
+"""Finds the module of a LightningModule that can be asked, and what asks it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,16 @@ from torch import nn
 from sparse_prune.attention.handles import holds
 from sparse_prune.retrieval import Retrieval
 from sparse_prune.retrieval.asked_model import named_module
+from sparse_prune.retrieval.probes import Ask
+from sparse_prune.retrieval.text_probes import questions_by
 from sparse_prune.sharded import is_sharded
+
+
+def questions_of(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Ask:
+    """Return what asks: the module's `retrieval_probes`, else a `tokenizer` of it or of the data, else tokens alone."""
+    own: Ask | None = getattr(pl_module, "retrieval_probes", None)
+    owners = (pl_module, getattr(trainer, "datamodule", None))
+    return own or questions_by(next(filter(None, (getattr(owner, "tokenizer", None) for owner in owners)), None))
 
 
 def module_with_logits(pl_module: pl.LightningModule, layers: Iterable[str], settings: Retrieval) -> nn.Module:

@@ -9,16 +9,17 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
-from transformers import PreTrainedTokenizerBase, TrainerCallback
+from transformers import TrainerCallback
 
 from sparse_prune.distributed import on_first_rank, sum_over_ranks
 from sparse_prune.files import whole_file
 from sparse_prune.prune_report import PruneReport
 from sparse_prune.pruner import AttentionPruner
 from sparse_prune.ranges import check_whole
-from sparse_prune.retrieval import Questions, Retrieval, retrieval_probes, text_probes
+from sparse_prune.retrieval import Questions, Retrieval
 from sparse_prune.retrieval.asked_model import named_module
 from sparse_prune.retrieval.questions import outcome
+from sparse_prune.retrieval.text_probes import questions_by
 from sparse_prune.sharded import is_sharded
 from sparse_prune.swap_event import SwapEvent, tell
 from sparse_prune.swap_timer import SwapTimer
@@ -81,10 +82,7 @@ class AttentionPruningCallback(TrainerCallback):  # type: ignore[misc]
         if state.global_step:
             self._resume(Path(self.checkpoint or _folder(args, state)))
         self.pruner.schedule = self._schedule.resolved(self._run_steps)
-        words = isinstance(processing_class, PreTrainedTokenizerBase)
-        self._questions.begin(
-            partial(_asked_module, model), partial(text_probes, processing_class) if words else retrieval_probes
-        )
+        self._questions.begin(partial(_asked_module, model), questions_by(processing_class))
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Probe the step if a decision is due after it."""

@@ -100,11 +100,16 @@ def test_a_trainer_with_a_tokenizer_asks_in_words(tmp_path, tiny_model, monkeypa
     asked, tokenizer = [], load_tokenizer(tiny_model)
     tokenizer.pad_token = tokenizer.eos_token
 
-    def words(*args):
-        asked.append(text_probes(*args))
-        return asked[-1]
+    def spied(given):
+        assert given is tokenizer
 
-    monkeypatch.setattr("sparse_prune.transformers_callback.text_probes", words)
+        def words(*args):
+            asked.append(text_probes(given, *args))
+            return asked[-1]
+
+        return words
+
+    monkeypatch.setattr("sparse_prune.transformers_callback.questions_by", spied)
     run(tmp_path, rows=LONG, tokenizer=tokenizer, max_steps=1, retrieval=Retrieval(heads=0.5))
     assert [len(probes) for probes in asked] == [2, 8]  # on the texts of the step, then for the heads
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -13,13 +12,11 @@ from torch import Tensor, nn
 
 from sparse_prune.pruner import AttentionPruner, Reduce
 from sparse_prune.retrieval.heads import far_field_influence, strongest_heads
-from sparse_prune.retrieval.probes import RetrievalProbe
+from sparse_prune.retrieval.probes import Ask
 from sparse_prune.retrieval.settings import Retrieval
 from sparse_prune.retrieval.watching import look_back
 
 log = logging.getLogger(__name__)
-Ask = Callable[[Tensor, int, int], list[RetrievalProbe]]
-"""Makes questions of texts, int64, (batch, length), a count and a seed; `retrieval_probes` is one."""
 
 
 class AskedModel:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from random import Random
 
@@ -26,6 +26,10 @@ class RetrievalProbe:
     """int64, (length,)."""
     answers: Tensor
     """Places of the answers' tokens, int64, ascending, at least 1."""
+
+
+Ask = Callable[[Tensor, int, int], list[RetrievalProbe]]
+"""Makes questions of texts, int64, (batch, length), a count and a seed; `retrieval_probes` is one."""
 
 
 def retrieval_probes(sequences: Tensor, count: int, seed: int = 0) -> list[RetrievalProbe]:

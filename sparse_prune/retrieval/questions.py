@@ -14,7 +14,8 @@ from torch import nn
 from sparse_prune.clock import now
 from sparse_prune.distributed import on_first_rank
 from sparse_prune.pruner import AttentionPruner, Reduce
-from sparse_prune.retrieval.asked_model import Ask, AskedModel
+from sparse_prune.retrieval.asked_model import AskedModel
+from sparse_prune.retrieval.probes import Ask
 from sparse_prune.retrieval.settings import Retrieval
 
 log = logging.getLogger(__name__)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,7 +11,7 @@ from torch import Tensor
 
 from sparse_prune.evaluation.tasks import build
 from sparse_prune.evaluation.tasks.needles import mixed
-from sparse_prune.retrieval.probes import RetrievalProbe
+from sparse_prune.retrieval.probes import Ask, RetrievalProbe, retrieval_probes
 
 _MOST = 8  # facts of a probe
 _PER_FACT = 128  # tokens of a probe, so that there is text between the facts
@@ -42,3 +44,11 @@ def text_probes(tokenizer: Any, sequences: Tensor, count: int, seed: int = 0) ->
             answers += range(len(tokens) - len(question.answer), len(tokens))
         probes.append(RetrievalProbe(task.name, torch.tensor(tokens), torch.tensor(answers)))
     return probes
+
+
+def questions_by(tokenizer: object) -> Ask:
+    """Return what asks in words, if this is a tokenizer of transformers; else what asks with tokens alone."""
+    transformers = sys.modules.get("transformers")  # who has a tokenizer has imported it
+    if transformers is not None and isinstance(tokenizer, transformers.PreTrainedTokenizerBase):
+        return partial(text_probes, tokenizer)
+    return retrieval_probes

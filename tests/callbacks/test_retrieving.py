@@ -3,12 +3,15 @@
 import time
 
 import pytest
+import pytorch_lightning as pl
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
 from sparse_prune import ConstantSchedule, Constraints
 from sparse_prune.callbacks import AttentionPruning, KernelSwap, Retrieval
+from sparse_prune.callbacks.retrieving import questions_of
+from sparse_prune.recipes.base.pretrained import load_tokenizer
 from sparse_prune.retrieval import AskedModel, RetrievalProbe, retrieval_probes
 from sparse_prune.scores import BlockStatistics, Influence
 from support.nano import NanoGPT
@@ -236,6 +239,24 @@ def test_a_module_may_ask_its_own_questions(tmp_path):
     module = Asking()
     fit(tmp_path, module, steps=1, retrieval=Retrieval(heads=0.25, probes=3, length=128, seed=4))
     assert [(tokens.shape, count, seed) for tokens, count, seed in module.asked] == [((2, 128), 2, 4), ((2, 128), 3, 4)]
+
+
+def test_a_tokenizer_of_the_module_or_the_data_asks_in_words(tiny_model):
+    tokenizer = load_tokenizer(tiny_model)
+    module, run = Asking(), pl.Trainer(logger=False, enable_checkpointing=False, accelerator="cpu")
+    module.tokenizer = tokenizer
+    assert questions_of(run, module) == module.retrieval_probes
+    plain = TinyModule()
+    assert questions_of(run, plain) is retrieval_probes
+    plain.tokenizer = str.split  # not one of transformers
+    assert questions_of(run, plain) is retrieval_probes
+    plain.tokenizer = tokenizer
+    text = torch.full((1, 256), tokenizer("and")["input_ids"][0])
+    (probe,) = questions_of(run, plain)(text, 1, 0)
+    assert probe.kind == "mixed"
+    data = pl.LightningDataModule()
+    data.tokenizer, run.datamodule = tokenizer, data
+    assert questions_of(run, TinyModule())(text, 1, 0)[0].kind == "mixed"
 
 
 class Vectors(TinyModule):
