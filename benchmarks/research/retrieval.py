@@ -28,6 +28,7 @@ from sparse_prune.retrieval import (
     RetrievalProbe,
     far_field_influence,
     look_back,
+    repeat_passages,
     retrieval_probes,
     strongest_heads,
     text_probes,
@@ -89,7 +90,7 @@ def _looked_at(
     """What the model looks at in questions, and in passages that repeat."""
     layers = [state.layer for state in watcher.layers.values()]
     call, start = partial(model, use_cache=False), time.perf_counter()
-    found = list(look_back(model, call, layers, questions, sequences, watcher.sides))
+    found = list(look_back(model, call, layers, questions, repeat_passages(sequences, 1), watcher.sides))
     print(f"looking at {len(questions) + len(sequences)} sequences: {time.perf_counter() - start:.0f} s", flush=True)
     return found
 

@@ -10,9 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparse_prune.distributed import rank
 from sparse_prune.pruner import AttentionPruner, Reduce
 from sparse_prune.retrieval.heads import far_field_influence, strongest_heads
 from sparse_prune.retrieval.probes import Ask
+from sparse_prune.retrieval.repeats import repeat_passages
 from sparse_prune.retrieval.settings import Retrieval
 from sparse_prune.retrieval.watching import look_back
 
@@ -65,8 +67,8 @@ class AskedModel:
         """Score blocks by what the model looks at to answer, and find the heads that its answers hang on.
 
         Args:
-            count: Texts to ask about; if there are fewer, some twice.
-            before: Texts that were asked about already. Heads are found with the first ones.
+            count: Texts to ask about on each rank; if there are fewer, some twice.
+            before: Texts that were asked about already, on all ranks. Heads are found with the first ones.
             reduce: As `AttentionPruner.update` takes it.
 
         Returns:
@@ -108,11 +110,14 @@ class AskedModel:
         return self._heads(texts) if self.settings.heads and not before else {}
 
     def _score_blocks(self, texts: Tensor, seed: int, reduce: Reduce | None) -> None:
-        """Look back in questions on texts, and in texts whose passages repeat."""
-        pruner, questions = self.pruner, self._questions(texts.cpu(), len(texts), seed)
+        """Look back in questions on texts, and in texts whose passages repeat: on each rank in its share of them."""
+        place, ranks = rank()
+        shared = texts.cpu().repeat_interleave(ranks, 0)
+        questions = self._questions(shared, len(shared), seed)[place::ranks]
+        repeats = repeat_passages(shared, 1, seed)[place::ranks]
+        pruner, call = self.pruner, partial(self._call, texts)
         layers, kind = [state.layer for state in pruner.layers.values()], pruner.score_used.kind
-        call = partial(self._call, texts)
-        for seen, topic in look_back(self.module, call, layers, questions, texts.cpu(), pruner.sides, kind, seed):
+        for seen, topic in look_back(self.module, call, layers, questions, repeats, pruner.sides, kind):
             pruner.ask(seen if reduce is None else reduce(seen), topic)
 
     def _heads(self, texts: Tensor) -> dict[str, tuple[int, ...]]:

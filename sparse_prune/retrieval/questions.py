@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from sparse_prune.clock import now
-from sparse_prune.distributed import on_first_rank
+from sparse_prune.distributed import on_first_rank, rank
 from sparse_prune.pruner import AttentionPruner, Reduce
 from sparse_prune.retrieval.asked_model import AskedModel
 from sparse_prune.retrieval.probes import Ask
@@ -43,7 +43,7 @@ class Questions:
         """Why a model could not be asked that "auto" would have asked."""
         self.seconds = 0.0
         """Time of asking in this process."""
-        self._asked = 0  # texts, on each rank
+        self._asked = 0  # texts, of all ranks
         self._pruner, self._auto = pruner, settings == "auto"
         self._settings = Retrieval() if settings == "auto" else settings
         self._own = pruner.constraints.protected_heads or {}
@@ -63,7 +63,7 @@ class Questions:
     @property
     def _left(self) -> int:
         """Texts to ask about."""
-        return 0 if self._settings is None else self._settings.probes - self._asked
+        return 0 if self._settings is None else max(0, self._settings.probes - self._asked)
 
     def end(self) -> None:
         """Watch no longer."""
@@ -91,12 +91,13 @@ class Questions:
         self.seconds += now(device) - start
 
     def _ask(self, model: AskedModel, reduce: Reduce | None) -> None:
-        """Ask about as many texts as rank 0 has; of the heads, which are sought at first, take those of rank 0."""
-        first, count = not self._asked, on_first_rank(lambda: min(model.count, self._left))
+        """Ask about as many texts as rank 0 has, on each rank; of the heads that the first ones find, take rank 0's."""
+        ranks = rank()[1]
+        first, count = not self._asked, on_first_rank(lambda: min(model.count, -(-self._left // ranks)))
         if not count and not first:
             return
         found = model.ask(count, self._asked, reduce)
-        self._asked += count
+        self._asked += count * ranks
         if first and model.settings.heads:
             self._keep(on_first_rank(lambda: found))
             self._tell()

@@ -23,7 +23,7 @@ class Retrieval:
     """
 
     probes: int = 8
-    """Texts to ask about, at least 2: those of the training steps before a decision, until there were enough. Each
+    """Texts to ask about, at least 2: those of the training steps before a decision, until all ranks had enough. Each
     gives a sequence that asks for what stands in it, in words (`text_probes`) up to eight times, and one that repeats
     passages: two forward passes. If `heads` is not 0, the first decision asks as many times more, with a backward
     pass."""

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from sparse_prune.attention import PrunableAttention
 from sparse_prune.attention.modes import evaluating
 from sparse_prune.retrieval.probes import RetrievalProbe
-from sparse_prune.retrieval.repeats import repeat_passages
 from sparse_prune.scores import BlockStatistics, Score
 
 _KEPT = ("mode", "mass", "score", "probe_block_size", "gradient_scale", "statistics", "score_sums", "last_shape")
@@ -56,12 +55,11 @@ def look_back(
     call: Callable[[Tensor], object],
     handles: Iterable[PrunableAttention],
     questions: Iterable[RetrievalProbe],
-    texts: Tensor,
+    repeats: Iterable[Tensor],
     block_size: tuple[int, int],
     kind: str = "max",
-    seed: int = 0,
 ) -> Iterator[tuple[dict[str, BlockStatistics], str]]:
-    """What a model looks at to answer questions, then what it looks at in texts whose second half repeats passages.
+    """Yield what a model looks at to answer questions, then what it looks at in texts that repeat passages.
 
     Each comes with its topic, as `AttentionPruner.ask` takes it.
 
@@ -70,14 +68,13 @@ def look_back(
         call: Calls it.
         handles: Its layers.
         questions: At least one.
-        texts: Tokens, int64, (batch, length).
+        repeats: Tokens, int64, (length,) each (`repeat_passages`).
         block_size: Tokens per block side, (query, key).
         kind: Which of the statistics to return.
-        seed: Of the passages.
     """
     layers = list(handles)
     asked = [question.tokens for question in questions]
-    for topic, sequences in (("questions", asked), ("repeats", repeat_passages(texts, 1, seed))):
+    for topic, sequences in (("questions", asked), ("repeats", repeats)):
         yield look_at(model, call, layers, sequences, block_size, kind), topic
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from sparse_prune import ConstantSchedule, Constraints
+from sparse_prune import AttentionPruner, ConstantSchedule, Constraints
 from sparse_prune.callbacks import AttentionPruning, KernelSwap, Retrieval
 from sparse_prune.callbacks.retrieving import questions_of
 from sparse_prune.recipes.base.pretrained import load_tokenizer
@@ -107,6 +107,33 @@ def test_decisions_ask_about_the_texts_before_them_until_there_were_enough(tmp_p
         for topic, average in state.asked.items():
             assert average.shape == early.pruner.layers[name].asked[topic].shape
             assert not torch.equal(average.value(), early.pruner.layers[name].asked[topic].value())
+
+
+def test_ranks_ask_what_one_process_would(monkeypatch):
+    model, seen = tiny_llama(), []
+    pruner = AttentionPruner(ConstantSchedule(final=0.5), block_size=16)
+    pruner.attach(model)
+
+    def spied(module, call, layers, questions, repeats, *rest):
+        seen.append(([question.tokens for question in questions], list(repeats)))
+        return iter(())
+
+    def numbered(texts, count, seed):
+        return [RetrievalProbe("", text + 100 * (seed + index), torch.tensor([1])) for index, text in enumerate(texts)]
+
+    def asked(texts, *rank):
+        monkeypatch.setattr("sparse_prune.retrieval.asked_model.rank", lambda: rank)
+        asking = AskedModel(model, pruner, Retrieval(), numbered)
+        model(input_ids=texts)
+        asking.ask(len(texts), before=3)
+        asking.remove()
+        return seen.pop()
+
+    monkeypatch.setattr("sparse_prune.retrieval.asked_model.look_back", spied)
+    alone, parts = asked(TOKENS[:4], 0, 1), [asked(TOKENS[place:4:2], place, 2) for place in (0, 1)]
+    for kind in (0, 1):
+        for index, sequence in enumerate(alone[kind]):
+            assert torch.equal(parts[index % 2][kind][index // 2], sequence)
 
 
 def test_by_default_a_model_is_asked_and_one_that_fails_is_left_in_peace(tmp_path):

@@ -25,10 +25,10 @@ def test_marked_and_compressed_text_is_read(tmp_path, encoding, compress):
     [
         (
             "déjà vu".encode("latin-1"),
-            r"no text in UTF-8 \(byte 1\)\. Convert it if it is text, say by `iconv -f LATIN1 -t UTF-8 ",
+            r"not text in UTF-8 \(byte 1\)\. Convert it if it is text, say by `iconv -f LATIN1 -t UTF-8 ",
         ),
         (TEXT.encode("utf-16-le"), "zero bytes, as UTF-8 text does not. Remove it, or save it as"),
-        (TEXT.encode("utf-16")[:-1], r"no text in UTF-16-.E \(byte"),
+        (TEXT.encode("utf-16")[:-1], r"not text in UTF-16-.E \(byte"),
         (b"%PDF-1.7\nobj", "a PDF. Extract its text"),
         (b"\x89PNG\r\n\x1a\n", "an image. Remove it, or name the text files alone"),
         (b"PK\x03\x04", "an archive"),

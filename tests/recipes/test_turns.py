@@ -78,7 +78,7 @@ def test_what_is_taken_and_what_is_left_out_is_said(saved, caplog):
     ("cell", "told"),
     [
         ([{"from": "observation", "value": "3"}], "a turn from 'observation', which is none of human, gpt, user"),
-        ([{"role": "user", "content": [{"type": "image_url"}]}], "a turn with .*image_url.*, which is no text"),
+        ([{"role": "user", "content": [{"type": "image_url"}]}], "a turn with .*image_url.*, which is not text"),
         ([{"role": "user", "content": 3}], r"a turn that holds '3' \(int\)"),
         ("[{'role': 'user', 'content': 'Hi'}\n {'role': 'assistant', 'content': 'Ho'}]", r"\(str\)"),  # as NumPy prints
         ('[{"from": "human", "value": null}]', r"\(str\)"),

@@ -91,7 +91,7 @@ def test_cut_and_foreign_gguf_files_are_refused_by_name(tmp_path):
     with pytest.raises(ValueError, match=r"`model` must be a whole GGUF file .*, got '.*cut\.gguf'"):
         load_model(str(tmp_path / "cut.gguf"))
     (tmp_path / "page.gguf").write_text("<html>")
-    with pytest.raises(ValueError, match=r"got '.*page\.gguf', which is no GGUF file"):
+    with pytest.raises(ValueError, match=r"got '.*page\.gguf', which is not a GGUF file"):
         load_model(str(tmp_path / "page.gguf"))
 
 
