@@ -17,7 +17,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-BASES = ("gradual, cubic", "gradual, diagonals half shared", "short ramp, questions", "short ramp")
+BASES = ("gradual, cubic", "gradual, diagonals half shared", "short ramp, questions", "short ramp", "dense, questions")
 """What variants are compared with: the first of these that was run."""
 DENSE = ("dense", "dense, questions")
 """The dense fine-tune of the same steps: the first of these that was run."""
