@@ -159,11 +159,15 @@ def build_tables(
 
 def count_tiles(pattern: BlockPattern, tile: tuple[int, int]) -> Tensor:
     """Count the kept tiles of each head and column of blocks, once, on the host, where the pattern lives."""
-    possible = possible_blocks(pattern.q_len, pattern.kv_len, tile, pattern.causal)
-    per_row, per_col = pattern.block_size[0] // tile[0], pattern.block_size[1] // tile[1]
-    blocks = F.pad(possible, (0, -possible.shape[1] % per_col, 0, -possible.shape[0] % per_row))
-    weight = blocks.view(blocks.shape[0] // per_row, per_row, -1, per_col).sum((1, 3))
-    return derived(pattern, ("tiles", tile), lambda: (pattern.keep * weight).sum(1))
+
+    def count() -> Tensor:
+        possible = possible_blocks(pattern.q_len, pattern.kv_len, tile, pattern.causal)
+        per_row, per_col = pattern.block_size[0] // tile[0], pattern.block_size[1] // tile[1]
+        blocks = F.pad(possible, (0, -possible.shape[1] % per_col, 0, -possible.shape[0] % per_row))
+        weight = blocks.view(blocks.shape[0] // per_row, per_row, -1, per_col).sum((1, 3))
+        return (pattern.keep * weight).sum(1)
+
+    return derived(pattern, ("tiles", tile), count)
 
 
 def build_visits(keep: Tensor, full: Tensor, total: int, members: int = 1) -> Visits:
