@@ -12,7 +12,6 @@ from sparse_prune.retrieval import Retrieval
 from sparse_prune.retrieval.asked_model import named_module
 from sparse_prune.retrieval.probes import Ask
 from sparse_prune.retrieval.text_probes import questions_by
-from sparse_prune.sharded import is_sharded
 
 
 def questions_of(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Ask:
@@ -26,16 +25,9 @@ def module_with_logits(pl_module: pl.LightningModule, layers: Iterable[str], set
     """Return the module that `Retrieval.module` names, or the only child that holds all attention layers.
 
     Raises:
-        ValueError: If there is no such module, or not exactly one such child, or heads are to be found in weights that
-            FSDP2 keeps in parts.
+        ValueError: If there is no such module, or not exactly one such child.
     """
-    module = named_module(pl_module, settings.module) if settings.module else _only_child(pl_module, list(layers))
-    if settings.heads and is_sharded(module):
-        raise ValueError(
-            f"`Retrieval.heads` must be 0 where FSDP2 keeps the weights in parts, got {settings.heads}. Find the heads "
-            "in a run of one process and give them as Constraints(protected_heads=...)."
-        )
-    return module
+    return named_module(pl_module, settings.module) if settings.module else _only_child(pl_module, list(layers))
 
 
 def _only_child(pl_module: pl.LightningModule, layers: list[str]) -> nn.Module:

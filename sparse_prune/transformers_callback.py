@@ -20,7 +20,6 @@ from sparse_prune.retrieval import Questions, Retrieval
 from sparse_prune.retrieval.asked_model import named_module
 from sparse_prune.retrieval.questions import outcome
 from sparse_prune.retrieval.text_probes import questions_by
-from sparse_prune.sharded import is_sharded
 from sparse_prune.swap_event import SwapEvent, tell
 from sparse_prune.swap_timer import SwapTimer
 
@@ -162,11 +161,6 @@ def _folder(args: Any, state: Any) -> Path:
 
 def _asked_module(model: nn.Module, settings: Retrieval) -> nn.Module:
     """Return what is called with tokens: the model, or its module of that name."""
-    if settings.heads and is_sharded(model):
-        raise ValueError(
-            f"`Retrieval.heads` must be 0 where FSDP2 keeps the weights in parts, got {settings.heads}. Give the heads "
-            "as Constraints(protected_heads=...)."
-        )
     return named_module(model, settings.module) if settings.module else model
 
 

@@ -17,6 +17,7 @@ from sparse_prune.retrieval.probes import Ask
 from sparse_prune.retrieval.repeats import repeat_passages
 from sparse_prune.retrieval.settings import Retrieval
 from sparse_prune.retrieval.watching import look_back
+from sparse_prune.sharded import is_sharded
 
 log = logging.getLogger(__name__)
 
@@ -31,9 +32,17 @@ class AskedModel:
         pruner: It is attached to the module's layers.
         settings: What to ask, and what the answers decide.
         questions: Makes questions of texts.
+
+    Raises:
+        ValueError: If heads are to be found in weights that FSDP2 keeps in parts.
     """
 
     def __init__(self, module: nn.Module, pruner: AttentionPruner, settings: Retrieval, questions: Ask) -> None:
+        if settings.heads and is_sharded(module):
+            raise ValueError(
+                f"`Retrieval.heads` must be 0 where FSDP2 keeps the weights in parts, got {settings.heads}. Find the "
+                "heads in a run of one process and give them as Constraints(protected_heads=...)."
+            )
         self.module, self.pruner, self.settings = module, pruner, settings
         self._questions = questions
         self._texts = deque[Tensor](maxlen=settings.probes)  # the latest, all of one length

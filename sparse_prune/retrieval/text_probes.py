@@ -18,7 +18,7 @@ _PER_FACT = 128  # tokens of a probe, so that there is text between the facts
 
 
 def text_probes(tokenizer: Any, sequences: Tensor, count: int, seed: int = 0) -> list[RetrievalProbe]:
-    """Facts hidden at all depths of texts, in many wordings, which are those for choosing that no test uses.
+    """Hide facts at all depths of texts, in many wordings, which are those for choosing that no test uses.
 
     Each text hides a fact per 128 tokens, at most eight. Their questions stand behind it, one after the other, each
     with its answer: one pass asks them all.
