@@ -32,7 +32,6 @@ from sparse_prune.kernels.triton.configs import (
     launch_config,
     probe_config,
 )
-from sparse_prune.kernels.triton.influence import probe_influence
 from sparse_prune.kernels.triton.tables import index_tables
 
 CPU = torch.device("cpu")
@@ -55,6 +54,8 @@ class Case:
     dropout: bool = False
     group: int = 1
     """Query heads per key head."""
+    gradient: bool = False
+    """Whether the probe sees a gradient, for `Influence`."""
     apart: bool = False
     """Whether programs of dkdv have one query head of a group, not all."""
     rows: int = 4
@@ -70,10 +71,9 @@ def _known(kernel, capability, head_dim, options):
 
 EVERYTHING = {"masks": 15, "softcap": True, "dropout": True}
 CROWDED = ({"masks": 2}, {"dropout": True}, EVERYTHING)
+PROBED = ({}, {"masks": 1}, {"masks": 2}, {"masks": 15, "softcap": True})
 GROUPS = {
-    "plain": [
-        Case(*parts) for parts in itertools.product((*TRAINING, "decode", "probe"), (80, 90), (64, 128, 256), (64, 128))
-    ],
+    "plain": [Case(*parts) for parts in itertools.product((*TRAINING, "decode"), (80, 90), (64, 128, 256), (64, 128))],
     "groups": [
         Case("dkdv", capability, head_dim, block, group=4, apart=apart)
         for capability, head_dim, block, apart in itertools.product((80, 90), (64, 128, 256), (64, 128), (False, True))
@@ -98,17 +98,14 @@ GROUPS = {
         for kernel, head_dim, block, masks in itertools.product(TRAINING, (64, 128, 256), (64, 128), (1, 4, 8, 13))
     ]
     + [Case(kernel, 80, 128, masks=13, spills=4 if kernel == "forward" else 0) for kernel in TRAINING]
-    + [Case("probe", 90, head_dim, block, masks=1) for head_dim in (64, 128) for block in (64, 128)]
     + [Case(kernel, 90, head_dim, softcap=True) for kernel in TRAINING for head_dim in (64, 128)],
     "every option": [
         Case(kernel, capability, head_dim, **options, spills=_known(kernel, capability, head_dim, options))
         for kernel, capability, head_dim, options in itertools.product(TRAINING, (80, 90), (64, 128, 256), CROWDED)
-    ]
-    + [Case("probe", 90, head_dim, 64, masks=2) for head_dim in (64, 128)]
-    + [Case("probe", 90, 128, masks=15, softcap=True, spills=256)],
-    "influence": [
-        Case("influence", capability, head_dim, block, masks=masks, spills=48 if masks & 2 else 0)
-        for capability, head_dim, block, masks in itertools.product((80, 90), (64, 128), (64, 128), (0, 1, 2))
+    ],
+    "probe": [
+        Case("probe", *sizes, **options, gradient=gradient, spills=416 if gradient and sizes[1:] == [256, 128] else 16)
+        for *sizes, options, gradient in itertools.product((80, 90), (64, 128, 256), (64, 128), PROBED, (False, True))
     ],
     "float32": [Case(kernel, 90, 128, dtype=torch.float32) for kernel in TRAINING],
     "many rows": [
@@ -161,11 +158,9 @@ def launched(case):
     query, key = tensor(HEADS), tensor(kv_heads)
     options = options_of(case, 2, length, length)
     if case.kernel == "probe":
-        launch.launch_probe(query, key, probe_config(call), True, options)
-        return sides, 1
-    if case.kernel == "influence":
-        probe_influence(query, key, key, query, sides, causal=True, options=options, pattern=None)
-        return sides, 1
+        config, backward = probe_config(call), (key, query, torch.ones(HEADS, 4, 4, dtype=torch.uint8))
+        launch.launch_probe(query, key, case.block, config, True, options, backward if case.gradient else None)
+        return config.tile, 1
     if case.kernel == "decode":
         config = decode_config(case.rows, case.head_dim, case.dtype, sides)
         visits, keep = [torch.zeros(9, dtype=torch.int32)] * 3, torch.zeros(2 * case.rows, 1, 4, dtype=torch.uint8)

@@ -13,12 +13,10 @@ from hypothesis import strategies as st
 
 from sparse_prune import BlockPattern
 from sparse_prune.kernels import AttentionOptions, block_sparse_attention
-from sparse_prune.scores import probe_blocks
 from support.cases import inputs, random_pattern, run
 
 pytest.importorskip("triton")
 from sparse_prune.kernels.triton import ops, tables  # noqa: E402
-from sparse_prune.kernels.triton.attend import probe, probes  # noqa: E402
 from sparse_prune.kernels.triton.configs import Call, launch_config  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -256,49 +254,6 @@ def test_any_pattern(q_len, extra, block, causal, density, seed):
     pattern = random_pattern(2, q_len, q_len + extra, block, causal, density, seed)
     tensors = inputs(batch=1, heads=2, kv_heads=1, q_len=q_len, kv_len=q_len + extra, dim=16, seed=seed)
     assert_close_to_reference(tensors, pattern)
-
-
-@pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"softcap": 1.5},
-        {"key_mask": (torch.arange(37) < torch.tensor([[20], [37]])).to(DEVICE)},
-        {"attn_mask": _mask()},
-        {"attn_mask": _rows_of_heads()},
-        {"documents": _documents()},
-    ],
-    ids=["plain", "softcap", "padding", "mask", "rows of heads", "documents"],
-)
-def test_probe_equals_the_probe_in_torch(causal, options):
-    query, key, _ = on_device(inputs(dim=24), torch.float32)
-    options = AttentionOptions(**options)
-    found = probe(query, key, (16, 16), causal=causal, options=options)
-    mask = options.attn_mask
-    if options.documents is not None:
-        mask = options.token_mask(37, 37, query.device)
-    wanted = probe_blocks(
-        query, key, (16, 16), causal=causal, key_mask=options.key_mask, attn_mask=mask, softcap=options.softcap
-    )
-    torch.testing.assert_close(found.sums.to(wanted.sums), wanted.sums, atol=1e-4, rtol=1e-4)
-    assert torch.equal(found.counts.to(wanted.counts), wanted.counts)
-
-
-def test_the_probe_is_left_to_torch_where_its_kernel_would_spill():
-    query = torch.zeros(1, 2, 256, 64, device=DEVICE)
-    assert probes(query.half(), (128, 128))
-    assert not probes(query, (64, 64))
-    assert probes(query, (32, 32))
-    assert not probes(query.half(), (256, 256))
-    assert not probes(query.half(), (48, 48))
-    with pytest.raises(ValueError, match="16 to 32 for the Triton probe in torch.float32, got .64, 64.*probe_blocks"):
-        probe(query, query, (64, 64), causal=True)
-
-
-def test_logits_that_are_not_finite_show_in_the_probe():
-    query, key, _ = on_device(inputs(dim=16), torch.float32)
-    assert not torch.isfinite(probe(query * torch.nan, key, (16, 16), causal=True).sums).all()
 
 
 def test_more_sequences_than_a_grid_takes_are_refused():

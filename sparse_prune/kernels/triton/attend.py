@@ -25,13 +25,12 @@ from sparse_prune.kernels.triton.configs import (
     processors,
     traits,
 )
-from sparse_prune.kernels.triton.influence import probe_influence
 from sparse_prune.kernels.triton.interpreter import triton_interprets
 from sparse_prune.kernels.triton.launch import launch_decode, launch_probe
 from sparse_prune.kernels.triton.memory import within_memory
 from sparse_prune.kernels.triton.tables import heads_together, index_tables, sent
 from sparse_prune.pattern import BlockPattern, num_blocks
-from sparse_prune.scores import BlockStatistics
+from sparse_prune.scores import BlockStatistics, Influence
 from sparse_prune.scores.call import mask_heads
 
 Plan = tuple[list[Tensor], list[int]]
@@ -167,24 +166,6 @@ def check_supported(query: Tensor) -> None:
         )
 
 
-def influence(
-    query: Tensor, key: Tensor, value: Tensor, gradient: Tensor, block_size: tuple[int, int], *, causal: bool,
-    options: AttentionOptions, pattern: BlockPattern | None = None,
-) -> BlockStatistics:  # fmt: skip
-    """Collect the sums of `Influence` by its kernel, without a host synchronisation; arguments as in `probe_score`.
-
-    Raises:
-        ValueError: If the input is unsupported, or if `configs.probe_config` refuses head or block.
-    """
-    query, key, value = _cast(query, key, value)
-    check_supported(query)
-    options = replace(options, scale=_scale(query, options), dropout_p=0.0, seed=None)
-    wide = width(query, value)
-    query, key, value = (tensor.detach() for tensor in same_width(query, key, value))
-    gradient = F.pad(gradient, (0, wide - gradient.shape[3]))
-    return probe_influence(query, key, value, gradient, block_size, causal=causal, options=options, pattern=pattern)
-
-
 def probe(
     query: Tensor,
     key: Tensor,
@@ -202,18 +183,50 @@ def probe(
     """
     options = replace(options or AttentionOptions(), dropout_p=0.0, seed=None)
     query, key, _ = _cast(query, key, key)
+    sums, rows = _probed(query.detach(), key.detach(), block_size, causal, options)
+    per_block = torch.cat([sums[:2].double().sum(4), sums[2:].double().amax(4)])
+    counts = torch.stack([rows.sum(0), (rows > 0).sum(0)])
+    return BlockStatistics(per_block.sum(1), counts[..., None].double())
+
+
+def influence(
+    query: Tensor, key: Tensor, value: Tensor, gradient: Tensor, block_size: tuple[int, int], *, causal: bool,
+    options: AttentionOptions, pattern: BlockPattern | None = None,
+) -> BlockStatistics:  # fmt: skip
+    """Collect the sums of `Influence` by the probe kernel, as `probe` does; arguments as in `probe_score`.
+
+    Raises:
+        ValueError: If the input is unsupported, or if `configs.probe_config` refuses head or block.
+    """
+    query, key, value = _cast(query, key, value)
+    options = replace(options, scale=_scale(query, options), dropout_p=0.0, seed=None)
+    query, key, value = (tensor.detach() for tensor in same_width(query, key, value))
+    # The sums are linear in the gradient: of size 1 it suits every type.
+    size = gradient.abs().amax().float().clamp(min=torch.finfo(torch.float32).tiny)
+    unit = F.pad((gradient / size).to(query.dtype), (0, query.shape[3] - gradient.shape[3]))
+    if pattern is None:
+        blocks = (num_blocks(query.shape[2], block_size[0]), num_blocks(key.shape[2], block_size[1]))
+        keep = torch.ones(query.shape[1], *blocks, dtype=torch.uint8, device=query.device)
+    else:
+        keep = sent(pattern.keep.to(torch.uint8).contiguous(), query.device)
+    sums, rows = _probed(query, key, block_size, causal, options, (value, unit, keep))
+    counts = (rows > 0).any(0)[None, ..., None]
+    return BlockStatistics(sums.double().sum((1, 4)) * size, counts.double(), (Influence().kind,))
+
+
+def _probed(
+    query: Tensor, key: Tensor, block_size: tuple[int, int], causal: bool, options: AttentionOptions,
+    backward: tuple[Tensor, Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Launch the probe; returns its sums and how many rows of a block may see a key, (batch, heads or 1, q_blocks)."""
     check_supported(query)
     config = probe_config(Call(query.shape[3], query.dtype, block_size, *traits(options)))
-    sums = within_memory(
+    sums, shown = within_memory(
         "probe", config, query, options,
-        lambda config: launch_probe(query.detach(), key.detach(), config, causal, options),
+        lambda config: launch_probe(query, key, block_size[0], config, causal, options, backward),
     )  # fmt: skip
-    # A row with a key has mass 1, any other row none: the rows are counted by their mass.
-    per_row = sums[0].sum(-1).double().round()  # (batch, num_heads, q_blocks)
-    if mask_heads(options.attn_mask) == 1:
-        per_row = per_row.amax(1, keepdim=True)
-    counts = torch.stack([per_row.sum(0), (per_row > 0).sum(0).double()])
-    return BlockStatistics(sums.double().sum(1), counts[..., None])
+    rows = shown.sum(3)
+    return sums, rows.amax(1, keepdim=True) if mask_heads(options.attn_mask) == 1 else rows
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,7 +7,6 @@ been measured on a GPU. `tuning.tune` measures the candidates on the device at h
 from __future__ import annotations
 
 import itertools
-import math
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
@@ -251,7 +250,7 @@ def decode_config(rows: int, head_dim: int, dtype: torch.dtype, block_size: tupl
 
 
 def probe_config(call: Call) -> LaunchConfig:
-    """Choose the configuration of the probe, whose tile is the pattern's block.
+    """Choose the configuration of the probe: of a block's rows those that one program takes, with all of its keys.
 
     Raises:
         ValueError: If the head is too large, or a side of the block is not a power of two from 16 to 128 (to 32 in
@@ -264,9 +263,10 @@ def probe_config(call: Call) -> LaunchConfig:
             f"`block_size` must be powers of two from {MIN_TILE} to {largest} for the Triton probe in {call.dtype}, "
             f"got {call.block_size}. Use scores.probe_blocks, or another block size."
         )
-    if math.prod(call.block_size) < 128 * 128:
-        return LaunchConfig(call.block_size, 8 if call.masks & 2 else 4, 2)
-    return LaunchConfig(call.block_size, 16 if call.masks & 2 or call.softcap else 8, 1)
+    rows = (16 if call.softcap else 32) if call.masks & 2 else 64  # an attention mask and a soft cap need registers
+    tile = (min(rows, call.block_size[0]), call.block_size[1])
+    long = padded_head_dim(call.head_dim) * tile[1] > 128 * 128  # two stages of keys and values would not fit
+    return LaunchConfig(tile, 8 if call.masks & 2 or tile[1] == 128 else 4, 1 if long else 2)
 
 
 def _fitted(config: LaunchConfig, block_size: tuple[int, int]) -> LaunchConfig:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import cache
 from typing import Any
 
@@ -17,6 +18,8 @@ from sparse_prune.kernels.triton.probe import probe_kernel
 
 Tables = list[Tensor]
 """`Visits.tensors()`."""
+_MOST_BYTES = 2**28
+"""Of what the programs of one launch of the probe note; more heads take several launches."""
 
 
 def launch_forward(
@@ -75,23 +78,45 @@ def heads_of_a_program(tables: Tables, query: Tensor, key: Tensor, config: Launc
     return group if tables[-1].numel() == key.shape[1] * tiles else 1
 
 
-def launch_probe(query: Tensor, key: Tensor, config: LaunchConfig, causal: bool, options: AttentionOptions) -> Tensor:
-    """Compute sums (3, batch, num_heads, q_blocks, kv_blocks), float32: mass, squared mass, largest mass over rows."""
+def launch_probe(
+    query: Tensor, key: Tensor, block_q: int, config: LaunchConfig, causal: bool, options: AttentionOptions,
+    backward: tuple[Tensor, Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Compute sums over the rows of each of the tiles of which a block of `block_q` queries consists.
+
+    Args:
+        backward: Values, the gradient in the output, both of the query's type, and the kept blocks, uint8, (num_heads,
+            q_blocks, kv_blocks): the sums are those of `scores.Influence`. None: of row mass.
+
+    Returns:
+        Sums, float32, (kinds, batch, num_heads, q_blocks, tiles, kv_blocks): the rise of the loss, or mass, squared
+        mass and largest mass. How many rows may see a key, int32, (batch, num_heads, q_blocks, tiles).
+    """
     batch, heads, q_len, head_dim = query.shape
     kv_heads, kv_len = key.shape[1], key.shape[2]
-    rows, cols = -(-q_len // config.tile[0]), -(-kv_len // config.tile[1])
-    sums = torch.zeros(3, batch, heads, rows, cols, dtype=torch.float32, device=query.device)
-    masks, mask_strides, kinds = mask_arguments(options, (batch, heads, q_len, kv_len), query)
+    tile, block_k = config.tile
+    blocks, tiles, cols = -(-q_len // block_q), block_q // tile, -(-kv_len // block_k)
+    kinds, numbers = (3, 1) if backward is None else (1, 2)
+    value, grad, keep = backward or (key, query, key)  # stand-ins, which the kernel does not read
+    sums = query.new_zeros(kinds, batch, heads, blocks, tiles, cols, dtype=torch.float32)
+    shown = query.new_zeros(batch, heads, blocks, tiles, dtype=torch.int32)
+    of_a_head = (batch, blocks * tiles, cols, numbers, tile)
+    most = max(1, min(heads, _MOST_BYTES // max(1, 4 * math.prod(of_a_head))))
+    notes = torch.empty(most, *of_a_head, dtype=torch.float32, device=query.device)
+    masks, mask_strides, given = mask_arguments(options, (batch, heads, q_len, kv_len), query)
     width = padded_head_dim(head_dim)
     with torch.cuda.device_of(query):
-        probe_kernel[(rows, heads, batch)](
-            query, key, sums, *masks, *query.stride(), *key.stride(), *mask_strides, options.window or 0,
-            heads, heads // kv_heads, rows, cols, q_len, kv_len, head_dim, _scale(options, head_dim),
-            options.softcap or 1.0, BLOCK_Q=config.tile[0], BLOCK_K=config.tile[1], HEAD=width, CAUSAL=causal,
-            MASKS=kinds, SOFTCAP=options.softcap is not None, PADDED=width != head_dim,
-            num_warps=config.num_warps, num_stages=config.num_stages,
-        )  # fmt: skip
-    return sums
+        for first in range(0, heads, most):
+            probe_kernel[(blocks * tiles, min(most, heads - first), batch)](
+                query, key, value, grad, keep, notes, sums, shown, *masks,
+                *query.stride(), *key.stride(), *value.stride(), *grad.stride(), *mask_strides, options.window or 0,
+                first, heads, heads // kv_heads, blocks * tiles, cols, q_len, kv_len, head_dim,
+                _scale(options, head_dim), options.softcap or 1.0,
+                TILE_Q=tile, TILES=tiles, BLOCK_K=block_k, HEAD=width, GRADIENT=backward is not None, CAUSAL=causal,
+                MASKS=given, SOFTCAP=options.softcap is not None, PADDED=width != head_dim,
+                num_warps=config.num_warps, num_stages=config.num_stages,
+            )  # fmt: skip
+    return sums, shown
 
 
 def launch_decode(

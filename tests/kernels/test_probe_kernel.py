@@ -1,15 +1,15 @@
-"""The kernel of `Influence` against its sums in torch."""
+"""The probe kernel against torch: row mass, and the sums of `Influence`."""
 
 import pytest
 import torch
 
 from sparse_prune import BlockPattern, Influence
-from sparse_prune.kernels import AttentionOptions, probe_score
+from sparse_prune.kernels import AttentionOptions, probe_attention, probe_score
 from support.cases import inputs, random_pattern
 
 pytest.importorskip("triton")
-from sparse_prune.kernels.triton import influence as kernel  # noqa: E402
-from sparse_prune.kernels.triton.attend import influence  # noqa: E402
+from sparse_prune.kernels.triton import launch  # noqa: E402
+from sparse_prune.kernels.triton.attend import influence, probe, probes  # noqa: E402
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 LENGTH, BLOCK = 70, (32, 16)
@@ -50,10 +50,67 @@ def masks(options):
     return options.with_masks(lambda mask: mask.to(DEVICE))
 
 
+CALLS = [(name, True) for name in OPTIONS] + [("plain", False), ("padding", False), ("rows of heads", False)]
+
+
+def check_probe(query, key, block, causal, options, tolerance):
+    found = probe(query, key, block, causal=causal, options=masks(options))
+    wanted = probe_attention(query.cpu().double(), key.cpu().double(), block, causal=causal, options=options)
+    torch.testing.assert_close(found.sums.cpu(), wanted.sums, atol=tolerance, rtol=tolerance)
+    assert torch.equal(found.counts.cpu(), wanted.counts)
+
+
+@pytest.mark.parametrize(("name", "causal"), CALLS)
+def test_row_mass_of_dense_attention(name, causal):
+    query, key, _, _ = call()
+    check_probe(query, key, BLOCK, causal, OPTIONS[name], 1e-4)
+
+
+@pytest.mark.parametrize("launches", [1, 4])
+@pytest.mark.parametrize("masked", [False, True])
+def test_row_mass_of_blocks_that_several_programs_share(masked, launches, monkeypatch):
+    if launches > 1:
+        monkeypatch.setattr(launch, "_MOST_BYTES", 1)
+    query, key, _, _ = call(torch.float16, 16, length=300)
+    mask = torch.rand(2, 4, 140, 300, generator=torch.Generator()) < 0.7 if masked else None
+    check_probe(query[:, :, -140:], key, (128, 16), True, AttentionOptions(attn_mask=mask), 2e-3)
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="products are counted in the interpreter")
+@pytest.mark.parametrize("density", [0.0, 0.4, 1.0])
+def test_a_pair_of_blocks_is_multiplied_once_with_keys_and_once_with_values(density, monkeypatch):
+    builder = pytest.importorskip("triton.runtime.interpreter").InterpreterBuilder
+    inner, made = builder.create_dot, []
+    monkeypatch.setattr(builder, "create_dot", lambda *args: made.append(1) or inner(*args))
+    query, key, value, gradient = call(dim=16, length=64)
+    pairs = 2 * 4 * (2 + 4)  # samples, heads, blocks of keys that two blocks of queries may see
+    probe(query, key, BLOCK, causal=True)
+    assert len(made) == pairs
+    pattern = random_pattern(4, 64, 64, BLOCK, True, density)
+    influence(query, key, value, gradient, BLOCK, causal=True, options=AttentionOptions(), pattern=pattern)
+    assert len(made) == pairs + 2 * pairs
+
+
+def test_the_probe_is_left_to_torch_where_its_kernel_would_spill():
+    query = torch.zeros(1, 2, 256, 64, device=DEVICE)
+    assert probes(query.half(), (128, 128))
+    assert not probes(query, (64, 64))
+    assert probes(query, (32, 32))
+    assert not probes(query.half(), (256, 256))
+    assert not probes(query.half(), (48, 48))
+    with pytest.raises(ValueError, match="16 to 32 for the Triton probe in torch.float32, got .64, 64.*probe_blocks"):
+        probe(query, query, (64, 64), causal=True)
+
+
+def test_logits_that_are_not_finite_show_in_the_probe():
+    query, key, _, _ = call()
+    found = probe(query * torch.nan, key, BLOCK, causal=True)
+    assert not torch.isfinite(found.sums).all()
+    assert found.trimmed(BLOCK).sums.shape == found.sums.shape
+
+
 @pytest.mark.parametrize("density", [None, 0.4])
-@pytest.mark.parametrize(
-    ("name", "causal"), [(name, True) for name in OPTIONS] + [("plain", False), ("padding", False)]
-)
+@pytest.mark.parametrize(("name", "causal"), CALLS)
 def test_kept_and_pruned_blocks_have_the_sums_of_torch(name, causal, density):
     query, key, value, gradient = call()
     pattern = None if density is None else random_pattern(4, LENGTH, LENGTH, BLOCK, causal, density)
@@ -106,7 +163,7 @@ def exact(query, key, value, gradient, block, keep):
 def test_many_blocks_and_rows_that_one_of_them_holds_have_the_sums_of_their_definition(launches, monkeypatch):
     """The share of a row's mass outside of a sink is what is left of a difference: its rounding is divided by it."""
     if launches > 1:
-        monkeypatch.setattr(kernel, "_MOST_BYTES", 1)
+        monkeypatch.setattr(launch, "_MOST_BYTES", 1)
     query, key, value, gradient = call(length=333)
     query[..., 0] += 4.0
     key[:, :, 0] = 10.0 * torch.eye(24)[0]
