@@ -70,12 +70,12 @@ def attend_planned(
 
 
 def width(query: Tensor, value: Tensor) -> int:
-    """Return the channels of a head that the kernels see: they know one size for keys and values."""
+    """Return the head size that the kernels compute with, which is one for keys and values."""
     return max(query.shape[3], value.shape[3])
 
 
 def same_width(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Pad query, key and value with zeros to as many channels a head, which changes nothing if the scale is given."""
+    """Pad query, key and value with zeros to one head size, which changes nothing if the scale is given."""
     wide = width(query, value)
 
     def padded(tensor: Tensor) -> Tensor:
@@ -304,7 +304,7 @@ def _decode_tables(
     pattern: BlockPattern, q_len: int, kv_len: int, kv_heads: int, tile: int, device: torch.device,
     held: HeldBlocks | None,
 ) -> tuple[_DecodeTables, int]:  # fmt: skip
-    """Tables for the last `q_len` queries, and their first query block. New ones only when a block is full."""
+    """Tables for the last `q_len` queries, and their first query block; built anew only where a block begins."""
     block_q, block_kv = pattern.block_size
     first, rows, cols = (kv_len - q_len) // block_q, num_blocks(kv_len, block_q), num_blocks(kv_len, block_kv)
     place = None if held is None else held.place

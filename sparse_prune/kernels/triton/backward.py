@@ -21,7 +21,7 @@ def _gradients(
     q_len, kv_len, scale, softcap, dropout_p, seed, CAUSAL: tl.constexpr, MASKS: tl.constexpr, SOFTCAP: tl.constexpr,
     DROPOUT: tl.constexpr, ON_EDGE: tl.constexpr,
 ):  # fmt: skip
-    """Weights as the forward pass used them, and the gradient of the scaled products, of the shape of `products`."""
+    """Return the weights that the forward pass used and the gradient of the scaled products, both like `products`."""
     logits, slope = scaled(products, scale, softcap, SOFTCAP)
     weights = tl.exp2(logits - lse)
     if ON_EDGE or MASKS:
@@ -46,6 +46,7 @@ def _visit_keys(
     TILE_K: tl.constexpr, CAUSAL: tl.constexpr, MASKS: tl.constexpr,
     SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, PADDED: tl.constexpr, ON_EDGE: tl.constexpr,
 ):  # fmt: skip
+    """Add to the gradient of a tile of queries what the key tiles of visits begin..end contribute."""
     in_tile = tl.arange(0, TILE_K)
     block = tl.load(index + begin)
     for visit in tl.range(begin, end):
@@ -129,6 +130,7 @@ def _visit_queries(
     TILE_Q: tl.constexpr, SHARED: tl.constexpr, CAUSAL: tl.constexpr, MASKS: tl.constexpr,
     SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, PADDED: tl.constexpr, ON_EDGE: tl.constexpr,
 ):  # fmt: skip
+    """Add to the gradients of a tile of keys and its values what the query tiles of visits begin..end contribute."""
     in_tile = tl.arange(0, TILE_Q)
     visited = tl.load(index + begin)
     for visit in tl.range(begin, end):
@@ -175,8 +177,10 @@ def dkdv_kernel(
     MASKS: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr,
     PADDED: tl.constexpr,
 ):  # fmt: skip
-    """Writes grad_k and grad_v, contiguous (batch, heads, kv_len, head_dim): per query head, or if `SHARED` per head of
-    keys. Then a program visits the queries of its whole group, and its index names member and tile.
+    """Writes grad_k and grad_v, contiguous, (batch, heads, kv_len, head_dim): of each query head, or of each key head.
+
+    The latter is done with `SHARED`: a program visits the queries of a whole KV group, and an entry of its index holds
+    the tile and which head of the group it belongs to.
     """
     program = tl.load(order + tl.program_id(0))
     sample = tl.program_id(1).to(tl.int64)

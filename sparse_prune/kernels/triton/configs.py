@@ -250,7 +250,7 @@ def decode_config(rows: int, head_dim: int, dtype: torch.dtype, block_size: tupl
 
 
 def probe_config(call: Call) -> LaunchConfig:
-    """Choose the configuration of the probe: of a block's rows those that one program takes, with all of its keys.
+    """Choose the configuration of the probe, whose tile is some rows of a block, and all keys of it.
 
     Raises:
         ValueError: If the head is too large, or a side of the block is not a power of two from 16 to 128 (to 32 in

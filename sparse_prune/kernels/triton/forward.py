@@ -10,7 +10,7 @@ from sparse_prune.kernels.triton.tiles import dropout_factor, load_tile, scaled,
 
 @triton.jit
 def _tiles(index, visit, end, SPAN: tl.constexpr):
-    """The key tiles of a turn, which need not lie side by side; the same one twice if a turn has one."""
+    """Return the key tiles of a turn, which need not be neighbours; the same one twice if there is only one."""
     tile = tl.load(index + visit)
     other = tile
     if SPAN == 2:
@@ -26,7 +26,7 @@ def _visit(
     TILE_K: tl.constexpr, SPAN: tl.constexpr, CAUSAL: tl.constexpr, MASKS: tl.constexpr,
     SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, PADDED: tl.constexpr, ON_EDGE: tl.constexpr,
 ):  # fmt: skip
-    """Online softmax over visits begin..end, `SPAN` a turn, 1 or 2."""
+    """Continue the online softmax over visits begin..end, `SPAN` a turn, 1 or 2."""
     in_tile = tl.arange(0, SPAN * TILE_K)
     block, other = _tiles(index, begin, end, SPAN)
     for visit in tl.range(begin, end, SPAN):

@@ -1,4 +1,4 @@
-"""From checked tensors to kernel launches."""
+"""Launches kernels on checked tensors."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from sparse_prune.kernels.triton.probe import probe_kernel
 Tables = list[Tensor]
 """`Visits.tensors()`."""
 _MOST_BYTES = 2**28
-"""Of what the programs of one launch of the probe note; more heads take several launches."""
+"""Most memory that the notes of one launch of the probe take; more heads take several launches."""
 
 
 def launch_forward(
@@ -73,7 +73,7 @@ def launch_dkdv(
 
 
 def heads_of_a_program(tables: Tables, query: Tensor, key: Tensor, config: LaunchConfig) -> int:
-    """Return of how many query heads a program of dkdv visits the queries: of a group's, if it has so few programs."""
+    """Return how many query heads a program of dkdv takes, as the number of programs in its tables tells."""
     group, tiles = query.shape[1] // key.shape[1], -(-key.shape[2] // config.tile[1])
     return group if tables[-1].numel() == key.shape[1] * tiles else 1
 
@@ -82,7 +82,7 @@ def launch_probe(
     query: Tensor, key: Tensor, block_q: int, config: LaunchConfig, causal: bool, options: AttentionOptions,
     backward: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Compute sums over the rows of each of the tiles of which a block of `block_q` queries consists.
+    """Compute the sums of the probe over the rows of each tile, into which a block of `block_q` queries is split.
 
     Args:
         backward: Values, the gradient in the output, both of the query's type, and the kept blocks, uint8, (num_heads,
@@ -157,7 +157,7 @@ def _launch(
     kernel: Any, tensors: tuple[Tensor, ...], tables: Tables, strides: tuple[int, ...], config: LaunchConfig,
     query: Tensor, key: Tensor, causal: bool, options: AttentionOptions, members: int = 1, **constants: int,
 ) -> None:  # fmt: skip
-    """One launch of forward, dq or dkdv: a program per entry of the tables, of so many heads, and per sample."""
+    """Launch forward, dq or dkdv: a program, of `members` query heads, per program of the tables and per sample."""
     batch, heads, q_len, head_dim = query.shape
     kv_heads, kv_len = key.shape[1], key.shape[2]
     masks, mask_strides, kinds = mask_arguments(options, (batch, heads, q_len, kv_len), query)

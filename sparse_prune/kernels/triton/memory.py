@@ -26,7 +26,7 @@ def within_memory(
     """Launch by a configuration, or by the same one with fewer pipeline stages if the device has too little memory.
 
     Triton refuses a launch before it starts. The tiles stay, because index tables belong to them; each stage holds one
-    pair of tiles in shared memory. Each step down is warned of once. Query and options tell what else needs memory.
+    pair of tiles in shared memory. A warning says each step down once for a kind of call, which query and options tell.
 
     Raises:
         ValueError: If a single stage does not fit either; the message names the remedy.

@@ -140,7 +140,9 @@ def _part(
 ) -> tuple[LaunchConfig, list[Tensor]]:
     """Configuration and tables of forward (0), dq (1) or dkdv (2)."""
     if len(tables) != 12 or len(configs) != 15:
-        raise ValueError(f"`tables` must have 12 entries and `configs` 15, got {len(tables)} and {len(configs)}.")
+        raise ValueError(
+            f"`tables` must have 12 entries and `configs` 15, got {len(tables)} and {len(configs)}. Use `attend.plan`."
+        )
     config = LaunchConfig.of(configs[5 * part : 5 * part + 5])
     tile_q, tile_k = config.tile
     own = tables[4 * part : 4 * part + 4]

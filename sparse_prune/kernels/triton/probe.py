@@ -24,9 +24,9 @@ def _note_blocks(
     TILE_Q: tl.constexpr, BLOCK_K: tl.constexpr, GRADIENT: tl.constexpr, CAUSAL: tl.constexpr, MASKS: tl.constexpr,
     SOFTCAP: tl.constexpr, PADDED: tl.constexpr, ON_EDGE: tl.constexpr,
 ):  # fmt: skip
-    """Note the mass of blocks begin..end, which are, each as one key, the keys of an online softmax.
+    """Note the mass of each row in blocks begin..end, and continue the online softmax, to which a block is one key.
 
-    With a gradient the mean product of a block's values with it is noted, too, and only kept blocks are keys.
+    With a gradient the mean product of a block's values with it is noted, too, and the softmax is over kept blocks.
     """
     in_tile, in_block = tl.arange(0, TILE_Q), tl.arange(0, BLOCK_K)
     for block in tl.range(begin, end):

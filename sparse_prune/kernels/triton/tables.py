@@ -15,7 +15,7 @@ from sparse_prune.kernels.triton.configs import processors
 from sparse_prune.pattern import BlockPattern, possible_blocks, whole_blocks
 
 MEMBER_BIT = 20
-"""An entry of `Visits.index` is a tile below this bit and from it on which of a program's heads it belongs to."""
+"""Bits of an entry of `Visits.index` below this one hold the tile, those from it on which of a program's heads."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,10 +41,15 @@ class Visits:
         return [self.start, self.full, self.index, self.order]
 
     def check(self, programs: int, visited: int, device: torch.device, members: int = 1) -> None:
-        """Refuse tables with which so many programs a sample, visiting so many tiles of each of so many heads, would
-        read outside of tensors.
+        """Refuse tables by which a kernel would read outside of its tensors.
 
         Reads the tables back: the host waits for the device.
+
+        Args:
+            programs: Programs a sample.
+            visited: Tiles of one head that a program may visit.
+            device: Where the kernel runs.
+            members: Heads of a program.
 
         Raises:
             ValueError: If dtype, device, shape or an entry is wrong; the message names the table.
@@ -79,7 +84,7 @@ def _refuse(name: str, wanted: str, got: object) -> NoReturn:
     raise ValueError(f"Index table `{name}` must {wanted}, got {got}. Use `index_tables` with the pattern of the call.")
 
 
-_SOUND = WeakIdKeyDictionary()  # index tensor -> the tables and tiles that it was found, or built, to be right with
+_SOUND = WeakIdKeyDictionary()  # index tensor -> the tables and sizes with which it was checked or built
 
 
 def check_tables(tensors: list[Tensor], programs: int, visited: int, device: torch.device, members: int = 1) -> None:
@@ -124,9 +129,9 @@ def index_tables(
 def heads_together(
     pattern: BlockPattern, tile: tuple[int, int], kv_heads: int, batch: int, device: torch.device
 ) -> int:
-    """Return of how many query heads a program of key tiles visits the queries: of a key head's group, or of one.
+    """Return how many query heads a program of dk and dv takes: all of a KV group, or one.
 
-    It is the group where that makes no program longer than a processor's share of all.
+    It takes the group unless its longest program would then be longer than a processor's share of all visits.
     """
     group, tiles = pattern.num_heads // kv_heads, pattern.block_size[1] // tile[1]
     counts = count_tiles(pattern, tile).unflatten(0, (kv_heads, group)).sum(1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# Logits are kept in units of log2: exp2 is what the hardware has.
+# Logits are kept in base 2, because the hardware computes exp2.
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
@@ -13,10 +13,11 @@ LOG2E = tl.constexpr(1.4426950408889634)
 def load_tile(
     base, first, rows, length, dims, head_dim, stride_token, stride_dim, PADDED: tl.constexpr, ON_EDGE: tl.constexpr,
 ):  # fmt: skip
-    """Load (rows, dims) of a (length, head_dim) matrix from row `first` on; what lies outside is 0.
+    """Load rows `first + rows` and dimensions `dims` of a (length, head_dim) matrix.
 
-    Off the edge all rows are real. The offsets within a tile are the same for every tile: a loop keeps them, and its
-    turns add one number of 64 bits. A tile must not span 2^31 elements.
+    With `ON_EDGE` rows past the end are 0; without it, all rows must exist. With `PADDED` dimensions past `head_dim`
+    are 0. The offsets within a tile are the same for every tile, so that a loop computes them once and adds one number
+    of 64 bits a turn. A tile must not span 2^31 elements.
     """
     pointers = (
         base + tl.cast(first, tl.int64) * stride_token + (rows[:, None] * stride_token + dims[None, :] * stride_dim)
@@ -42,7 +43,7 @@ def cap(logits, softcap):
 def scaled(products, scale, softcap, SOFTCAP: tl.constexpr):
     """Return the logits of query-key products, in units of log2, and the slope of the soft cap.
 
-    Where no cap stands between them, scale and log2(e) are one factor: the compiler does not make one of two.
+    Without a cap, scale and log2(e) are multiplied into one factor here, which the compiler does not do.
     """
     slope = 1.0
     if SOFTCAP:
@@ -71,7 +72,8 @@ def visible(
 ):
     """Whether queries may see keys, elementwise. `query` and `key` are positions, broadcast against each other.
 
-    `MASKS` adds up what is given: 1 key mask, 2 attention mask, 4 documents, 8 window.
+    `MASKS` adds up what is given: 1 key mask, 2 attention mask, 4 documents, 8 window. Without `ON_EDGE` all positions
+    must exist, and causality must hide none of the keys.
     """
     inside = (query >= 0) & (key >= 0)
     if ON_EDGE:
@@ -82,7 +84,7 @@ def visible(
         inside = inside & (tl.load(key_mask + key, mask=key < kv_len, other=0) != 0)
     if MASKS & 2:
         place = query.to(tl.int64) * stride_mask_q + key.to(tl.int64) * stride_mask_k
-        # Off the edge every key is real: without the comparison a row is read in words, not in bytes.
+        # Without the comparison, which only the edge needs, a row is read in words, not in bytes.
         readable = query < q_len
         if ON_EDGE:
             readable = readable & (key < kv_len)
@@ -98,7 +100,10 @@ def visible(
 
 @triton.jit
 def unpadded(query, key_mask, q_len, kv_len, MASKS: tl.constexpr):
-    """Positions of queries; where queries are keys, those that are padding are put past the end: they see nothing."""
+    """Return positions of queries, padding moved past the end, where it sees nothing.
+
+    The key mask tells of queries only where they are the keys, as in self-attention over one length.
+    """
     if MASKS & 1:
         padding = (q_len == kv_len) & (tl.load(key_mask + query, mask=query < q_len, other=1) == 0)
         query = tl.where(padding, q_len, query)

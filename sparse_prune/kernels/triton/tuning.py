@@ -72,7 +72,7 @@ def tune(
 ) -> dict[Kernel, LaunchConfig]:  # fmt: skip
     """Measure the candidates of every kernel on a call, shaped as in `attend`, and keep the fastest for calls like it.
 
-    What is known already is not measured again, and what was broken off goes on. Calls are alike if they agree in
+    What is known already is not measured again; what was broken off is continued. Calls are alike if they agree in
     device, versions, dtype, head size, block, causality, length (to a power of two), the kinds of masks, soft cap or
     not, and dropout or not.
 
@@ -80,7 +80,7 @@ def tune(
         query: As in `attend`, like key, value, pattern and options.
         measure: Times one launch; by default Triton's `do_bench`.
         seconds: Limit, compiling included: a kernel's candidates begin within its share. What was fastest by then is
-            kept, and a later call goes on with the other candidates. Without a second, nothing is measured.
+            kept, and a later call goes on with the other candidates. With 0 nothing is measured.
 
     Returns:
         Kernel -> the fastest configuration so far.
@@ -152,7 +152,7 @@ def _launcher(
     tables = index_tables(pattern, config.tile, query.device, together).tensors()
     if kernel == "forward":
         return lambda: launch_forward(query, key, value, tables, config, pattern.causal, options)
-    # The time of a backward pass does not hang on what is in gradient, output and row sums.
+    # The time of a backward pass does not depend on the numbers in gradient, output and row sums.
     sums = torch.zeros(query.shape[:3], dtype=torch.float32, device=query.device)
     if kernel == "dq":
         return lambda: launch_dq(query, key, value, query, query, sums, tables, config, pattern.causal, options)
@@ -177,7 +177,7 @@ def _key(kernel: Kernel, pattern: BlockPattern, call: Call, device: torch.device
 
 
 def _stamp(path: Path) -> tuple[int, ...] | None:
-    """Another one after the file was written; None if there is none."""
+    """Return what changes whenever the file is written; None without a file."""
     try:
         found = os.stat(path)
     except OSError:
