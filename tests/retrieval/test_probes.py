@@ -5,7 +5,7 @@ import torch
 
 from sparse_prune.evaluation import TASKS
 from sparse_prune.recipes.base.pretrained import load_tokenizer
-from sparse_prune.retrieval import retrieval_probes, text_probes
+from sparse_prune.retrieval import RetrievalProbe, retrieval_probes, text_probes
 
 
 @pytest.mark.parametrize("length", [128, 200, 1024])
@@ -46,6 +46,20 @@ def test_distances_differ_and_several_keys_are_asked_for():
         gaps.append(place - next(i for i in range(1024) if tokens[i : i + 4] == asked) - 3)
     assert min(gaps) < 300
     assert max(gaps) > 800
+
+
+def test_an_answer_leads_by_its_logit_less_the_largest_other_one_and_by_8_at_most():
+    probe = RetrievalProbe("recall", torch.tensor([5, 0, 1, 2]), torch.tensor([1, 2, 3]))
+    logits = torch.zeros(4, 6)
+    logits[0, :2] = torch.tensor([3.0, 1.0])  # leads by 2
+    logits[1, :3] = torch.tensor([3.0, 1.0, 0.0])  # does not lead
+    logits[2, 2] = 20.0
+    logits.requires_grad_()
+    lead = probe.lead(logits)
+    assert lead.item() == pytest.approx((2.0 + 0.0 + 8.0) / 3)
+    lead.backward()
+    assert logits.grad[0, 0] == pytest.approx(1 / 3)
+    assert logits.grad[1:].abs().max() == 0.0
 
 
 def test_sequences_without_room_are_refused():

@@ -55,3 +55,7 @@ def test_ranks_keep_what_the_questions_of_all_look_at(tmp_path, kind):
     assert_equal(one["asked"], other["asked"])
     assert_equal(one["patterns"], other["patterns"])
     assert all(scores.tril().max() > 0.5 for scores in one["asked"].values())
+    if kind == "fsdp":
+        for found in (one, other):
+            assert "`Retrieval.heads` must be 0" in found["refused"]
+            assert "protected_heads" in found["refused"]
