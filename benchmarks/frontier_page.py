@@ -17,6 +17,8 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from sparse_prune import reports
+
 BASES = ("gradual, cubic", "gradual, diagonals half shared", "short ramp, questions", "short ramp", "dense, questions")
 """What variants are compared with: the first of these that was run."""
 DENSE = ("dense", "dense, questions")
@@ -54,12 +56,12 @@ class Result:
             return "better"
         return "worse" if all(change > MARGIN for change in changes) else "mixed"
 
-    def line(self) -> str:
+    def cells(self) -> list[str]:
         """Row of the table."""
         loss, achieved = (mean(row[key] for row in self.rows) for key in ("loss", "achieved"))
         rises = " / ".join(f"{rise:+.2%}" for rise in self.rises)
-        tasks = " | ".join(_share([row["tasks"][task] for row in self.rows]) for task in self.rows[0]["tasks"])
-        return f"| {self.method} | {achieved:.1%} | {loss:.4f} | {rises} | {tasks} | {self.verdict} |"
+        tasks = [_share([row["tasks"][task] for row in self.rows]) for task in self.rows[0]["tasks"]]
+        return [self.method, f"{achieved:.1%}", f"{loss:.4f}", rises, *tasks, self.verdict]
 
 
 def _share(scores: Sequence[Mapping[str, float]]) -> str:
@@ -90,14 +92,16 @@ def results(rows: Sequence[Mapping[str, Any]]) -> list[Result]:
 
 def table(found: Sequence[Result], setup: Mapping[str, Any]) -> str:
     """Markdown: the settings in a sentence, then a line per result."""
-    lines = "\n".join(result.line() for result in found)
-    tasks = [task.replace("_", " ") for task in found[0].rows[0]["tasks"]]
+    tasks = [f"{task.replace('_', ' ')}:" for task in found[0].rows[0]["tasks"]]
+    columns = ["method", "pruned:", "loss:", "over dense, per seed:", *tasks, f"against {found[0].against}"]
+    rows = [result.cells() for result in found]
+    if not any(result.verdict for result in found):  # nothing is compared
+        columns, rows = columns[:-1], [row[:-1] for row in rows]
     return (
         f"{setup['length']} tokens, blocks of {setup['block_size']}, {setup['steps']} optimizer steps at "
         f"{setup['learning_rate']:g}, loss on {setup['tests']} held-out sequences, "
         f"{setup['questions per task']} questions a task; {setup['machine']}; {setup['versions']}.\n\n"
-        f"| method | pruned | loss | over dense, per seed | {' | '.join(tasks)} | against {found[0].against} |\n"
-        f"| --- | ---: | ---: | ---: |{' ---: |' * len(tasks)} --- |\n{lines}\n"
+        f"{reports.table(columns, rows)}\n"
     )
 
 

@@ -101,9 +101,9 @@ def test_the_page_shows_results_in_order_and_keeps_its_text(tmp_path, monkeypatc
         "| method | pruned | loss | over dense, per seed | passkey | multi key | against gradual, cubic |"
     )
     assert lines[2:] == [
-        "| dense | 0.0% | 2.0000 | +0.00% / +0.00% | 50% | 100% |  |",
+        "| dense | 0.0% | 2.0000 | +0.00% / +0.00% | 50% | 100% | |",
         "| gradual, good | 70.0% | 2.0500 | +2.50% / +2.50% | 50% | 100% | better |",
-        "| gradual, cubic | 70.0% | 2.1000 | +5.00% / +5.00% | 50% | 100% |  |",
+        "| gradual, cubic | 70.0% | 2.1000 | +5.00% / +5.00% | 50% | 100% | |",
         "| gradual, odd | 70.0% | 2.1000 | +4.50% / +5.50% | 50% | 100% | mixed |",
         "| gradual, bad | 70.0% | 2.2000 | +10.00% / +10.00% | 50% | 100% | worse |",
     ]
@@ -131,6 +131,10 @@ def test_variants_are_compared_with_what_was_run():
     assert [(result.against, result.verdict) for result in found] == [
         ("gradual, diagonals half shared", verdict) for verdict in ("", "better", "")
     ]
+    setup = {"length": 512, "block_size": 16, "steps": 24, "learning_rate": 1e-4, "tests": 4}
+    setup |= {"questions per task": 60, "machine": "a machine", "versions": "torch 0"}
+    assert "| against gradual, diagonals half shared |" in page["table"](found, setup)
+    assert "against" not in page["table"](page["results"](rows[:2]), setup)  # nothing else was run
     assert [result.rises for result in found] == [[0.0], pytest.approx([0.05]), pytest.approx([0.1])]
 
 
