@@ -23,8 +23,9 @@ from torch.nn import functional as F
 from sparse_prune import BlockPattern, Constraints
 from sparse_prune.attention import PrunableAttention, attach
 from sparse_prune.attention.modes import evaluating
+from sparse_prune.pattern import total_sparsity
 from sparse_prune.precision import fast_autocast
-from sparse_prune.retrieval import RetrievalProbe, look_at, repeat_passages, text_probes
+from sparse_prune.retrieval import RetrievalProbe, look_at, look_back, repeat_passages, text_probes
 from sparse_prune.retrieval.watching import watched
 from sparse_prune.scores import (
     BlockStatistics,
@@ -62,12 +63,12 @@ class Study:
 
     def __init__(self, model: Any, tokenizer: Any, texts: Tensor, block_size: int) -> None:
         self.model, self.tokenizer, self.texts, self.sides = model, tokenizer, texts, (block_size, block_size)
-        self.layers = attach(model)
+        self.layers, self.call = attach(model), partial(model, use_cache=False)
         model.requires_grad_(False)
         self.candidates: dict[str, Callable[[], Scores]] = {
             "Mean()": partial(self.forward, Mean(), texts),
             "MeanSquare()": partial(self.forward, MeanSquare(), texts),
-            "Max()": partial(self.forward, Max(), texts),
+            "Max()": lambda: self.in_texts,
             "MassShare()": partial(self.forward, MassShare(), texts),
             "OutputChange()": partial(self.forward, OutputChange(), texts),
             "MassGradient() of the text": partial(self.backward, MassGradient(), self.of_text),
@@ -81,10 +82,9 @@ class Study:
     def forward(self, score: Score, sequences: Iterable[Tensor]) -> Scores:
         """Average a score that sees no gradient over sequences."""
         own = score if score.statistic is None else None
-        call = partial(self.model, use_cache=False)
         for layer in self.layers:
             layer.score = own
-        seen = look_at(self.model, call, self.layers, sequences, self.sides, score.kind)
+        seen = look_at(self.model, self.call, self.layers, sequences, self.sides, score.kind)
         for layer in self.layers:
             layer.score = None
         return averages(score, seen)
@@ -120,6 +120,11 @@ class Study:
         return made
 
     @cached_property
+    def in_texts(self) -> Scores:
+        """The largest attention that a block gets in texts."""
+        return self.forward(Max(), self.texts)
+
+    @cached_property
     def questions(self) -> list[RetrievalProbe]:
         """A probe of each text, in words."""
         return text_probes(self.tokenizer, self.texts, len(self.texts))
@@ -135,12 +140,13 @@ class Study:
 
     def by_rank(self) -> Scores:
         """The better of two places among all blocks: by attention in texts, by influence on answers."""
-        return largest(ranks(self.forward(Max(), self.texts)), ranks(self.on_answers))
+        return largest(ranks(self.in_texts), ranks(self.on_answers))
 
     def with_questions(self) -> Scores:
         """What `AttentionPruning` does by default: attention in texts, in questions and in passages that repeat."""
-        asked = [probe.tokens for probe in self.questions]
-        return largest(*(self.forward(Max(), part) for part in (self.texts, asked, repeat_passages(self.texts, 1))))
+        repeats = repeat_passages(self.texts, 1)
+        asked = look_back(self.model, self.call, self.layers, self.questions, repeats, self.sides)
+        return largest(self.in_texts, *(averages(Max(), seen) for seen, _ in asked))
 
     def prune(self, scores: Scores, sparsity: float, *, signed: bool) -> float:
         """Put the patterns of scores in force; the share of blocks that went."""
@@ -152,7 +158,7 @@ class Study:
         patterns, _ = select(parts, Constraints(), sparsity=sparsity, signed=signed)
         for layer, pattern in zip(self.layers, patterns, strict=True):
             layer.pattern, layer.mode = pattern, "masked"
-        return 1.0 - sum(p.kept_blocks for p in patterns) / sum(p.possible_count for p in patterns)
+        return total_sparsity(patterns)
 
 
 def averages(score: Score, seen: Mapping[str, BlockStatistics | None]) -> Scores:

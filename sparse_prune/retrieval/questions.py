@@ -174,9 +174,11 @@ def outcome(pruner: AttentionPruner, unasked: str | None = None) -> str | None:
             f"Retrieval: the model was not asked for what stands far back ({unasked}), and a language model loses "
             "what it looks up long before its loss tells (docs/retrieval.md)."
         )
-    by_gradient = pruner.score_used.sees == "gradient"
-    remedy = "heads=0.05)` keeps whole heads" if by_gradient else ")` keeps what questions look at"
+    if pruner.score_used.sees == "gradient":
+        remedy = "`retrieval=Retrieval(heads=0.05)` keeps whole heads"
+    else:
+        remedy = "`retrieval=Retrieval()` keeps what questions look at"
     return (
         "Retrieval: nothing was kept for it, and a language model loses what it looks up long before its loss tells. "
-        f"`retrieval=Retrieval({remedy} (docs/retrieval.md)."
+        f"{remedy} (docs/retrieval.md)."
     )
