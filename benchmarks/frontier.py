@@ -36,6 +36,7 @@ from sparse_prune.callbacks import AttentionPruning, KernelSwap, Retrieval
 from sparse_prune.evaluation import TASKS, fresh_cache, measure_task
 from sparse_prune.layer_state import LayerState
 from sparse_prune.machine import describe_machine
+from sparse_prune.pattern import total_sparsity
 from sparse_prune.precision import fast_autocast, fast_precision
 from sparse_prune.recipes.base.pretrained import load_tokenizer
 from sparse_prune.recipes.causal_lm.data import TextDataModule
@@ -305,9 +306,7 @@ def run(plan: Plan, method: Method, sparsity: float, seed: int, data: Data) -> d
         start = time.perf_counter()
         trainer.fit(module, datamodule=data.train(seed, method))
     seconds = time.perf_counter() - start
-    handles = attach(module)
-    possible = sum(h.pattern.possible_count for h in handles if h.pattern is not None)
-    kept = sum(h.pattern.kept_blocks for h in handles if h.pattern is not None)
+    patterns = [layer.pattern for layer in attach(module) if layer.pattern is not None]
     model = module.model.to(plan.device).eval()
     with torch.no_grad(), fast_autocast(plan.device):
         losses = [
@@ -315,7 +314,7 @@ def run(plan: Plan, method: Method, sparsity: float, seed: int, data: Data) -> d
         ]
         tasks = {task: _asked(model, data, plan.length, task) for task in data.tasks}
     return {
-        "achieved": 1.0 - kept / possible if possible else 0.0,
+        "achieved": total_sparsity(patterns),
         "loss": sum(losses) / len(losses),
         "tasks": tasks,
         "fit_seconds": seconds,
