@@ -28,7 +28,8 @@ class PatternCache(Cache):  # type: ignore[misc]
         model.generate(**inputs, past_key_values=PatternCache(model))
 
     Greedy decoding, sampling, beams, padded batches, continued chats (pass the cache again) and chunked prefill
-    work; so does assisted decoding from an empty cache, for which blocks stay until the candidates are judged.
+    work; so does assisted decoding from an empty cache, for which blocks stay until the candidates are judged. Chunks
+    of more tokens than a block compute their kept blocks alone.
     (If a cache of any kind holds tokens already, transformers gives it the whole text again.) Threads may share a
     model, each with a cache of its own. Positions count from the padded start, as in the patterns. For inference only.
 

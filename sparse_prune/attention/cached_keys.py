@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
+from sparse_prune.attention.chunks import attend_chunk, spans_rows
 from sparse_prune.kernels import AttentionOptions
 from sparse_prune.kernels.backend import Decode, HeldBlocks
 from sparse_prune.kernels.backends.sdpa import masked_attention
@@ -158,6 +159,12 @@ class HeldKeys:
         self.keys[:, slots] = keys.flatten(1, 2)
         self.values[:, slots] = values.flatten(1, 2)
 
+    def spread(self, length: int) -> tuple[Tensor, Tensor]:
+        """Copy keys and values to their positions, (batch, num_kv_heads, length, channels); what was evicted is any."""
+        place, block = self.blocks.place.clamp(min=0), self.head_sets[0].block
+        slots = (place[:, :, None] * block + torch.arange(block)).flatten(1)[:, :length].to(self.keys.device)
+        return self.keys[:, slots], self.values[:, slots]
+
     def chosen(self, change: Callable[[Tensor], Tensor]) -> HeldKeys:
         """Return the same for other samples of the batch, which `change` selects from keys and values."""
         return replace(self, keys=change(self.keys), values=change(self.values))
@@ -192,7 +199,7 @@ class CachedKeys:
         raise TypeError(_misused(func.__name__))
 
     def attend(self, query: Tensor, options: AttentionOptions, decode: Decode | None = None) -> Tensor:
-        """Compute attention of the last queries: by the decoding of a backend if it takes the call, else by SDPA.
+        """Compute attention of the last queries: by a backend's decoding, by the pattern's rows, or under a mask.
 
         Masks are over all keys of the sequence; dropout is not applied. Rows that may attend to nothing are zero.
         """
@@ -204,6 +211,8 @@ class CachedKeys:
             decoded = decode(query, keys, values, self.pattern, undropped, held.blocks, self.shape[2])
             if decoded is not None:
                 return decoded
+        if spans_rows(self.pattern, q_len):
+            return attend_chunk(query, *held.spread(self.shape[2]), self.pattern, replace(options, dropout_p=0.0))
         grouped = torch.unflatten(query, 1, (num_kv_heads, -1))  # (batch, kv_heads, group, q_len, head_dim)
         output: Tensor | None = None
         for head_set in held.head_sets:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sparse_prune.attention.cached_keys import CachedKeys
 from sparse_prune.attention.call_patterns import last_rows, opened
+from sparse_prune.attention.chunks import attend_chunk, spans_rows
 from sparse_prune.attention.gradient import with_gradient
 from sparse_prune.attention.masks import assert_hides_future, hides_future
 from sparse_prune.kernels import (
@@ -348,7 +349,7 @@ class PrunableAttention:
         return key
 
     def _attend_cached(self, call: _Call, dropped: int) -> Tensor:
-        """Compute attention of the last queries against a cache: by the backend's decoding, or else under a mask."""
+        """Compute attention of the last queries against a cache: by a backend's decoding, by rows, or under a mask."""
         assert self._pattern is not None
         query, key, value, options, causal = call
         decode = None if dropped else self._decode
@@ -357,6 +358,8 @@ class PrunableAttention:
             decoded = decode(query, key, value, self._pattern, options)
             if decoded is not None:
                 return decoded
+        if not dropped and causal and spans_rows(self._pattern, call.q_len):
+            return attend_chunk(query, key, value, self._pattern, options)
         mask = last_rows(self._pattern, call.q_len, dropped + call.kv_len, causal, query.device)[None, ..., dropped:]
         visible = options.token_mask(call.q_len, call.kv_len, query.device)
         group = self.num_heads // self.num_kv_heads

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from sparse_prune import reports
+from sparse_prune.evaluation.prefill import prefilled
 from sparse_prune.evaluation.tasks import Example, Question, Task, build
 from sparse_prune.evaluation.tasks.task import Split
 
@@ -99,8 +100,10 @@ def measure_task(
         task: One of `TASKS`.
         filler: Tokens of a text.
         length: Tokens of a context with its question and answer.
-        make_cache: Makes an empty cache for one sequence, such as `partial(fresh_cache, model)`; None: as in `answer`.
-        prompts: Number of questions, at least 1. Through a cache, several questions on one context share its prefill.
+        make_cache: Makes an empty cache for one sequence, such as `partial(fresh_cache, model)`. None: each question
+            reads all that stands before it anew, for models without a cache.
+        prompts: Number of questions, at least 1. Through a cache, several questions on one context share its
+            prefill, and contexts what they begin with (`prefilled`).
         depths: Where facts lie, in [0, 1], in turn.
         seed: Seed of names, numbers and wordings.
         split: "test", or "choose" for choosing patterns and for training.
@@ -110,25 +113,30 @@ def measure_task(
     """
     if prompts < 1 or not depths:
         raise ValueError(f"`prompts` must be at least 1 and `depths` hold one, got {prompts} and {list(depths)}.")
-    answers: list[Answered] = []
-    index = 0
-    while len(answers) < prompts:
+    examples: list[Example] = []
+    while sum(len(example.questions) for example in examples) < prompts:
+        index = len(examples)
         depth = depths[index % len(depths)]
-        example = build(task, tokenizer, filler, length, depth, seed * 1_000_003 + index, split)
-        answers += answer(model, example, make_cache)
-        index += 1
-    return TaskScore(answers)
+        examples.append(build(task, tokenizer, filler, length, depth, seed * 1_000_003 + index, split))
+    if make_cache is None:
+        return TaskScore([found for example in examples for found in answer(model, example)])
+    caches = prefilled(model, [example.context for example in examples], make_cache)
+    by_index = {index: answer(model, examples[index], cache) for index, cache in caches}
+    return TaskScore([found for _, answers in sorted(by_index.items()) for found in answers])
 
 
 @torch.no_grad()
-def answer(model: Any, example: Example, make_cache: Callable[[], Any] | None = None) -> list[Answered]:
+def answer(model: Any, example: Example, cache: Any = None) -> list[Answered]:
     """Answer an example's questions, with the true answer as input.
 
-    All questions follow one prefill through the empty cache that `make_cache` makes: keys that it has evicted are
-    missed. Without it each question, with all that stands before it, has a pass of its own, for models without a cache
-    and for layers that compute as in training.
+    Args:
+        model: A transformers causal language model.
+        example: A context and its questions.
+        cache: A cache that has read the context: keys that it has evicted are missed. None: each question, with all
+            that stands before it, has a pass of its own, for models without a cache and for layers that compute as in
+            training.
     """
-    logits_of = _uncached(model, example) if make_cache is None else _cached(model, example, make_cache())
+    logits_of = _uncached(model, example) if cache is None else _cached(model, example, cache)
     answers = []
     for question in example.questions:
         target = _row(model, question.answer)[0]
@@ -140,7 +148,6 @@ def answer(model: Any, example: Example, make_cache: Callable[[], Any] | None = 
 
 def _cached(model: Any, example: Example, cache: Any) -> Callable[[Question], Tensor]:
     """Make a function that computes the logits of a question and its answer after the context, (tokens, vocabulary)."""
-    model(input_ids=_row(model, example.context), past_key_values=cache, logits_to_keep=1)
 
     def logits(question: Question) -> Tensor:
         seen = cache if example.turns else copy.deepcopy(cache)

@@ -8,6 +8,7 @@ import torch
 
 from sparse_prune.evaluation import fresh_cache
 from sparse_prune.evaluation.meter import Answered, TaskScore, answer, counted, measure_task, table, wilson
+from sparse_prune.evaluation.prefill import prefilled
 from sparse_prune.evaluation.tasks import TASKS, build
 from sparse_prune.evaluation.tasks.pools import NAMES as CITIES
 from sparse_prune.evaluation.tasks.pools import VARIABLES, WORDS
@@ -155,8 +156,10 @@ def test_one_prefill_answers_as_fresh_prompts_do(tiny_model, tokenizer, name, ca
     model = load_model(tiny_model).eval()
     example = build(TASKS[name], tokenizer, FILLER, 480, 0.3, 1)
     before = example.context
-    make_cache = partial(fresh_cache, model) if cached else None
-    for question, got in zip(example.questions, answer(model, example, make_cache), strict=True):
+    cache = None
+    if cached:
+        [(_, cache)] = prefilled(model, [before], partial(fresh_cache, model))
+    for question, got in zip(example.questions, answer(model, example, cache), strict=True):
         whole = torch.tensor([before + question.tokens + question.answer])
         with torch.no_grad():
             logits = model(whole).logits[0, -len(question.answer) - 1 : -1].log_softmax(-1)
