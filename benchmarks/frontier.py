@@ -325,9 +325,7 @@ def _asked(model: Any, data: Data, length: int, task: str) -> dict[str, float]:
     """How much of a task the model solves, in the wordings for testing."""
     filler = data.tests.flatten().tolist()
     cache = partial(fresh_cache, model)
-    score = measure_task(model, data.tokenizer, TASKS[task], filler, length, cache, data.prompts)
-    low, high = score.interval
-    return {"accuracy": score.accuracy, "low": low, "high": high, "log_prob": score.log_prob}
+    return measure_task(model, data.tokenizer, TASKS[task], filler, length, cache, data.prompts).numbers
 
 
 class Data:

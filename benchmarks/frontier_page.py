@@ -73,10 +73,17 @@ def _share(scores: Sequence[Mapping[str, float]]) -> str:
 
 
 def results(rows: Sequence[Mapping[str, Any]]) -> list[Result]:
-    """By sparsity, then by loss."""
+    """By sparsity, then by loss.
+
+    Raises:
+        ValueError: If the dense fine-tune of a seed is missing.
+    """
     run = {row["method"] for row in rows}
     against, twin = (next((name for name in names if name in run), names[0]) for names in (BASES, DENSE))
     dense = {row["seed"]: row["loss"] for row in rows if row["method"] == twin}
+    alone = sorted({row["seed"] for row in rows} - set(dense))
+    if alone:
+        raise ValueError(f"`rows` must hold {twin!r} of every seed, got none of {alone}. Run it: --seeds, --only.")
     found = []
     for sparsity in sorted({row["sparsity"] for row in rows}):
         here = [row for row in rows if row["sparsity"] == sparsity]
@@ -146,7 +153,10 @@ def main() -> None:
     given = parser.parse_args()
     for file in given.results:
         saved = json.loads(file.read_text())
-        found = results(saved["rows"])
+        try:
+            found = results(saved["rows"])
+        except ValueError as error:
+            parser.error(f"{file}: {error}")
         draw(found, given.page.parent / "frontier" / f"{file.stem}.png")
         given.page.write_text(replace_between(given.page.read_text(), file.stem, table(found, saved["setup"])))
 

@@ -101,10 +101,9 @@ def measure_row(
     cache, text = partial(fresh_cache, model), sequences.flatten().tolist()
     row["loss"] = mean_loss(model, sequences, cache)
     for task in arguments.tasks:
-        score = measure_task(model, tokenizer, TASKS[task], text, arguments.length, cache, arguments.prompts)
-        low, high = score.interval
-        row[task] = {"accuracy": score.accuracy, "low": low, "high": high, "log_prob": score.log_prob}
-        row[task] |= {"questions": len(score.answers)}
+        row[task] = measure_task(
+            model, tokenizer, TASKS[task], text, arguments.length, cache, arguments.prompts
+        ).numbers
     print(json.dumps(row), flush=True)
     return row
 

@@ -55,6 +55,13 @@ class TaskScore:
         """Mean log-probability of the true answers, nats per token."""
         return sum(answer.log_prob for answer in self.answers) / len(self.answers)
 
+    @property
+    def numbers(self) -> dict[str, float]:
+        """Accuracy, the ends of its interval, log-probability and number of questions, for a file of results."""
+        low, high = self.interval
+        named = {"accuracy": self.accuracy, "low": low, "high": high, "log_prob": self.log_prob}
+        return named | {"questions": len(self.answers)}
+
     def by_depth(self) -> dict[float | None, TaskScore]:
         """Split the answers by the depth of their facts."""
         depths = dict.fromkeys(answer.depth for answer in self.answers)

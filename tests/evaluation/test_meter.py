@@ -184,6 +184,8 @@ def test_only_what_dense_solves_counts():
     assert counted(score(8))
     assert not counted(score(7))
     assert "not counted, dense solves 70%" in table([("needle", score(7), score(1))])
+    low, high = wilson(5, 10)
+    assert score(5).numbers == {"accuracy": 0.5, "low": low, "high": high, "log_prob": -1.0, "questions": 10}
     assert {depth: part.accuracy for depth, part in score(5).by_depth().items()} == {0.1: 0.6, 0.9: 0.4}
 
 

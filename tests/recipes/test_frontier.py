@@ -138,6 +138,14 @@ def test_variants_are_compared_with_what_was_run():
     assert [result.rises for result in found] == [[0.0], pytest.approx([0.05]), pytest.approx([0.1])]
 
 
+def test_a_seed_without_its_dense_fine_tune_is_named(tmp_path, monkeypatch, capsys):
+    found = tmp_path / "found.json"
+    found.write_text(json.dumps({"setup": {}, "rows": rows(0) + rows(1)[1:]}))
+    with pytest.raises(SystemExit):
+        run(monkeypatch, "frontier_page.py", found)
+    assert "found.json: `rows` must hold 'dense' of every seed, got none of [1]." in capsys.readouterr().err
+
+
 def test_one_seed_is_shown_with_its_intervals():
     share = runpy.run_path(str(BENCHMARKS / "frontier_page.py"))["_share"]
     assert share([{"accuracy": 0.5, "low": 0.377, "high": 0.623}]) == "50% (38% to 62%)"
