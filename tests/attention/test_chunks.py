@@ -39,6 +39,19 @@ def test_a_chunk_computes_the_last_rows_of_the_whole(kind, block, q_len):
     torch.testing.assert_close(found, expected, atol=1e-12, rtol=0)
 
 
+@pytest.mark.parametrize("kind", ["plain", "padding", "mask", "window"])
+def test_a_chunk_is_computed_by_the_triton_kernel_where_that_is_chosen(kind, monkeypatch):
+    """On a GPU; a chunk has more keys than queries, and its first rows stand for queries before it."""
+    pytest.importorskip("triton")
+    monkeypatch.setattr(chunks, "moving_backend", lambda *given: "triton")
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(2, heads, LENGTH, 16) for heads in (4, 2, 2))
+    pattern, q_len = random_pattern(4, LENGTH, 16, density=0.5), 54
+    expected = block_sparse_attention(query, key, value, pattern, options_of(kind, LENGTH), backend="reference")
+    found = attend_chunk(query[:, :, -q_len:], key, value, pattern, options_of(kind, q_len))
+    torch.testing.assert_close(found, expected[:, :, -q_len:], atol=2e-5, rtol=1e-5)
+
+
 def test_a_chunk_goes_on_where_the_pattern_was_learned_on_less():
     query, key, value = (torch.randn(1, 2, LENGTH, 16, dtype=torch.float64) for _ in range(3))
     pattern = random_pattern(2, 96, 16, density=0.5)
