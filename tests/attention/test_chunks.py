@@ -8,6 +8,7 @@ from sparse_prune.fixed_patterns import random_pattern
 from sparse_prune.kernels import AttentionOptions, block_sparse_attention
 
 LENGTH = 150
+KINDS = ["plain", "padding", "mask", "causal mask", "mask of keys", "documents", "window", "cap"]
 
 
 def options_of(kind, q_len):
@@ -16,6 +17,9 @@ def options_of(kind, q_len):
         return AttentionOptions(key_mask=torch.rand(2, LENGTH, generator=generator) > 0.3)
     if kind == "mask":
         return AttentionOptions(attn_mask=(torch.rand(2, 1, LENGTH, LENGTH, generator=generator) > 0.3)[:, :, -q_len:])
+    if kind == "causal mask":  # of transformers, with padding
+        real = torch.arange(LENGTH) >= torch.tensor([[0], [20]])
+        return AttentionOptions(attn_mask=(real[:, None] & torch.ones(LENGTH, LENGTH).bool().tril())[:, None, -q_len:])
     if kind == "mask of keys":
         return AttentionOptions(attn_mask=torch.rand(1, 4, 1, LENGTH, generator=generator) > 0.3)
     if kind == "documents":
@@ -25,7 +29,9 @@ def options_of(kind, q_len):
     ]
 
 
-@pytest.mark.parametrize("kind", ["plain", "padding", "mask", "mask of keys", "documents", "window", "cap"])
+@pytest.mark.parametrize(
+    "kind", ["plain", "padding", "mask", "causal mask", "mask of keys", "documents", "window", "cap"]
+)
 @pytest.mark.parametrize("block", [(16, 16), (16, 32), (32, 16)])
 @pytest.mark.parametrize("q_len", [150, 80, 54, 33])
 def test_a_chunk_computes_the_last_rows_of_the_whole(kind, block, q_len):
@@ -37,6 +43,19 @@ def test_a_chunk_computes_the_last_rows_of_the_whole(kind, block, q_len):
     expected = block_sparse_attention(query, key, value, pattern, whole, backend="reference")[:, :, -q_len:]
     found = attend_chunk(query[:, :, -q_len:], key, value, pattern, chunk)
     torch.testing.assert_close(found, expected, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize(("kind", "pairs"), [("causal mask", False), ("mask", True), ("mask of keys", True)])
+def test_a_mask_that_hides_later_keys_alone_is_not_read_for_every_block(kind, pairs, monkeypatch):
+    given = []
+    inner = chunks.block_sparse_attention
+    monkeypatch.setattr(
+        chunks, "block_sparse_attention", lambda *args, **kw: given.append(args[4]) or inner(*args, **kw)
+    )
+    query, key, value = (torch.randn(2, heads, LENGTH, 16) for heads in (4, 2, 2))
+    attend_chunk(query[:, :, -54:], key, value, random_pattern(4, LENGTH, 16, density=0.5), options_of(kind, 54))
+    assert (given[0].attn_mask is not None) == pairs
+    assert (given[0].key_mask is not None) != pairs  # of padding
 
 
 @pytest.mark.parametrize("kind", ["plain", "padding", "mask", "window"])
