@@ -29,7 +29,8 @@ def prefilled(model: Any, contexts: Sequence[list[int]], make_cache: Callable[[]
     while left:
         shared = min(alike, default=len(contexts[left[0]]))
         _read(model, contexts[left[0]][read:shared], trunk)
-        read, first = shared, bool(alike) and alike[0] < alike[-1]
+        read = shared
+        first = bool(alike) and alike[0] < alike[-1]
         index = left.popleft() if first else left.pop()
         if alike:
             alike.popleft() if first else alike.pop()
